@@ -1,0 +1,864 @@
+"""The tests: parity with upstream, gradients against float64 definitions, round trips, bad input, a tiny run end to end.
+
+Those that need reference files in ../shared skip where it is absent; every behaviour also has a test that needs only
+this repository.
+"""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import prepare
+import sample
+import train
+import wsi_llava
+from wsi_llava import IGNORE, IMAGE_TOKEN, PRESETS, UserError
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"
+GOLDEN = SHARED / "golden"
+golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs the reference outputs in ../shared/golden")
+torch.manual_seed(0)
+
+
+def fill(name, shape, seed=0):
+    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return torch.from_numpy(module.fill(name, shape, seed))
+
+
+def relative(a, b):
+    """Largest error as a share of the largest reference value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Parity with upstream
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@golden
+@pytest.mark.parametrize("keys, reference", [("vit_tiny", "vit_d2_w192"), ("vit_giant_depth3", "vit_d3_w1536")])
+def test_tile_encoder_equals_upstream(tmp_path, keys, reference):
+    shapes = json.loads((GOLDEN / f"{keys}_keys.json").read_text())
+    torch.save({name: fill(name, shape) for name, shape in shapes.items()}, tmp_path / "pytorch_model.bin")
+    encoder = wsi_llava.load_tile_encoder(tmp_path / "pytorch_model.bin")
+    want = load_file(GOLDEN / f"{reference}_seed0.safetensors")
+    images = wsi_llava.preprocess_tiles(want["tiles"])
+    torch.testing.assert_close(images[:, :, ::37, ::41], want["pre"])
+    with torch.no_grad():
+        assert relative(encoder(images), want["cls"]) < 2e-4
+
+
+@golden
+def test_slide_encoder_equals_upstream(tmp_path):
+    shapes = json.loads((GOLDEN / "longnet_keys.json").read_text())
+    torch.save({"model": {name: fill(name, shape) for name, shape in shapes.items()}}, tmp_path / "slide_encoder.pth")
+    encoder = wsi_llava.load_slide_encoder(tmp_path / "slide_encoder.pth")
+    want = load_file(GOLDEN / "longnet_12l768d_seed0.safetensors")
+    sizes = sorted({int(name.split(".")[0][1:]) for name in want})
+    assert sizes
+    for n in sizes:
+        rs = np.random.RandomState(n)
+        features = torch.from_numpy(rs.standard_normal((n, 1536))).float()[None]
+        side = max(1, math.ceil(math.sqrt(1.6 * n)))
+        cells = np.sort(rs.permutation(side * side)[:n])
+        coords = torch.from_numpy(np.stack([cells % side, cells // side], 1) * 256)[None]
+        with torch.no_grad():
+            cls, tokens = encoder(features, coords)
+            pooled = encoder.visual_tokens(features, coords, 576)
+        assert relative(cls[0], want[f"n{n}.cls"]) < 1e-3
+        assert relative(tokens[0, want[f"n{n}.rows"]], want[f"n{n}.tokens"]) < 1e-3
+        assert relative(pooled[0, want[f"n{n}.pool_rows"]], want[f"n{n}.pooled"]) < 1e-3
+
+
+@golden
+def test_llama_equals_upstream(tmp_path):
+    spec = json.loads((GOLDEN / "llama_d3_w64.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(spec["config"]))
+    torch.save({name: fill(name, shape) for name, shape in spec["keys"].items()}, tmp_path / "pytorch_model.bin")
+    llama = wsi_llava.load_llama(tmp_path)
+    want = load_file(GOLDEN / "llama_d3_w64_seed0.safetensors")
+    with torch.no_grad():
+        assert relative(llama(want["ids"]), want["logits"]) < 2e-4
+        embeds = fill("inputs_embeds", (1, 50, 64))
+        assert relative(llama(embeds=embeds), want["embeds_logits"]) < 2e-4
+    for cached in (False, True):
+        assert torch.equal(greedy(llama, want["greedy"][:, :33], 24, cached), want["greedy"])
+
+
+@torch.no_grad()
+def greedy(llama, ids, n, cached):
+    cache = wsi_llava.KVCache(llama.cfg, len(ids), 4096, "cpu", torch.float32) if cached else None
+    new = ids
+    for _ in range(n):
+        new = llama(new if cached else ids, cache=cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+def hf_llama(folder, **changes):
+    """A small transformers Llama with random weights, saved to the folder."""
+    transformers = pytest.importorskip("transformers")
+    config = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config |= dict(intermediate_size=112, max_position_embeddings=128, rope_theta=5000.0) | changes
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    model.save_pretrained(folder, max_shard_size="60KB")  # so that there is an index of shards
+    return model
+
+
+def test_llama_equals_transformers(tmp_path):
+    """Grouped queries, another rope theta, sharded safetensors; and back: what save_llama writes, transformers reads."""
+    theirs = hf_llama(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ours = wsi_llava.load_llama(tmp_path)
+    ids = torch.randint(97, (2, 40))
+    with torch.no_grad():
+        assert relative(ours(ids), theirs(ids).logits) < 1e-5
+        wsi_llava.save_llama(ours, tmp_path / "back")
+        back = type(theirs).from_pretrained(tmp_path / "back")
+        assert relative(back(ids).logits, theirs(ids).logits) < 1e-5
+
+
+def test_vit_equals_dinov2():
+    """transformers' Dinov2 with SwiGLU is the same network under other names."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
+    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, use_swiglu_ffn=True)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    state = {name: p.detach() for name, p in theirs.named_parameters()}
+    packed = {"attn.qkv": [f"attention.{x}_proj" for x in "qkv"], "mlp.fc1": ["mlp.gate_proj", "mlp.up_proj"]}
+    for i in range(2):
+        for name, parts in packed.items():
+            for kind in ("weight", "bias"):
+                whole = torch.cat([state.pop(f"encoder.layer.{i}.{part}.{kind}") for part in parts])
+                state[f"encoder.layer.{i}.{name}.{kind}"] = whole
+    table = [
+        (r"embeddings\.mask_token", None),  # of its pretraining
+        (r"embeddings\.cls_token", "cls_token"),
+        (r"embeddings\.position_embeddings", "pos_embed"),
+        (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+        (r"layernorm\.(.+)", r"norm.\1"),
+        (r"encoder\.layer\.(\d+)\.attention\.o_proj\.(.+)", r"blocks.\1.attn.proj.\2"),
+        (r"encoder\.layer\.(\d+)\.mlp\.down_proj\.(.+)", r"blocks.\1.mlp.fc2.\2"),
+        (r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1", r"blocks.\1.ls\2.gamma"),
+        (r"encoder\.layer\.(.+)", r"blocks.\1"),
+    ]
+    ours = wsi_llava.TileEncoder(wsi_llava.TileEncoderConfig(64, 16, 64, 2, 2, 176)).eval()
+    wsi_llava.load_strict(ours, state, "dinov2", table)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative(ours(images), theirs(images).last_hidden_state[:, 0]) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dilated attention against its definition
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
+    """The definition, head by head with an L x L matrix: how often query i and key j meet, over all branches."""
+    B, L, H, D = q.shape
+    out = torch.zeros_like(q)
+    position = torch.arange(L)
+    for h in range(H):
+        meet, padded = torch.zeros(L, L, dtype=q.dtype), torch.zeros(L, dtype=q.dtype)
+        for W, R in zip(segments, dilations):
+            W = min(W, L)
+            kept = position % W % R == h // math.ceil(H / R)
+            together = (position[:, None] // W == position // W) & kept[:, None] & kept
+            meet += together
+            padded += kept * (math.ceil(W / R) - together.sum(1)) * pad_keys
+        weight = meet * (q[:, :, h] @ k[:, :, h].transpose(1, 2) / math.sqrt(D)).exp()  # [B,L,L]
+        total = weight.sum(-1) + padded
+        out[:, :, h] = weight @ v[:, :, h] / torch.where(total > 0, total, 1).unsqueeze(-1)
+    return out
+
+
+SHAPES = [  # L, H, D, segments, dilations: chosen to break things
+    (1, 1, 16, (4,), (1,)),
+    (2, 3, 16, (8, 16), (1, 2)),
+    (7, 4, 16, (8, 16), (1, 2)),  # W - 1
+    (8, 4, 16, (8, 16), (1, 2)),  # W
+    (9, 4, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
+    (53, 5, 24, (8, 20, 40), (1, 2, 4)),  # a prime; H not divisible by R; a rest in every branch
+    (61, 3, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
+    (97, 16, 48, (16, 64, 256), (1, 2, 16)),  # shorter than the longest segment
+]
+
+
+@pytest.mark.parametrize("pad_keys", [True, False])
+@pytest.mark.parametrize("L, H, D, segments, dilations", SHAPES)
+def test_dilated_attention_equals_its_definition(L, H, D, segments, dilations, pad_keys):
+    q, k, v, grad = torch.randn(4, 2, L, H, D, dtype=torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = dense_dilated_attention(*leaves, segments, dilations, pad_keys)
+    want_grads = torch.autograd.grad(want, leaves, grad)
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys)
+    grads = torch.autograd.grad(got, leaves, grad.float())
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
+    for a, b in zip(grads, want_grads):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+
+
+def test_dilated_attention_on_other_devices_path(monkeypatch):
+    """Without PyTorch's fused CPU kernel (as on MPS), blocks of queries: the same numbers, past one block too."""
+    q, k, v, grad = torch.randn(4, 1, 1500, 2, 16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    fused = wsi_llava.dilated_attention(*leaves, (1200, 4000), (1, 2))
+    fused_grads = torch.autograd.grad(fused, leaves, grad)
+    monkeypatch.setattr(wsi_llava, "_fused", lambda x: False)
+    plain = wsi_llava.dilated_attention(*leaves, (1200, 4000), (1, 2))
+    torch.testing.assert_close(plain, fused, atol=1e-5, rtol=1e-4)
+    for a, b in zip(torch.autograd.grad(plain, leaves, grad), fused_grads):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_dilated_attention_gradcheck():
+    q, k, v = (torch.randn(1, 11, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda *x: wsi_llava.dilated_attention(*x, (4, 8, 16), (1, 2, 3)), (q, k, v))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Slide encoder
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_position_embedding_equals_the_table():
+    """Upstream's table: entry x_cell * grid + y_cell + 1, first half of the channels from y, second from x."""
+    coords = torch.tensor([[0, 0], [255, 256], [5 * 256 + 3, 7 * 256], [999 * 256, 12 * 256]])
+    got = wsi_llava.position_embedding(coords, 32)
+    for row, (x, y) in zip(got, [(0, 0), (0, 1), (5, 7), (999, 12)]):
+        angle = [np.outer(c, 1 / 10000 ** (np.arange(8) / 8)).ravel() for c in (y, x)]
+        want = np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)])
+        np.testing.assert_allclose(row.numpy(), want, atol=1e-6)
+    with pytest.raises(ValueError, match="outside the grid"):
+        wsi_llava.position_embedding(torch.tensor([[1000 * 256, 0]]), 32)
+
+
+def test_slide_encoder_of_7b_is_small_in_memory():
+    """86 M parameters and 1,000 tiles: below 1 GB over a bare torch process (upstream's table alone takes 3)."""
+    code = """
+import resource, torch
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys").platform == "darwin" else 1024)
+before = peak()
+import wsi_llava
+cfg = wsi_llava.PRESETS["7b"].slide_encoder
+encoder = wsi_llava.SlideEncoder(cfg).eval()
+coords = torch.stack([torch.arange(1000) % 40, torch.arange(1000) // 40], -1)[None] * 256
+with torch.no_grad():
+    cls, tokens = encoder(torch.randn(1, 1000, 1536), coords)
+assert cls.shape == (1, 768) and tokens.shape == (1, 1000, 768)
+print(sum(p.numel() for p in encoder.parameters()), peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+    parameters, grown = map(int, done.stdout.split())
+    assert parameters == 86_330_880
+    assert grown < 1e9
+
+
+def test_pooling_repeats_few_tiles_and_averages_many():
+    tokens = torch.arange(6.0).view(1, 6, 1)
+    assert wsi_llava.pool_tokens(tokens, 3).flatten().tolist() == [0.5, 2.5, 4.5]
+    assert wsi_llava.pool_tokens(tokens[:, :2], 4).flatten().tolist() == [0, 0, 1, 1]
+
+
+def test_standardized_inputs_have_mean_0_and_deviation_1():
+    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
+    features = torch.randn(500, 128) * torch.rand(128) + 5 * torch.randn(128)
+    before = {n: p.clone() for n, p in encoder.named_parameters() if "proj" in n}
+    encoder.standardize_inputs(features)
+    standard = (features - features.mean(0)) / features.std(0)
+    want = F.linear(standard, before["patch_embed.proj.weight"], before["patch_embed.proj.bias"])
+    torch.testing.assert_close(encoder.patch_embed["proj"](features), want, atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Llama, prompt, splice
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    words = "The tumor is an adenocarcinoma. Which type of tumor is this? What is its grade? It is grade 2."
+    prepare.train_tokenizer(path, [[{"from": "human", "value": words}, {"from": "gpt", "value": words}]] * 20)
+    return wsi_llava.Tokenizer(path)
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """The demo's model, smaller still."""
+    cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict())
+    cfg.llama = wsi_llava.LlamaConfig(tokenizer.sp.vocab_size(), 64, 2, 4, 2, 96, context=256)
+    cfg.n_visual_tokens = 9
+    torch.manual_seed(0)
+    return wsi_llava.WSILLaVA(cfg).eval()
+
+
+TALK = [
+    {"from": "human", "value": "<image>\nWhich type of tumor is this?"},
+    {"from": "gpt", "value": "The tumor is an adenocarcinoma."},
+    {"from": "human", "value": "What is its grade?"},
+    {"from": "gpt", "value": "It is grade 2."},
+]
+
+
+def test_labels_of_a_two_turn_dialogue_are_the_answers(tokenizer):
+    ids, labels = tokenizer.encode_chat(TALK)
+    assert len(ids) == len(labels) and ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
+    assert ids.count(IMAGE_TOKEN) == 1
+    kept = [i for i, label in zip(ids, labels) if label != IGNORE]
+    assert all(label in (i, IGNORE) for i, label in zip(ids, labels))
+    answers = [
+        tokenizer.encode(TALK[1]["value"]) + [tokenizer.eos],
+        tokenizer.encode(TALK[3]["value"]) + [tokenizer.eos],
+    ]
+    assert kept == answers[0] + answers[1]
+    # Everything before <image>, and between the turns, is upstream's vicuna_v1 text.
+    image, first_end = ids.index(IMAGE_TOKEN), ids.index(tokenizer.eos)
+    assert tokenizer.decode(ids[:image]) == f"{wsi_llava.SYSTEM} USER:"
+    assert tokenizer.decode(ids[image + 1 : image + 1 + labels[image + 1 :].index(answers[0][0])]).endswith(
+        "this? ASSISTANT:"
+    )
+    assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
+
+
+def test_an_open_dialogue_ends_ready_to_be_answered(tokenizer):
+    whole, _ = tokenizer.encode_chat(TALK)
+    asked, labels = tokenizer.encode_chat(TALK[:3])
+    assert whole[: len(asked)] == asked
+    assert tokenizer.decode(asked).endswith("ASSISTANT:") and labels[-1] == IGNORE
+
+
+def test_plain_form_is_image_then_report(tokenizer):
+    ids, labels = tokenizer.encode_plain("It is grade 2.")
+    assert ids[:2] == [tokenizer.bos, IMAGE_TOKEN] and labels[:2] == [IGNORE, IGNORE]
+    assert ids[2:] == labels[2:] == tokenizer.encode("It is grade 2.") + [tokenizer.eos]
+
+
+def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
+    ids, labels = tokenizer.encode_chat(TALK)
+    short, short_labels = tokenizer.encode_plain("It is grade 2.")
+    visual = torch.randn(2, 9, 128)
+    embeds, spliced = tiny.splice(visual, [ids, short], [labels, short_labels])
+    assert embeds.shape == (2, len(ids) - 1 + 9, 64) and spliced.shape == embeds.shape[:2]
+    place = ids.index(IMAGE_TOKEN)
+    projected = tiny.mm_projector(F.pad(visual, (0, 160 - 128)))
+    torch.testing.assert_close(embeds[0, place : place + 9], projected[0])
+    torch.testing.assert_close(embeds[0, place + 9], tiny.llama.embed_tokens.weight[ids[place + 1]])
+    assert [label for label in spliced[0].tolist() if label != IGNORE] == [label for label in labels if label != IGNORE]
+    assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
+    for wrong in (None, torch.randn(2, 2, 9, 128)):
+        with pytest.raises(ValueError, match="1 <image>"):
+            tiny.splice(wrong, [ids, short])
+
+
+def test_padding_changes_no_loss(tiny, tokenizer):
+    rows = [tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")]
+    visual = torch.randn(2, 9, 128)
+    counts = [sum(label != IGNORE for label in labels) for _, labels in rows]
+    with torch.no_grad():
+        alone = [tiny(visual[i : i + 1], [ids], [labels]).item() for i, (ids, labels) in enumerate(rows)]
+        together = tiny(visual, *zip(*rows)).item()
+    assert together == pytest.approx(np.average(alone, weights=counts), rel=1e-5)
+
+
+def test_cache_and_no_cache_agree(tiny):
+    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
+    assert torch.equal(greedy(tiny.llama, ids, 20, True), greedy(tiny.llama, ids, 20, False))
+    with torch.no_grad():  # several tokens on top of a cache, as in a chat's next turn
+        cache = wsi_llava.KVCache(tiny.cfg.llama, 2, 64, "cpu", torch.float32)
+        parts = torch.cat([tiny.llama(ids[:, :9], cache=cache), tiny.llama(ids[:, 9:], cache=cache)], 1)
+        torch.testing.assert_close(parts, tiny.llama(ids), atol=1e-5, rtol=1e-4)
+
+
+def test_chat_continues_as_if_read_anew(tiny, tokenizer):
+    """The second turn from the kept cache is the answer that the whole dialogue as a prompt gets."""
+    visual = torch.randn(9, 128)
+    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
+    "".join(chat.reply("Which type of tumor is this?"))
+    seen = list(chat.tail)
+    second = "".join(chat.reply("What is its grade?"))
+    first, _ = tokenizer.encode_chat(TALK[:1])
+    said = [t for (t,) in tiny.generate(visual[None], [first], 6)]
+    ids = (
+        first
+        + said
+        + [tokenizer.eos] * (said[-1] != tokenizer.eos)
+        + tokenizer.encode("USER: What is its grade? ASSISTANT:")
+    )
+    assert seen[0] == said[-1]
+    again = [t for (t,) in tiny.generate(visual[None], [ids], 6)]
+    assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
+
+
+def test_batched_answers_equal_single_ones(tiny, tokenizer):
+    rows = [{"slide": s, "conversations": TALK[i : i + 2]} for s in "ab" for i in (0, 0)]
+    rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
+    visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
+    together = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8)
+    assert together == [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
+    assert len(set(together)) > 1
+
+
+def test_sampling_is_seeded_and_cut(tiny):
+    visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
+
+    def draw(**options):
+        return [t for (t,) in tiny.generate(visual, ids, 12, temperature=1.0, **options)]
+
+    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
+    greedily = [t for (t,) in tiny.generate(visual, ids, 12)]
+    assert draw(top_k=1) == draw(top_p=1e-6) == greedily
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tiny):
+    with pytest.raises(UserError, match="300 tokens, the language model's context holds 256"):
+        next(tiny.generate(None, [[1] * 300]))
+
+
+def test_one_batch_can_be_overfitted(tiny, tokenizer):
+    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
+    visual = torch.randn(2, 9, 128)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(60):
+        loss = tiny(visual, ids, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    answer = [t for (t,) in tiny.generate(visual[:1], [tokenizer.encode_chat(TALK[:1])[0]], 20)]
+    assert tokenizer.decode([t for t in answer if t != tokenizer.eos]) == TALK[1]["value"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_configs_survive_json():
+    for cfg in PRESETS.values():
+        assert wsi_llava.WSILLaVAConfig.from_json(cfg.to_json()) == cfg
+    with pytest.raises(UserError, match="no field wide"):
+        wsi_llava.LlamaConfig.from_dict({"wide": 3})
+
+
+def test_save_and_load_round_trip(tiny, tmp_path):
+    tiny.save(tmp_path)
+    again = wsi_llava.WSILLaVA.load(tmp_path)
+    assert again.cfg == tiny.cfg
+    for (name, a), (other, b) in zip(tiny.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loaders_are_strict_both_ways(tmp_path):
+    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
+    path, good = tmp_path / "slide_encoder.pth", encoder.state_dict()
+    heads16 = {"model": good}
+    torch.save(heads16, path)
+    wsi_llava.load_slide_encoder(path)
+
+    def refused(tensors, message):
+        torch.save(tensors, path)
+        with pytest.raises(UserError, match=message) as caught:
+            wsi_llava.load_slide_encoder(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+    refused({k: v for k, v in good.items() if k != "norm.bias"}, r"missing keys \(1\): norm.bias")
+    refused(good | {"decoder.weight": torch.zeros(1)}, r"keys that the model lacks \(1\): decoder.weight")
+    refused(good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]")
+    refused({"weights": torch.zeros(1)}, "missing keys")
+    refused({"model": {"norm.bias": object()}}, "not a readable checkpoint")  # would need unpickling of a foreign class
+    path.write_bytes(b"not a checkpoint at all")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        wsi_llava.load_slide_encoder(path)
+    with pytest.raises(UserError, match="no such file of weights"):
+        wsi_llava.load_tile_encoder(tmp_path / "missing.bin")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        wsi_llava.load_tile_encoder(tmp_path / "cut.safetensors")
+
+
+def test_llama_loader_names_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="config.json: no such file"):
+        wsi_llava.load_llama(tmp_path)
+    cfg = wsi_llava.LlamaConfig(50, 32, 1, 2, 2, 48)
+    wsi_llava.save_llama(wsi_llava.Llama(cfg), tmp_path)
+    assert wsi_llava.load_llama(tmp_path).cfg == cfg
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
+    with pytest.raises(UserError, match="rope scaling"):
+        wsi_llava.load_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(UserError, match="wrong shapes"):
+        wsi_llava.load_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no model.safetensors"):
+        wsi_llava.load_llama(tmp_path)
+
+
+def test_nothing_half_written_under_a_final_name(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), wsi_llava.replacing(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prepare.py
+# --------------------------------------------------------------------------------------------------------------------
+
+CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
+
+
+@pytest.fixture(scope="session")
+def toy_slide(tmp_path_factory):
+    """One toy slide -> (its TIFF, the image it was written from, the corners of the tiles with pigment)."""
+    path = tmp_path_factory.mktemp("slides") / "toy.tif"
+    image, planted = prepare.draw_slide(CASE)
+    prepare.write_tiff(path, image)
+    return path, image, planted
+
+
+def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
+    path, image, _ = toy_slide
+    slide = prepare.Slide(path)
+    assert slide.file.properties["openslide.vendor"] == "generic-tiff" and slide.mpp == 0.5
+    assert slide.file.level_dimensions == ((2048, 2048), (1024, 1024), (512, 512))
+    got = slide.tile(512, 768).astype(int)
+    want = np.asarray(image.crop((512, 768, 768, 1024))).astype(int)
+    assert np.abs(got - want).mean() < 6  # JPEG
+    small = np.asarray(slide.thumbnail(32)).astype(int)
+    assert np.abs(small - np.asarray(image.resize((64, 64), Image.Resampling.BOX))).mean() < 3
+
+
+def test_toy_slide_shows_what_its_case_says(toy_slide):
+    """Pigment is brown and lies in the planted tiles alone; necrosis is where the case says; tumour takes up its share."""
+    path, image, planted = toy_slide
+    pixels = np.asarray(image).astype(int)
+    brown = (pixels[..., 0] < 150) & (pixels[..., 2] < 70) & (pixels[..., 0] > pixels[..., 2] + 40)
+    share = brown.reshape(8, 256, 8, 256).mean((1, 3))
+    assert (
+        sorted([x * 256, y * 256] for y, x in np.argwhere(share > 0.01)) == sorted(planted) and 1 <= len(planted) <= 2
+    )
+    beige = (np.abs(pixels - [216, 190, 178]).max(-1) < 22)[::8, ::8]
+    y, x = np.argwhere(beige).mean(0)
+    assert x < 118 and y < 118  # of 256: upper left
+
+
+def test_tissue_and_grid(toy_slide):
+    slide = prepare.Slide(toy_slide[0])
+    mask = prepare.tissue_mask(slide.thumbnail(prepare.MASK))
+    assert 0.4 < mask.mean() < 0.75
+    coords = prepare.tile_grid(mask, 0.25)
+    assert 30 < len(coords) < 60 and coords.dtype == np.int32 and (coords % 256 == 0).all()
+    raster = coords[:, 1].astype(int) * 10000 + coords[:, 0]
+    assert (np.diff(raster) > 0).all()  # y, then x
+    glass = Image.fromarray(np.random.default_rng(0).integers(236, 248, (64, 64, 3), dtype=np.uint8))
+    assert len(prepare.tile_grid(prepare.tissue_mask(glass), 0.25)) == 0
+    solid = Image.new("RGB", (64, 64), (220, 150, 190))
+    assert len(prepare.tile_grid(prepare.tissue_mask(solid), 0.25)) == 64
+
+
+def test_slides_of_other_resolutions_are_resampled(toy_slide, tmp_path):
+    """The same picture scanned at 0.25 um/px: the same size, tiles and colours at 0.5 um/px."""
+    _, image, _ = toy_slide
+    image.resize((4096, 4096), Image.Resampling.BICUBIC).save(tmp_path / "fine.png")
+    fine = prepare.Slide(tmp_path / "fine.png", mpp=0.25)
+    assert (fine.width, fine.height, fine.scale) == (2048, 2048, 2.0)
+    want = np.asarray(image.crop((512, 768, 768, 1024))).astype(int)
+    assert np.abs(fine.tile(512, 768) - want).mean() < 3
+
+
+def test_slide_without_resolution_names_the_flag(tmp_path):
+    Image.new("RGB", (300, 300)).save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match="no um/px; give it with --mpp"):
+        prepare.Slide(tmp_path / "photo.png")
+
+
+def test_qa_in_both_shapes(tmp_path):
+    row = {"id": "T-1", "image": "TCGA-LUSC/T.1.pt", "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tumor."},
+    ]}  # fmt: skip
+    (tmp_path / "1_Report_test.json").write_text(json.dumps([row], indent=1))
+    line = {
+        "question_id": "Grade_T-1",
+        "image": "TCGA-LUSC/T.1.pt",
+        "question": "What is it?",
+        "T-answer": "A tumor.",
+        "metadata": "Grade",
+    }
+    (tmp_path / "sample.jsonl").write_text(json.dumps(line) + "\n")
+    (first,), (second,) = prepare.read_qa(tmp_path / "1_Report_test.json"), prepare.read_qa(tmp_path / "sample.jsonl")
+    assert first == {
+        "id": "T-1",
+        "slide": "T.1",
+        "task": "Report",
+        "cancer": "TCGA-LUSC",
+        "conversations": row["conversations"],
+    }
+    assert second == first | {"id": "Grade_T-1", "task": "Grade"}
+    prepare.write_qa(tmp_path / "own.jsonl", [first, second])
+    assert prepare.read_qa(tmp_path / "own.jsonl") == [first, second]
+
+
+def test_malformed_qa_names_the_line(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    good = json.dumps({"question_id": "1", "image": "a/b.pt", "question": "q", "T-answer": "a"})
+    for text, message in [
+        ("", "empty"),
+        (good + "\n{oops\n", "line 2: not JSON"),
+        ('[\n{"id": 1},\n]', "line 3: not JSON"),
+        (good + '\n{"question_id": 1, "image": "x.pt"}\n', "line 2: has no 'question'"),
+        ('[{"id": 1, "image": "x.pt", "conversations": [{"from": "gpt", "value": "a"}]}]', "item 1: is malformed"),
+        ("[]", "holds no questions"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            prepare.read_qa(path)
+
+
+def test_two_slides_of_one_name_are_refused(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (300, 300)).save(tmp_path / folder / "s.png")
+    with pytest.raises(UserError, match="a/s.png and .*b/s.png have the same name"):
+        prepare.find_slides([tmp_path])
+
+
+def test_demo_cohort_is_balanced_and_disjoint():
+    cases = prepare.invent_cases(60, 24, seed=0)
+    assert len({case["slide"] for case in cases}) == len({case["seed"] for case in cases}) == 84
+    test = [case for case in cases if case["split"] == "test"]
+    for key, values in (("type", 4), ("grade", 3), ("position", 4), ("focus", 2)):
+        counts = [sum(case[key] == value for case in test) for value in {case[key] for case in test}]
+        assert counts == [24 // values] * values
+    rows = prepare.write_questions(test[0], np.random.default_rng(0))
+    assert [row["task"] for row in rows] == ["report", "type", "grade", "position", "focus", "subtype", "dialogue"]
+    answers = {row["task"]: row["conversations"][1]["value"] for row in rows}
+    for key in ("type", "grade", "position"):
+        assert test[0][key] in answers[key] and test[0][key] in answers["report"]
+
+
+@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
+def test_real_questions_are_read():
+    files = sorted((SHARED / "wsi_bench").glob("*.json*"))
+    rows = {file.name: prepare.read_qa(file) for file in files}
+    assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {"Report"}
+    assert len(rows["test_sample.jsonl"]) == 237
+    assert all(
+        row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-") for part in rows.values() for row in part
+    )
+
+
+@pytest.mark.skipif(not (SHARED / "slides").exists(), reason="needs the slides in ../shared/slides")
+def test_real_slide_beside_a_broken_one(tmp_path):
+    done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path / "data")
+    assert done.returncode == 1
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.startswith("failed:")] == [line for line in lines if "broken.svs" in line]
+    assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
+    features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
+    assert features.shape == (len(coords), 128) and 30 < len(coords) < 50 and features.isfinite().all()
+    assert coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole program, on a cohort of fifteen
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def script(name, *arguments):
+    """Runs a script as a user would."""
+    command = [sys.executable, HERE / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A demo too short to learn anything -> (its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("demo")
+    places = ["--data", folder / "data", "--out", folder / "out"]
+    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 5, "--epochs", 1, "--val", 0.2, *places)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_demo_runs_end_to_end(demo):
+    folder, printed = demo
+    for task in ("type", "grade", "position", "focus", "subtype"):
+        assert any(line.startswith(f"{task} (") and line.split()[-5] == "3" for line in printed.splitlines()), printed
+    assert "Retrieval among 3 held-out slides" in printed and "ASSISTANT:" in printed
+    for stage in (1, 2, 3):
+        made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
+        assert made == {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.png"}
+    assert Image.open(folder / "out" / "loss.png").size[0] == 3 * 520
+    features = {p.stem for p in (folder / "data" / "features").iterdir()}
+    assert len(features) == 18 == len(list((folder / "data" / "qc").iterdir()))
+    train_rows, test_rows = (train.load_rows(folder / "data", split) for split in ("train", "test"))
+    assert not {row["slide"] for row in train_rows} & {row["slide"] for row in test_rows}
+
+
+def test_prepare_skips_what_is_done_and_refuses_other_parameters(demo):
+    folder, _ = demo
+    before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
+    common = ["--slides", folder / "data" / "slides", "--data", folder / "data"]
+    done = script("prepare.py", *common)
+    assert done.returncode == 0 and "18 done already; 0 to tile" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
+    done = script("prepare.py", *common, "--min-tissue", 0.5)
+    assert done.returncode == 1 and "min_tissue 0.25, not 0.5; --overwrite" in done.stderr
+
+
+def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
+    folder, _ = demo
+    places = ["--data", folder / "data", "--out", folder / "out", "--max-new-tokens", 8]
+    for slide in ("demo_0015", toy_slide[0]):
+        done = script("sample.py", "--slide", slide, "--ask", "Which type of tumor is this?", *places)
+        assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
+    assert (folder / "data" / "features" / "toy.safetensors").exists()
+    (folder / "data" / "features" / "toy.safetensors").unlink()
+
+
+def train_with(demo, out, *arguments):
+    train.main(["--data", str(demo[0] / "data"), "--out", str(out), *map(str, arguments)])
+
+
+def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch):
+    """Bit for bit, in every stage; and the same command twice gives the same weights."""
+    real = train.schedule
+    for stage, flags in ((1, ["--epochs", 5]), (2, ["--epochs", 3, "--batch-size", 4]), (3, ["--batch-size", 9])):
+        results = {}
+        for name in ("whole", "again", "cut"):
+            out = tmp_path / name
+            if name == "cut":
+
+                def interrupt(step, steps, warmup):
+                    if step == 3:
+                        raise KeyboardInterrupt
+                    return real(step, steps, warmup)
+
+                monkeypatch.setattr(train, "schedule", interrupt)
+                with pytest.raises(UserError, match="interrupted after step 3 of .*, saved; --resume"):
+                    train_with(demo, out, "--stage", stage, *flags)
+                monkeypatch.setattr(train, "schedule", real)
+                assert not (out / f"stage{stage}" / "model.safetensors").exists()
+            train_with(demo, out, "--stage", stage, *flags, *["--resume"] * (name == "cut"))
+            results[name] = load_file(out / f"stage{stage}" / "model.safetensors")
+        for name in ("again", "cut"):
+            assert results["whole"].keys() == results[name].keys()
+            assert all(torch.equal(results["whole"][k], results[name][k]) for k in results["whole"])
+
+
+def test_gradient_cache_equals_the_full_batch(demo):
+    """Stage 1's embed, cache, embed again gives the gradients of one big batch."""
+    args = train.parse(["--data", str(demo[0] / "data"), "--stage", "1"])
+    wsi_llava.resolve_device(args)
+    task = train.stage1(args, train.RECIPES["demo"][1], wsi_llava.read_meta(args.data))
+    model = task.model.eval()  # no dropout: the two ways draw it differently
+    task.backward(task.items)
+    cached = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    words = wsi_llava.load_llama(args.data / "llm").embed_tokens.weight.detach()
+    pairs = train.Pairs(args, model, words, wsi_llava.Tokenizer(args.data / "tokenizer.model"))
+    embedded = [pairs.embed(part) for part in pairs.chunks(task.items)]
+    assert len(embedded) > 1
+    model.loss(*(torch.cat(x) for x in zip(*embedded))).backward()
+    for name, p in model.named_parameters():
+        assert relative(cached[name], p.grad) < 1e-4 or p.grad.abs().max() < 1e-7, name
+
+
+def test_bad_input_is_one_line(demo, tmp_path):
+    """Each a non-zero exit and one line that names the file or flag and what to do."""
+    folder, _ = demo
+    data = ["--data", folder / "data"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.svs").write_bytes(b"not a slide")
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps({"question_id": 1, "image": "x/far.pt", "question": "?", "T-answer": "!"})
+    )
+    long = "word " * 2000
+    cases = [
+        (["prepare.py"], "nothing to do"),
+        (["prepare.py", "--slides", tmp_path / "empty"], "no slides below"),
+        (["prepare.py", "--slides", tmp_path / "nowhere"], "no such file or folder"),
+        (
+            ["prepare.py", "--slides", tmp_path / "broken.svs", "--data", tmp_path / "d"],
+            "1 slides could not be prepared",
+        ),
+        (["prepare.py", "--qa", tmp_path / "missing.json"], "no such file (--qa)"),
+        (["prepare.py", "--slides", HERE, "--tile-encoder", tmp_path / "no.bin"], "no slides below"),
+        (["train.py", "--stage", 1, "--data", tmp_path / "none"], "run python prepare.py"),
+        (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
+        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
+        (["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"], "run python train.py --stage"),
+        (["sample.py", "--slide", "nobody", *data, "--out", folder / "out"], "neither a file nor the name of a slide"),
+        (
+            ["sample.py", "--slide", "demo_0015", "--ask", long, *data, "--out", folder / "out"],
+            "the prompt is too long",
+        ),
+        (["sample.py", "--slide", "demo_0015", *data, "--llm", tmp_path / "no"], "no such"),
+    ]
+    for command, message in cases:
+        done = script(*command)
+        errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
+        assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (command, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+def test_questions_about_slides_without_features(demo, tmp_path):
+    data = tmp_path / "data"
+    (data / "qa").mkdir(parents=True)
+    (data / "features").mkdir()
+    rows = [{"id": str(i), "slide": f"far{i}", "task": "Report", "conversations": TALK[:2]} for i in (2, 1)]
+    prepare.write_qa(data / "qa" / "train.jsonl", rows)
+    with pytest.raises(UserError, match="names 2 slides without features .* the first: far1"):
+        train.load_rows(data, "train")
+    with pytest.raises(UserError, match="no question is about a slide that has features"):
+        train.load_rows(data, "train", skip_missing=True)
+
+
+def test_features_of_another_encoder_are_refused(demo, tmp_path):
+    """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
+    folder, _ = demo
+    other = wsi_llava.untrained_tile_encoder(seed=1)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    done = script(
+        "prepare.py",
+        "--slides",
+        folder / "data" / "slides",
+        "--data",
+        folder / "data",
+        "--tile-encoder",
+        tmp_path / "other.safetensors",
+    )
+    assert done.returncode == 1 and "features of another tile encoder" in done.stderr
+    args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
+    wsi_llava.resolve_device(args)
+    meta = wsi_llava.read_meta(args.data)
+    meta["encoder"]["fingerprint"] = "0123456789abcdef"
+    with pytest.raises(UserError, match="stage1.* was trained with another tile encoder"):
+        wsi_llava.assemble(args, meta, 3)
+    meta = wsi_llava.read_meta(args.data)
+    meta["encoder"]["width"] = 1536
+    with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
+        wsi_llava.assemble(args, meta, 3)

@@ -1,0 +1,1429 @@
+"""WSI-LLaVA: a multimodal language model for whole slide images, in one file.
+
+Follows WSI-LLaVA (arXiv 2412.02141) on top of Prov-GigaPath (Nature 2024; tile encoder: DINOv2 ViT-g, arXiv
+2304.07193; slide encoder: LongNet, arXiv 2307.02486), LLaVA-1.5 (arXiv 2310.03744) and Vicuna, which is a Llama
+(arXiv 2302.13971). Read it top to bottom: the parts stand in the order in which data flows.
+
+    tiles [N,256,256,3] uint8, 0.5 um/px             prepare.py cuts them from the slide
+      -> preprocess_tiles      [N,3,224,224]
+      -> TileEncoder           [N,1536]               one vector a tile
+      -> SlideEncoder          [N,768]                tiles see one another: dilated attention (LongNet)
+      -> pool_tokens           [V=576,768]            visual tokens; zero-padded to 1024, the width of CLIP-L/336
+      -> mm_projector          [V,4096]               into the language model's embedding space
+      -> Llama                 [T+V,32000]            spliced where the prompt says <image>; next-token logits
+
+Glossary of the shape comments, here and everywhere: B batch, N tiles of a slide, L sequence length (N + 1 with the
+CLS), T text tokens, V visual tokens, H heads, D head dim, C channels, W segment length, R dilation.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one line: the file or flag, what is wrong, what to do."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configs and presets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Config:
+    """What the config dataclasses share: a JSON round trip that refuses unknown fields."""
+
+    def to_dict(self):
+        return dataclasses.asdict(self)
+
+    def to_json(self):
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values):
+        types = {f.name: f.type for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(types))
+        if unknown:
+            raise UserError(
+                f"{cls.__name__} has no field {', '.join(unknown)}: the file was written by another version"
+            )
+        kwargs = {}
+        for name, value in values.items():
+            if isinstance(value, dict) and types[name] is not dict:
+                value = types[name].from_dict(value)
+            kwargs[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    @classmethod
+    def from_json(cls, text):
+        return cls.from_dict(json.loads(text))
+
+
+@dataclass
+class TileEncoderConfig(Config):
+    """The defaults are Prov-GigaPath's tile encoder (ViT-g/16, 1.13 B parameters)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 1536
+    depth: int = 40
+    heads: int = 24
+    mlp_hidden: int = 4096  # after the SwiGLU gate; fc1 is twice as wide
+    layer_scale: float = 1e-5  # initial value only; a checkpoint brings its own
+
+
+@dataclass
+class SlideEncoderConfig(Config):
+    """The defaults are Prov-GigaPath's slide encoder `gigapath_slide_enc12l768d` (86 M parameters)."""
+
+    in_width: int = 1536
+    width: int = 768
+    depth: int = 12
+    heads: int = 16
+    mlp_hidden: int = 3072
+    segments: tuple = (1024, 5792, 32768, 185363, 1048576)
+    dilations: tuple = (1, 2, 4, 8, 16)
+    pad_keys: bool = True  # the released weights were trained with it, see dilated_attention
+    tile_size: int = 256  # pixels of the tiled resolution that one cell of the position grid covers
+    grid: int = 1000  # cells along each side of the position grid
+    dropout: float = 0.25
+    drop_path: float = 0.1
+
+
+@dataclass
+class TextEncoderConfig(Config):
+    """Stage 1 only. The paper does not say which text encoder it uses; this is a small one of our own."""
+
+    in_width: int = 4096  # of the LLM's token embeddings
+    width: int = 512
+    depth: int = 6
+    heads: int = 8
+    mlp_hidden: int = 1408
+    max_length: int = 512  # tokens; longer reports are cut
+    embed_width: int = 512  # of the space that slides and reports share
+
+
+@dataclass
+class LlamaConfig(Config):
+    """The defaults are Vicuna-7b-v1.5."""
+
+    vocab: int = 32000
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp_hidden: int = 11008
+    eps: float = 1e-5
+    rope_theta: float = 10000.0
+    context: int = 4096
+
+
+@dataclass
+class WSILLaVAConfig(Config):
+    tile_encoder: TileEncoderConfig = field(default_factory=TileEncoderConfig)
+    slide_encoder: SlideEncoderConfig = field(default_factory=SlideEncoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
+    fingerprints: dict = field(default_factory=dict)  # of the parts that these weights were trained with
+    n_visual_tokens: int = 576  # 24 x 24, as CLIP-L/336 gives LLaVA-1.5
+    pad_to: int = 1024  # CLIP-L's width: visual tokens are zero-padded to it, so that LLaVA's projector fits
+    lora_rank: int = 0  # 0: the LLM has no adapters
+    lora_alpha: float = 0.0
+
+
+PRESETS = {
+    # Small enough to train on two CPU cores in minutes, and the same code in every line.
+    "demo": WSILLaVAConfig(
+        TileEncoderConfig(width=128, depth=2, heads=2, mlp_hidden=256, layer_scale=1.0),  # TileEncoder, untrained
+        SlideEncoderConfig(128, 128, 4, 4, 384, (64, 256), (1, 2), dropout=0.0, drop_path=0.0),
+        TextEncoderConfig(128, 128, 2, 4, 256, 128, 128),
+        LlamaConfig(512, 128, 4, 4, 4, 352, context=512),
+        n_visual_tokens=36,
+        pad_to=160,
+    ),
+    "7b": WSILLaVAConfig(),
+    "13b": WSILLaVAConfig(
+        text_encoder=TextEncoderConfig(in_width=5120),
+        llama=LlamaConfig(width=5120, depth=40, heads=40, kv_heads=40, mlp_hidden=13824),
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tile encoder: a 256-px tile -> one vector (DINOv2 ViT, names as in timm)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def preprocess_tiles(tiles):
+    """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std.
+
+    This is Prov-GigaPath's preprocessing. Its resize to 256 is the identity here: tiles are cut at 256 px.
+    """
+    B, height, width, channels = tiles.shape
+    if tiles.dtype != torch.uint8 or (height, width, channels) != (256, 256, 3):
+        raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
+    x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255
+    mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225], device=x.device).view(3, 1, 1)
+    return (x - mean) / std
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x, mask=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each [B,H,T,D]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    """Packed as in timm's SwiGLUPacked: one fc1 makes the gate (first half) and the value (second half)."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), float(value)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block of the ViT; the text encoder of stage 1 reuses it, with a padding mask."""
+
+    def __init__(self, width, heads, mlp_hidden, layer_scale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = SwiGLU(width, mlp_hidden)
+        self.ls2 = LayerScale(width, layer_scale)
+
+    def forward(self, x, mask=None):
+        x = x + self.ls1(self.attn(self.norm1(x), mask))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, width):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,196,C]
+
+
+class TileEncoder(nn.Module):
+    """Prov-GigaPath's tile encoder: images [B,3,224,224] from preprocess_tiles -> [B,C], the CLS after the final norm.
+
+    Parameter names are those of the published `pytorch_model.bin` (timm's vit_giant_patch14_dinov2 at patch 16).
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        patches = (cfg.image_size // cfg.patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, cfg.width))
+        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
+        self.blocks = nn.ModuleList(
+            Block(cfg.width, cfg.heads, cfg.mlp_hidden, cfg.layer_scale) for _ in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
+
+    def forward(self, images):
+        x = self.patch_embed(images)  # [B,196,C]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 0]
+
+
+@torch.no_grad()
+def untrained_tile_encoder(cfg=None, seed=0):
+    """The demo's tile encoder: fixed, seeded, **untrained** weights, for trying the pipeline and not for science.
+
+    A random network still tells colours and textures apart (a random projection of every patch, a random
+    non-linearity, an average over the tile), which is all that the toy cohort asks of it.
+    """
+    encoder = TileEncoder(cfg or PRESETS["demo"].tile_encoder).eval()
+    rng = np.random.default_rng(seed)
+    for name, p in encoder.named_parameters():
+        noise = rng.standard_normal(tuple(p.shape), dtype=np.float32)
+        if p.dim() >= 2 and name.endswith("weight"):
+            noise /= math.sqrt(p[0].numel())  # unit gain
+        elif name.endswith(("gamma", "weight")):
+            noise = np.ones_like(noise)
+        elif name.endswith("pos_embed"):
+            noise *= 0  # where in the tile something lies says nothing in pathology
+        else:
+            noise *= 0.5
+        p.copy_(torch.from_numpy(noise))
+    return encoder
+
+
+def fingerprint(module):
+    """A short hash of a module's weights: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so that
+    a copy saved in half precision counts as the same). What one model made carries it, so that it meets only that model.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(module.state_dict().items()):
+        sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
+        digest.update(f"{name}{list(p.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dilated attention (LongNet, arXiv 2307.02486)
+#
+# Branch (W, R) cuts the sequence into segments of W tokens. Inside a segment, head h keeps every R-th token, starting
+# at token h // ceil(H/R), so that the heads together see all of them. Only kept tokens ask, only kept tokens of the
+# same segment answer. LongNet runs one softmax attention per branch and mixes their outputs O_j by their softmax
+# denominators Z_j:
+#
+#     sum_j (Z_j / sum_i Z_i) O_j  =  sum_j Z_j/sum_i Z_i * (sum_k e^{s_jk} v_jk) / Z_j  =  sum_jk e^{s_jk} v_jk / sum_i Z_i
+#
+# which is ONE softmax over the union of the branches' keys (a key that two branches keep counts twice). So a running
+# log-sum-exp is carried through the branches, nothing is stored per branch, and the backward of every branch is that of
+# plain attention with the final output and the final log-sum-exp in place of its own. Upstream takes the mixing weights
+# under no_grad and so drops a term of the gradient; here it is exact.
+#
+# Zero padding counts: upstream pads segments with zero keys and values and does not mask them, so each padded slot adds
+# e^0 = 1 to the denominators of its segment. The released weights were trained so (`pad_keys=True`).
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _fused(x):
+    """Whether PyTorch's fused CPU kernel takes it: no n x n matrix, and any strides."""
+    return x.device.type == "cpu"
+
+
+def _attend(q, k, v):
+    """Softmax attention with its log-sum-exp: [B,H,n,D] each -> out [B,H,n,D], lse [B,H,n]."""
+    if _fused(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    for i in range(0, q.shape[2], 1024):  # elsewhere a block of queries at a time, so memory stays linear
+        s = (q[:, :, i : i + 1024] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+        lse[:, :, i : i + 1024] = s.logsumexp(-1)
+        out[:, :, i : i + 1024] = (s - lse[:, :, i : i + 1024, None]).exp().to(q.dtype) @ v
+    return out, lse
+
+
+def _attend_backward(grad, q, k, v, out, lse):
+    """Gradients of q, k, v, given `out` and `lse` of the whole union: P = e^{s - lse}, dS = P (dO v^T - dO.out)."""
+    if _fused(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+    scale = 1 / math.sqrt(q.shape[3])
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for i in range(0, q.shape[2], 1024):
+        rows = slice(i, i + 1024)
+        p = ((q[:, :, rows] @ k.transpose(2, 3)).float() * scale - lse[:, :, rows, None]).exp()
+        delta = (grad[:, :, rows].float() * out[:, :, rows].float()).sum(-1, keepdim=True)
+        ds = (p * ((grad[:, :, rows] @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
+        dq[:, :, rows] = ds @ k
+        dk += ds.transpose(2, 3) @ q[:, :, rows]
+        dv += p.to(q.dtype).transpose(2, 3) @ grad[:, :, rows]
+    return dq, dk, dv
+
+
+def _branch_views(L, H, segments, dilations):
+    """Yields (view, padded): every set of tokens that attend to one another, as a strided view.
+
+    view: [B,L,H,...] -> [B,S,n,h,...]: S segments, the n tokens that h heads keep in each; no copy.
+    padded: the number of zero keys that upstream's padding adds to each of these segments.
+    """
+    for W, R in zip(segments, dilations):
+        W = min(W, L)
+        slots = -(-W // R)  # keys a head sees in a segment, padding included
+        per_offset = -(-H // R)  # heads that share an offset
+        for offset in range(min(W, -(-H // per_offset))):
+            heads = slice(offset * per_offset, min(H, (offset + 1) * per_offset))
+            whole = L // W
+            for start, count, length in ((0, whole, W), (whole * W, 1, L - whole * W)):  # whole segments; the rest
+                kept = len(range(offset, length, R))
+                if kept:
+
+                    def view(x, start=start, count=count, length=length, offset=offset, R=R, heads=heads):
+                        x = x[:, start : start + count * length].unflatten(1, (count, length))
+                        return x[:, :, offset::R, heads]
+
+                    yield view, slots - kept
+
+
+class _DilatedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, segments, dilations, pad_keys):
+        B, L, H, D = q.shape
+        accumulate = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros(B, L, H, D, dtype=accumulate, device=q.device)
+        lse = torch.full((B, L, H), -math.inf, dtype=accumulate, device=q.device)
+        for view, padded in _branch_views(L, H, segments, dilations):
+            qv, kv, vv = (view(x).flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*S,h,n,D]
+            o, l = _attend(qv, kv, vv)
+            old, total = view(lse), view(out)  # [B,S,n,h], [B,S,n,h,D]
+            o, l = o.transpose(1, 2).view_as(total), l.transpose(1, 2).reshape(old.shape).to(accumulate)
+            new = torch.logaddexp(old, l)
+            if pad_keys and padded:
+                new = torch.logaddexp(new, torch.full_like(new, math.log(padded)))
+            total.mul_((old - new).exp().unsqueeze(-1)).addcmul_(o.to(accumulate), (l - new).exp().unsqueeze(-1))
+            old.copy_(new)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.branches = segments, dilations
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        B, L, H, D = q.shape
+        grads = [torch.zeros(B, L, H, D, dtype=lse.dtype, device=q.device) for _ in range(3)]
+        for view, _ in _branch_views(L, H, *ctx.branches):
+            # The zero keys of the padding add to the denominator alone, which is in lse already.
+            gv, qv, kv, vv, ov = (view(x).flatten(0, 1).transpose(1, 2) for x in (grad, q, k, v, out))
+            lv = view(lse).flatten(0, 1).transpose(1, 2).contiguous()  # [B*S,h,n]
+            for total, part in zip(grads, _attend_backward(gv, qv, kv, vv, ov, lv)):
+                total = view(total)
+                total += part.transpose(1, 2).view_as(total)
+        return *(g.to(q.dtype) for g in grads), None, None, None
+
+
+def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
+    """LongNet's dilated attention: q, k, v [B,L,H,D] -> [B,L,H,D]. Differentiable; memory is linear in L.
+
+    segments, dilations: the branches' W and R, one each. pad_keys: count upstream's zero padding (see above); False is
+    the clean variant for training from scratch. A query that no branch keeps gets zeros. impl: "torch" or "auto".
+    Source: torchscale's DilatedAttention as Prov-GigaPath uses it.
+    """
+    if len(segments) != len(dilations) or q.shape != k.shape or q.shape != v.shape or q.dim() != 4:
+        raise ValueError(
+            f"q, k, v must be [B,L,H,D] alike and segments as many as dilations, not {list(q.shape)}, {list(k.shape)}, "
+            f"{list(v.shape)}, {segments}, {dilations}"
+        )
+    if impl not in ("torch", "auto"):
+        raise ValueError(f'impl must be "torch" or "auto", not "{impl}"')
+    return _DilatedAttention.apply(q, k, v, tuple(segments), tuple(dilations), pad_keys)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Slide encoder: all tiles of a slide -> tiles in context (LongNet, names as in Prov-GigaPath)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def position_embedding(coords, width, tile_size=256, grid=1000):
+    """Fixed 2-D sin-cos embedding of tile positions: coords [...,2] (x, y) in pixels at the tiled resolution -> [...,C].
+
+    The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of
+    cell / 10000^(i / (C/4)). Computed from the cells: upstream looks them up in a table of grid^2 rows, 3 GB at 768.
+    Raises ValueError for a cell outside the grid: level-0 coordinates given instead of 0.5 um/px look like this.
+    """
+    cells = torch.div(coords, tile_size, rounding_mode="floor")
+    if cells.numel() and (cells.min() < 0 or cells.max() >= grid):
+        raise ValueError(
+            f"tile position {cells.min().item():.0f}..{cells.max().item():.0f} is outside the grid 0..{grid - 1}: "
+            f"are the coordinates in pixels at the tiled resolution?"
+        )
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    angle = cells.cpu().double().flip(-1).unsqueeze(-1) * frequency  # [...,2 (y, x),C/4]
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(coords.device, torch.float32)
+
+
+def pool_tokens(tokens, n):
+    """Average [B,N,C] along the raster-ordered sequence into n visual tokens [B,n,C]; fewer than n tokens repeat."""
+    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)
+
+
+class SlideAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.q_proj = nn.Linear(cfg.width, cfg.width)
+        self.k_proj = nn.Linear(cfg.width, cfg.width)
+        self.v_proj = nn.Linear(cfg.width, cfg.width)
+        self.inner_attn_ln = nn.LayerNorm(cfg.width, eps=1e-5)  # sub-LN: keeps deep, wide-gain networks stable
+        self.out_proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x):
+        B, L, C = x.shape
+        shape = (B, L, self.cfg.heads, C // self.cfg.heads)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)  # [B,L,H,D]
+        x = dilated_attention(q, k, v, self.cfg.segments, self.cfg.dilations, self.cfg.pad_keys)
+        return self.out_proj(self.inner_attn_ln(x.reshape(B, L, C)))
+
+
+class SlideFFN(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.width, cfg.mlp_hidden)
+        self.ffn_layernorm = nn.LayerNorm(cfg.mlp_hidden, eps=1e-5)
+        self.fc2 = nn.Linear(cfg.mlp_hidden, cfg.width)
+
+    def forward(self, x):
+        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+
+
+class SlideLayer(nn.Module):
+    def __init__(self, cfg, drop_path):
+        super().__init__()
+        self.drop_path = drop_path
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(cfg.width, eps=1e-5)
+        self.self_attn = SlideAttention(cfg)
+        self.final_layer_norm = nn.LayerNorm(cfg.width, eps=1e-5)
+        self.ffn = SlideFFN(cfg)
+
+    def residual(self, x, update):
+        """x + update, with dropout, and in training now and then without the update at all (stochastic depth)."""
+        update = self.dropout(update)
+        if self.training and self.drop_path > 0:
+            keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+            update = update * keep / (1 - self.drop_path)
+        return x + update
+
+    def forward(self, x):
+        x = self.residual(x, self.self_attn(self.self_attn_layer_norm(x)))
+        return self.residual(x, self.ffn(self.final_layer_norm(x)))
+
+
+class SlideEncoder(nn.Module):
+    """Prov-GigaPath's slide encoder (LongNet): tiles see one another through dilated attention.
+
+    (features [B,N,C_tile], coords [B,N,2] in pixels at the tiled resolution) -> (cls [B,C], tokens [B,N,C]), both after
+    the final norm. Parameter names are those of the published `slide_encoder.pth`. Slides in one batch have the same N.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.checkpointing = False  # True: recompute the layers in the backward pass, for long slides
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(cfg.in_width, cfg.width)})
+        self.dropout = nn.Dropout(cfg.dropout)
+        rates = [cfg.drop_path * i / max(1, cfg.depth - 1) for i in range(cfg.depth)]
+        layers = nn.ModuleList(SlideLayer(cfg, rate) for rate in rates)
+        self.encoder = nn.ModuleDict({"layers": layers, "layer_norm": nn.LayerNorm(cfg.width, eps=1e-5)})
+        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
+
+    def encode(self, features, coords):
+        """-> [B,1+N,C] before the final norm, the CLS first."""
+        x = self.patch_embed["proj"](features)  # [B,N,C]
+        x = x + position_embedding(coords, self.cfg.width, self.cfg.tile_size, self.cfg.grid).to(x.dtype)
+        x = self.dropout(
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        )  # [B,1+N,C]; CLS at position zero
+        for layer in self.encoder["layers"]:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
+        return self.encoder["layer_norm"](x)
+
+    @torch.no_grad()
+    def standardize_inputs(self, features):
+        """Sets the first layer of an untrained encoder so that these features [N,C_tile] enter with mean 0, deviation 1.
+
+        What all tiles have in common is many times what tells them apart; untreated, it stalls the training of stage 1.
+        """
+        std, mean = torch.std_mean(features.float(), dim=0)
+        proj = self.patch_embed["proj"]
+        proj.weight /= std.clamp(min=1e-4)
+        proj.bias -= proj.weight @ mean
+
+    def forward(self, features, coords):
+        x = self.norm(self.encode(features, coords))
+        return x[:, 0], x[:, 1:]
+
+    def visual_tokens(self, features, coords, n):
+        """What the language model sees: the tiles in context, pooled to n tokens, then normed [B,n,C]. No CLS."""
+        return self.norm(pool_tokens(self.encode(features, coords)[:, 1:], n))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text encoder and the model of stage 1: slides and reports meet in one space (CLIP, arXiv 2103.00020)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a small
+    bidirectional Transformer, mean over the tokens.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Linear(cfg.in_width, cfg.width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, cfg.max_length, cfg.width))
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
+
+    def forward(self, token_embeds, mask):
+        B, T, C = token_embeds.shape
+        # An LLM's embeddings are small, and differ in size from one LLM to the next: normed, or the words drown.
+        x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
+        x = self.norm(x) * mask.unsqueeze(-1)
+        return x.sum(1) / mask.sum(1, keepdim=True)
+
+
+class WSITextAlignment(nn.Module):
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space, and CLIP's temperature.
+
+    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language model reads
+    later, and a loss on the CLS alone would leave their last layer untrained.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_visual_tokens = cfg.n_visual_tokens
+        self.slide_encoder = SlideEncoder(cfg.slide_encoder)
+        self.text_encoder = TextEncoder(cfg.text_encoder)
+        self.slide_head = nn.Linear(cfg.slide_encoder.width, cfg.text_encoder.embed_width, bias=False)
+        self.text_head = nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def embed_slides(self, features, coords):
+        """-> [B,E] of unit length."""
+        tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens)
+        return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
+
+    def embed_texts(self, token_embeds, mask):
+        """-> [B,E] of unit length."""
+        return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
+
+    def loss(self, slides, texts):
+        """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its slide."""
+        logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Llama (names as in Hugging Face, less their leading "model.")
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rotary_tables(start, T, D, theta, device, dtype):
+    """cos and sin [T,D] for positions start..start+T-1, in the half-split layout: channel i turns with i + D/2."""
+    frequency = theta ** -(torch.arange(0, D, 2, device=device).float() / D)  # [D/2]
+    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """x [B,H,T,D] turned by its position. Not the interleaved layout of the paper: the weights are permuted for this one."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of all positions so far, allocated once: per layer [B,H_kv,capacity,D] twice."""
+
+    def __init__(self, cfg, batch, capacity, device, dtype):
+        shape = (cfg.depth, 2, batch, cfg.kv_heads, min(capacity, cfg.context), cfg.width // cfg.heads)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Stores k, v [B,H_kv,T,D] of the new positions; returns all up to them."""
+        end = self.length + k.shape[2]
+        if end > self.kv.shape[4]:
+            raise ValueError(f"the cache holds {self.kv.shape[4]} positions, {end} are needed")
+        self.kv[layer, 0, :, :, self.length : end] = k
+        self.kv[layer, 1, :, :, self.length : end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.head_dim = cfg, cfg.width // cfg.heads
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.heads * self.head_dim, cfg.width, bias=False)
+
+    def forward(self, x, cos, sin, cache, layer):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,D]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H_kv,T,D]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        past, mask = k.shape[2] - T, None
+        if past and T > 1:  # a later turn of a chat: row t sees everything before it, and itself
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        causal = past == 0 and T > 1
+        grouped = self.cfg.kv_heads != self.cfg.heads
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.width, cfg.mlp_hidden, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.mlp_hidden, bias=False)
+        self.down_proj = nn.Linear(cfg.mlp_hidden, cfg.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.self_attn = LlamaAttention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.mlp = LlamaMLP(cfg)
+
+    def forward(self, x, cos, sin, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """A Llama decoder: ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
+
+    cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last position
+    alone, [B,1,vocab]. Raises UserError where the positions exceed the context that the weights were trained for.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.checkpointing = False
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
+        self.layers = nn.ModuleList(LlamaLayer(cfg) for _ in range(cfg.depth))
+        self.norm = RMSNorm(cfg.width, cfg.eps)
+        self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
+
+    def forward(self, ids=None, embeds=None, cache=None, last_only=False):
+        x = self.embed_tokens(ids) if embeds is None else embeds
+        B, T, C = x.shape
+        past = cache.length if cache is not None else 0
+        if past + T > self.cfg.context:
+            raise UserError(
+                f"the prompt is too long: {past + T} tokens, the language model's context holds {self.cfg.context}; "
+                f"shorten the question or start a new chat"
+            )
+        cos, sin = rotary_tables(past, T, C // self.cfg.heads, self.cfg.rope_theta, x.device, x.dtype)
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, cache, i, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache, i)
+        if cache is not None:
+            cache.length += T
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trainable low-rank update (LoRA, arXiv 2106.09685): W x + (alpha / r) B A x."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, dtype=base.weight.dtype))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=base.weight.dtype))  # so it starts as W
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.base(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+
+def add_lora(llama, rank, alpha):
+    """Wraps every linear layer of the decoder's blocks (LLaVA's choice: all but the lm_head) and freezes the rest."""
+    llama.requires_grad_(False)
+    for layer in llama.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                setattr(part, name, LoRALinear(child, rank, alpha))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizer and prompt
+# --------------------------------------------------------------------------------------------------------------------
+
+IMAGE_TOKEN = -200  # stands in a sequence of ids where the visual tokens go; LLaVA's value
+IGNORE = -100  # label of a position that carries no loss; PyTorch's ignore_index
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class Tokenizer:
+    """SentencePiece with Llama's conventions (BOS 1, EOS 2) and LLaVA's prompts (`vicuna_v1` and plain)."""
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such tokenizer; a language model's folder holds it as tokenizer.model")
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise UserError(
+                f"{path}: not a SentencePiece model; copy the language model's tokenizer.model again"
+            ) from None
+        self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
+
+    def encode(self, text, bos=False):
+        return [self.bos] * bos + self.sp.encode(text)
+
+    def decode(self, ids):
+        return self.sp.decode([i for i in ids if i >= 0])
+
+    def encode_chat(self, turns):
+        """LLaVA's vicuna_v1 prompt: turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists).
+
+        <image> in a human turn becomes IMAGE_TOKEN; the text before and after it is encoded separately. Labels are the
+        answers and their </s>, IGNORE elsewhere. Where the last turn is the human's, the ids end in "ASSISTANT:", ready
+        to be continued.
+        """
+        ids, labels, prompt = [self.bos], [IGNORE], SYSTEM + " "
+        for turn in turns:
+            if turn["from"] == "human":
+                prompt += f"USER: {turn['value']} ASSISTANT:"
+                pieces = prompt.split("<image>")
+                new = self.encode(pieces[0].rstrip(" ") if pieces[1:] else pieces[0])
+                for piece in pieces[1:]:
+                    new += [IMAGE_TOKEN] + self.encode(piece)
+                ids += new
+                labels += [IGNORE] * len(new)
+            else:
+                new = self.encode(turn["value"]) + [self.eos]
+                ids += new
+                labels += new
+            prompt = ""
+        return ids, labels
+
+    def encode_plain(self, report):
+        """LLaVA's plain form, for stage 2: the image, then its report, nothing else -> ids, labels."""
+        answer = self.encode(report) + [self.eos]
+        return [self.bos, IMAGE_TOKEN] + answer, [IGNORE, IGNORE] + answer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class WSILLaVA(nn.Module):
+    """Slide encoder, projector and language model. The tile encoder stays outside: its features are on disk."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.slide_encoder = SlideEncoder(cfg.slide_encoder)
+        width = cfg.llama.width
+        self.mm_projector = nn.Sequential(nn.Linear(cfg.pad_to, width), nn.GELU(), nn.Linear(width, width))
+        self.llama = Llama(cfg.llama)
+        if cfg.lora_rank:
+            add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha)
+
+    @property
+    def device(self):
+        return self.mm_projector[0].weight.device
+
+    def encode_slide(self, features, coords):
+        """features [N,C_tile], coords [N,2] of one slide -> its visual tokens [V,C]."""
+        like = self.slide_encoder.cls_token
+        features, coords = features.to(like.device, like.dtype), coords.to(like.device)
+        return self.slide_encoder.visual_tokens(features[None], coords[None], self.cfg.n_visual_tokens)[0]
+
+    def splice(self, visual, ids, labels=None):
+        """Puts projected visual tokens where the ids say IMAGE_TOKEN.
+
+        visual: [B,V,C], one slide a row, or a list of B tensors [slides,V,C] (or None: no slide), or None. ids: a list of B
+        lists. labels: the same, or None. -> embeds [B,T,C], labels [B,T], both padded on the right to the longest row.
+        Raises ValueError where a row holds another number of IMAGE_TOKENs than of slides.
+        """
+        rows, row_labels = [], []
+        for b, row in enumerate(ids):
+            row = torch.as_tensor(row, device=self.device)
+            label = (
+                torch.as_tensor(labels[b], device=self.device) if labels is not None else torch.full_like(row, IGNORE)
+            )
+            slides = None if visual is None else visual[b]
+            slides = [] if slides is None else slides if slides.dim() == 3 else slides[None]
+            places = (row == IMAGE_TOKEN).nonzero().flatten().tolist()
+            if len(places) != len(slides):
+                raise ValueError(f"row {b} has {len(places)} <image> in its text and {len(slides)} slides")
+            text = self.llama.embed_tokens(row.clamp(min=0))  # [T,C]
+            parts, part_labels, start = [], [], 0
+            for place, slide in zip(places, slides):
+                slide = F.pad(slide.to(text), (0, self.cfg.pad_to - slide.shape[-1]))  # [V,768] -> [V,1024]
+                parts += [text[start:place], self.mm_projector(slide)]
+                part_labels += [label[start:place], label.new_full((len(slide),), IGNORE)]
+                start = place + 1
+            rows.append(torch.cat(parts + [text[start:]]))
+            row_labels.append(torch.cat(part_labels + [label[start:]]))
+        # Padding on the right needs no mask: attention is causal, and IGNORE keeps it out of the loss.
+        pad = nn.utils.rnn.pad_sequence
+        return pad(rows, batch_first=True), pad(row_labels, batch_first=True, padding_value=IGNORE)
+
+    def forward(self, visual, ids, labels):
+        """Mean next-token loss over the labelled tokens. Arguments as for splice."""
+        embeds, labels = self.splice(visual, ids, labels)
+        logits = self.llama(embeds=embeds)  # [B,T,vocab]
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+    @torch.no_grad()
+    def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0, eos=2, cache=None):
+        """Yields the next token of each row, a list of B ids, until all rows have ended in `eos` (None after its end).
+
+        Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled from the
+        top_k most likely (0: all) and the smallest set of probability top_p. cache: a KVCache of an earlier turn, which
+        is then continued; it ends up holding all but the last token. Raises UserError where the prompt exceeds the context.
+        """
+        embeds, _ = self.splice(visual, ids)
+        B, T, C = embeds.shape
+        if len({len(row) for row in ids}) != 1:
+            raise ValueError("generate: rows must be of equal length")
+        cache = cache or KVCache(self.cfg.llama, B, T + max_new_tokens, embeds.device, embeds.dtype)
+        generator = torch.Generator(embeds.device).manual_seed(seed)
+        ended = [False] * B
+        for _ in range(max_new_tokens):
+            logits = self.llama(embeds=embeds, cache=cache, last_only=True)[:, 0].float()  # [B,vocab]
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                token = _sample(logits / temperature, top_p, top_k, generator)
+            yield [None if done else t for done, t in zip(ended, token.tolist())]
+            ended = [done or t == eos for done, t in zip(ended, token.tolist())]
+            if all(ended) or cache.length >= self.cfg.llama.context:
+                return
+            embeds = self.llama.embed_tokens(token)[:, None]
+
+    def save(self, folder, prefixes=("",)):
+        """Writes config.json and model.safetensors: all weights, or only those whose names start with a prefix."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if k.startswith(tuple(prefixes))
+        }
+        with replacing(folder / "model.safetensors") as path:
+            save_file(state, path)
+        with replacing(folder / "config.json") as path:
+            path.write_text(self.cfg.to_json())
+
+    @classmethod
+    def load(cls, folder):
+        """The model that save() wrote whole. Raises UserError that names whatever is missing, extra or of another shape."""
+        cfg = load_config(folder)
+        with torch.device("meta"):
+            model = cls(cfg)
+        path = Path(folder) / "model.safetensors"
+        load_strict(model, read_tensors(path), path)
+        return model.eval()
+
+
+def _sample(logits, top_p, top_k, generator):
+    """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
+    logits, order = logits.sort(dim=-1, descending=True)
+    p = logits.softmax(-1)
+    drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already; the first always stays
+    if top_k:
+        drop[:, top_k:] = True
+    choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
+    return order.gather(-1, choice)[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files: weights in, weights out
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied. Nothing is ever unpickled."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
+    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); copy or download it again") from None
+
+
+def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
+    """Fills `module` (on any device, also meta) from {name: tensor}: every tensor used, every parameter filled.
+
+    table: (pattern, replacement) rows, tried in order by re.fullmatch; a replacement of None drops the key on purpose.
+    only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part of the module.
+    Raises UserError that names the missing and extra keys and the wrong shapes, with `source` first.
+    """
+    expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
+    found, problems = {}, []
+    for key, tensor in tensors.items():
+        name = key
+        for pattern, replacement in table:
+            if re.fullmatch(pattern, key):
+                name = replacement and re.sub(pattern, replacement, key)
+                break
+        if name is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or name not in expected:
+            problems.append(("keys that the model lacks", key))
+        elif tensor.shape != expected[name].shape:
+            problems.append(("wrong shapes", f"{key} is {list(tensor.shape)}, not {list(expected[name].shape)}"))
+            found[name] = None
+        else:
+            found[name] = tensor if dtype is None else tensor.to(dtype)
+    problems += [("missing keys", name) for name in expected if name not in found]
+    if problems:
+        kinds = {}
+        for kind, what in problems:
+            kinds.setdefault(kind, []).append(what)
+        text = "; ".join(f"{kind} ({len(x)}): {', '.join(x[:3])}{', ...' * (len(x) > 3)}" for kind, x in kinds.items())
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {text}")
+    module.load_state_dict(found, assign=True, strict=False)  # checked above
+    return module
+
+
+def _depth(tensors, pattern, source):
+    """The number of blocks that a checkpoint holds, read off its keys."""
+    found = [int(m[1]) for m in (re.match(pattern, key) for key in tensors) if m]
+    if not found:
+        raise UserError(f"{source}: no key like {pattern}: not a checkpoint of this kind of model")
+    return max(found) + 1
+
+
+def _require(tensors, keys, source):
+    missing = [key for key in keys if key not in tensors]
+    if missing:
+        raise UserError(f"{source}: missing keys ({len(missing)}): {', '.join(missing)}")
+
+
+def load_tile_encoder(path):
+    """Prov-GigaPath's `pytorch_model.bin` (timm's names; safetensors too) -> TileEncoder, its size read off the shapes."""
+    tensors = read_tensors(path)
+    _require(tensors, ["patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc2.weight"], path)
+    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+    cfg = TileEncoderConfig(
+        image_size=side * patch,
+        patch_size=patch,
+        width=width,
+        depth=_depth(tensors, r"blocks\.(\d+)\.", path),
+        heads=width // 64,
+        mlp_hidden=tensors["blocks.0.mlp.fc2.weight"].shape[1],
+    )
+    with torch.device("meta"):
+        encoder = TileEncoder(cfg)
+    return load_strict(encoder, tensors, path).eval()
+
+
+def load_slide_encoder(path):
+    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off the shapes."""
+    tensors = read_tensors(path)
+    tensors = tensors.get("model", tensors)
+    _require(tensors, ["patch_embed.proj.weight", "encoder.layers.0.ffn.fc1.weight"], path)
+    width, in_width = tensors["patch_embed.proj.weight"].shape
+    cfg = SlideEncoderConfig(
+        in_width=in_width,
+        width=width,
+        depth=_depth(tensors, r"encoder\.layers\.(\d+)\.", path),
+        mlp_hidden=tensors["encoder.layers.0.ffn.fc1.weight"].shape[0],
+    )
+    with torch.device("meta"):
+        encoder = SlideEncoder(cfg)
+    return load_strict(encoder, tensors, path).eval()
+
+
+LLAMA_KEYS = [  # Hugging Face -> here
+    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),  # old exports store it; it is computed here
+    (r"model\.(.+)", r"\1"),
+]
+
+
+def read_llama_config(folder):
+    """`config.json` of a Hugging Face Llama folder -> LlamaConfig. Raises UserError for what this decoder does not do."""
+    path = Path(folder) / "config.json"
+    try:
+        c = json.loads(path.read_text())
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        cfg = LlamaConfig(
+            vocab=c["vocab_size"],
+            width=c["hidden_size"],
+            depth=c["num_hidden_layers"],
+            heads=c["num_attention_heads"],
+            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            mlp_hidden=c["intermediate_size"],
+            eps=c.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
+            context=c.get("max_position_embeddings", 2048),
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; --llm takes a Hugging Face folder of a Llama, such as vicuna-7b-v1.5"
+        ) from None
+    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a Llama's config.json ({type(error).__name__}: {error})") from None
+    unsupported = []
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        unsupported.append(f"rope scaling {rope}")
+    if c.get("attention_bias") or c.get("mlp_bias"):
+        unsupported.append("biases")
+    if c.get("head_dim", cfg.width // cfg.heads) != cfg.width // cfg.heads:
+        unsupported.append(f"head_dim {c['head_dim']}")
+    if c.get("tie_word_embeddings"):
+        unsupported.append("tied embeddings")
+    if unsupported:
+        raise UserError(f"{path}: not supported here: {', '.join(unsupported)}")
+    return cfg
+
+
+def load_llama(folder, dtype=None):
+    """A Hugging Face Llama folder -> Llama: `config.json` beside (sharded) safetensors or `pytorch_model*.bin`.
+
+    The files are mapped: in their own dtype, memory is filled as pages are touched. Raises UserError, strict both ways.
+    """
+    folder = Path(folder)
+    cfg = read_llama_config(folder)
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            break
+        if (folder / f"{stem}.{ending}").is_file():
+            files = [folder / f"{stem}.{ending}"]
+            break
+    else:
+        raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards in this folder")
+    tensors = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    with torch.device("meta"):
+        llama = Llama(cfg)
+    return load_strict(llama, tensors, folder, LLAMA_KEYS, dtype).eval()
+
+
+def save_llama(llama, folder):
+    """Writes a Hugging Face Llama folder that load_llama and transformers read (less the tokenizer)."""
+    folder, cfg = Path(folder), llama.cfg
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name if name.startswith("lm_head.") else f"model.{name}": p.detach().cpu().contiguous()
+        for name, p in llama.state_dict().items()
+    }
+    with replacing(folder / "model.safetensors") as path:
+        save_file(state, path, metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": cfg.vocab,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "intermediate_size": cfg.mlp_hidden,
+        "rms_norm_eps": cfg.eps,
+        "rope_theta": cfg.rope_theta,
+        "max_position_embeddings": cfg.context,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2))
+
+
+def load_config(folder):
+    """The WSILLaVAConfig in `folder`/config.json, as a training stage or WSILLaVA.save left it."""
+    path = Path(folder) / "config.json"
+    try:
+        return WSILLaVAConfig.from_json(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {folder} holds no trained model") from None
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a config of this project ({error})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the scripts share: flags, where weights are looked for, how the stages' results are put together
+# --------------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = Path("weights")
+
+
+def add_shared_flags(parser):
+    """The flags that mean the same in every script."""
+    add = parser.add_argument
+    add("--data", metavar="DIR", type=Path, default=Path("data"), help="prepared slides and questions (default: data)")
+    add("--out", metavar="DIR", type=Path, default=Path("out"), help="what training leaves (default: out)")
+    add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="default: bfloat16 on CUDA, else float32",
+    )
+    add("--seed", type=int, default=0, help="of everything random (default: 0)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="readers (default: the cores, 8 at most)")
+    add("--tile-encoder", metavar="FILE", type=Path, help=f"default: {WEIGHTS}/gigapath/pytorch_model.bin")
+    add("--slide-encoder", metavar="FILE", type=Path, help=f"default: {WEIGHTS}/gigapath/slide_encoder.pth")
+    add("--llm", metavar="DIR", type=Path, help=f"default: {WEIGHTS}/vicuna-7b-v1.5, or {WEIGHTS}/llava-v1.5-7b")
+
+
+def resolve_device(args):
+    """Turns --device and --dtype into what torch takes. Raises UserError for a device that is not there."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        args.device = torch.device(args.device)
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
+    automatic = "bfloat16" if args.device.type == "cuda" else "float32"
+    args.dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
+
+
+def run(main):
+    """Runs a script's main: a UserError becomes one line and exit status 1, Ctrl-C exit status 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_meta(data):
+    """data/meta.json, as prepare.py wrote it."""
+    path = Path(data) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        if meta["version"] != VERSION:
+            raise UserError(
+                f"{path}: made by version {meta['version']} of this project, not {VERSION}; prepare the data again"
+            )
+        return meta
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what prepare.py writes ({error}); prepare the data again") from None
+
+
+def pick_tile_encoder(args):
+    """(TileEncoder, its file); the file is None for the demo's untrained encoder, where no weights are found or named."""
+    path = args.tile_encoder or WEIGHTS / "gigapath" / "pytorch_model.bin"
+    if args.tile_encoder is None and not path.exists():
+        if args.preset not in (None, "demo"):
+            raise UserError(f"--preset {args.preset} needs Prov-GigaPath's tile encoder: name it with --tile-encoder")
+        return untrained_tile_encoder(), None
+    return load_tile_encoder(path), path
+
+
+def pick_llm(args, meta):
+    """The language model's folder and its tokenizer -> (folder, Tokenizer)."""
+    if args.llm:
+        folder = args.llm
+    elif meta["preset"] == "demo":
+        folder = args.data / "llm"  # the stand-in that prepare.py trains
+        if not folder.exists():
+            raise UserError(
+                f"{folder}: no language model there; run python prepare.py --qa FILE... first, or name one with --llm"
+            )
+    else:
+        choices = [WEIGHTS / "vicuna-7b-v1.5", WEIGHTS / "llava-v1.5-7b"]
+        folder = next((c for c in choices if c.exists()), None)
+        if folder is None:
+            raise UserError(f"no language model: neither {choices[0]} nor {choices[1]} exists; name one with --llm")
+    tokenizer = folder / "tokenizer.model"
+    return folder, Tokenizer(tokenizer if tokenizer.exists() or args.llm else args.data / "tokenizer.model")
+
+
+def read_stage(args, stage):
+    """What a stage left in out/stageN -> (config, {name: tensor}, file)."""
+    folder = args.out / f"stage{stage}"
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds no trained model: run python train.py --stage {stage} first")
+    return load_config(folder), read_tensors(folder / "model.safetensors"), folder / "model.safetensors"
+
+
+def trained_names(cfg):
+    """The parameters that stages 2 and 3 train and save, as a pattern."""
+    return r"mm_projector\..*|llama\..*\.lora_[ab]" if cfg.lora_rank else r"mm_projector\..*"
+
+
+def assemble(args, meta, stage):
+    """The model as it stands after `stage` (1: a fresh projector) -> (WSILLaVA on the CPU, Tokenizer).
+
+    The slide encoder is that of out/stage1, or --slide-encoder; the projector that of out/stage2 or 3; the language model
+    --llm's with out/stage3's adapters. Raises UserError where a piece is missing or was trained beside other pieces.
+    """
+    folder, tokenizer = pick_llm(args, meta)
+    llama = load_llama(folder, args.dtype)
+    prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
+    if args.slide_encoder:
+        slide_encoder = load_slide_encoder(args.slide_encoder)
+    else:
+        stage1, tensors, source = read_stage(args, 1)
+        check_fingerprints(stage1, prints, source)
+        with torch.device("meta"):
+            slide_encoder = SlideEncoder(stage1.slide_encoder)
+        load_strict(slide_encoder, tensors, source, [(r"slide_encoder\.(.+)", r"\1"), (r".+", None)])
+    prints["slide_encoder"] = fingerprint(slide_encoder)
+    if slide_encoder.cfg.in_width != meta["encoder"]["width"]:
+        raise UserError(
+            f"the slide encoder takes tile features of width {slide_encoder.cfg.in_width}, {args.data} holds "
+            f"{meta['encoder']['width']}: made by another tile encoder; prepare the slides with the one that fits"
+        )
+    if stage == 1:
+        cfg = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+        cfg.slide_encoder, cfg.llama = slide_encoder.cfg, llama.cfg
+        tensors, cfg.fingerprints = None, prints
+    else:
+        cfg, tensors, source = read_stage(args, stage)
+        check_fingerprints(cfg, prints, source)
+    with torch.device("meta"):
+        model = WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
+    model.cfg, model.slide_encoder, model.llama = cfg, slide_encoder, llama
+    model.mm_projector.to_empty(device="cpu")
+    for part in (model.mm_projector[0], model.mm_projector[2]):
+        part.reset_parameters()
+    if cfg.lora_rank:
+        add_lora(llama, cfg.lora_rank, cfg.lora_alpha)
+    if tensors is not None:
+        full = any(name.startswith("llama.") for name in tensors) and not cfg.lora_rank
+        load_strict(model, tensors, source, only=r"mm_projector\..*|llama\..*" if full else trained_names(cfg))
+    return model.to(args.dtype).eval(), tokenizer
+
+
+def check_fingerprints(cfg, present, source):
+    """Weights trained beside one tile encoder, slide encoder or LLM mean nothing beside another."""
+    for part, value in cfg.fingerprints.items():
+        if part in present and present[part] != value:
+            raise UserError(
+                f"{source} was trained with another {part.replace('_', ' ')} ({value}) than the one here ({present[part]}): "
+                f"name the one that it fits, or train this stage again"
+            )
+
+
+def is_report(row):
+    """Whether a row of the dataset is a slide's report: what stages 1 and 2 train on."""
+    return "report" in row["task"].lower()
+
+
+def read_features(data, slide):
+    """data/features of one slide -> features float16 [N,C], coords int32 [N,2]."""
+    tensors = read_tensors(Path(data) / "features" / f"{slide}.safetensors")
+    return tensors["features"], tensors["coords"]
+
+
+def read_visual_tokens(data, slide):
+    """data/visual_tokens of one slide -> float16 [V,C]."""
+    return read_tensors(Path(data) / "visual_tokens" / f"{slide}.safetensors")["visual_tokens"]
+
+
+def cache_visual_tokens(model, data, slides, progress=iter):
+    """Writes data/visual_tokens for the slides that lack them or have another slide encoder's. -> how many it wrote.
+
+    The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
+    """
+    folder, written = Path(data) / "visual_tokens", 0
+    folder.mkdir(exist_ok=True)
+    mark = model.cfg.fingerprints["slide_encoder"]
+    for slide in progress(slides):
+        path = folder / f"{slide}.safetensors"
+        if path.exists():
+            with safetensors.safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("slide_encoder") == mark:
+                    continue
+        with torch.inference_mode():
+            tokens = model.encode_slide(*read_features(data, slide)).to("cpu", torch.float16).contiguous()
+        with replacing(path) as temporary:
+            save_file({"visual_tokens": tokens}, temporary, {"slide_encoder": mark})
+        written += 1
+    return written
+
+
+def parameter_table():
+    """Lines of a table: parameters of each part, for every preset. Built on the meta device, so it costs nothing."""
+    rows = [["part"] + list(PRESETS)]
+    columns = []
+    for cfg in PRESETS.values():
+        with torch.device("meta"):
+            model, tile, text = WSILLaVA(cfg), TileEncoder(cfg.tile_encoder), TextEncoder(cfg.text_encoder)
+        columns.append([tile, model.slide_encoder, text, model.mm_projector, model.llama])
+    names = ["tile encoder", "slide encoder", "text encoder (stage 1)", "projector", "language model"]
+    for name, parts in zip(names, zip(*columns)):
+        rows.append([name] + [f"{sum(p.numel() for p in part.parameters()):,}" for part in parts])
+    return ["".join(cell.ljust(24) if i == 0 else cell.rjust(16) for i, cell in enumerate(row)) for row in rows]
+
+
+if __name__ == "__main__":
+    print("\n".join(parameter_table()))
