@@ -203,18 +203,19 @@ def preprocess(tiles, device):
 def prepare_slide(path, data, encoder, params, mpp, workers, batch, progress):
     """One slide -> data/features, data/qc; returns the number of tiles. Raises UserError where it cannot be read."""
     slide = Slide(path, mpp)
-    mask = tissue_mask(slide.thumbnail(MASK))
-    coords = tile_grid(mask, params["min_tissue"])
     try:
+        mask = tissue_mask(slide.thumbnail(MASK))
+        coords = tile_grid(mask, params["min_tissue"])
         features = encode_tiles(slide, coords, encoder, workers, batch, lambda done: progress(done, len(coords)))
+        draw_qc(data / "qc" / f"{path.stem}.jpg", slide, mask, coords)
     except openslide.OpenSlideError as error:
-        raise UserError(f"{path}: a tile cannot be decoded ({error})") from None
-    draw_qc(data / "qc" / f"{path.stem}.jpg", slide, mask, coords)
+        raise UserError(f"{path}: a part of it cannot be decoded ({error})") from None
     width, height = slide.file.dimensions
     metadata = {"width": width, "height": height, "mpp": slide.mpp, "scale": slide.scale, "params": params}
     with replacing(data / "features" / f"{path.stem}.safetensors") as temporary:
         tensors = {"features": features, "coords": torch.from_numpy(coords)}
-        save_file(tensors, temporary, {name: json.dumps(value) for name, value in metadata.items()})
+        # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
+        save_file(tensors, temporary, {"wsi_llava": json.dumps(metadata)})
     return len(coords)
 
 
@@ -222,13 +223,19 @@ def feature_params(path):
     """The parameters with which a file of features was made."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return json.loads(file.metadata()["params"])
+            return json.loads(file.metadata()["wsi_llava"])["params"]
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of features ({error}); delete it and run again") from None
 
 
 def open_data(args):
     """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta, encoder)."""
+    data = Path(args.data)
+    old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
+    if old:  # by default, the encoder that made what is there
+        args.preset = args.preset or old["preset"]
+        if old["encoder"]["source"] != "untrained":
+            args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
     encoder, source = wsi_llava.pick_tile_encoder(args)
     meta = {
         "version": wsi_llava.VERSION,
@@ -241,9 +248,7 @@ def open_data(args):
             "width": encoder.cfg.width,
         },
     }
-    data = Path(args.data)
-    if (data / "meta.json").exists():
-        old = wsi_llava.read_meta(data)
+    if old:
         if old["encoder"]["fingerprint"] != meta["encoder"]["fingerprint"]:
             raise UserError(
                 f"{data} holds features of another tile encoder ({old['encoder']['source']}, not "
@@ -560,8 +565,6 @@ def write_tiff(path, image):
 
 def draw_case(case, path):
     """One process's share of the drawing -> the tiles of the pigment."""
-    if path.exists():
-        return case["planted"]
     image, planted = draw_slide(case)
     write_tiff(path, image)
     return planted
@@ -645,6 +648,7 @@ def write_questions(case, rng):
 
 def prepare_demo(args):
     """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide shows."""
+    args.preset = "demo"
     recipe = {"train": args.demo_slides, "test": args.demo_slides // 5, "seed": args.seed}
     folder = args.data / "slides"
     if (args.data / "meta.json").exists() and not (args.data / "cohort.json").exists():
@@ -817,4 +821,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    wsi_llava.run(main)
+    wsi_llava.run(main, on_interrupt="interrupted; the same command goes on where this one stopped")

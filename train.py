@@ -58,7 +58,7 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
     "demo": {
         1: Recipe(1e-3, 60, 34, warmup=0.05, weight_decay=0.05, checkpointing=False),
         2: Recipe(2e-3, 32, 4, micro_batch=32, checkpointing=False),
-        3: Recipe(2e-3, 48, 4, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=24, checkpointing=False),
+        3: Recipe(2e-3, 48, 3, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=24, checkpointing=False),
     },
 }
 RECIPES["13b"] = RECIPES["7b"]
@@ -82,7 +82,8 @@ def load_rows(data, split, skip_missing=False):
             raise UserError(
                 f"{path}, line {number}: not JSON ({error.msg}); run python prepare.py --qa again"
             ) from None
-    have = {p.stem for p in (data / "features").glob("*.safetensors")}
+    have = {p.stem for p in (data / "features").glob("*.safetensors")} & {row["slide"] for row in rows}
+    have = {slide for slide in have if len(read_features(data, slide)[1])}  # without tissue there is nothing to learn
     missing = sorted({row["slide"] for row in rows} - have)
     if missing and not skip_missing:
         raise UserError(

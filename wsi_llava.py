@@ -28,6 +28,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Intel's matrix library may otherwise split sums by what the cores happen to be doing: the last bits would differ from
+# run to run. It costs no measurable time. Read at the library's first use, so set before it.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import numpy as np
 import safetensors
 import sentencepiece
@@ -1250,14 +1254,14 @@ def resolve_device(args):
     args.dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
 
 
-def run(main):
+def run(main, on_interrupt="interrupted"):
     """Runs a script's main: a UserError becomes one line and exit status 1, Ctrl-C exit status 130."""
     try:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(on_interrupt, file=sys.stderr)
         sys.exit(130)
 
 
@@ -1280,7 +1284,7 @@ def read_meta(data):
 def pick_tile_encoder(args):
     """(TileEncoder, its file); the file is None for the demo's untrained encoder, where no weights are found or named."""
     path = args.tile_encoder or WEIGHTS / "gigapath" / "pytorch_model.bin"
-    if args.tile_encoder is None and not path.exists():
+    if args.tile_encoder is None and (args.preset == "demo" or not path.exists()):
         if args.preset not in (None, "demo"):
             raise UserError(f"--preset {args.preset} needs Prov-GigaPath's tile encoder: name it with --tile-encoder")
         return untrained_tile_encoder(), None
