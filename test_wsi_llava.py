@@ -7,9 +7,12 @@ this repository.
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
 
 import numpy as np
 import pytest
@@ -231,6 +234,106 @@ def test_dilated_attention_on_other_devices_path(monkeypatch):
 def test_dilated_attention_gradcheck():
     q, k, v = (torch.randn(1, 11, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     assert torch.autograd.gradcheck(lambda *x: wsi_llava.dilated_attention(*x, (4, 8, 16), (1, 2, 3)), (q, k, v))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Triton kernels: in Triton's interpreter on the CPU (on the GPU where there is one), and compiled for real GPUs
+# --------------------------------------------------------------------------------------------------------------------
+
+needs_triton = pytest.mark.skipif(wsi_llava.triton is None, reason="needs triton")
+KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
+    (1, 1, 1, 16, (4,), (1,)),
+    (1, 2, 2, 16, (8, 16), (1, 2)),
+    (1, 3, 2, 16, (8, 16, 32), (1, 2, 4)),  # shorter than the shortest segment
+    (1, 7, 2, 16, (8, 16), (1, 2)),  # W - 1
+    (1, 8, 2, 16, (8, 16), (1, 2)),  # W
+    (1, 9, 2, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
+    (1, 53, 3, 16, (20, 40), (1, 2)),  # a prime; H not divisible by R
+    (1, 31, 2, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
+    (1, 37, 5, 16, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
+    (2, 19, 2, 16, (8, 32), (1, 2)),
+    (1, 23, 2, 24, (16, 32), (1, 2)),
+    (1, 23, 2, 48, (16, 32), (1, 2)),
+    (1, 23, 2, 64, (16, 32), (1, 2)),
+    (1, 23, 1, 80, (16, 32), (1, 2)),
+    (1, 23, 1, 128, (16, 32), (1, 2)),
+    (1, 211, 1, 16, (128, 512), (1, 2)),  # several blocks of rows, and of keys
+]
+
+
+def check_kernel(shape, pad_keys, dtype, tolerance):
+    B, L, H, D, segments, dilations = shape
+    torch.manual_seed(L * 1000 + D)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, grad = (x.to(dtype) for x in torch.randn(4, B, L, H, D))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    want = dense_dilated_attention(*leaves, segments, dilations, pad_keys)
+    want = [want, *torch.autograd.grad(want, leaves, grad.double())]
+    leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
+    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys, impl="triton")
+    got = [got, *torch.autograd.grad(got, leaves, grad.to(device))]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double().cpu(), b, atol=tolerance * max(1.0, b.abs().max().item()), rtol=0)
+    return got
+
+
+@needs_triton
+@pytest.mark.parametrize("pad_keys", [True, False])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+def test_kernel_equals_the_definition(shape, pad_keys):
+    check_kernel(shape, pad_keys, torch.float32, 3e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1.2e-2), (torch.float16, 1.5e-3)])
+def test_kernel_in_half_precision(dtype, tolerance):
+    """Tolerances of one or two roundings: a wrong scale or a branch left out is ten times that."""
+    for shape in (KERNEL_SHAPES[6], KERNEL_SHAPES[11]):
+        for pad_keys in (True, False):
+            check_kernel(shape, pad_keys, dtype, tolerance)
+
+
+@needs_triton
+def test_kernel_gives_the_same_bits_twice():
+    first, second = (check_kernel(KERNEL_SHAPES[6], True, torch.float32, 3e-6) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@needs_triton
+def test_kernel_reads_strided_heads_in_place():
+    """q, k, v as views of one packed projection, as a fused qkv layer gives them."""
+    packed = torch.randn(1, 21, 3, 2, 16)
+    views = packed.unbind(2)
+    assert not views[0].is_contiguous()
+    if torch.cuda.is_available():
+        views = [x.cuda() for x in views]
+    got = wsi_llava.dilated_attention(*views, (8, 32), (1, 2), impl="triton").cpu()
+    torch.testing.assert_close(got, wsi_llava.dilated_attention(*packed.unbind(2), (8, 32), (1, 2), impl="torch"))
+
+
+def test_kernel_names_its_limits(monkeypatch):
+    x = torch.randn(1, 4, 1, 16)
+    if wsi_llava.triton is not None:
+        with pytest.raises(ValueError, match="head dim from 16 to 128, not 8"):
+            wsi_llava.dilated_attention(*[x[..., :8]] * 3, (4,), (1,), impl="triton")
+        with pytest.raises(ValueError, match="float32, bfloat16 or float16, not torch.float64"):
+            wsi_llava.dilated_attention(*[x.double()] * 3, (4,), (1,), impl="triton")
+    monkeypatch.setattr(wsi_llava, "triton", None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="triton")
+    assert wsi_llava.dilated_attention(x, x, x, (4,), (1,)).shape == x.shape  # auto: the torch path, silently
+
+
+@needs_triton
+def test_kernels_compile_for_real_gpus_without_spills():
+    """No GPU needed: sm_80 (A100), sm_86 (whose shared memory is smaller) and sm_90 (H100), forward and backward."""
+    done = script("wsi_llava.py", "--json", "--tiles", env={"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["resources"]
+    assert len(rows) == 3 * 3 * 2 * 2  # kernels, GPUs, dtypes, head dims
+    for row in rows:
+        assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= row["shared_limit"], row
+        assert (row["mma"] > 0) == (row["dtype"] == "bfloat16"), row  # tensor cores wherever the dtype allows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -687,10 +790,10 @@ def test_real_slide_beside_a_broken_one(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def script(name, *arguments):
+def script(name, *arguments, env=None):
     """Runs a script as a user would."""
-    command = [sys.executable, HERE / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL)
+    command, env = [sys.executable, HERE / name, *map(str, arguments)], os.environ | (env or {})
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL, env=env)
 
 
 @pytest.fixture(scope="session")

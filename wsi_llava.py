@@ -16,21 +16,27 @@ Glossary of the shape comments, here and everywhere: B batch, N tiles of a slide
 CLS), T text tokens, V visual tokens, H heads, D head dim, C channels, W segment length, R dilation.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import pickle
 import re
+import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # Intel's matrix library may otherwise split sums by what the cores happen to be doing: the last bits would differ from
 # run to run. It costs no measurable time. Read at the library's first use, so set before it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds; unset, Triton warns of a changing default
 
 import numpy as np
 import safetensors
@@ -40,6 +46,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the torch path serves
+    triton = None
 
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
 
@@ -429,11 +441,304 @@ class _DilatedAttention(torch.autograd.Function):
         return *(g.to(q.dtype) for g in grads), None, None, None
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Dilated attention as Triton kernels
+#
+# The recurrence, for query i over the keys j of all branches one after the other (FlashAttention's, arXiv 2205.14135):
+#
+#     s_ij = q_i.k_j / sqrt(D)      m' = max(m, s_ij)      Z' = Z e^(m - m') + e^(s_ij - m')
+#                                                        acc' = acc e^(m - m') + e^(s_ij - m') v_j
+#     o_i = acc / Z                 LSE_i = m + log Z      (a padded zero key adds e^(0 - m) to Z and nothing to acc)
+#
+# and backward, with the same LSE in every branch and delta_i = dO_i.o_i:
+#
+#     P_ij = e^(s_ij - LSE_i)       dv_j = sum_i P_ij dO_i
+#     dS_ij = P_ij (dO_i.v_j - delta_i)      dq_i = sum_j dS_ij k_j / sqrt(D)      dk_j = sum_i dS_ij q_i / sqrt(D)
+#
+# What it saves. Upstream gathers q, k and v of every branch (read and write 3 LC/R), attends (4 LC/R), scatters the
+# result into zeros (LC + LC/R) and mixes the branches (15 LC in all): with R = 1, 2, 4, 8, 16, counted not measured,
+# about 41 LC elements of memory traffic a layer. Here q, k, v are read in place and the output is written: 4 LC.
+# In bfloat16 with C = 768 that is 0.63 against 0.06 GB a layer for L = 10,000, and 6.3 against 0.61 GB for L = 100,000.
+# (Keys are read once per block of queries; those further reads hit the L2 cache as in any flash attention.)
+#
+# How. A program owns BLOCK rows of one head, every STEP-th position, STEP being the largest dilation: so a branch keeps
+# all of a program's rows or none, and does no work for rows that it drops. It walks through the branches, in each through
+# the segments that its rows touch, in each through the kept keys at segment start + offset + R t. In the backward the same
+# walk serves twice: rows as queries (dq), rows as keys (dk, dv: who asks a key is whom it asks). No atomics, so the same
+# input gives the same bits.
+#
+# Limits, asserted by the wrapper: NVIDIA GPUs from sm_80 on; float32, bfloat16, float16 (accumulation in float32; float32
+# products in full precision, without tensor cores); D from 16 to 128, padded to a power of 2 inside; B * H < 65536; L below
+# 2^31 / 16, the strides of a block's rows within 32 bits (L itself is addressed with 64).
+# --------------------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+    # Triton's interpreter (3.9) multiplies the bit patterns of bfloat16 in tl.dot: there, convert first.
+    _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+    @triton.jit
+    def _dot(a, b, acc):
+        """a @ b + acc, accumulated in float32; float32 products in full precision, not TF32."""
+        if _INTERPRETED:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+    @triton.jit
+    def _block_rows(STEP, BLOCK: tl.constexpr):
+        """This program's rows: the first, and all of them int32 [BLOCK]. Every STEP-th position: with STEP the largest
+        dilation, a branch keeps all rows of a block or none (up to segment borders): no lane idles."""
+        block = tl.program_id(0)
+        start = (block // STEP) * STEP * BLOCK + block % STEP
+        return start, start + STEP * tl.arange(0, BLOCK)
+
+    @triton.jit
+    def _segment(branches, j, s, head, H, L, rows):
+        """Segment s of branch j -> its first kept position, R, how many it keeps, its padded slots, which rows it keeps."""
+        W = tl.minimum(tl.load(branches + 2 * j), L)
+        R = tl.load(branches + 2 * j + 1)
+        offset = head // ((H + R - 1) // R)
+        start = s * W
+        length = tl.minimum(W, L - start)
+        kept = tl.maximum(0, (length - offset + R - 1) // R)
+        mine = (rows >= start) & (rows < start + length) & ((rows - start) % R == offset)
+        return start + offset, R, kept, (W + R - 1) // R - kept, mine
+
+    @triton.jit
+    def _spread(N: tl.constexpr, stride, BLOCK_D: tl.constexpr):
+        """Offsets [N,BLOCK_D] of N rows that lie `stride` apart. 32 bits are enough inside a block, and half the registers."""
+        return (tl.arange(0, N) * stride)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+    @triton.jit
+    def _forward_kernel(
+        q, k, v, out, lse, branches, scale, L, H, D, STEP,
+        q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
+        N_BRANCHES: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        head, batch = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
+        start, rows = _block_rows(STEP, BLOCK)
+        channels = (tl.arange(0, BLOCK_D) < D)[None, :]
+        inside = (rows < L)[:, None] & channels
+        q += batch * q_b + head * q_h + start.to(tl.int64) * q_l
+        k += batch * k_b + head * k_h
+        v += batch * v_b + head * v_h
+        qs = tl.load(q + _spread(BLOCK, STEP * q_l, BLOCK_D), inside, other=0.0)
+        # In powers of 2, whose exponential the GPU has in hardware. m is finite, so that no inf - inf arises.
+        m = tl.full([BLOCK], -1e30, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for j in range(N_BRANCHES):
+            W = tl.minimum(tl.load(branches + 2 * j), L)
+            for s in range(start // W, tl.minimum(start + STEP * (BLOCK - 1), L - 1) // W + 1):
+                first, R, kept, padded, mine = _segment(branches, j, s, head, H, L, rows)
+                if tl.max(mine.to(tl.int32)) > 0:
+                    for t in range(0, kept, KEYS):
+                        at = first.to(tl.int64) + R * t
+                        live = t + tl.arange(0, KEYS) < kept
+                        ks = tl.load(
+                            k + at * k_l + _spread(KEYS, R * k_l, BLOCK_D), live[:, None] & channels, other=0.0
+                        )
+                        # s_ij = q_i k_j / sqrt(D)
+                        x = _dot(qs, tl.trans(ks), None) * scale
+                        x = tl.where(mine[:, None] & live[None, :], x, float("-inf"))
+                        # m' = max(m, max_j s_ij);  Z' = Z e^(m - m') + sum_j e^(s_ij - m');  acc likewise
+                        new = tl.maximum(m, tl.max(x, 1))
+                        p = tl.exp2(x - new[:, None])
+                        shrink = tl.exp2(m - new)
+                        total = total * shrink + tl.sum(p, 1)
+                        vs = tl.load(
+                            v + at * v_l + _spread(KEYS, R * v_l, BLOCK_D), live[:, None] & channels, other=0.0
+                        )
+                        acc = _dot(p.to(vs.dtype), vs, acc * shrink[:, None])
+                        m = new
+                    if PAD:  # upstream's zero keys: e^0 each for Z, and nothing for acc
+                        if padded > 0:
+                            new = tl.where(mine, tl.maximum(m, 0.0), m)
+                            shrink = tl.exp2(m - new)
+                            total = total * shrink + tl.where(mine, padded * tl.exp2(-tl.maximum(new, 0.0)), 0.0)
+                            acc = acc * shrink[:, None]
+                            m = new
+        asked = total > 0  # some branch keeps the query; the others get zeros
+        total = tl.where(asked, total, 1.0)
+        place = (batch * L + start) * H + head
+        out += place * D
+        tl.store(out + _spread(BLOCK, STEP * H * D, BLOCK_D), (acc / total[:, None]).to(out.dtype.element_ty), inside)
+        lse += place
+        tl.store(lse + STEP * H * tl.arange(0, BLOCK), tl.where(asked, m + tl.log2(total), 0.0), rows < L)
+
+    @triton.jit
+    def _dq_kernel(
+        q, k, v, out, lse, grad, delta, dq, branches, scale, L, H, D, STEP,
+        q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
+        N_BRANCHES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        head, batch = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
+        start, rows = _block_rows(STEP, BLOCK)
+        channels = (tl.arange(0, BLOCK_D) < D)[None, :]
+        inside = (rows < L)[:, None] & channels
+        q += batch * q_b + head * q_h + start.to(tl.int64) * q_l
+        k += batch * k_b + head * k_h
+        v += batch * v_b + head * v_h
+        place = (batch * L + start) * H + head  # out, grad and dq are contiguous [B,L,H,D]
+        spread = _spread(BLOCK, STEP * H * D, BLOCK_D)
+        qs = tl.load(q + _spread(BLOCK, STEP * q_l, BLOCK_D), inside, other=0.0)
+        gs = tl.load(grad + place * D + spread, inside, other=0.0)
+        os = tl.load(out + place * D + spread, inside, other=0.0)
+        # delta_i = dO_i . O_i, which the kernel of dk and dv needs as well
+        d = tl.sum(gs.to(tl.float32) * os.to(tl.float32), 1)
+        tl.store(delta + place + STEP * H * tl.arange(0, BLOCK), d, rows < L)
+        z = tl.load(lse + place + STEP * H * tl.arange(0, BLOCK), rows < L, other=0.0)
+        acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for j in range(N_BRANCHES):
+            W = tl.minimum(tl.load(branches + 2 * j), L)
+            for s in range(start // W, tl.minimum(start + STEP * (BLOCK - 1), L - 1) // W + 1):
+                first, R, kept, padded, mine = _segment(branches, j, s, head, H, L, rows)
+                if tl.max(mine.to(tl.int32)) > 0:
+                    for t in range(0, kept, KEYS):
+                        at = first.to(tl.int64) + R * t
+                        live = t + tl.arange(0, KEYS) < kept
+                        ks = tl.load(
+                            k + at * k_l + _spread(KEYS, R * k_l, BLOCK_D), live[:, None] & channels, other=0.0
+                        )
+                        vs = tl.load(
+                            v + at * v_l + _spread(KEYS, R * v_l, BLOCK_D), live[:, None] & channels, other=0.0
+                        )
+                        x = _dot(qs, tl.trans(ks), None) * scale
+                        # P_ij = e^(s_ij - LSE_i), the LSE that of the whole union
+                        p = tl.exp2(tl.where(mine[:, None] & live[None, :], x - z[:, None], float("-inf")))
+                        # dS_ij = P_ij (dO_i . v_j - delta_i);  dq_i = sum_j dS_ij k_j / sqrt(D)
+                        ds = p * (_dot(gs, tl.trans(vs), None) - d[:, None])
+                        acc = _dot(ds.to(ks.dtype), ks, acc)
+        acc = acc * (scale * 0.6931471805599453)  # ln 2: scale carries log2(e)
+        tl.store(dq + place * D + spread, acc.to(dq.dtype.element_ty), inside)
+
+    @triton.jit
+    def _dkv_kernel(
+        q, k, v, lse, grad, delta, dk, dv, branches, scale, L, H, D, STEP,
+        q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
+        N_BRANCHES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ):  # fmt: skip
+        # The rows are keys here, and the queries that ask them are those that the same segments keep: S transposed.
+        head, batch = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
+        start, rows = _block_rows(STEP, BLOCK)
+        channels = (tl.arange(0, BLOCK_D) < D)[None, :]
+        inside = (rows < L)[:, None] & channels
+        q += batch * q_b + head * q_h
+        k += batch * k_b + head * k_h + start.to(tl.int64) * k_l
+        v += batch * v_b + head * v_h + start.to(tl.int64) * v_l
+        ks = tl.load(k + _spread(BLOCK, STEP * k_l, BLOCK_D), inside, other=0.0)
+        vs = tl.load(v + _spread(BLOCK, STEP * v_l, BLOCK_D), inside, other=0.0)
+        grad += batch * L * H * D + head * D
+        lse += batch * L * H + head
+        delta += batch * L * H + head
+        acc_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        acc_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        for j in range(N_BRANCHES):
+            W = tl.minimum(tl.load(branches + 2 * j), L)
+            for s in range(start // W, tl.minimum(start + STEP * (BLOCK - 1), L - 1) // W + 1):
+                first, R, kept, padded, mine = _segment(branches, j, s, head, H, L, rows)
+                if tl.max(mine.to(tl.int32)) > 0:
+                    for t in range(0, kept, KEYS):
+                        at = first.to(tl.int64) + R * t
+                        live = t + tl.arange(0, KEYS) < kept
+                        z = tl.load(lse + at * H + R * H * tl.arange(0, KEYS), live, other=0.0)
+                        d = tl.load(delta + at * H + R * H * tl.arange(0, KEYS), live, other=0.0)
+                        qs = tl.load(
+                            q + at * q_l + _spread(KEYS, R * q_l, BLOCK_D), live[:, None] & channels, other=0.0
+                        )
+                        x = _dot(ks, tl.trans(qs), None) * scale
+                        p = tl.exp2(tl.where(mine[:, None] & live[None, :], x - z[None, :], float("-inf")))
+                        gs = tl.load(
+                            grad + at * H * D + _spread(KEYS, R * H * D, BLOCK_D), live[:, None] & channels, other=0.0
+                        )
+                        # dv_j = sum_i P_ij dO_i;  dk_j = sum_i dS_ij q_i / sqrt(D)
+                        acc_v = _dot(p.to(gs.dtype), gs, acc_v)
+                        ds = p * (_dot(vs, tl.trans(gs), None) - d[None, :])
+                        acc_k = _dot(ds.to(qs.dtype), qs, acc_k)
+        place = ((batch * L + start) * H + head) * D
+        spread = _spread(BLOCK, STEP * H * D, BLOCK_D)
+        tl.store(dk + place + spread, (acc_k * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), inside)
+        tl.store(dv + place + spread, acc_v.to(dv.dtype.element_ty), inside)
+
+
+def _launch(kernel, tensors, sizes, strides, **constants):
+    """Runs a kernel on the grid that covers every row of every head."""
+    _, L, H, D, step = sizes
+    options = _launch_options(kernel, D, tensors[0].dtype)
+    grid = (step * -(-L // (step * options["BLOCK"])), tensors[0].shape[0] * H)
+    kernel[grid](*tensors, *sizes, *strides, **constants, **options)
+
+
+def _launch_options(kernel, D, dtype):
+    """Rows and keys of a block, warps, pipeline stages: the largest that spill no registers on sm_80 to sm_90 (D <= 64)."""
+    table = {  # float32; 16 bits
+        _forward_kernel: ((32, 32, 8, 2), (64, 64, 4, 1)),
+        _dq_kernel: ((64, 32, 8, 2), (64, 32, 4, 1)),
+        _dkv_kernel: ((32, 16, 4, 2), (64, 32, 8, 2)),
+    }
+    rows, keys, warps, stages = table[kernel][dtype != torch.float32]
+    if D > 64:
+        rows, keys = rows // 2, 16
+    width = max(16, 1 << (D - 1).bit_length())
+    return {"BLOCK": rows, "KEYS": keys, "BLOCK_D": width, "num_warps": warps, "num_stages": stages}
+
+
+class _TritonDilatedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, segments, dilations, pad_keys):
+        B, L, H, D = q.shape
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty(B, L, H, D, dtype=q.dtype, device=q.device)
+        lse = torch.empty(B, L, H, dtype=torch.float32, device=q.device)  # of powers of 2
+        # A segment longer than the sequence is the sequence: so W fits into 32 bits, whatever the schedule.
+        branches = [(min(W, L), R) for W, R in zip(segments, dilations)]
+        branches = torch.tensor(branches, dtype=torch.int32, device=q.device)
+        ctx.sizes = math.log2(math.e) / math.sqrt(D), L, H, D, max(dilations)
+        ctx.strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+        ctx.save_for_backward(q, k, v, out, lse, branches)
+        tensors = q, k, v, out, lse, branches
+        _launch(_forward_kernel, tensors, ctx.sizes, ctx.strides, N_BRANCHES=len(segments), PAD=pad_keys)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse, branches = ctx.saved_tensors
+        grad, delta = grad.contiguous(), torch.empty_like(lse)
+        dq, dk, dv = (torch.empty_like(out) for _ in range(3))
+        # The first also fills delta, which the second reads.
+        tensors = q, k, v, out, lse, grad, delta, dq, branches
+        _launch(_dq_kernel, tensors, ctx.sizes, ctx.strides, N_BRANCHES=len(branches))
+        tensors = q, k, v, lse, grad, delta, dk, dv, branches
+        _launch(_dkv_kernel, tensors, ctx.sizes, ctx.strides, N_BRANCHES=len(branches))
+        return dq, dk, dv, None, None, None
+
+
+def _kernel_refuses(q, k, v, dilations):
+    """Why the Triton kernels cannot take this, or None."""
+    B, L, H, D = q.shape
+    if triton is None:
+        return 'triton is not installed (Linux only); use impl="torch"'
+    if int(triton.__version__.split(".")[0]) < 3:
+        return f"triton {triton.__version__} is too old, 3.0 is needed"
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the Triton kernels need a GPU, the tensors are on {q.device}"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels take float32, bfloat16 or float16, not {q.dtype}"
+    if not 16 <= D <= 128:
+        return f"the Triton kernels take a head dim from 16 to 128, not {D}"
+    if B * H > 65535:
+        return f"the Triton kernels take at most 65,535 heads in all, not {B * H}"
+    if max(64 * max(dilations) * max(x.stride(1) for x in (q, k, v)), L + 64 * max(dilations)) >= 2**31:
+        return f"a sequence of {L} with these strides is too long for the Triton kernels"
+    return None
+
+
 def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
     """LongNet's dilated attention: q, k, v [B,L,H,D] -> [B,L,H,D]. Differentiable; memory is linear in L.
 
     segments, dilations: the branches' W and R, one each. pad_keys: count upstream's zero padding (see above); False is
-    the clean variant for training from scratch. A query that no branch keeps gets zeros. impl: "torch" or "auto".
+    the clean variant for training from scratch. A query that no branch keeps gets zeros. impl: "torch", "triton", or
+    "auto": Triton on a GPU that it can serve, torch elsewhere. Raises ValueError where "triton" is named and cannot serve.
     Source: torchscale's DilatedAttention as Prov-GigaPath uses it.
     """
     if len(segments) != len(dilations) or q.shape != k.shape or q.shape != v.shape or q.dim() != 4:
@@ -441,9 +746,13 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
             f"q, k, v must be [B,L,H,D] alike and segments as many as dilations, not {list(q.shape)}, {list(k.shape)}, "
             f"{list(v.shape)}, {segments}, {dilations}"
         )
-    if impl not in ("torch", "auto"):
-        raise ValueError(f'impl must be "torch" or "auto", not "{impl}"')
-    return _DilatedAttention.apply(q, k, v, tuple(segments), tuple(dilations), pad_keys)
+    if impl not in ("torch", "triton", "auto"):
+        raise ValueError(f'impl must be "torch", "triton" or "auto", not "{impl}"')
+    refusal = _kernel_refuses(q, k, v, dilations) if impl == "triton" or q.is_cuda else "not on a GPU"
+    if impl == "triton" and refusal:
+        raise ValueError(refusal)
+    function = _DilatedAttention if refusal or impl == "torch" else _TritonDilatedAttention
+    return function.apply(q, k, v, tuple(segments), tuple(dilations), pad_keys)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1429,5 +1738,189 @@ def parameter_table():
     return ["".join(cell.ljust(24) if i == 0 else cell.rjust(16) for i, cell in enumerate(row)) for row in rows]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Self-check: python wsi_llava.py
+# --------------------------------------------------------------------------------------------------------------------
+
+SHARED_LIMIT = {
+    80: 163 << 10,
+    86: 99 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+}  # bytes a block may use, by compute capability
+
+
+def kernel_resources(gpus=(80, 86, 90), dtypes=(torch.bfloat16, torch.float32), head_dims=(48, 64)):
+    """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list of dicts.
+
+    spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core instructions.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    rows = []
+    for kernel, gpu, dtype, D in itertools.product((_forward_kernel, _dq_kernel, _dkv_kernel), gpus, dtypes, head_dims):
+        options = _launch_options(kernel, D, dtype)
+        constants = {"N_BRANCHES": 5, "PAD": True, **options}
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        kinds = {"lse": "*fp32", "delta": "*fp32", "branches": "*i32", "scale": "fp32"}
+        kinds |= dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), f"*{types[dtype]}")
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+        aligned = [
+            i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "D" or "_" in name
+        ]
+        aligned = {(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] not in constants}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants, aligned),
+            target=GPUTarget("cuda", gpu, 32),
+            options={name: options[name] for name in ("num_warps", "num_stages")},
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage, code = (
+                subprocess.run([cuobjdump, flag, cubin], capture_output=True, text=True, check=True).stdout
+                for flag in ("--dump-resource-usage", "-sass")
+            )
+        rows.append(
+            {
+                "kernel": kernel.__name__.strip("_"),
+                "gpu": f"sm_{gpu}",
+                "dtype": str(dtype).removeprefix("torch."),
+                "head_dim": D,
+                "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+                "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+                "shared": compiled.metadata.shared,
+                "shared_limit": SHARED_LIMIT[gpu],
+                "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", compiled.asm["ptx"])),
+            }
+        )
+    return rows
+
+
+def attention_flops(L, cfg):
+    """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that meet."""
+    pairs = 0
+    for view, _ in _branch_views(L, cfg.heads, cfg.segments, cfg.dilations):
+        B, S, n, h = view(torch.empty(1, L, cfg.heads, device="meta")).shape
+        pairs += S * h * n * n
+    return 4 * pairs * (cfg.width // cfg.heads)
+
+
+def shape_trace():
+    """One made-up slide through the demo's model -> lines of names and shapes."""
+    cfg = WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict())
+    model, tile_encoder = WSILLaVA(cfg).eval(), untrained_tile_encoder()
+    tiles = torch.randint(0, 256, (12, 256, 256, 3), dtype=torch.uint8)
+    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * 256
+    ids = [1, 10, IMAGE_TOKEN, 11, 12]
+    with torch.no_grad():
+        images = preprocess_tiles(tiles)
+        features = tile_encoder(images)
+        cls, tokens = model.slide_encoder(features[None], coords[None])
+        visual = model.encode_slide(features, coords)
+        embeds, _ = model.splice(visual[None], [ids])
+        logits = model.llama(embeds=embeds)
+    named = {"tiles": tiles, "preprocess_tiles": images, "TileEncoder": features, "SlideEncoder, CLS": cls}
+    named |= {"SlideEncoder, tokens": tokens, "pool_tokens, norm": visual}
+    named |= {f"spliced into {len(ids) - 1} text tokens": embeds, "Llama, logits": logits}
+    return [f"{name:32}{list(x.shape)}" for name, x in named.items()]
+
+
+def measure_attention(n_tiles, impl, device, dtype):
+    """Seconds of one layer's dilated attention of the 7b slide encoder, forward and forward + backward; FLOP/s forward."""
+    cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
+    q, k, v = (torch.randn(1, L, cfg.heads, cfg.width // cfg.heads, device=device, dtype=dtype) for _ in range(3))
+
+    def seconds(work):
+        for repeat in range(2):  # the first warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def both():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        dilated_attention(*leaves, cfg.segments, cfg.dilations, impl=impl).sum().backward()
+
+    forward = seconds(lambda: dilated_attention(q, k, v, cfg.segments, cfg.dilations, impl=impl))
+    rate = attention_flops(L, cfg) / forward
+    return {
+        "tiles": n_tiles,
+        "impl": impl,
+        "forward_s": forward,
+        "forward_backward_s": seconds(both),
+        "flop_per_s": rate,
+    }
+
+
+def kernel_error(device, dtype):
+    """Largest error of each path here against float64, as a share of the largest value, at the 7b slide encoder's shape."""
+    cfg, L = PRESETS["7b"].slide_encoder, 1501
+    q, k, v = (torch.randn(1, L, 16, 48, dtype=torch.float64) for _ in range(3))
+    want = dilated_attention(q, k, v, cfg.segments, cfg.dilations, impl="torch")
+    errors = {}
+    for impl in ["torch"] + ["triton"] * (device.type == "cuda" and triton is not None):
+        got = dilated_attention(*(x.to(device, dtype) for x in (q, k, v)), cfg.segments, cfg.dilations, impl=impl)
+        errors[impl] = ((got.double().cpu() - want).abs().max() / want.abs().max()).item()
+    return errors
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Checks this machine: versions, sizes, shapes, the attention kernel.")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--tiles", type=int, nargs="*", default=[1000, 10000, 100000], help="slide sizes to time")
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    args = parser.parse_args()
+    resolve_device(args)
+    report = {
+        "device": torch.cuda.get_device_name() if args.device.type == "cuda" else str(args.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__ if triton else None},
+        "error": kernel_error(args.device, args.dtype),
+        "times": [],
+    }
+    show = (lambda *text: None) if args.json else print
+    show(", ".join(f"{k} {v}" for k, v in [*report["versions"].items(), *list(report.items())[:3]]))
+    show("\nParameters\n" + "\n".join(parameter_table()))
+    show("\nShapes, for a slide of 12 tiles through the demo's model\n" + "\n".join(shape_trace()))
+    show("\nDilated attention against float64: " + ", ".join(f"{k} {v:.1e}" for k, v in report["error"].items()))
+    for n in args.tiles:
+        for impl in report["error"]:
+            try:
+                row = measure_attention(n, impl, args.device, args.dtype)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if "memory" not in str(error):
+                    raise
+                show(f"  {n:>7} tiles  {impl:6}  does not fit")
+                continue
+            report["times"].append(row)
+            show(
+                f"  {n:>7} tiles  {impl:6}  forward {row['forward_s']:8.3f} s ({row['flop_per_s'] / 1e9:,.0f} GFLOP/s)  "
+                f"with backward {row['forward_backward_s']:8.3f} s   (one layer of the 7b slide encoder)"
+            )
+    if args.device.type != "cuda" and triton is not None:
+        cfg = PRESETS["7b"].slide_encoder
+        show("\nNo GPU here. What the Triton kernels need, by arithmetic (estimates) and as compiled for GPUs:")
+        for n in (1000, 10000, 100000):
+            traffic = 4 * (n + 1) * cfg.width * 2
+            show(
+                f"  {n:>7} tiles  {attention_flops(n + 1, cfg) / 1e9:9,.1f} GFLOP  {traffic / 1e6:9,.1f} MB read and written (bf16)"
+            )
+        report["resources"] = kernel_resources()
+        table = [list(report["resources"][0])] + [list(map(str, row.values())) for row in report["resources"]]
+        for row in table:
+            show("  " + "  ".join(cell.ljust(max(len(r[i]) for r in table)) for i, cell in enumerate(row)))
+    if args.json:
+        print(json.dumps(report))
+
+
 if __name__ == "__main__":
-    print("\n".join(parameter_table()))
+    run(main)
