@@ -4,6 +4,7 @@ Those that need reference files in ../shared skip where it is absent; every beha
 this repository.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -372,6 +373,20 @@ print(sum(p.numel() for p in encoder.parameters()), peak() - before)
     parameters, grown = map(int, done.stdout.split())
     assert parameters == 86_330_880
     assert grown < 1e9
+
+
+def test_long_slides_in_parts_give_the_same_numbers():
+    """Without gradients the FFN takes a long slide in parts, to save memory."""
+    torch.manual_seed(0)
+    encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
+    n = 16500
+    features, coords = (
+        torch.randn(1, n, 128),
+        torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256,
+    )
+    whole = encoder(features, coords)[1].detach()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
 
 
 def test_pooling_repeats_few_tiles_and_averages_many():

@@ -135,11 +135,7 @@ def stage1(args, recipe, meta):
         cfg.slide_encoder = slide_encoder.cfg
     elif meta["preset"] != "demo" and not args.from_scratch:
         raise UserError(f"no slide encoder: {path} is missing; name it with --slide-encoder, or train --from-scratch")
-    if cfg.slide_encoder.in_width != meta["encoder"]["width"]:
-        raise UserError(
-            f"the slide encoder takes tile features of width {cfg.slide_encoder.in_width}, {args.data} holds "
-            f"{meta['encoder']['width']}: made by another tile encoder; prepare the slides with the one that fits"
-        )
+    wsi_llava.check_tile_width(cfg.slide_encoder, meta, args.data)
     cfg.text_encoder.in_width = words.shape[1]
     cfg.fingerprints = {"tile_encoder": meta["encoder"]["fingerprint"]}
     model = wsi_llava.WSITextAlignment(cfg)
@@ -311,8 +307,9 @@ def train_stage(stage, args):
     per_epoch = n // batch_size
     steps = max(1, round(recipe.epochs * per_epoch))
     trained = ", ".join(f"{g['name']} {sum(p.numel() for p in g['params']):,}" for g in task.groups)
+    things, slides = "reports" if stage < 3 else "questions", len({row["slide"] for row in task.items})
     print(
-        f"Stage {stage}: {n} {'reports' if stage < 3 else 'questions'} of {len({r['slide'] for r in task.items})} slides, {steps} steps of {batch_size} on {args.device}; "
+        f"Stage {stage}: {n} {things} of {slides} slides, {steps} steps of {batch_size} on {args.device}; "
         f"trains {trained} of {sum(p.numel() for p in model.parameters()):,} parameters."
     )
     folder = args.out / f"stage{stage}"

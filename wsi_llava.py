@@ -1659,11 +1659,7 @@ def assemble(args, meta, stage):
             slide_encoder = SlideEncoder(stage1.slide_encoder)
         load_strict(slide_encoder, tensors, source, [(r"slide_encoder\.(.+)", r"\1"), (r".+", None)])
     prints["slide_encoder"] = fingerprint(slide_encoder)
-    if slide_encoder.cfg.in_width != meta["encoder"]["width"]:
-        raise UserError(
-            f"the slide encoder takes tile features of width {slide_encoder.cfg.in_width}, {args.data} holds "
-            f"{meta['encoder']['width']}: made by another tile encoder; prepare the slides with the one that fits"
-        )
+    check_tile_width(slide_encoder.cfg, meta, args.data)
     if stage == 1:
         cfg = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
         cfg.slide_encoder, cfg.llama = slide_encoder.cfg, llama.cfg
@@ -1693,6 +1689,15 @@ def check_fingerprints(cfg, present, source):
                 f"{source} was trained with another {part.replace('_', ' ')} ({value}) than the one here ({present[part]}): "
                 f"name the one that it fits, or train this stage again"
             )
+
+
+def check_tile_width(cfg, meta, data):
+    """A SlideEncoderConfig against the features in data/: the first mismatch that a user with several encoders meets."""
+    if cfg.in_width != meta["encoder"]["width"]:
+        raise UserError(
+            f"the slide encoder takes tile features of width {cfg.in_width}, {data} holds {meta['encoder']['width']}: "
+            f"made by another tile encoder; prepare the slides with the one that fits"
+        )
 
 
 def is_report(row):
