@@ -472,7 +472,8 @@ class _DilatedAttention(torch.autograd.Function):
 # all of a program's rows or none, and does no work for rows that it drops. It walks through the branches, in each through
 # the segments that its rows touch, in each through the kept keys at segment start + offset + R t. In the backward the same
 # walk serves twice: rows as queries (dq), rows as keys (dk, dv: who asks a key is whom it asks). No atomics, so the same
-# input gives the same bits.
+# input gives the same bits. The kernels repeat some lines of one another: with their masked loads in a
+# shared function, one of them spilled registers.
 #
 # Limits, asserted by the wrapper: NVIDIA GPUs from sm_80 on; float32, bfloat16, float16 (accumulation in float32; float32
 # products in full precision, without tensor cores); D from 16 to 128, padded to a power of 2 inside; B * H < 65536; L below
@@ -1756,12 +1757,8 @@ def parameter_table():
 # Self-check: python wsi_llava.py
 # --------------------------------------------------------------------------------------------------------------------
 
-SHARED_LIMIT = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-}  # bytes a block may use, by compute capability
+# Bytes of shared memory that a block may use, by compute capability.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
 def kernel_resources(gpus=(80, 86, 90), dtypes=(torch.bfloat16, torch.float32), head_dims=(48, 64)):
