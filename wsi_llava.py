@@ -17,6 +17,7 @@ CLS), T text tokens, V visual tokens, H heads, D head dim, C channels, W segment
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -24,6 +25,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -1761,7 +1763,7 @@ def parameter_table():
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-def kernel_resources(gpus=(80, 86, 90), dtypes=(torch.bfloat16, torch.float32), head_dims=(48, 64)):
+def kernel_resources(gpus=(80, 86, 89, 90), dtypes=(torch.bfloat16, torch.float32), head_dims=(48, 64)):
     """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list of dicts.
 
     spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core instructions.
@@ -1845,29 +1847,80 @@ def measure_attention(n_tiles, impl, device, dtype):
     cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
     q, k, v = (torch.randn(1, L, cfg.heads, cfg.width // cfg.heads, device=device, dtype=dtype) for _ in range(3))
 
-    def seconds(work):
-        for repeat in range(2):  # the first warms up
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        return time.perf_counter() - started
-
     def both():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         dilated_attention(*leaves, cfg.segments, cfg.dilations, impl=impl).sum().backward()
 
-    forward = seconds(lambda: dilated_attention(q, k, v, cfg.segments, cfg.dilations, impl=impl))
+    forward = seconds(lambda: dilated_attention(q, k, v, cfg.segments, cfg.dilations, impl=impl), device)
     rate = attention_flops(L, cfg) / forward
     return {
         "tiles": n_tiles,
         "impl": impl,
         "forward_s": forward,
-        "forward_backward_s": seconds(both),
+        "forward_backward_s": seconds(both, device),
         "flop_per_s": rate,
     }
+
+
+def slide_encoder_cost(n_tiles, training, device, dtype):
+    """What one slide costs the 7b slide encoder: seconds, FLOP, the share of this machine's matmul rate, peak bytes.
+
+    training: forward and backward with activation checkpointing, counted as 4 forwards. The rate that it is held against is
+    that of a square matmul, the better of one before and one after. For a process of its own: peaks never fall.
+    """
+    cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
+    encoder = SlideEncoder(cfg).to(device, dtype).train(training)
+    encoder.checkpointing = training
+    side = math.ceil(math.sqrt(n_tiles))
+    coords = torch.stack([torch.arange(n_tiles) % side, torch.arange(n_tiles) // side], 1)[None].to(device) * 256
+    features = torch.randn(1, n_tiles, cfg.in_width, device=device, dtype=dtype)
+    square = torch.randn(4096, 4096, device=device, dtype=dtype)
+
+    def work():
+        if training:
+            encoder(features, coords)[1].sum().backward()
+        else:
+            with torch.inference_mode():
+                encoder(features, coords)
+
+    fastest = min(seconds(lambda: square @ square, device), seconds(lambda: square @ square, device))
+    encoder(features[:, :64], coords[:, :64])  # warms up
+    took = seconds(work, device, repeats=1)
+    fastest = min(fastest, seconds(lambda: square @ square, device))
+    per_token = cfg.in_width * cfg.width + cfg.depth * cfg.width * (4 * cfg.width + 2 * cfg.mlp_hidden)
+    flop = (2 * L * per_token + cfg.depth * attention_flops(L, cfg)) * (4 if training else 1)
+    matmul = 2 * 4096**3 / fastest
+    return {
+        "tiles": n_tiles,
+        "work": "training" if training else "inference",
+        "seconds": took,
+        "flop": flop,
+        "matmul_flop_per_s": matmul,
+        "share": flop / took / matmul,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory(),
+    }
+
+
+def peak_memory():
+    """The most memory that this process has held so far, in bytes; not a number on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def seconds(work, device, repeats=2):
+    """Wall time of work(), the last of the repeats."""
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def kernel_error(device, dtype):
@@ -1882,14 +1935,37 @@ def kernel_error(device, dtype):
     return errors
 
 
+def benchmark(args):
+    """The 7b slide encoder with random weights on made-up slides, each in a process of its own."""
+    show = (lambda *text: None) if args.json else print
+    show(f"The 7b slide encoder, {args.dtype} on {args.device}; matmul: 4096 x 4096 in the same process")
+    jobs, rows = [(n, False) for n in args.tiles] + [(n, True) for n in args.tiles if n <= 10000], []
+    for n, training in jobs:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+            row = fresh.submit(slide_encoder_cost, n, training, args.device, args.dtype).result()
+        rows.append(row)
+        show(
+            f"  {n:>7} tiles  {row['work']:9}  {row['seconds']:7.2f} s  {1e6 * row['seconds'] / n:6.0f} us/tile  "
+            f"{row['flop'] / 1e12:6.2f} TFLOP  {row['flop'] / row['seconds'] / 1e9:6,.0f} of matmul's "
+            f"{row['matmul_flop_per_s'] / 1e9:6,.0f} GFLOP/s ({row['share']:.2f})  peak {row['peak_bytes'] / 1e9:.2f} GB"
+        )
+    if args.json:
+        print(json.dumps(rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description="Checks this machine: versions, sizes, shapes, the attention kernel.")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--tiles", type=int, nargs="*", default=[1000, 10000, 100000], help="slide sizes to time")
+    parser.add_argument("--benchmark", action="store_true", help="time the whole 7b slide encoder instead")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     resolve_device(args)
+    if args.benchmark:
+        benchmark(args)
+        return
     report = {
         "device": torch.cuda.get_device_name() if args.device.type == "cuda" else str(args.device),
         "threads": torch.get_num_threads(),
