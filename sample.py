@@ -97,7 +97,7 @@ def slide_tokens(args, meta, model):
     if not len(wsi_llava.read_features(args.data, name)[0]):
         raise UserError(f"--slide {name}: no tissue was found on it; look at {args.data}/qc/{name}.jpg")
     wsi_llava.cache_visual_tokens(model, args.data, [name])
-    return wsi_llava.read_visual_tokens(args.data, name)
+    return wsi_llava.read_visual_tokens(args.data, name, model.cfg)
 
 
 def show(pieces):

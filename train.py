@@ -6,30 +6,37 @@
     python train.py --demo       all of it on a cohort of toy slides, then questions about slides it has not seen
 
 Reads data/ (made by prepare.py); writes out/stageN: model.safetensors (what the stage trained), config.json,
-train_state.pt (to resume from), log.jsonl and loss.png.
+train_state.pt (to resume from), log.jsonl and loss.png. Several GPUs or machines: torchrun --nproc-per-node 8 train.py ...
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import datetime
+import itertools
 import json
 import math
-import re
+import os
+import pickle
+import signal
 import time
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import prepare
 import sample
 import wsi_llava
-from wsi_llava import PRESETS, UserError, is_report, read_features, read_visual_tokens, replacing
+from wsi_llava import IMAGE_TOKEN, PRESETS, UserError, is_report, read_features, read_visual_tokens, replacing
 
 
 @dataclass
@@ -37,15 +44,20 @@ class Recipe:
     """Hyperparameters of one stage. Every field is also a flag, which overrides it."""
 
     lr: float
-    batch_size: int
+    batch_size: int  # of all processes together
     epochs: float
     warmup: float = 0.03  # share of the steps
     weight_decay: float = 0.0
     projector_lr: float = 0.0  # stage 3 (0: lr)
+    full_lr: float = 0.0  # stage 3 with --full (0: lr)
     lora_rank: int = 0  # stage 3
     lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
+    lora_target: str = (
+        ".*"  # the decoder's linear layers that get adapters, a pattern: "q_proj|v_proj" is LoRA's own choice
+    )
     micro_batch: int = 8  # samples that go through the model at once; gradients add up to the batch
-    max_length: int = 2048  # tokens of text
+    max_length: int = 2048  # positions, text and visual tokens together; longer samples are cut, and counted
     checkpointing: bool = True  # recompute activations in the backward: a third more time, a fraction of the memory
 
 
@@ -53,7 +65,7 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
     "7b": {
         1: Recipe(1e-4, 64, 20, warmup=0.05, weight_decay=0.05),
         2: Recipe(1e-3, 256, 1),
-        3: Recipe(2e-4, 128, 3, projector_lr=2e-5, lora_rank=128, lora_alpha=256),
+        3: Recipe(2e-4, 128, 3, projector_lr=2e-5, full_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05),
     },
     "demo": {
         1: Recipe(1e-3, 60, 34, warmup=0.05, weight_decay=0.05, checkpointing=False),
@@ -62,44 +74,201 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
     },
 }
 RECIPES["13b"] = RECIPES["7b"]
+TITLES = {1: "WSI-text alignment", 2: "feature space alignment", 3: "instruction tuning"}
+TILES_AT_ONCE = 4096  # stage 1: short slides of one length go through the slide encoder together, up to so many tiles
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Data
+# Data: rows of the dataset, the samples made of them, the micro-batches of a step
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows of data/qa/<split>.jsonl. Of each, `index` keeps where it starts, its slide, task, length in bytes and number of
+    tiles; the row itself is read when it is asked for. So 175,000 questions open in seconds.
+    """
+
+    def __init__(self, path, index):
+        self.path, self.index = path, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        with open(self.path, "rb") as file:
+            file.seek(self.index[i]["offset"])
+            return json.loads(file.readline())
+
+    def where(self, keep):
+        """The rows whose entry in the index passes keep(entry)."""
+        return Rows(self.path, [entry for entry in self.index if keep(entry)])
+
+    def slides(self):
+        return sorted({entry["slide"] for entry in self.index})
 
 
 def load_rows(data, split, skip_missing=False):
-    """data/qa/<split>.jsonl -> its rows, whose slides all have features. Raises UserError where some have none."""
+    """data/qa/<split>.jsonl -> Rows, whose slides all have features. Raises UserError where some have none."""
     path = data / "qa" / f"{split}.jsonl"
     if not path.exists():
         raise UserError(f"{path}: no such file; run python prepare.py --qa FILE... first")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}); run python prepare.py --qa again"
-            ) from None
-    have = {p.stem for p in (data / "features").glob("*.safetensors")} & {row["slide"] for row in rows}
-    have = {slide for slide in have if len(read_features(data, slide)[1])}  # without tissue there is nothing to learn
-    missing = sorted({row["slide"] for row in rows} - have)
+    index, offset = [], 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                entry = {"offset": offset, "slide": row["slide"], "task": row["task"], "length": len(line)}
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number}: not a row ({error}); run python prepare.py --qa again"
+                ) from None
+            index.append(entry)
+            offset += len(line)
+    rows = Rows(path, index)
+    have = {p.stem for p in (data / "features").glob("*.safetensors")} & set(rows.slides())
+    tiles = {slide: len(read_features(data, slide)[1]) for slide in have}
+    missing = [slide for slide in rows.slides() if not tiles.get(slide)]  # without tissue there is nothing to learn
     if missing and not skip_missing:
         raise UserError(
             f"{path} names {len(missing)} slides without features in {data}/features, the first: {missing[0]}; "
             f"prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
         )
-    rows = [row for row in rows if row["slide"] in have]
-    if not rows:
+    rows = rows.where(lambda entry: tiles.get(entry["slide"]))
+    if not len(rows):
         raise UserError(f"{path}: no question is about a slide that has features in {data}/features")
+    for entry in rows.index:
+        entry["tiles"] = tiles[entry["slide"]]
     return rows
 
 
 def split_validation(rows, share):
     """Training and validation rows. By slide, and by its name alone: the same slides in every stage and every run."""
-    held = {r["slide"] for r in rows if zlib.crc32(r["slide"].encode()) % 1000 < share * 1000}
-    return [r for r in rows if r["slide"] not in held], [r for r in rows if r["slide"] in held]
+
+    def held(entry):
+        return zlib.crc32(entry["slide"].encode()) % 1000 < share * 1000
+
+    return rows.where(lambda entry: not held(entry)), rows.where(held)
+
+
+def one_report_a_slide(rows):
+    """Two reports of a slide in one batch would be each other's false negatives."""
+    last = {entry["slide"]: entry for entry in rows.index if is_report(entry)}
+    return Rows(rows.path, list(last.values()))
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Stage 1: slides and their reports. A sample: id, features [N,C_tile], coords [N,2], ids of the report."""
+
+    def __init__(self, rows, args, tokenizer, longest):
+        self.rows, self.data, self.max_tiles = rows, args.data, args.max_tiles
+        self.tokenizer, self.longest = tokenizer, longest
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        features, coords = read_features(self.data, row["slide"], self.max_tiles)
+        ids = self.tokenizer.encode(row["conversations"][1]["value"])[: self.longest]
+        return {"id": row["id"], "features": features, "coords": coords, "ids": ids}
+
+    def parts(self, chosen):
+        """A batch's micro-batches, over all processes: slides of one length, since the slide encoder knows no padding."""
+        by_length = {}
+        for i in chosen:
+            tiles = self.rows.index[i]["tiles"]
+            by_length.setdefault(min(tiles, self.max_tiles or tiles), []).append(i)
+        parts = []
+        for length, group in sorted(by_length.items()):
+            size = max(1, TILES_AT_ONCE // length)
+            parts += [group[i : i + size] for i in range(0, len(group), size)]
+        return parts
+
+
+class Conversations(torch.utils.data.Dataset):
+    """Stages 2 and 3. A sample: id, ids and labels of the prompt, visual tokens, whether it was cut."""
+
+    def __init__(self, rows, args, tokenizer, cfg, stage, recipe):
+        self.rows, self.data, self.no_image = rows, args.data, args.no_image
+        self.tokenizer, self.cfg, self.plain, self.micro_batch = tokenizer, cfg, stage == 2, recipe.micro_batch
+        self.longest = min(recipe.max_length, cfg.llama.context)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        talk = row["conversations"]
+        if self.no_image:
+            talk = [{**turn, "value": turn["value"].replace("<image>\n", "")} for turn in talk]
+        ids, labels = self.tokenizer.encode_plain(talk[1]["value"]) if self.plain else self.tokenizer.encode_chat(talk)
+        images = ids.count(IMAGE_TOKEN)
+        room = self.longest - images * (self.cfg.n_visual_tokens - 1)
+        visual = read_visual_tokens(self.data, row["slide"], self.cfg)[None].expand(images, -1, -1)
+        sample = {"id": row["id"], "ids": ids[:room], "labels": labels[:room], "cut": len(ids) > room}
+        return sample | {"visual": visual[: sample["ids"].count(IMAGE_TOKEN)]}
+
+    def parts(self, chosen):
+        """A batch's micro-batches, as many for each process: samples of like length together, so that little is padded.
+
+        Sorted inside the batch only: batches stay random draws, which batches of one length, hence of one task, are not.
+        """
+        chosen = sorted(chosen, key=lambda i: self.rows.index[i]["length"])
+        rounds = min(math.ceil(len(chosen) / (self.micro_batch * world())), len(chosen) // world())
+        return [part.tolist() for part in np.array_split(chosen, rounds * world())]
+
+
+def plan(dataset, batch_size, steps, first, seed):
+    """Yields (step, its micro-batches, each a list of indices). It follows from (seed, step): resuming needs no state."""
+    per_epoch = len(dataset.rows) // batch_size
+    for step in range(first, steps):
+        epoch, k = divmod(step, per_epoch)
+        if step == first or k == 0:
+            order = np.random.default_rng([*seed, epoch]).permutation(len(dataset.rows)).tolist()
+        yield step, dataset.parts(order[k * batch_size : (k + 1) * batch_size])
+
+
+def micro_batches(dataset, parts, args):
+    """This process's samples of each part in turn. On a GPU, readers load ahead; on a CPU they would take the model's cores."""
+    workers = args.workers if args.device.type == "cuda" else 0
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=parts, num_workers=workers, collate_fn=list))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts them, each takes its share of every batch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(parts):
+    return parts[rank() :: world()]
+
+
+def all_sum(x):
+    """The sum of a tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def join_processes(args):
+    """Joins the processes that torchrun started, one GPU each; does nothing without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if args.device == "auto" and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()})")
+        torch.cuda.set_device(local)
+        args.device = f"cuda:{local}"
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def say(*text):
+    """Prints, above the progress bar; of several processes, one speaks."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, text)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -112,22 +281,44 @@ class Task:
     model: torch.nn.Module
     cfg: wsi_llava.WSILLaVAConfig
     groups: list  # optimizer groups: {"name", "params", "lr"}
-    items: list  # what an epoch goes through
-    backward: object  # (items of a batch) -> (loss, tokens), gradients added to the parameters
-    validate: object  # () -> {metric: value}
-    saved: str  # pattern of the parameters that the stage leaves to the next
+    train: torch.utils.data.Dataset
+    val: torch.utils.data.Dataset
+    backward: object  # (parts of a batch, this process's micro-batches) -> Totals; adds the gradients of `loss` to the parameters
+    validate: object  # (parts, micro-batches) -> {metric: value}
+    before_and_after: object = None  # () -> {metric: value}, shown before the first step and after the last
+    sharded: bool = False  # FSDP: gradients are averaged over the processes already
+
+
+@dataclass
+class Totals:
+    """What a batch came to, over all processes."""
+
+    loss: float  # the sum that the gradients are of
+    weight: float  # divide both by it: labelled tokens, or 1 where the loss is a mean already
+    tokens: int  # positions (stage 1: tiles) that went through the model
+    cut: int = 0  # samples that were longer than --max-length
+
+
+def autocast(args):
+    """bfloat16 is for the products. What is trained stays in float32: updates are too small for bfloat16's 8 bits."""
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
 
 
 def stage1(args, recipe, meta):
     """WSI-text alignment by symmetric InfoNCE with the gradient-cache method (arXiv 2101.06983).
 
     A contrastive loss needs a large batch, and slides are long. So: embed everything without grad; take the loss's
-    gradient with respect to the embeddings; embed again, slide by slide, and carry that gradient back. Memory is one
-    micro-batch's, and the gradient is exactly that of the whole batch.
+    gradient with respect to the embeddings; embed again, micro-batch by micro-batch, and carry that gradient back. Memory
+    is one micro-batch's, and the gradient is exactly that of the whole batch. Several processes embed a share each.
     """
+    if args.no_slide_encoder:
+        raise UserError("--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2")
     folder, tokenizer = wsi_llava.pick_llm(args, meta)
-    words = wsi_llava.load_llama(folder).embed_tokens.weight.detach().to(args.device, args.dtype)  # [vocab,C], frozen
+    words = (
+        wsi_llava.load_llama(folder).embed_tokens.weight.detach().to(args.device, torch.float32)
+    )  # [vocab,C], frozen
     cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+    cfg.max_tiles = args.max_tiles
     slide_encoder = None
     path = args.slide_encoder or wsi_llava.WEIGHTS / "gigapath" / "slide_encoder.pth"
     if args.slide_encoder or (meta["preset"] != "demo" and path.exists()):
@@ -141,150 +332,172 @@ def stage1(args, recipe, meta):
     model = wsi_llava.WSITextAlignment(cfg)
     if slide_encoder is not None:
         model.slide_encoder = slide_encoder
-    model.to(args.device, args.dtype).slide_encoder.checkpointing = recipe.checkpointing
-
-    pairs = Pairs(args, model, words, tokenizer)
-    train, val = split_validation(one_report_a_slide(load_rows(args.data, "train", args.skip_missing)), args.val)
+    model.to(args.device, torch.float32).slide_encoder.checkpointing = recipe.checkpointing
+    rows = one_report_a_slide(load_rows(args.data, "train", args.skip_missing))
+    train, val = (Pairs(r, args, tokenizer, cfg.text_encoder.max_length) for r in split_validation(rows, args.val))
     if slide_encoder is None:
-        some = [read_features(args.data, row["slide"])[0] for row in train[:200]]
+        some = [train[i]["features"] for i in range(min(200, len(train.rows)))]
         model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
 
-    def backward(rows):
-        parts, seed = list(pairs.chunks(rows)), torch.initial_seed()
+    def backward(parts, micro):
+        samples, seed = list(micro), torch.initial_seed()
         with torch.no_grad():
-            embedded = []
-            for i, part in enumerate(parts):
-                torch.manual_seed(seed + i)  # the second pass must draw the same dropout
-                embedded.append(pairs.embed(part))
-        slides, texts = (torch.cat(x).requires_grad_() for x in zip(*embedded))
+            slides, texts = embed_batch(args, model, words, parts, samples, seed)
+        slides.requires_grad_(), texts.requires_grad_()
         loss = model.loss(slides, texts)
         loss.backward()
-        start = 0
-        for i, part in enumerate(parts):
-            torch.manual_seed(seed + i)
-            chunk = slice(start, start + len(part))
-            torch.autograd.backward(pairs.embed(part), (slides.grad[chunk], texts.grad[chunk]))
-            start += len(part)
-        return loss.item(), pairs.tiles(rows)
-
-    groups = [{"name": "slide and text encoder", "params": list(model.parameters()), "lr": recipe.lr}]
-    return Task(model, cfg, groups, train, backward, (lambda: pairs.retrieval(val)) if val else None, r".*")
-
-
-class Pairs:
-    """Slides and their reports in the shared space of a WSITextAlignment."""
-
-    def __init__(self, args, model, words, tokenizer):
-        self.args, self.model, self.words, self.tokenizer = args, model, words, tokenizer
-
-    def tiles(self, rows):
-        return sum(len(read_features(self.args.data, row["slide"])[1]) for row in rows)
-
-    def embed(self, rows):
-        """Slides with the same number of tiles, and their reports -> two times [B,E]."""
-        args = self.args
-        loaded = [read_features(args.data, row["slide"]) for row in rows]
-        features = torch.stack([f for f, _ in loaded]).to(args.device, args.dtype)
-        coords = torch.stack([c for _, c in loaded]).to(args.device)
-        longest = self.model.text_encoder.cfg.max_length
-        ids = [torch.tensor(self.tokenizer.encode(row["conversations"][1]["value"])[:longest]) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(args.device)
-        words = F.embedding(ids.clamp(min=0), self.words)  # [B,T,C_llm]
-        return self.model.embed_slides(features, coords), self.model.embed_texts(words, ids >= 0)
-
-    def chunks(self, rows):
-        """Micro-batches: slides of the same length together, since the slide encoder knows no padding."""
-        by_length = {}
-        for row in rows:
-            by_length.setdefault(len(read_features(self.args.data, row["slide"])[1]), []).append(row)
-        for length, group in sorted(by_length.items()):
-            size = max(1, 4096 // max(1, length))
-            yield from (group[i : i + size] for i in range(0, len(group), size))
+        if rank():
+            model.logit_scale.grad.zero_()  # every process has all of it; the sum over them is to hold it once
+        for k, place, part in places(parts, samples):
+            torch.manual_seed(seed + k)  # the second pass must draw the dropout of the first
+            torch.autograd.backward(embed(args, model, words, part), (slides.grad[place], texts.grad[place]))
+        return Totals(loss.item(), 1, sum(train.rows.index[i]["tiles"] for part in parts for i in part))
 
     @torch.no_grad()
-    def retrieval(self, rows):
-        slides, texts = (torch.cat(x) for x in zip(*[self.embed(part) for part in self.chunks(rows)]))
-        return {"loss": self.model.loss(slides, texts).item(), **recall(slides @ texts.T), "pairs": len(rows)}
+    def validate(parts, micro):
+        slides, texts = embed_batch(args, model, words, parts, list(micro))
+        return {"loss": model.loss(slides, texts).item(), **recall(slides @ texts.T)}
+
+    groups = [{"name": "slide and text encoder", "params": list(model.parameters()), "lr": recipe.lr}]
+    return Task(model, cfg, groups, train, val, backward, validate)
 
 
-def one_report_a_slide(rows):
-    """Two reports of a slide in one batch would be each other's false negatives."""
-    return list({row["slide"]: row for row in rows if is_report(row)}.values())
+def embed(args, model, words, samples):
+    """Samples of Pairs with the same number of tiles -> embeddings of their slides and of their reports, [B,E] each."""
+    dtype = model.logit_scale.dtype  # float32
+    features = torch.stack([s["features"] for s in samples]).to(args.device, dtype)
+    coords = torch.stack([s["coords"] for s in samples]).to(args.device)
+    ids = [torch.tensor(s["ids"]) for s in samples]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(args.device)
+    with autocast(args):
+        slides = model.embed_slides(features, coords)
+        texts = model.embed_texts(F.embedding(ids.clamp(min=0), words).to(dtype), ids >= 0)
+    return slides.to(dtype), texts.to(dtype)
+
+
+def places(parts, samples):
+    """This process's micro-batches -> (number, its rows in the whole batch, samples)."""
+    start = 0
+    for k, part in enumerate(parts):
+        if k % world() == rank():
+            yield k, slice(start, start + len(part)), samples[k // world()]
+        start += len(part)
+
+
+def embed_batch(args, model, words, parts, samples, seed=0):
+    """The whole batch's embeddings, [n,E] twice, on every process: each fills its own rows, the sum gathers them."""
+    n, width = sum(map(len, parts)), model.slide_head.out_features
+    slides, texts = torch.zeros(2, n, width, device=args.device, dtype=model.logit_scale.dtype)
+    for k, place, part in places(parts, samples):
+        torch.manual_seed(seed + k)
+        slides[place], texts[place] = embed(args, model, words, part)
+    return all_sum(slides), all_sum(texts)
 
 
 def recall(similarity):
     """[n,n] slide-report similarities -> recall@1, 5 and 10, slide to report and back."""
     own = similarity.diagonal()
     ranks = {"slide->report": (similarity > own[:, None]).sum(1), "report->slide": (similarity > own).sum(0)}
-    return {f"{name} R@{k}": (rank < k).float().mean().item() for name, rank in ranks.items() for k in (1, 5, 10)}
+    return {f"{name} R@{k}": (r < k).float().mean().item() for name, r in ranks.items() for k in (1, 5, 10)}
 
 
 def language_task(args, recipe, meta, stage):
     """Stages 2 and 3: next-token loss on the answers, given the slide's visual tokens."""
-    model, tokenizer = wsi_llava.assemble(args, meta, stage - 1)
+    full = stage == 3 and args.full
+    # What is trained is kept in float32; of a language model trained whole, that is all of it.
+    model, tokenizer = wsi_llava.assemble(args, meta, stage - 1, torch.float32 if full else args.dtype)
     cfg = model.cfg
     model.requires_grad_(False)
-    if stage == 3 and args.full:
+    if full:
         model.llama.requires_grad_(True)
     elif stage == 3:
-        cfg.lora_rank, cfg.lora_alpha = recipe.lora_rank, recipe.lora_alpha
-        wsi_llava.add_lora(model.llama, recipe.lora_rank, recipe.lora_alpha)
+        cfg.lora_rank, cfg.lora_alpha, cfg.lora_target = recipe.lora_rank, recipe.lora_alpha, recipe.lora_target
+        wsi_llava.add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target, recipe.lora_dropout)
     model.mm_projector.requires_grad_(True)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
     model.to(args.device).llama.checkpointing = recipe.checkpointing
 
     rows = load_rows(args.data, "train", args.skip_missing)
     if stage == 2:
-        rows = [row for row in rows if is_report(row)]
-        if not rows:
+        rows = rows.where(is_report)
+        if not len(rows):
             raise UserError(
                 f"{args.data}/qa/train.jsonl holds no reports (tasks with 'report' in the name): stage 2 needs them"
             )
-    train, val = split_validation(rows, args.val)
-    slides = sorted({row["slide"] for row in rows})
-    written = wsi_llava.cache_visual_tokens(
-        model, args.data, slides, lambda x: tqdm(x, desc="visual tokens", unit="slide")
-    )
-    print(f"Visual tokens of {len(slides)} slides: {written} computed, {len(slides) - written} were there.")
+    slides = rows.slides()
+    with autocast(args):
+        written = wsi_llava.cache_visual_tokens(
+            model, args.data, mine(slides), lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0)
+        )
+    written = int(all_sum(torch.tensor(written, device=args.device)))  # also waits for the others
+    say(f"Visual tokens of {len(slides)} slides: {written} computed, {len(slides) - written} were there.")
+    train, val = (Conversations(r, args, tokenizer, cfg, stage, recipe) for r in split_validation(rows, args.val))
+    if full and world() > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    def encode(row):
-        if stage == 2:
-            ids, labels = tokenizer.encode_plain(row["conversations"][1]["value"])
-        else:
-            ids, labels = tokenizer.encode_chat(row["conversations"])
-        return ids[: recipe.max_length], labels[: recipe.max_length]
+        model.slide_encoder = None  # it has done its work
+        policy = MixedPrecisionPolicy(param_dtype=args.dtype, reduce_dtype=torch.float32)
+        for layer in model.llama.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
 
-    def batch_loss(rows):
-        """-> (mean loss, number of labelled tokens)"""
-        ids, labels = zip(*[encode(row) for row in rows])
-        visual = [
-            read_visual_tokens(args.data, row["slide"])[None].expand(i.count(wsi_llava.IMAGE_TOKEN), -1, -1)
-            for row, i in zip(rows, ids)
-        ]
-        return model([v.to(args.device) for v in visual], ids, labels), sum(l >= 0 for x in labels for l in x)
+    def run(samples):
+        """-> (summed loss, labelled tokens, positions, cut samples)"""
+        ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
+        with autocast(args):
+            loss = model([s["visual"].to(args.device) for s in samples], ids, labels, reduction="sum")
+        labelled = sum(l >= 0 for x in labels for l in x[1:])
+        positions = sum(len(s["ids"]) + len(s["visual"]) * (cfg.n_visual_tokens - 1) for s in samples)
+        return loss, labelled, positions, sum(s["cut"] for s in samples)
 
-    def backward(rows):
-        rows = sorted(rows, key=lambda row: len(row["conversations"][-1]["value"]))  # less padding
-        micro = [rows[i : i + recipe.micro_batch] for i in range(0, len(rows), recipe.micro_batch)]
-        total = sum(sum(l >= 0 for l in encode(row)[1]) for row in rows)
-        mean = 0.0
-        for part in micro:
-            loss, tokens = batch_loss(part)
-            (loss * tokens / total).backward()  # so that every token of the batch weighs the same
-            mean += loss.item() * tokens / total
-        return mean, total
+    def totals(parts, micro, work):
+        sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+        seed = torch.initial_seed()
+        for k, samples in enumerate(micro):
+            torch.manual_seed(seed + k * world() + rank())  # no two processes draw the same dropout
+            loss, *counts = run(samples)
+            work(loss)
+            sums += torch.tensor([loss.item(), *counts], dtype=torch.float64, device=args.device)
+        loss, labelled, positions, cut = all_sum(sums).tolist()
+        return Totals(loss, max(1, labelled), int(positions), int(cut))
 
-    def validate():
-        losses = [batch_loss(val[i : i + recipe.micro_batch]) for i in range(0, min(len(val), 256), recipe.micro_batch)]
-        return {"loss": sum(l.item() * n for l, n in losses) / sum(n for _, n in losses)}
+    def backward(parts, micro):
+        return totals(parts, micro, lambda loss: loss.backward())
 
-    groups = [
-        {"name": "projector", "params": list(model.mm_projector.parameters()), "lr": recipe.projector_lr or recipe.lr}
-    ]
+    @torch.no_grad()
+    def validate(parts, micro):
+        found = totals(parts, micro, lambda loss: None)
+        return {"loss": found.loss / found.weight}
+
+    projector = list(model.mm_projector.parameters())
+    groups = [{"name": "projector", "params": projector, "lr": stage == 3 and recipe.projector_lr or recipe.lr}]
     if stage == 3:
+        name = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
         params = [p for p in model.llama.parameters() if p.requires_grad]
-        groups.append({"name": "language model", "params": params, "lr": recipe.lr})
-    saved = r"mm_projector\..*|llama\..*" if stage == 3 and args.full else wsi_llava.trained_names(cfg)
-    return Task(model, cfg, groups, train, backward, validate if val else None, saved)
+        groups.append({"name": name, "params": params, "lr": recipe.lr})
+    task = Task(model, cfg, groups, train, val, backward, validate, sharded=full and world() > 1)
+    if stage == 2 and not args.no_image:
+        some = val if len(val.rows) > 1 else train
+        task.before_and_after = lambda: alignment(model, [some[i] for i in range(min(256, len(some.rows)))])
+    return task
+
+
+@torch.no_grad()
+def alignment(model, samples):
+    """How near the projected visual tokens of slides lie to the embedded words of their own reports, and of the others'.
+
+    Mean over the visual tokens, mean over the words, both less their mean over the slides; then cosines.
+    """
+    slides = torch.stack([model.project(s["visual"][0].to(model.device)).float().mean(0) for s in samples])
+    words = [[i for i, label in zip(s["ids"], s["labels"]) if label >= 0] for s in samples]
+    texts = [model.llama.embed_tokens(torch.tensor(ids, device=model.device)).float().mean(0) for ids in words]
+    slides, texts = (F.normalize(x - x.mean(0), dim=-1) for x in (slides, torch.stack(texts)))
+    cosine = slides @ texts.T
+    own, n = cosine.diagonal(), len(samples)
+    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
+    return {"own report": own.mean().item(), "other reports": others.item()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -294,104 +507,240 @@ def language_task(args, recipe, meta, stage):
 
 def train_stage(stage, args):
     meta = wsi_llava.read_meta(args.data)
-    recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage])
-    for f in dataclasses.fields(Recipe):
-        if getattr(args, f.name) is not None:
-            setattr(recipe, f.name, getattr(args, f.name))
+    recipe = pick_recipe(stage, args, meta)
     torch.manual_seed(args.seed)
     task = stage1(args, recipe, meta) if stage == 1 else language_task(args, recipe, meta, stage)
-    model, n = task.model, len(task.items)
-    batch_size = min(recipe.batch_size, n)
-    if stage == 1 and batch_size < 2:
+    model, n = task.model, len(task.train.rows)
+    if stage == 1 and n < 2:
         raise UserError(f"stage 1 contrasts slides with one another and needs at least 2 with a report; found {n}")
-    per_epoch = n // batch_size
-    steps = max(1, round(recipe.epochs * per_epoch))
-    trained = ", ".join(f"{g['name']} {sum(p.numel() for p in g['params']):,}" for g in task.groups)
-    things, slides = "reports" if stage < 3 else "questions", len({row["slide"] for row in task.items})
-    print(
-        f"Stage {stage}: {n} {things} of {slides} slides, {steps} steps of {batch_size} on {args.device}; "
-        f"trains {trained} of {sum(p.numel() for p in model.parameters()):,} parameters."
-    )
+    batch_size = min(recipe.batch_size, n)
+    if batch_size < world():
+        raise UserError(
+            f"a batch of {batch_size} is too small for {world()} processes; raise --batch-size or start fewer"
+        )
+    steps = round(recipe.epochs * (n // batch_size))
+    if recipe.epochs > 0:
+        steps = max(1, steps)
     folder = args.out / f"stage{stage}"
     folder.mkdir(parents=True, exist_ok=True)
     beta2 = 0.98 if stage == 1 else 0.999
     optimizer = torch.optim.AdamW(task.groups, betas=(0.9, beta2), weight_decay=recipe.weight_decay)
     peaks = [group["lr"] for group in task.groups]
-    first, log, run = 0, [], {"steps": steps, "batch_size": batch_size, "items": n, "seed": args.seed}
-    state_file = folder / "train_state.pt"
-    if args.resume and state_file.exists():
-        state = torch.load(state_file, map_location=args.device, weights_only=True)
-        if state["run"] != run:
-            raise UserError(
-                f"{state_file} belongs to another run ({state['run']}, not {run}); leave --resume out to start anew"
-            )
-        model.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        first, log = state["step"], state["log"]
-        print(f"Resuming at step {first} of {steps}.")
+    first, log = 0, []
+    run = {"steps": steps, "batch_size": batch_size, "items": n, "seed": args.seed}
+    if args.resume and (folder / "train_state.pt").exists():
+        first, log = resume(folder / "train_state.pt", run, model, optimizer)
+    seed = [args.seed, stage]
+    summarize(stage, args, recipe, task, steps, batch_size, first, folder)
+    validating = len(task.val.rows) >= max(world(), 2 if stage == 1 else 1)
+    val_parts = task.val.parts(list(range(min(len(task.val.rows), args.val_rows)))) if validating else []
 
     def save(step):
         """Everything that the next stage or --resume needs, each file written aside and renamed."""
-        weights = {
-            k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if re.fullmatch(task.saved, k)
-        }
-        with replacing(state_file) as path:
-            state = {"run": run, "step": step, "model": weights, "optimizer": optimizer.state_dict(), "log": log}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights, optimizer_state = get_state_dict(model, optimizer, options=options)  # sharded or not; all take part
+        if rank():
+            return
+        state = {"run": run, "step": step, "model": weights, "optimizer": optimizer_state, "log": log}
+        with replacing(folder / "train_state.pt") as path:
             torch.save(state, path)
-        with replacing(folder / "log.jsonl") as path:
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in log))
-        draw_curves(folder / "loss.png", {f"stage {stage}": log})
+        if log:
+            draw_curves(folder / "loss.png", {f"stage {stage}, {TITLES[stage]}": log})
+        if args.keep == "best" and step and log[-1].get("val_loss") == min(e.get("val_loss", math.inf) for e in log):
+            write_weights(folder / "best.safetensors", weights)
         if step == steps:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
             with replacing(folder / "config.json") as path:
                 path.write_text(task.cfg.to_json())
-            with replacing(folder / "model.safetensors") as path:
-                save_file(weights, path)
+            if (folder / "best.safetensors").exists():
+                os.replace(folder / "best.safetensors", folder / "model.safetensors")
+            else:
+                write_weights(folder / "model.safetensors", weights)
 
-    if not args.resume:
-        (folder / "model.safetensors").unlink(missing_ok=True)
+    def write_weights(path, weights):
+        kind = args.dtype if stage == 3 and args.full else torch.float32  # 7B in float32 would be 27 GB
+        with replacing(path) as temporary:
+            save_file({k: v.to(kind).contiguous() for k, v in weights.items()}, temporary)
+
+    if not first:
+        for name in ("model.safetensors", "best.safetensors"):
+            (folder / name).unlink(missing_ok=True) if rank() == 0 else None
+        show_alignment(task, "before")
+    log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")
+    log_file.writelines(json.dumps(entry) + "\n" for entry in log)
     eval_every = args.eval_every or max(1, steps // 8)
+    schedule_of_parts = plan(task.train, batch_size, steps, first, seed)
+    ahead = (part for _, parts in plan(task.train, batch_size, steps, first, seed) for part in mine(parts))
+    loader = micro_batches(task.train, ahead, args)
     model.train()
-    with tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step") as progress:
-        step = first
-        try:
-            for step in range(first, steps):
-                started = time.time()
-                epoch, k = divmod(step, per_epoch)
-                # Data order and every random number follow from (seed, stage, step): resuming needs no state of either.
-                order = np.random.default_rng([args.seed, stage, epoch]).permutation(n)
-                torch.manual_seed(args.seed * 1_000_003 + stage * 100_000_007 + step * 1009)
-                batch = [task.items[i] for i in order[k * batch_size : (k + 1) * batch_size]]
-                for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * schedule(step, steps, recipe.warmup)
-                loss, tokens = task.backward(batch)
-                if not math.isfinite(loss):
-                    raise UserError(
-                        f"stage {stage}, step {step}: the loss is {loss}; the batch was "
-                        f"{', '.join(row['id'] for row in batch[:8])}, ...; try a lower --lr or --dtype float32"
-                    )
-                norm = torch.nn.utils.clip_grad_norm_([p for g in task.groups for p in g["params"]], 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                entry = {"step": step + 1, "loss": round(loss, 5), "lr": optimizer.param_groups[-1]["lr"]}
-                entry |= {
-                    "grad_norm": round(norm.item(), 4),
-                    "tokens_per_s": round(tokens / (time.time() - started), 1),
-                }
-                log.append(entry)
-                progress.update()
-                progress.set_postfix_str(f"loss {loss:.3f}")
-                if (step + 1) % eval_every == 0 or step + 1 == steps:
-                    entry |= evaluate(model, task.validate)
-                    text = " ".join(f"{k.replace(' ', '_')} {v:.4g}" for k, v in entry.items())
-                    tqdm.write(f"stage {stage} {text}")
-                if (step + 1) % args.save_every == 0 or step + 1 == steps:
-                    save(step + 1)
-        except KeyboardInterrupt:
-            save(len(log))
-            raise UserError(
-                f"interrupted after step {len(log)} of {steps}, saved; --resume goes on from there"
-            ) from None
-    print(f"Stage {stage} is done: {folder}/model.safetensors; curves in {folder}/loss.png.")
+    began, cut = time.time(), 0
+    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=rank() > 0)
+    with log_file, bar, stop_signals() as asked:
+        for step, parts in schedule_of_parts:
+            started = time.time()
+            torch.manual_seed(args.seed * 1_000_003 + stage * 100_000_007 + step * 1009)
+            height = schedule(step, steps, recipe.warmup)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * height
+            found = task.backward(parts, itertools.islice(loader, len(mine(parts))))
+            gather_gradients(task, found.weight)
+            norm = torch.nn.utils.clip_grad_norm_([p for g in task.groups for p in g["params"]], args.clip)
+            norm = float(norm.full_tensor() if task.sharded else norm)
+            loss = found.loss / found.weight
+            if not math.isfinite(loss + norm):
+                ids = [task.train.rows[i]["id"] for part in parts for i in part]
+                log_file.write(
+                    json.dumps({"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "ids": ids}) + "\n"
+                )
+                raise UserError(
+                    f"stage {stage}, step {step + 1}: the loss is {loss}, the norm of its gradient {norm}; the batch was "
+                    f"{', '.join(ids[:8])}{', ...' * (len(ids) > 8)} (all in {folder}/log.jsonl); "
+                    f"try a lower --lr or --dtype float32"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            cut += found.cut
+            entry = {"step": step + 1, "loss": round(loss, 5), "lr": optimizer.param_groups[-1]["lr"]}
+            entry |= {"grad_norm": round(norm, 4), "tokens_per_s": round(found.tokens / (time.time() - started), 1)}
+            entry |= {"cut": found.cut} if found.cut else {}
+            log.append(entry)
+            if (step + 1) % args.log_every == 0:
+                eta = datetime.timedelta(seconds=round((time.time() - began) / (step + 1 - first) * (steps - step - 1)))
+                say(
+                    f"stage {stage} step {step + 1}/{steps} loss {loss:.4f} lr {entry['lr']:.2e} grad_norm {norm:.3f} "
+                    f"tokens/s {entry['tokens_per_s']:,.0f} eta {eta} memory {memory(args) / 1e9:.2f} GB"
+                )
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            last = step + 1 == steps
+            evaluated = validating and (last or (step + 1) % eval_every == 0)
+            if evaluated:
+                model.eval()
+                metrics = task.validate(val_parts, micro_batches(task.val, mine(val_parts), args))
+                model.train()
+                entry |= {f"val_{name}": round(value, 5) for name, value in metrics.items()}
+                say(
+                    f"stage {stage} step {step + 1}/{steps} "
+                    + "  ".join(f"val {k} {v:.4g}" for k, v in metrics.items())
+                )
+            print(json.dumps(entry), file=log_file, flush=True)
+            stopping = all_sum(torch.tensor(float(bool(asked)), device=args.device)) > 0
+            if last or stopping or (step + 1) % args.save_every == 0 or (evaluated and args.keep == "best"):
+                save(step + 1)
+            if stopping and not last:
+                raise UserError(f"interrupted after step {step + 1} of {steps}, saved; --resume goes on from there")
+    if not steps:
+        save(0)
+    show_alignment(task, "after")
+    if cut:
+        say(f"{cut} samples were longer than --max-length {recipe.max_length} and were cut.")
+    say(f"Stage {stage} is done: {folder}/model.safetensors; curves in {folder}/loss.png.")
+    all_sum(torch.zeros(1, device=args.device))  # nobody goes on before the files are there
+
+
+def pick_recipe(stage, args, meta):
+    """The preset's recipe for the stage, with the user's flags on top."""
+    recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage])
+    if stage == 3 and args.full and recipe.full_lr:
+        recipe.lr = recipe.full_lr
+    for f in dataclasses.fields(Recipe):
+        if getattr(args, f.name) is not None:
+            setattr(recipe, f.name, getattr(args, f.name))
+    if stage in args.skip_stage:
+        recipe.epochs = 0
+    return recipe
+
+
+def resume(path, run, model, optimizer):
+    """Loads what an interrupted run saved, on any number of processes -> (steps done, log)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved_run, first, log = state["run"], state["step"], state["log"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged ({reason}); leave --resume out to start the stage anew") from None
+    if saved_run != run:
+        raise UserError(f"{path} belongs to another run ({saved_run}, not {run}); leave --resume out to start anew")
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+    say(f"Resuming at step {first} of {run['steps']}.")
+    return first, log
+
+
+def summarize(stage, args, recipe, task, steps, batch_size, first, folder):
+    """What will be trained, on what, for how long: timed on one micro-batch, whose gradients are thrown away."""
+    trained = {id(p) for g in task.groups for p in g["params"]}
+    parts = {}
+    for name, p in task.model.named_parameters():
+        if id(p) not in trained:
+            part = name.split(".")[0]
+            parts[part] = parts.get(part, 0) + p.numel()
+    index = task.train.rows.index
+    _, first_parts = next(plan(task.train, batch_size, 1, 0, [args.seed, stage]))
+    rounds = math.ceil(len(first_parts) / world())
+    task.model.train()
+    started = time.time()
+    task.backward(first_parts[: world()], micro_batches(task.train, mine(first_parts[: world()]), args))
+    task.model.zero_grad(set_to_none=True)
+    duration = datetime.timedelta(seconds=round((time.time() - started) * rounds * (steps - first)))
+    lines = {
+        "on": f"{args.device} in {str(args.dtype).removeprefix('torch.')}, {world()} process{'es' * (world() > 1)}",
+        "trains": ", ".join(
+            f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g})" for g in task.groups
+        ),
+        "frozen": ", ".join(f"{name} {count:,}" for name, count in parts.items()) or "nothing",
+        "data": f"{len(index):,} {'reports' if stage < 3 else 'questions'} of {len(task.train.rows.slides()):,} slides, "
+        f"{len(task.val.rows):,} more of {len(task.val.rows.slides()):,} slides to validate on",
+        "plan": f"{steps:,} steps of {batch_size} ({recipe.epochs:g} epochs), about {duration} by the first micro-batch",
+        "writes": f"{folder}/: model.safetensors at the end, train_state.pt every {args.save_every} steps",
+    }
+    say(f"Stage {stage}, {TITLES[stage]}")
+    for name, text in lines.items():
+        say(f"  {name:8}{text}")
+
+
+def show_alignment(task, when):
+    if task.before_and_after:
+        found = task.before_and_after()
+        say("alignment " + when + " training: cosine to the " + ", to ".join(f"{k} {v:.3f}" for k, v in found.items()))
+
+
+def gather_gradients(task, weight):
+    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done once after the
+    last micro-batch, and free of its rule that all processes run the same number of backwards."""
+    params = [p for g in task.groups for p in g["params"]]
+    if world() > 1 and not task.sharded:
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            work.wait()
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_((world() if task.sharded else 1) / weight)  # FSDP takes the mean
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: yields a list that then is not empty."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        tqdm.write("Finishing this step, then saving; once more to stop at once.")
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def memory(args):
+    return torch.cuda.max_memory_allocated() if args.device.type == "cuda" else wsi_llava.peak_memory()
 
 
 def schedule(step, steps, warmup):
@@ -400,16 +749,6 @@ def schedule(step, steps, warmup):
     if step < rising:
         return (step + 1) / rising
     return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
-
-
-@torch.no_grad()
-def evaluate(model, validate):
-    if validate is None:
-        return {}
-    model.eval()
-    metrics = {f"val_{name}": value for name, value in validate().items()}
-    model.train()
-    return metrics
 
 
 def draw_curves(path, logs):
@@ -458,22 +797,23 @@ def draw_curves(path, logs):
 
 def demo(args):
     started = time.time()
-    args.preset = "demo"
+    args.preset, args.log_every = "demo", args.log_every * 20
     prepare.prepare_demo(prepare.with_defaults(args))
-    for stage in (1, 2, 3):
+    stages = (2, 3) if args.no_slide_encoder else (1, 2, 3)
+    for stage in stages:
         train_stage(stage, args)
     meta = wsi_llava.read_meta(args.data)
     model, tokenizer = wsi_llava.assemble(args, meta, 3)
     model.to(args.device)
     rows = load_rows(args.data, "test")
-    slides = sorted({row["slide"] for row in rows})
+    slides = rows.slides()
     wsi_llava.cache_visual_tokens(model, args.data, slides)
-    visual = {slide: read_visual_tokens(args.data, slide) for slide in slides}
+    visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
 
     closed = [row for row in rows if not is_report(row) and row["task"] != "dialogue"]
     other = dict(zip(slides, slides[1:] + slides[:1]))  # the slides are in random order of findings
     answers = {
-        "model": sample.answer_rows(model, tokenizer, closed, visual),
+        "model": sample.answer_rows(model, tokenizer, closed, None if args.no_image else visual),
         "other slide": sample.answer_rows(model, tokenizer, closed, {s: visual[other[s]] for s in slides}),
         "no slide": sample.answer_rows(model, tokenizer, closed, None),
     }
@@ -496,7 +836,8 @@ def demo(args):
         chosen = [i for i, row in enumerate(closed) if row["task"] in members]
         cells = "".join(f"{np.mean([right[a][i] for i in chosen]):13.2f}" for a in answers)
         print(name.ljust(32) + f"{len(chosen):6d}" + cells)
-    print_retrieval(args, meta, tokenizer, rows)
+    if 1 in stages:
+        print_retrieval(args, meta, tokenizer, rows)
 
     talk = next(row for row in rows if row["task"] == "dialogue")
     slide = talk["slide"]
@@ -506,9 +847,9 @@ def demo(args):
         question = question["value"].replace("<image>\n", "")
         print(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
     logs = {}
-    for stage in (1, 2, 3):
+    for stage in stages:
         lines = (args.out / f"stage{stage}" / "log.jsonl").read_text().splitlines()
-        logs[f"stage {stage}"] = [json.loads(line) for line in lines]
+        logs[f"stage {stage}, {TITLES[stage]}"] = [json.loads(line) for line in lines]
     draw_curves(args.out / "loss.png", logs)
     print(f"\nPictures: {args.out}/loss.png (the three losses), {args.data}/qc/{slide}.jpg (tissue and tiles)")
     print(f"Took {time.time() - started:.0f} s. Ask it yourself: python sample.py --slide {slide}")
@@ -521,12 +862,15 @@ def truth(row):
 def print_retrieval(args, meta, tokenizer, rows):
     """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
     cfg, tensors, source = wsi_llava.read_stage(args, 1)
-    model = wsi_llava.load_strict(wsi_llava.WSITextAlignment(cfg), tensors, source).to(args.device, args.dtype).eval()
-    words = (
-        wsi_llava.load_llama(wsi_llava.pick_llm(args, meta)[0]).embed_tokens.weight.detach().to(args.device, args.dtype)
-    )
-    found = Pairs(args, model, words, tokenizer).retrieval(one_report_a_slide(rows))
-    n = found["pairs"]
+    model = wsi_llava.load_strict(wsi_llava.WSITextAlignment(cfg), tensors, source).to(args.device).eval()
+    words = wsi_llava.load_llama(wsi_llava.pick_llm(args, meta)[0]).embed_tokens.weight.detach()
+    pairs = Pairs(one_report_a_slide(rows), args, tokenizer, cfg.text_encoder.max_length)
+    n = len(pairs.rows)
+    parts = pairs.parts(list(range(n)))
+    with torch.no_grad():
+        samples = list(micro_batches(pairs, parts, args))
+        slides, texts = embed_batch(args, model, words.to(args.device, torch.float32), parts, samples)
+    found = recall(slides @ texts.T)
     print(
         f"\nRetrieval among {n} held-out slides and reports (chance: R@1 {1 / n:.2f}, R@5 {5 / n:.2f}, R@10 {10 / n:.2f})"
     )
@@ -550,7 +894,36 @@ def parse(argv=None):
     add("--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters")
     add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")
     add("--skip-missing", action="store_true", help="leave out questions about slides that have no features")
+    add(
+        "--skip-stage",
+        type=int,
+        choices=[1, 2],
+        nargs="*",
+        default=[],
+        help="leave these stages' weights as they start",
+    )
+    add(
+        "--no-slide-encoder",
+        action="store_true",
+        help="ablation: tile features go straight to the pool (stages 2 and 3)",
+    )
+    add(
+        "--max-tiles",
+        type=int,
+        default=0,
+        help="ablation: at most so many tiles of a slide, drawn at random (default: all)",
+    )
+    add("--no-image", action="store_true", help="ablation: the language model gets the questions without the slide")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
+    add(
+        "--keep",
+        choices=["last", "best"],
+        default="last",
+        help="the stage's result: the last weights, or those of lowest validation loss",
+    )
     add("--val", type=float, default=0.05, help="share of the training slides to validate on (default: 0.05)")
+    add("--val-rows", type=int, default=256, help="validate on at most so many rows (default: 256)")
+    add("--log-every", type=int, default=1, help="steps between lines of the log (default: 1; the demo: 20)")
     add("--eval-every", type=int, help="steps between validations (default: an eighth of the run)")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
     for f in dataclasses.fields(Recipe):
@@ -564,8 +937,11 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    join_processes(args)
     wsi_llava.resolve_device(args)
     if args.demo:
+        if world() > 1:
+            raise UserError("--demo runs in one process; start it without torchrun")
         demo(args)
     elif args.stage:
         train_stage(args.stage, args)

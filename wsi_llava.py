@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -173,6 +174,9 @@ class WSILLaVAConfig(Config):
     pad_to: int = 1024  # CLIP-L's width: visual tokens are zero-padded to it, so that LLaVA's projector fits
     lora_rank: int = 0  # 0: the LLM has no adapters
     lora_alpha: float = 0.0
+    lora_target: str = ".*"  # which of the decoder's linear layers have adapters, a pattern
+    max_tiles: int = 0  # ablation: so many of a slide's tiles, drawn at random (0: all)
+    no_slide_encoder: bool = False  # ablation: tile features go straight to the pool
 
 
 PRESETS = {
@@ -1095,24 +1099,30 @@ class Llama(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trainable low-rank update (LoRA, arXiv 2106.09685): W x + (alpha / r) B A x."""
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
+        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, dtype=base.weight.dtype))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=base.weight.dtype))  # so it starts as W
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.base(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
 
 
-def add_lora(llama, rank, alpha):
-    """Wraps every linear layer of the decoder's blocks (LLaVA's choice: all but the lm_head) and freezes the rest."""
+def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
+    """Wraps the linear layers of the decoder's blocks whose names match `target` and freezes the rest. The default is
+    LLaVA's choice: all of them, the lm_head not. Raises UserError where none matches."""
     llama.requires_grad_(False)
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
-                setattr(part, name, LoRALinear(child, rank, alpha))
+                if re.fullmatch(target, name):
+                    setattr(part, name, LoRALinear(child, rank, alpha, dropout))
+    if not any(isinstance(module, LoRALinear) for module in llama.modules()):
+        raise UserError(
+            f"--lora-target {target} matches none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1188,12 +1198,12 @@ class WSILLaVA(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.slide_encoder = SlideEncoder(cfg.slide_encoder)
+        self.slide_encoder = None if cfg.no_slide_encoder else SlideEncoder(cfg.slide_encoder)
         width = cfg.llama.width
         self.mm_projector = nn.Sequential(nn.Linear(cfg.pad_to, width), nn.GELU(), nn.Linear(width, width))
         self.llama = Llama(cfg.llama)
         if cfg.lora_rank:
-            add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha)
+            add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target)
 
     @property
     def device(self):
@@ -1201,9 +1211,17 @@ class WSILLaVA(nn.Module):
 
     def encode_slide(self, features, coords):
         """features [N,C_tile], coords [N,2] of one slide -> its visual tokens [V,C]."""
+        if self.slide_encoder is None:
+            pooled = pool_tokens(features[None].to(self.device, torch.float32), self.cfg.n_visual_tokens)[0]
+            return F.layer_norm(pooled, pooled.shape[-1:])
         like = self.slide_encoder.cls_token
         features, coords = features.to(like.device, like.dtype), coords.to(like.device)
         return self.slide_encoder.visual_tokens(features[None], coords[None], self.cfg.n_visual_tokens)[0]
+
+    def project(self, visual):
+        """Visual tokens [V,C] -> [V,C_llm]: zero-padded to the width that the projector takes, then projected."""
+        weight = self.mm_projector[0].weight
+        return self.mm_projector(F.pad(visual.to(weight.dtype), (0, self.cfg.pad_to - visual.shape[-1])))
 
     def splice(self, visual, ids, labels=None):
         """Puts projected visual tokens where the ids say IMAGE_TOKEN.
@@ -1226,8 +1244,7 @@ class WSILLaVA(nn.Module):
             text = self.llama.embed_tokens(row.clamp(min=0))  # [T,C]
             parts, part_labels, start = [], [], 0
             for place, slide in zip(places, slides):
-                slide = F.pad(slide.to(text), (0, self.cfg.pad_to - slide.shape[-1]))  # [V,768] -> [V,1024]
-                parts += [text[start:place], self.mm_projector(slide)]
+                parts += [text[start:place], self.project(slide.to(self.device)).to(text.dtype)]
                 part_labels += [label[start:place], label.new_full((len(slide),), IGNORE)]
                 start = place + 1
             rows.append(torch.cat(parts + [text[start:]]))
@@ -1236,11 +1253,12 @@ class WSILLaVA(nn.Module):
         pad = nn.utils.rnn.pad_sequence
         return pad(rows, batch_first=True), pad(row_labels, batch_first=True, padding_value=IGNORE)
 
-    def forward(self, visual, ids, labels):
-        """Mean next-token loss over the labelled tokens. Arguments as for splice."""
+    def forward(self, visual, ids, labels, reduction="mean"):
+        """Next-token loss, the mean over the labelled tokens or their "sum". Arguments as for splice."""
         embeds, labels = self.splice(visual, ids, labels)
         logits = self.llama(embeds=embeds)  # [B,T,vocab]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+        logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction=reduction)
 
     @torch.no_grad()
     def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0, eos=2, cache=None):
@@ -1335,7 +1353,7 @@ def read_tensors(path):
             if "mmap" not in str(error):
                 raise
             return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
-    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint ({reason}); copy or download it again") from None
 
@@ -1644,31 +1662,38 @@ def trained_names(cfg):
     return r"mm_projector\..*|llama\..*\.lora_[ab]" if cfg.lora_rank else r"mm_projector\..*"
 
 
-def assemble(args, meta, stage):
-    """The model as it stands after `stage` (1: a fresh projector) -> (WSILLaVA on the CPU, Tokenizer).
+def assemble(args, meta, stage, dtype=None):
+    """The model as it stands after `stage` (1: a fresh projector) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
 
     The slide encoder is that of out/stage1, or --slide-encoder; the projector that of out/stage2 or 3; the language model
     --llm's with out/stage3's adapters. Raises UserError where a piece is missing or was trained beside other pieces.
     """
     folder, tokenizer = pick_llm(args, meta)
-    llama = load_llama(folder, args.dtype)
-    prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
-    if args.slide_encoder:
-        slide_encoder = load_slide_encoder(args.slide_encoder)
-    else:
-        stage1, tensors, source = read_stage(args, 1)
-        check_fingerprints(stage1, prints, source)
-        with torch.device("meta"):
-            slide_encoder = SlideEncoder(stage1.slide_encoder)
-        load_strict(slide_encoder, tensors, source, [(r"slide_encoder\.(.+)", r"\1"), (r".+", None)])
-    prints["slide_encoder"] = fingerprint(slide_encoder)
-    check_tile_width(slide_encoder.cfg, meta, args.data)
+    llama = load_llama(folder, dtype or args.dtype)
     if stage == 1:
-        cfg = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
-        cfg.slide_encoder, cfg.llama = slide_encoder.cfg, llama.cfg
-        tensors, cfg.fingerprints = None, prints
+        cfg, tensors = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict()), None
+        cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
     else:
         cfg, tensors, source = read_stage(args, stage)
+    prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
+    slide_encoder = None
+    if cfg.no_slide_encoder:
+        cfg.pad_to = max(cfg.pad_to, meta["encoder"]["width"])
+    elif args.slide_encoder:
+        slide_encoder = load_slide_encoder(args.slide_encoder)
+    else:
+        stage1, weights, source1 = read_stage(args, 1)
+        check_fingerprints(stage1, prints, source1)
+        with torch.device("meta"):
+            slide_encoder = SlideEncoder(stage1.slide_encoder)
+        load_strict(slide_encoder, weights, source1, [(r"slide_encoder\.(.+)", r"\1"), (r".+", None)])
+    if slide_encoder:
+        prints["slide_encoder"] = fingerprint(slide_encoder)
+        check_tile_width(slide_encoder.cfg, meta, args.data)
+    if tensors is None:
+        cfg.slide_encoder, cfg.llama = slide_encoder.cfg if slide_encoder else cfg.slide_encoder, llama.cfg
+        cfg.fingerprints = prints
+    else:
         check_fingerprints(cfg, prints, source)
     with torch.device("meta"):
         model = WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
@@ -1677,11 +1702,11 @@ def assemble(args, meta, stage):
     for part in (model.mm_projector[0], model.mm_projector[2]):
         part.reset_parameters()
     if cfg.lora_rank:
-        add_lora(llama, cfg.lora_rank, cfg.lora_alpha)
+        add_lora(llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target)
     if tensors is not None:
         full = any(name.startswith("llama.") for name in tensors) and not cfg.lora_rank
         load_strict(model, tensors, source, only=r"mm_projector\..*|llama\..*" if full else trained_names(cfg))
-    return model.to(args.dtype).eval(), tokenizer
+    return model.to(dtype or args.dtype).eval(), tokenizer
 
 
 def check_fingerprints(cfg, present, source):
@@ -1708,15 +1733,29 @@ def is_report(row):
     return "report" in row["task"].lower()
 
 
-def read_features(data, slide):
-    """data/features of one slide -> features float16 [N,C], coords int32 [N,2]."""
+def read_features(data, slide, max_tiles=0):
+    """data/features of one slide -> features float16 [N,C], coords int32 [N,2].
+
+    max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
+    """
     tensors = read_tensors(Path(data) / "features" / f"{slide}.safetensors")
-    return tensors["features"], tensors["coords"]
+    features, coords = tensors["features"], tensors["coords"]
+    if max_tiles and len(features) > max_tiles:
+        rng = np.random.default_rng(zlib.crc32(slide.encode()))
+        chosen = torch.from_numpy(np.sort(rng.choice(len(features), max_tiles, replace=False)))
+        features, coords = features[chosen], coords[chosen]
+    return features, coords
 
 
-def read_visual_tokens(data, slide):
-    """data/visual_tokens of one slide -> float16 [V,C]."""
-    return read_tensors(Path(data) / "visual_tokens" / f"{slide}.safetensors")["visual_tokens"]
+def visual_tokens_file(data, slide, cfg):
+    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
+    variant = "no-slide-encoder" * cfg.no_slide_encoder + f"-of-{cfg.max_tiles}" * bool(cfg.max_tiles)
+    return Path(data) / "visual_tokens" / variant / f"{slide}.safetensors"
+
+
+def read_visual_tokens(data, slide, cfg):
+    """What cache_visual_tokens wrote of one slide -> float16 [V,C]."""
+    return read_tensors(visual_tokens_file(data, slide, cfg))["visual_tokens"]
 
 
 def cache_visual_tokens(model, data, slides, progress=iter):
@@ -1724,19 +1763,20 @@ def cache_visual_tokens(model, data, slides, progress=iter):
 
     The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
     """
-    folder, written = Path(data) / "visual_tokens", 0
-    folder.mkdir(exist_ok=True)
-    mark = model.cfg.fingerprints["slide_encoder"]
+    written, mark = 0, model.cfg.fingerprints.get("slide_encoder", "none")
     for slide in progress(slides):
-        path = folder / f"{slide}.safetensors"
+        path = visual_tokens_file(data, slide, model.cfg)
         if path.exists():
             with safetensors.safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("slide_encoder") == mark:
                     continue
         with torch.inference_mode():
-            tokens = model.encode_slide(*read_features(data, slide)).to("cpu", torch.float16).contiguous()
+            tokens = model.encode_slide(*read_features(data, slide, model.cfg.max_tiles))
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({"visual_tokens": tokens}, temporary, {"slide_encoder": mark})
+            save_file(
+                {"visual_tokens": tokens.to("cpu", torch.float16).contiguous()}, temporary, {"slide_encoder": mark}
+            )
         written += 1
     return written
 
