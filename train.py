@@ -565,7 +565,7 @@ def train_stage(stage, args):
         for name in ("model.safetensors", "best.safetensors"):
             (folder / name).unlink(missing_ok=True) if rank() == 0 else None
         show_alignment(task, "before")
-    log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")
+    log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")  # noqa: SIM115 (closed by the loop's with)
     log_file.writelines(json.dumps(entry) + "\n" for entry in log)
     eval_every = args.eval_every or max(1, steps // 8)
     schedule_of_parts = plan(task.train, batch_size, steps, first, seed)
@@ -763,7 +763,7 @@ def draw_curves(path, logs):
         high = max([*losses, *[e["val_loss"] for e in log if "val_loss" in e]]) * 1.05 + 1e-9
         last = log[-1]["step"]
 
-        def point(step, loss):
+        def point(step, loss, x0=x0, x1=x1, y0=y0, y1=y1, last=last, high=high):
             return x0 + (x1 - x0) * step / last, y0 + (y1 - y0) * loss / high
 
         for i in range(5):

@@ -1277,10 +1277,7 @@ class WSILLaVA(nn.Module):
         ended = [False] * B
         for _ in range(max_new_tokens):
             logits = self.llama(embeds=embeds, cache=cache, last_only=True)[:, 0].float()  # [B,vocab]
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = _sample(logits / temperature, top_p, top_k, generator)
+            token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature, top_p, top_k, generator)
             yield [None if done else t for done, t in zip(ended, token.tolist())]
             ended = [done or t == eos for done, t in zip(ended, token.tolist())]
             if all(ended) or cache.length >= self.cfg.llama.context:
@@ -1346,7 +1343,7 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
