@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
@@ -959,24 +958,44 @@ def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
         train_with(demo, tmp_path / "out", "--stage", 2, "--resume")
 
 
+def torchrun(processes, *arguments):
+    """The command that a user types, as a list."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return list(map(str, [*run, HERE / "train.py", *arguments]))
+
+
 @pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
 def test_two_processes_equal_one(demo, tmp_path, flags):
-    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full; and a
-    run that two processes began, one finishes."""
-    flags = [*flags, "--epochs", 4 if flags[1] == 1 else 1, "--batch-size", 6, "--micro-batch", 2, "--save-every", 2]
-    losses = {}
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        shutil.copytree(demo[0] / "out", out)
-        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *run, HERE / "train.py", *flags, "--data", demo[0] / "data", "--out", out]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=HERE)
-        assert done.returncode == 0, done.stderr[-3000:]
-        log = (out / f"stage{flags[1]}" / "log.jsonl").read_text().splitlines()
+    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
+    flags = [*flags, "--epochs", 4 if flags[1] == 1 else 1, "--batch-size", 6, "--micro-batch", 2]
+    losses, stage = {}, f"stage{flags[1]}"
+    shutil.copytree(demo[0] / "out", tmp_path / "1")
+    shutil.copytree(demo[0] / "out", tmp_path / "2")
+    train_with(demo, tmp_path / "1", *flags)
+    command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for processes in "12":
+        log = (tmp_path / processes / stage / "log.jsonl").read_text().splitlines()
         losses[processes] = [json.loads(line)["loss"] for line in log]
-    assert losses[1] == pytest.approx(losses[2], rel=1e-5, abs=1.1e-5)  # the log holds five decimals
-    stage = f"stage{flags[1]}"
+    assert losses["1"] == pytest.approx(losses["2"], rel=1e-5, abs=1.1e-5)  # the log holds five decimals
     assert same_weights(*(tmp_path / n / stage / "model.safetensors" for n in "12"), tolerance=1e-3)
+
+
+def test_what_two_processes_began_one_finishes(demo, tmp_path):
+    """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from the start."""
+    flags = ["--stage", 3, "--full", "--batch-size", 8, "--micro-batch", 4]
+    shutil.copytree(demo[0] / "out", tmp_path / "1")
+    shutil.copytree(demo[0] / "out", tmp_path / "2")
+    train_with(demo, tmp_path / "1", *flags)
+    command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE) as process:
+        for line in process.stdout:
+            if line.startswith("stage 3 step 2/"):
+                process.terminate()  # as a job's time limit does
+    assert not (tmp_path / "2" / "stage3" / "model.safetensors").exists()
+    train_with(demo, tmp_path / "2", *flags, "--resume")
+    assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
@@ -1026,8 +1045,8 @@ def test_gradient_cache_equals_the_full_batch(demo):
         assert relative(cached[name], p.grad) < 1e-5 or p.grad.abs().max() < 1e-7, name
 
 
-def test_many_questions_open_in_seconds(demo, tmp_path):
-    """175,000 questions about one slide: an index, not the rows, is what is held."""
+def test_many_questions_are_held_as_an_index(demo, tmp_path):
+    """175,000 questions open in seconds: of each, the place in the file is kept, not the text."""
     data = tmp_path / "data"
     (data / "qa").mkdir(parents=True)
     shutil.copytree(demo[0] / "data" / "features", data / "features")
@@ -1036,9 +1055,8 @@ def test_many_questions_open_in_seconds(demo, tmp_path):
         for i in range(175000)
     ]
     prepare.write_qa(data / "qa" / "train.jsonl", rows)
-    started = time.time()
     found = train.load_rows(data, "train")
-    assert time.time() - started < 20 and len(found) == 175000
+    assert len(found) == 175000 and set(found.index[0]) == {"offset", "slide", "task", "length", "tiles"}
     assert found[123456] == rows[123456] and found.where(lambda entry: entry["slide"] == "demo_0003")[7]["id"] == "108"
 
 

@@ -340,22 +340,23 @@ def stage1(args, recipe, meta):
         model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
 
     def backward(parts, micro):
-        samples, seed = list(micro), torch.initial_seed()
+        seed = torch.initial_seed()
         with torch.no_grad():
-            slides, texts = embed_batch(args, model, words, parts, samples, seed)
+            slides, texts = embed_batch(args, model, words, parts, micro, seed)
         slides.requires_grad_(), texts.requires_grad_()
         loss = model.loss(slides, texts)
         loss.backward()
         if rank():
             model.logit_scale.grad.zero_()  # every process has all of it; the sum over them is to hold it once
-        for k, place, part in places(parts, samples):
+        for k, place in places(parts):
+            samples = [train[i] for i in parts[k]]  # read again, not held: memory stays one micro-batch's
             torch.manual_seed(seed + k)  # the second pass must draw the dropout of the first
-            torch.autograd.backward(embed(args, model, words, part), (slides.grad[place], texts.grad[place]))
+            torch.autograd.backward(embed(args, model, words, samples), (slides.grad[place], texts.grad[place]))
         return Totals(loss.item(), 1, sum(train.rows.index[i]["tiles"] for part in parts for i in part))
 
     @torch.no_grad()
     def validate(parts, micro):
-        slides, texts = embed_batch(args, model, words, parts, list(micro))
+        slides, texts = embed_batch(args, model, words, parts, micro)
         return {"loss": model.loss(slides, texts).item(), **recall(slides @ texts.T)}
 
     groups = [{"name": "slide and text encoder", "params": list(model.parameters()), "lr": recipe.lr}]
@@ -375,22 +376,22 @@ def embed(args, model, words, samples):
     return slides.to(dtype), texts.to(dtype)
 
 
-def places(parts, samples):
-    """This process's micro-batches -> (number, its rows in the whole batch, samples)."""
+def places(parts):
+    """This process's parts of a batch -> (number, its rows in the whole batch)."""
     start = 0
     for k, part in enumerate(parts):
         if k % world() == rank():
-            yield k, slice(start, start + len(part)), samples[k // world()]
+            yield k, slice(start, start + len(part))
         start += len(part)
 
 
-def embed_batch(args, model, words, parts, samples, seed=0):
+def embed_batch(args, model, words, parts, micro, seed=0):
     """The whole batch's embeddings, [n,E] twice, on every process: each fills its own rows, the sum gathers them."""
     n, width = sum(map(len, parts)), model.slide_head.out_features
     slides, texts = torch.zeros(2, n, width, device=args.device, dtype=model.logit_scale.dtype)
-    for k, place, part in places(parts, samples):
+    for (k, place), samples in zip(places(parts), micro):
         torch.manual_seed(seed + k)
-        slides[place], texts[place] = embed(args, model, words, part)
+        slides[place], texts[place] = embed(args, model, words, samples)
     return all_sum(slides), all_sum(texts)
 
 
@@ -544,8 +545,6 @@ def train_stage(stage, args):
         state = {"run": run, "step": step, "model": weights, "optimizer": optimizer_state, "log": log}
         with replacing(folder / "train_state.pt") as path:
             torch.save(state, path)
-        if log:
-            draw_curves(folder / "loss.png", {f"stage {stage}, {TITLES[stage]}": log})
         if args.keep == "best" and step and log[-1].get("val_loss") == min(e.get("val_loss", math.inf) for e in log):
             write_weights(folder / "best.safetensors", weights)
         if step == steps:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
@@ -623,6 +622,8 @@ def train_stage(stage, args):
                     + "  ".join(f"val {k} {v:.4g}" for k, v in metrics.items())
                 )
             print(json.dumps(entry), file=log_file, flush=True)
+            if rank() == 0 and (evaluated or last):
+                draw_curves(folder / "loss.png", {f"stage {stage}, {TITLES[stage]}": log})
             stopping = all_sum(torch.tensor(float(bool(asked)), device=args.device)) > 0
             if last or stopping or (step + 1) % args.save_every == 0 or (evaluated and args.keep == "best"):
                 save(step + 1)
@@ -868,8 +869,8 @@ def print_retrieval(args, meta, tokenizer, rows):
     n = len(pairs.rows)
     parts = pairs.parts(list(range(n)))
     with torch.no_grad():
-        samples = list(micro_batches(pairs, parts, args))
-        slides, texts = embed_batch(args, model, words.to(args.device, torch.float32), parts, samples)
+        micro = micro_batches(pairs, parts, args)
+        slides, texts = embed_batch(args, model, words.to(args.device, torch.float32), parts, micro)
     found = recall(slides @ texts.T)
     print(
         f"\nRetrieval among {n} held-out slides and reports (chance: R@1 {1 / n:.2f}, R@5 {5 / n:.2f}, R@10 {10 / n:.2f})"
