@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import time
 import zlib
@@ -803,15 +804,8 @@ def demo(args):
     stages = (2, 3) if args.no_slide_encoder else (1, 2, 3)
     for stage in stages:
         train_stage(stage, args)
-    meta = wsi_llava.read_meta(args.data)
-    model, tokenizer = wsi_llava.assemble(args, meta, 3)
-    model.to(args.device)
-    rows = load_rows(args.data, "test")
-    slides = rows.slides()
-    wsi_llava.cache_visual_tokens(model, args.data, slides)
-    visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
-
-    closed = [row for row in rows if not is_report(row) and row["task"] != "dialogue"]
+    model, tokenizer, visual, closed = held_out(args)
+    slides = sorted(visual)
     other = dict(zip(slides, slides[1:] + slides[:1]))  # the slides are in random order of findings
     answers = {
         "model": sample.answer_rows(model, tokenizer, closed, None if args.no_image else visual),
@@ -825,22 +819,15 @@ def demo(args):
         for task in tasks
     }
     answers["majority"] = [common[row["task"]] for row in closed]
-    right = {name: [sample.same_answer(a, truth(row)) for a, row in zip(got, closed)] for name, got in answers.items()}
-
     print(f"\nAccuracy on {len(closed)} questions about {len(slides)} held-out slides")
     print("question kind".ljust(32) + "count".rjust(6) + "".join(name.rjust(13) for name in answers))
-    needs = {task: f"{task} ({'text gives it away' if task == 'subtype' else 'needs the slide'})" for task in tasks}
-    groups = [(needs[task], [task]) for task in tasks] + [
-        ("all that need the slide", [t for t in tasks if t != "subtype"])
-    ]
-    for name, members in groups:
-        chosen = [i for i, row in enumerate(closed) if row["task"] in members]
-        cells = "".join(f"{np.mean([right[a][i] for i in chosen]):13.2f}" for a in answers)
-        print(name.ljust(32) + f"{len(chosen):6d}" + cells)
+    found = [accuracies(closed, got) for got in answers.values()]
+    for name, (_, count) in found[0].items():
+        print(name.ljust(32) + f"{count:6d}" + "".join(f"{shares[name][0]:13.2f}" for shares in found))
     if 1 in stages:
-        print_retrieval(args, meta, tokenizer, rows)
+        print_retrieval(args, tokenizer)
 
-    talk = next(row for row in rows if row["task"] == "dialogue")
+    talk = next(row for row in load_rows(args.data, "test") if row["task"] == "dialogue")
     slide = talk["slide"]
     print(f"\nA dialogue about {slide}, a held-out slide (in brackets: the truth):")
     chat = sample.Chat(model, tokenizer, visual[slide], max_new_tokens=64)
@@ -854,14 +841,76 @@ def demo(args):
     draw_curves(args.out / "loss.png", logs)
     print(f"\nPictures: {args.out}/loss.png (the three losses), {args.data}/qc/{slide}.jpg (tissue and tiles)")
     print(f"Took {time.time() - started:.0f} s. Ask it yourself: python sample.py --slide {slide}")
+    if args.ablations:
+        ablations(args)
 
 
 def truth(row):
     return row["conversations"][1]["value"]
 
 
-def print_retrieval(args, meta, tokenizer, rows):
+def held_out(args):
+    """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these slides."""
+    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
+    model.to(args.device)
+    rows = load_rows(args.data, "test")
+    slides = rows.slides()
+    wsi_llava.cache_visual_tokens(model, args.data, slides)
+    visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
+    return model, tokenizer, visual, [row for row in rows if not is_report(row) and row["task"] != "dialogue"]
+
+
+def accuracies(rows, answers):
+    """{kind of question: (share answered right, count)} of the demo's short questions, in the order of its tables."""
+    right = {}
+    for row, answer in zip(rows, answers):
+        gives_away = row["task"] == "subtype"
+        same = sample.same_answer(answer, truth(row))
+        right.setdefault(f"{row['task']} ({'text gives it away' if gives_away else 'needs the slide'})", []).append(
+            same
+        )
+        right.setdefault("all that need the slide", []).extend([same] * (not gives_away))
+    right["all that need the slide"] = right.pop("all that need the slide")  # comes last
+    return {name: (float(np.mean(same)), len(same)) for name, same in right.items()}
+
+
+ABLATIONS = {  # name -> what is changed, and the stages that it has in common with the run beside it
+    "nothing (the run above)": ({}, (1, 2, 3)),
+    "no slide encoder": ({"no_slide_encoder": True}, ()),
+    "16 tiles a slide": ({"max_tiles": 16}, ()),
+    "no stage 1": ({"skip_stage": [1]}, ()),
+    "no stage 2": ({"skip_stage": [2]}, (1,)),
+    "no image": ({"no_image": True}, (1, 2)),
+}
+
+
+def ablations(args):
+    """What each piece is worth: the demo again with one thing changed, in out/ablations. Interrupted, --resume goes on."""
+    names, table = None, []
+    for name, (changes, common) in ABLATIONS.items():
+        say(f"\nWithout a piece: {name}")
+        variant = argparse.Namespace(**(vars(args) | changes))
+        variant.out = args.out / "ablations" / name.replace(" ", "-") if changes else args.out
+        for stage in common if changes else ():
+            shutil.copytree(args.out / f"stage{stage}", variant.out / f"stage{stage}", dirs_exist_ok=True)
+        for stage in (1, 2, 3):
+            if stage not in common and not (stage == 1 and variant.no_slide_encoder):
+                train_stage(stage, variant)
+        model, tokenizer, visual, closed = held_out(variant)
+        found = accuracies(closed, sample.answer_rows(model, tokenizer, closed, None if variant.no_image else visual))
+        names = [kind.split(" (")[0] for kind in found]
+        table.append(
+            name.ljust(26)
+            + "".join(f"{share:{max(10, len(n) + 2)}.2f}" for n, (share, _) in zip(names, found.values()))
+        )
+    print("\nAccuracy on the held-out slides with one thing changed")
+    print("changed".ljust(26) + "".join(f"{n:>{max(10, len(n) + 2)}}" for n in names))
+    print("\n".join(table))
+
+
+def print_retrieval(args, tokenizer):
     """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
+    meta, rows = wsi_llava.read_meta(args.data), load_rows(args.data, "test")
     cfg, tensors, source = wsi_llava.read_stage(args, 1)
     model = wsi_llava.load_strict(wsi_llava.WSITextAlignment(cfg), tensors, source).to(args.device).eval()
     words = wsi_llava.load_llama(wsi_llava.pick_llm(args, meta)[0]).embed_tokens.weight.detach()
@@ -891,6 +940,7 @@ def parse(argv=None):
         action="store_true",
         help="prepare the toy cohort if needed, train all stages, answer held-out questions",
     )
+    add("--ablations", action="store_true", help="after the demo, train it again without one piece at a time")
     add("--resume", action="store_true", help="go on where an interrupted run of the stage saved last")
     add("--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters")
     add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")

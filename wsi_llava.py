@@ -421,8 +421,9 @@ class _DilatedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, segments, dilations, pad_keys):
         B, L, H, D = q.shape
         accumulate = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(B, L, H, D, dtype=accumulate, device=q.device)
-        lse = torch.full((B, L, H), -math.inf, dtype=accumulate, device=q.device)
+        # [B,L,H,...] as everywhere, but each head's rows lie together in memory: a tenth faster to merge into.
+        out = torch.zeros(B, H, L, D, dtype=accumulate, device=q.device).transpose(1, 2)
+        lse = torch.full((B, H, L), -math.inf, dtype=accumulate, device=q.device).transpose(1, 2)
         for view, padded in _branch_views(L, H, segments, dilations):
             qv, kv, vv = (view(x).flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*S,h,n,D]
             o, l = _attend(qv, kv, vv)
@@ -797,7 +798,24 @@ def pool_tokens(tokens, n):
     return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)
 
 
+def in_parts(function, *tensors):
+    """function(*tensors), tensors [...,L,C] that it treats token by token, a part of the sequence at a time.
+
+    On a CPU, what lies between two matmuls then stays in the cache, a tenth of the time of a slide of 10,000 tiles;
+    everywhere, the 4 times wider rows of an FFN add up on long slides. With gradients, they are kept anyway: in one piece.
+    """
+    rows = 512 if tensors[0].device.type == "cpu" else 16384
+    if torch.is_grad_enabled() or tensors[0].shape[-2] <= rows:
+        return function(*tensors)
+    parts = [function(*part) for part in zip(*(x.split(rows, dim=-2) for x in tensors))]
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(part, dim=-2) for part in zip(*parts))
+    return torch.cat(parts, dim=-2)
+
+
 class SlideAttention(nn.Module):
+    """LongNet's attention, less the attention itself: what comes before it and after it is done token by token."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -807,12 +825,15 @@ class SlideAttention(nn.Module):
         self.inner_attn_ln = nn.LayerNorm(cfg.width, eps=1e-5)  # sub-LN: keeps deep, wide-gain networks stable
         self.out_proj = nn.Linear(cfg.width, cfg.width)
 
-    def forward(self, x):
+    def heads(self, x):
+        """[B,L,C] -> q, k, v, each [B,H,L,D]."""
         B, L, C = x.shape
         shape = (B, L, self.cfg.heads, C // self.cfg.heads)
-        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)  # [B,L,H,D]
-        x = dilated_attention(q, k, v, self.cfg.segments, self.cfg.dilations, self.cfg.pad_keys)
-        return self.out_proj(self.inner_attn_ln(x.reshape(B, L, C)))
+        return tuple(proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+
+    def merge(self, attended):
+        """[B,H,L,D] -> [B,L,C]."""
+        return self.out_proj(self.inner_attn_ln(attended.transpose(1, 2).flatten(2)))
 
 
 class SlideFFN(nn.Module):
@@ -823,15 +844,13 @@ class SlideFFN(nn.Module):
         self.fc2 = nn.Linear(cfg.mlp_hidden, cfg.width)
 
     def forward(self, x):
-        if not torch.is_grad_enabled() and x.shape[1] > 16384:  # a part of a long slide at a time: 4x-wide rows add up
-            return torch.cat([self(part) for part in x.split(8192, dim=1)], dim=1)
         return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
 
 
 class SlideLayer(nn.Module):
     def __init__(self, cfg, drop_path):
         super().__init__()
-        self.drop_path = drop_path
+        self.cfg, self.drop_path = cfg, drop_path
         self.dropout = nn.Dropout(cfg.dropout)
         self.self_attn_layer_norm = nn.LayerNorm(cfg.width, eps=1e-5)
         self.self_attn = SlideAttention(cfg)
@@ -846,9 +865,17 @@ class SlideLayer(nn.Module):
             update = update * keep / (1 - self.drop_path)
         return x + update
 
-    def forward(self, x):
-        x = self.residual(x, self.self_attn(self.self_attn_layer_norm(x)))
+    def before(self, x):
+        return self.self_attn.heads(self.self_attn_layer_norm(x))
+
+    def after(self, x, attended):
+        x = self.residual(x, self.self_attn.merge(attended))
         return self.residual(x, self.ffn(self.final_layer_norm(x)))
+
+    def forward(self, x):
+        q, k, v = (y.transpose(1, 2) for y in in_parts(self.before, x))  # [B,L,H,D]
+        attended = dilated_attention(q, k, v, self.cfg.segments, self.cfg.dilations, self.cfg.pad_keys)
+        return in_parts(self.after, x, attended.transpose(1, 2))
 
 
 class SlideEncoder(nn.Module):
