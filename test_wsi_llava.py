@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
@@ -998,6 +999,24 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
+def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
+    names = ("nothing (the run above)", "no slide encoder", "16 tiles a slide", "no stage 2")
+    monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
+    shutil.copytree(demo[0] / "data", tmp_path / "data")
+    shutil.copytree(demo[0] / "out", tmp_path / "out")
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    args = train.parse(["--demo", "--epochs", "1", "--batch-size", "48", *places])
+    wsi_llava.resolve_device(args)
+    train.ablations(args)
+    table = capsys.readouterr().out.split("with one thing changed\n")[1].splitlines()
+    assert [line[:26].rstrip() for line in table] == ["changed", *names]
+    made = {p.name: wsi_llava.load_config(p / "stage3") for p in (tmp_path / "out" / "ablations").iterdir()}
+    assert [made[n.replace(" ", "-")].no_slide_encoder for n in names[1:]] == [True, False, False]
+    assert [made[n.replace(" ", "-")].max_tiles for n in names[1:]] == [0, 16, 0]
+    assert len(list((tmp_path / "data" / "visual_tokens" / "max-tiles-16").iterdir())) == 18
+    assert not (tmp_path / "out" / "ablations" / "no-stage-2" / "stage2" / "log.jsonl").read_text()
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "out" / "stage1")
     with pytest.raises(UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"):
@@ -1135,3 +1154,42 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     meta["encoder"]["width"] = 1536
     with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
         wsi_llava.assemble(args, meta, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Benchmarks, not tests: python test_wsi_llava.py NAME. Two peers in one run, on the same threads, and their ratio
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def benchmark_stage1_memory():
+    """Stage 1's peak memory with batches of 8 and of 64 slides of 4,000 tiles, each in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        args = prepare.parse(["--demo", "--data", str(data), "--llm-steps", "1"])
+        wsi_llava.resolve_device(args)
+        prepare.open_data(args)
+        coords = torch.stack([torch.arange(4000) % 80, torch.arange(4000) // 80], 1).int() * 256
+        for i in range(64):
+            features = torch.randn(4000, 128, generator=torch.Generator().manual_seed(i)).half()
+            save_file({"features": features, "coords": coords}, data / "features" / f"s{i}.safetensors")
+        rows = [{"id": str(i), "slide": f"s{i}", "task": "Report", "conversations": TALK[:2]} for i in range(64)]
+        prepare.write_qa(data / "qa" / "train.jsonl", rows)
+        prepare.stand_in_llm(args)
+        peaks = {}
+        for batch in (8, 64):
+            flags = ["--stage", "1", "--batch-size", str(batch), "--epochs", "1", "--val", "0"]
+            flags += ["--data", str(data), "--out", str(Path(folder) / "out")]
+            code = f"import train, wsi_llava; train.main({flags}); print(wsi_llava.peak_memory())"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+            peaks[batch] = int(done.stdout.split()[-1])
+            print(f"stage 1, a batch of {batch:2} slides of 4,000 tiles: {peaks[batch] / 1e9:.3f} GB at the peak")
+        print(f"64 against 8: {peaks[64] / peaks[8]:.3f} times")
+
+
+BENCHMARKS = {"stage1-memory": benchmark_stage1_memory}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in BENCHMARKS:
+        BENCHMARKS[sys.argv[1]](*sys.argv[2:])
+    else:
+        sys.exit(f"usage: python test_wsi_llava.py {{{','.join(BENCHMARKS)}}}")

@@ -1773,7 +1773,7 @@ def read_features(data, slide, max_tiles=0):
 
 def visual_tokens_file(data, slide, cfg):
     """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
-    variant = "no-slide-encoder" * cfg.no_slide_encoder + f"-of-{cfg.max_tiles}" * bool(cfg.max_tiles)
+    variant = "no-slide-encoder" * cfg.no_slide_encoder + f"max-tiles-{cfg.max_tiles}" * bool(cfg.max_tiles)
     return Path(data) / "visual_tokens" / variant / f"{slide}.safetensors"
 
 
@@ -1949,7 +1949,7 @@ def slide_encoder_cost(n_tiles, training, device, dtype):
 
     fastest = min(seconds(lambda: square @ square, device), seconds(lambda: square @ square, device))
     encoder(features[:, :64], coords[:, :64])  # warms up
-    took = seconds(work, device, repeats=1)
+    took = seconds(work, device, repeats=2 if n_tiles <= 1000 else 1)  # a short one is mostly first touches
     fastest = min(fastest, seconds(lambda: square @ square, device))
     per_token = cfg.in_width * cfg.width + cfg.depth * cfg.width * (4 * cfg.width + 2 * cfg.mlp_hidden)
     flop = (2 * L * per_token + cfg.depth * attention_flops(L, cfg)) * (4 if training else 1)
