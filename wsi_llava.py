@@ -343,15 +343,27 @@ def fingerprint(module):
 #
 # Branch (W, R) cuts the sequence into segments of W tokens. Inside a segment, head h keeps every R-th token, starting
 # at token h // ceil(H/R), so that the heads together see all of them. Only kept tokens ask, only kept tokens of the
-# same segment answer. LongNet runs one softmax attention per branch and mixes their outputs O_j by their softmax
-# denominators Z_j:
+# same segment answer. For head 0 and the branches (4, 1) and (16, 2), the query at position 6 sees the keys
 #
-#     sum_j (Z_j / sum_i Z_i) O_j  =  sum_j Z_j/sum_i Z_i * (sum_k e^{s_jk} v_jk) / Z_j  =  sum_jk e^{s_jk} v_jk / sum_i Z_i
+#     position          0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+#     branch (4, 1)     .  .  .  .  k  k  k  k  .  .  .  .  .  .  .  .      near: its segment, every token
+#     branch (16, 2)    k  .  k  .  k  .  k  .  k  .  k  .  k  .  k  .      far: every second token
+#     how often, m      1  0  1  0  2  1  2  1  1  0  1  0  1  0  1  0      their multiset union
 #
-# which is ONE softmax over the union of the branches' keys (a key that two branches keep counts twice). So a running
-# log-sum-exp is carried through the branches, nothing is stored per branch, and the backward of every branch is that of
-# plain attention with the final output and the final log-sum-exp in place of its own. Upstream takes the mixing weights
-# under no_grad and so drops a term of the gradient; here it is exact.
+# LongNet runs one softmax attention per branch and mixes the outputs O_j by their softmax denominators Z_j. With the
+# scores s_k = q.k_k / sqrt(D), over the keys k of branch j: Z_j = sum_k e^{s_k} and O_j = sum_k e^{s_k} v_k / Z_j, so
+#
+#     sum_j (Z_j / sum_i Z_i) O_j  =  sum_j sum_k e^{s_k} v_k / sum_i Z_i  =  sum_k m_k e^{s_k} v_k / sum_k m_k e^{s_k}
+#
+# The Z_j cancel: it is ONE softmax over the union of the branches' keys, a key that two branches keep counting twice. So
+# a running log-sum-exp is carried through the branches and nothing is stored per branch. The backward follows from the
+# same line. With LSE = log sum_k m_k e^{s_k} and P_k = m_k e^{s_k - LSE}, it is the one of plain attention:
+#
+#     dv_k = P_k dO      dP_k = dO.v_k      ds_k = P_k (dP_k - sum_i P_i dP_i) = P_k (dO.v_k - dO.O)
+#
+# m_k counts branches, so every one of these sums falls apart into one sum per branch, each with the same LSE and the same
+# dO.O: the backward of each branch is that of plain attention with the final output and the final log-sum-exp in place of
+# its own, and they add up. Upstream takes the mixing weights under no_grad and so drops a term; here it is exact.
 #
 # Zero padding counts: upstream pads segments with zero keys and values and does not mask them, so each padded slot adds
 # e^0 = 1 to the denominators of its segment. The released weights were trained so (`pad_keys=True`).
