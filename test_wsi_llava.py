@@ -4,6 +4,7 @@ Those that need reference files in ../shared skip where it is absent; every beha
 this repository.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -652,6 +653,156 @@ def test_llama_loader_names_what_is_wrong(tmp_path):
         wsi_llava.load_llama(tmp_path)
 
 
+def save_shards(tensors, folder, stem="pytorch_model", ending="bin"):
+    """Two shards and their index, as Hugging Face cuts a model."""
+    names, places = list(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-{i:05}-of-00002.{ending}"
+        places |= dict.fromkeys(part, file)
+        write = save_file if ending == "safetensors" else torch.save
+        write({name: tensors[name].clone() for name in part}, folder / file)
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def published_llm(folder, layout, **changes):
+    """A miniature in one of the layouts in which the weights are published -> (transformers' Llama, projector or None)."""
+    theirs = hf_llama(folder, **changes)
+    config, state = json.loads((folder / "config.json").read_text()), theirs.state_dict()
+    for file in folder.iterdir():
+        file.unlink()
+    width = config["hidden_size"]
+    projector = wsi_llava.make_projector(160, width)
+    if layout == "vicuna":
+        projector = None
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    elif layout == "llava":
+        state |= {f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()}
+        state["model.vision_tower.vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(8)
+        config |= {"model_type": "llava", "mm_projector_type": "mlp2x_gelu", "mm_hidden_size": 160}
+    elif layout == "llava-hf":
+        state = {f"language_model.{k}": v for k, v in state.items()}
+        names = zip(("linear_1", "linear_2"), (projector[0], projector[2]))
+        state |= {f"multi_modal_projector.{n}.{k}": v for n, m in names for k, v in m.state_dict().items()}
+        state["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(8)
+        config = {"model_type": "llava", "text_config": config, "vision_config": {"hidden_size": 160}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_shards(state, folder, *(["model", "safetensors"] if layout == "llava-hf" else []))
+    return theirs, projector
+
+
+def published_lora(folder, theirs, projector, r=4, alpha=8.0, **changes):
+    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights, computed here."""
+    folder.mkdir()
+    merged, adapters = copy.deepcopy(theirs), {}
+    scale = alpha / (math.sqrt(r) if changes.get("use_rslora") else r)
+    targets = changes.get("target_modules", ["q_proj", "down_proj"])
+    for name, module in merged.named_modules():
+        if name.split(".")[-1] in targets:
+            a, b = torch.randn(r, module.in_features) / 8, torch.randn(module.out_features, r) / 8
+            adapters |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            module.weight.data += scale * b @ a
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none"} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(adapters, folder / "adapter_model.safetensors")
+    prefix = "base_model.model.model.mm_projector."
+    torch.save({prefix + k: v for k, v in projector.state_dict().items()}, folder / "non_lora_trainables.bin")
+    return merged
+
+
+@pytest.mark.parametrize("layout", ["vicuna", "llava", "llava-hf"])
+def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
+    theirs, projector = published_llm(tmp_path, layout)
+    ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
+    with torch.no_grad():
+        assert relative(ours(ids), theirs(ids).logits) < 1e-5
+    found = wsi_llava.load_projector(tmp_path)
+    if projector is None:
+        assert found is None
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), projector.parameters(), strict=True))
+
+
+def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
+    """As in llava-1.5-7b-hf, whose text_config does not give the sizes."""
+    text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
+    assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"]}], ids=str)
+def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
+    theirs, projector = published_llm(tmp_path / "base", "llava")
+    merged = published_lora(tmp_path / "lora", theirs, projector, **changes)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    ours, ids = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora"), torch.randint(97, (2, 40))
+    with torch.no_grad():
+        assert relative(ours(ids), merged(ids).logits) < 1e-5 < relative(ours(ids), theirs(ids).logits)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}  # merged in mapped memory
+    half = wsi_llava.load_llama(tmp_path / "base", torch.bfloat16, tmp_path / "lora")  # summed first, then cast
+    assert torch.equal(half.layers[0].mlp.down_proj.weight, ours.layers[0].mlp.down_proj.weight.bfloat16())
+
+
+def test_lora_of_another_kind_is_refused_by_name(tmp_path):
+    theirs, projector = published_llm(tmp_path / "base", "llava")
+    published_lora(tmp_path / "lora", theirs, projector)
+    path = tmp_path / "lora" / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for changes, message in [
+        ({"use_dora": True}, "use_dora True"),
+        ({"bias": "all"}, "bias all"),
+        ({"peft_type": "IA3"}, "peft_type IA3"),
+        ({"modules_to_save": ["mm_projector", "embed_tokens"]}, "here: modules_to_save embed_tokens"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"target_modules": ["q_proj"]}, r"keys that the model lacks \(4\): base_model.*down_proj"),
+        (
+            {"target_modules": ["q_proj", "down_proj", "k_proj"]},
+            r"missing keys \(4\): layers.0.self_attn.k_proj.lora_a",
+        ),
+        ({"r": 8}, r"wrong shapes \(8\): base_model.*lora_A.weight is \[4, 64\], not \[8, 64\]"),
+    ]:
+        path.write_text(json.dumps(good | changes))
+        with pytest.raises(UserError, match=message) as caught:
+            wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
+        assert str(tmp_path / "lora") in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="adapter_config.json: no such file; --lora takes"):
+        wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "base")
+    (tmp_path / "lora" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+    with pytest.raises(UserError, match="holds LoRA adapters: name it with --lora"):
+        wsi_llava.load_llama(tmp_path / "lora")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("ending", ["bin", "safetensors"])
+def test_damaged_shards_are_named(tmp_path, ending):
+    theirs = hf_llama(tmp_path)
+    state = theirs.state_dict()
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    second = tmp_path / f"{stem}-00002-of-00002.{ending}"
+    norm = "model.norm.weight"
+    for tensors, harm, message in [
+        (state, cut, f"{second.name}: not a readable checkpoint .*copy or download it again"),
+        (state, Path.unlink, f"{second.name}: no such file of weights"),
+        (state | {"model.extra.weight": torch.zeros(3)}, None, r"keys that the model lacks \(1\): model.extra.weight"),
+        (state | {norm: torch.zeros(3)}, None, r"wrong shapes \(1\): model.norm.weight is \[3\], not \[64\]"),
+        ({k: v for k, v in state.items() if k != norm}, None, r"missing keys \(1\): norm.weight"),
+        (state | {"norm.weight": state[norm]}, None, r"two keys of one parameter \(1\): .*norm.weight"),
+    ]:
+        save_shards(tensors, tmp_path, stem, ending)
+        if harm:
+            harm(second)
+        with pytest.raises(UserError, match=message) as caught:
+            wsi_llava.load_llama(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    cut(tmp_path / f"{stem}.{ending}.index.json")
+    with pytest.raises(UserError, match="index.json: not JSON"):
+        wsi_llava.load_llama(tmp_path)
+
+
 def test_nothing_half_written_under_a_final_name(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
@@ -1064,7 +1215,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
         (["prepare.py", "--slides", HERE, "--tile-encoder", tmp_path / "no.bin"], "no slides below"),
         (["train.py", "--stage", 1, "--data", tmp_path / "none"], "run python prepare.py"),
         (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
-        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
+        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 2 first"),
         (["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"], "run python train.py --stage"),
         (["sample.py", "--slide", "nobody", *data, "--out", folder / "out"], "neither a file nor the name of a slide"),
         (
