@@ -749,6 +749,7 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
     good = json.loads(path.read_text())
     for changes, message in [
         ({"use_dora": True}, "use_dora True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),  # it also changed the base's weights
         ({"bias": "all"}, "bias all"),
         ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"modules_to_save": ["mm_projector", "embed_tokens"]}, "here: modules_to_save embed_tokens"),

@@ -1570,19 +1570,19 @@ def load_llama(folder, dtype=None, lora=None):
     return llama.to(dtype or llama.lm_head.weight.dtype).eval()
 
 
-# Options of PEFT's LoRA that change the arithmetic or the names, and the values with which they don't.
-LORA_PLAIN = {"peft_type": ("LORA",), "bias": ("none",)} | dict.fromkeys(
-    "use_dora lora_bias fan_in_fan_out rank_pattern alpha_pattern layers_to_transform layer_replication "
-    "exclude_modules target_parameters trainable_token_indices use_qalora".split(),
-    (None, False, [], {}),
-)
+# What adapter_config.json may say: read here, or without effect on the numbers. Whatever else is set is refused.
+LORA_OPTIONS = (
+    "r lora_alpha use_rslora target_modules modules_to_save base_model_name_or_path task_type inference_mode lora_dropout "
+    "peft_version revision auto_mapping megatron_core qalora_group_size layers_pattern runtime_config"
+).split()
+LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal"]}
 
 
 def load_lora(llama, folder):
     """Adds the adapters of a PEFT folder (`adapter_config.json`, `adapter_model.*`) to a Llama, beside its weights."""
     path = folder / "adapter_config.json"
     c = read_json(path, "--lora takes a PEFT or LLaVA LoRA folder")
-    unsupported = [f"{k} {c[k]}" for k, plain in LORA_PLAIN.items() if k in c and c[k] not in plain]
+    unsupported = [f"{k} {v}" for k, v in c.items() if k not in LORA_OPTIONS and v and v not in LORA_VALUES.get(k, ())]
     unsupported += [f"modules_to_save {m}" for m in c.get("modules_to_save") or [] if "projector" not in m]
     if unsupported:
         raise UserError(f"{path}: not supported here: {', '.join(unsupported)}")
