@@ -973,6 +973,69 @@ def test_real_slide_beside_a_broken_one(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Weights that others trained: miniatures of GigaPath, Vicuna, LLaVA and a LoRA folder, where a user puts them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, toy_slide, tokenizer):
+    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one prepared slide."""
+    monkeypatch.chdir(tmp_path)
+    gigapath = tmp_path / "weights" / "gigapath"
+    gigapath.mkdir(parents=True)
+    torch.manual_seed(2)
+    tile_encoder = wsi_llava.TileEncoder(wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64))
+    torch.save(tile_encoder.state_dict(), gigapath / "pytorch_model.bin")
+    slide_encoder = wsi_llava.SlideEncoder(wsi_llava.SlideEncoderConfig(64, 128, 1, 16, 128))
+    torch.save({"model": slide_encoder.state_dict()}, gigapath / "slide_encoder.pth")
+    vicuna = tmp_path / "weights" / "vicuna-7b-v1.5"
+    sizes = {"vocab_size": tokenizer.sp.vocab_size(), "max_position_embeddings": 1024}
+    theirs, _ = published_llm(vicuna, "vicuna", **sizes)
+    (vicuna / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    projector = wsi_llava.make_projector(160, 64)
+    merged = published_lora(tmp_path / "WSI-LLaVA", theirs, projector)
+    prepare.main(["--slides", str(toy_slide[0])])
+    return merged, projector
+
+
+def assembled(stage, *arguments):
+    args = train.parse(list(map(str, arguments)))
+    wsi_llava.resolve_device(args)
+    return wsi_llava.assemble(args, wsi_llava.read_meta(args.data), stage)[0]
+
+
+def test_published_weights_answer_without_training(published, capsys):
+    merged, projector = published
+    sample.main(["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"])
+    printed = capsys.readouterr().out
+    assert "Projector: that of WSI-LLaVA." in printed and "576 visual tokens" in printed
+    model, ids = assembled(3, "--lora", "WSI-LLaVA"), torch.randint(90, (1, 40))
+    assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
+    with torch.no_grad():
+        assert relative(model.llama(ids), merged(ids).logits) < 1e-5
+    with pytest.raises(UserError, match="out/stage3 holds no trained model: run python train.py --stage 3 first"):
+        assembled(3)  # Vicuna alone has no projector
+
+
+def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_path, capsys, tokenizer):
+    report = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "It is grade 2."}]
+    prepare.write_qa(
+        Path("data/qa/train.jsonl"), [{"id": "1", "slide": "toy", "task": "Report", "conversations": report}]
+    )
+    llava = tmp_path / "weights" / "llava-v1.5-7b"
+    _, projector = published_llm(llava, "llava", vocab_size=tokenizer.sp.vocab_size(), max_position_embeddings=1024)
+    (llava / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    train.main(["--stage", "2", "--llm", str(llava), "--epochs", "0"])
+    assert f"Projector: that of {llava}." in capsys.readouterr().out
+    trained = load_file("out/stage2/model.safetensors")
+    assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
+    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
+    model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
+    assert "Projector: a new one: that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().out
+    assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The whole program, on a cohort of fifteen
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -1027,6 +1090,42 @@ def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
         assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
     assert (folder / "data" / "features" / "toy.safetensors").exists()
     (folder / "data" / "features" / "toy.safetensors").unlink()
+
+
+@pytest.mark.parametrize("kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str)
+def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys, kind, flags):
+    """To transformers, to our loader, and to sample.py, which then needs no out/ any more; in one file or in shards."""
+    transformers = pytest.importorskip("transformers")
+    data, out, folder = demo[0] / "data", demo[0] / "out", tmp_path / "exported"
+    if flags:
+        out = tmp_path / "out"
+        shutil.copytree(demo[0] / "out", out)
+        train_with(demo, out, "--stage", 3, *flags)
+    monkeypatch.setattr(wsi_llava, "SHARD", 400_000)
+    train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
+    model = assembled(3, "--data", data, "--out", out)
+    ids = torch.randint(3, 300, (1, 40))
+    if kind == "--export":
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+        weights = ["--llm", folder]
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            assert relative(theirs(ids).logits, model.llama(ids)) < 1e-5
+    else:
+        weights = ["--llm", data / "llm", "--lora", folder]
+    weights += ["--slide-encoder", folder / "slide_encoder.safetensors", "--data", data, "--out", tmp_path / "none"]
+    again = assembled(3, *weights)
+    with torch.no_grad():
+        assert relative(again.llama(ids), model.llama(ids)) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(again.mm_projector.parameters(), model.mm_projector.parameters()))
+    slide = wsi_llava.read_features(data, "demo_0015")
+    assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
+    assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
+    with pytest.raises(UserError, match="exported is not empty; name a new folder"):
+        train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
+    if flags:
+        with pytest.raises(UserError, match="stage 3 trained no adapters; use --export"):
+            train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
 
 
 def train_with(demo, out, *arguments):

@@ -1818,8 +1818,9 @@ def pick_llm(args, meta):
         folder = next((c for c in choices if c.exists()), None)
         if folder is None:
             raise UserError(f"no language model: neither {choices[0]} nor {choices[1]} exists; name one with --llm")
-    tokenizer = folder / "tokenizer.model"
-    return folder, Tokenizer(tokenizer if tokenizer.exists() or args.llm else args.data / "tokenizer.model")
+    tokenizers = [place / "tokenizer.model" for place in (folder, args.lora or folder)]
+    named = tokenizers[0] if args.llm else args.data / "tokenizer.model"
+    return folder, Tokenizer(next((path for path in tokenizers if path.exists()), named))
 
 
 def read_stage(args, stage):
