@@ -517,6 +517,18 @@ def test_padding_changes_no_loss(tiny, tokenizer):
     assert together == pytest.approx(np.average(alone, weights=counts), rel=1e-5)
 
 
+def test_loss_is_that_of_all_logits_at_the_labelled_positions(tiny, tokenizer):
+    """Value and gradient: the logits that are left out are those that no label looks at."""
+    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
+    visual, weight = torch.randn(2, 9, 128), tiny.mm_projector[0].weight
+    embeds, spliced = tiny.splice(visual, ids, labels)
+    logits = tiny.llama(embeds=embeds)[:, :-1].transpose(1, 2)
+    want = F.cross_entropy(logits, spliced[:, 1:], ignore_index=IGNORE, reduction="sum")
+    got = tiny(visual, ids, labels, reduction="sum")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
+
+
 def test_cache_and_no_cache_agree(tiny):
     ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
     assert torch.equal(greedy(tiny.llama, ids, 20, True), greedy(tiny.llama, ids, 20, False))
@@ -1368,3 +1380,139 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     meta["encoder"]["width"] = 1536
     with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
         wsi_llava.assemble(args, meta, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Benchmarks: python test_wsi_llava.py NAME [...]
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def compare(name, ours, theirs, rounds=5, unit=1.0):
+    """Times two peers turn by turn, so that what else the machine does hits both; prints each one's fastest round."""
+    times = {ours: [], theirs: []}
+    for i in range(2 * rounds):
+        peer = (ours, theirs)[(i + i // 2) % 2]  # a b b a a b b a ...
+        started = time.perf_counter()
+        peer()
+        times[peer].append((time.perf_counter() - started) / unit)
+    a, b = min(times[ours]), min(times[theirs])
+    median = np.median(times[theirs]) / np.median(times[ours])
+    print(
+        f"{name:44} ours {a:8.3f} s   transformers {b:8.3f} s   ours is {b / a:.2f} times as fast (medians {median:.2f})"
+    )
+    return b / a
+
+
+def peers(cfg, dtype):
+    """The same random Llama twice: ours, and transformers' with sdpa attention, on the same memory."""
+    import transformers
+
+    ours = wsi_llava.Llama(cfg).to(dtype).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp_hidden, num_hidden_layers=cfg.depth,
+        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.context,
+        rms_norm_eps=cfg.eps, attn_implementation="sdpa",
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    names = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in ours.state_dict().items()}
+    theirs.load_state_dict(names, assign=True)
+    return ours, theirs
+
+
+class PlainLoRA(torch.nn.Module):
+    """The textbook's adapter, for the peer."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        self.a = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.b = torch.nn.Linear(rank, base.out_features, bias=False)
+        torch.nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x)) * self.scale
+
+
+def benchmark_training(rounds=5):
+    """A stage-3 step: 576 visual tokens and 448 of text, of which the answer's 192 are labelled; and all labelled."""
+    ours, theirs = peers(wsi_llava.LlamaConfig(32000, 1024, 12, 16, 16, 2816), torch.float32)
+    wsi_llava.add_lora(ours, 16, 32.0)
+    theirs.requires_grad_(False)
+    for layer in theirs.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, child in list(part.named_children()):
+                if isinstance(child, torch.nn.Linear):
+                    setattr(part, name, PlainLoRA(child, 16, 32.0))
+    cfg = wsi_llava.WSILLaVAConfig(llama=ours.cfg)
+    with torch.device("meta"):
+        model = wsi_llava.WSILLaVA(cfg)
+    model.llama, model.slide_encoder = ours, None
+    model.mm_projector = wsi_llava.make_projector(1024, 1024).requires_grad_(False)
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for m in (ours, theirs)]
+    text = torch.randint(3, 32000, (448,)).tolist()
+    ids = [text[:30] + [IMAGE_TOKEN] + text[30:]]
+    visual = torch.randn(1, 576, 768)
+    for labelled, said in ((192, "192 of 1,024 positions labelled"), (448, "448 of 1,024 labelled")):
+        labels = (
+            [[IGNORE] * (449 - labelled) + text[-labelled:]] if labelled < 448 else [text[:30] + [IGNORE] + text[30:]]
+        )
+
+        def our_step(labels=labels):
+            model(visual, ids, labels).backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+
+        def their_step(labels=labels):
+            embeds, spliced = model.splice(visual, ids, labels)
+            theirs(inputs_embeds=embeds.detach(), labels=spliced).loss.backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+
+        model.train(), theirs.train()
+        compare(f"LoRA step, {said}", our_step, their_step, rounds)
+
+
+@torch.inference_mode()
+def benchmark_inference(rounds=5):
+    """Prefill of 640 tokens and decoding, batch 1, 738 M parameters."""
+    import transformers
+
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = peers(wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504), dtype)
+        ids, one = torch.randint(32000, (1, 640)), torch.tensor([[5]])
+        caches = {}
+
+        def our_prefill(ours=ours, dtype=dtype, ids=ids, caches=caches):
+            caches["ours"] = wsi_llava.KVCache(ours.cfg, 1, 1024, "cpu", dtype)
+            ours(ids, cache=caches["ours"], last_only=True)
+
+        def their_prefill(theirs=theirs, ids=ids, caches=caches):
+            caches["theirs"] = transformers.DynamicCache()
+            theirs(input_ids=ids, past_key_values=caches["theirs"], logits_to_keep=1)
+
+        def our_decode(ours=ours, one=one, caches=caches):
+            for _ in range(8):
+                ours(one, cache=caches["ours"], last_only=True)
+
+        def their_decode(theirs=theirs, one=one, caches=caches):
+            for _ in range(8):
+                theirs(input_ids=one, past_key_values=caches["theirs"])
+
+        kind = str(dtype).removeprefix("torch.")
+        compare(f"prefill of 640 tokens, {kind}", our_prefill, their_prefill, rounds)
+        compare(f"decoding, a token, {kind}", our_decode, their_decode, rounds, unit=8)
+
+
+def benchmark_llama(rounds=5):
+    """Llama against transformers, with sdpa attention and its DynamicCache, on the same weights and threads."""
+    print(f"Llama on {torch.get_num_threads()} threads, the fastest of {rounds} rounds each, turn by turn")
+    benchmark_training(int(rounds))
+    benchmark_inference(int(rounds))
+
+
+BENCHMARKS = {"llama": benchmark_llama}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        sys.exit(f"usage: python test_wsi_llava.py {'|'.join(BENCHMARKS)} [...]")
+    BENCHMARKS[sys.argv[1]](*sys.argv[2:])

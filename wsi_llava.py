@@ -1064,7 +1064,7 @@ class Llama(nn.Module):
     """A Llama decoder: ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
 
     cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last position
-    alone, [B,1,vocab]. Raises UserError where the positions exceed the context that the weights were trained for.
+    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises UserError where the positions exceed the context that the weights were trained for.
     """
 
     def __init__(self, cfg):
@@ -1076,7 +1076,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(cfg.width, cfg.eps)
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
-    def forward(self, ids=None, embeds=None, cache=None, last_only=False):
+    def forward(self, ids=None, embeds=None, cache=None, last_only=False, only=None):
         x = self.embed_tokens(ids) if embeds is None else embeds
         B, T, C = x.shape
         past = cache.length if cache is not None else 0
@@ -1093,7 +1093,11 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin, cache, i)
         if cache is not None:
             cache.length += T
-        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        if last_only:
+            x = x[:, -1:]
+        elif only is not None:
+            x = x[only]
+        return self.lm_head(self.norm(x))
 
 
 class LoRALinear(nn.Module):
@@ -1107,7 +1111,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+        update = self.scale * F.linear(self.dropout(x), self.lora_a)  # scaled here, where it is narrow
+        return self.base(x) + F.linear(update, self.lora_b)
 
 
 def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
@@ -1260,9 +1265,10 @@ class WSILLaVA(nn.Module):
     def forward(self, visual, ids, labels, reduction="mean"):
         """Next-token loss, the mean over the labelled tokens or their "sum". Arguments as for splice."""
         embeds, labels = self.splice(visual, ids, labels)
-        logits = self.llama(embeds=embeds)  # [B,T,vocab]
-        logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction=reduction)
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # of the token that follows each position
+        labelled = labels != IGNORE
+        logits = self.llama(embeds=embeds, only=labelled)  # [n,vocab]: no logits where nothing is learned, most of them
+        return F.cross_entropy(logits.float(), labels[labelled], reduction=reduction)
 
     @torch.no_grad()
     def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0, eos=2, cache=None):
