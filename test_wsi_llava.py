@@ -4,11 +4,13 @@ Those that need reference files in ../shared skip where it is absent; every beha
 this repository.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -1510,7 +1512,75 @@ def benchmark_llama(rounds=5):
     benchmark_inference(int(rounds))
 
 
-BENCHMARKS = {"llama": benchmark_llama}
+def make_7b(folder):
+    """Random weights of Vicuna-7B's exact shape in bfloat16: windows into one pool of random numbers, transposed, so that
+    save_llama's contiguous() gives each its own memory, and only while its shard is written."""
+    with torch.device("meta"):
+        llama = wsi_llava.Llama(PRESETS["7b"].llama)
+    pool = torch.randn(2**28).mul_(0.02).bfloat16()
+    state = {}
+    for name, p in llama.state_dict().items():
+        size = 2 * p.numel()
+        start = int(torch.randint(len(pool) - size + 1, (1,)))
+        state[name] = pool[start : start + size : 2].view(*reversed(p.shape)).T if p.dim() == 2 else pool[:size:2] + 1
+    llama.load_state_dict(state, assign=True)
+    wsi_llava.save_llama(llama, folder)
+
+
+def load_7b(folder):
+    """-> peak bytes of a process that loads the language model and reads every value of it."""
+    for p in wsi_llava.load_llama(folder).parameters():
+        p.detach().view(torch.int16).max()
+    return wsi_llava.peak_memory()
+
+
+@torch.inference_mode()
+def answer_7b(folder, n_tiles=2000, n_tokens=16):
+    """One answer to one slide by the whole 7b model -> seconds of each step, tokens/s, peak bytes."""
+    cfg, started = PRESETS["7b"], time.perf_counter()
+    with torch.device("meta"):
+        model = wsi_llava.WSILLaVA(cfg).eval()
+    model.llama = wsi_llava.load_llama(folder)
+    model.slide_encoder = wsi_llava.SlideEncoder(cfg.slide_encoder).eval()
+    model.mm_projector = wsi_llava.make_projector(cfg.pad_to, cfg.llama.width).bfloat16()
+    found = {"load_s": time.perf_counter() - started}
+    started = time.perf_counter()
+    coords = torch.stack([torch.arange(n_tiles) % 50, torch.arange(n_tiles) // 50], 1) * 256
+    visual = model.encode_slide(torch.randn(n_tiles, 1536), coords)[None]
+    found["slide_encoder_s"] = time.perf_counter() - started
+    ids = [[1, *range(100, 134), IMAGE_TOKEN, *range(200, 230)]]  # a prompt's length around <image>
+    started, times = time.perf_counter(), []
+    for _ in model.generate(visual, ids, n_tokens, eos=-1):
+        times.append(time.perf_counter() - started)
+    found |= {"first_token_s": times[0], "tokens_per_s": (n_tokens - 1) / (times[-1] - times[0])}
+    return found | {"positions": len(ids[0]) - 1 + visual.shape[1], "peak": wsi_llava.peak_memory()}
+
+
+def benchmark_7b(folder):
+    """Vicuna-7B's exact shape on this CPU, each step in a process of its own, since peaks never fall."""
+    folder = Path(folder)
+
+    def fresh(work):
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            return process.submit(work, folder).result()
+
+    if not (folder / "config.json").exists():
+        print(f"Making random weights of Vicuna-7B's shape in {folder}, 13.5 GB ...", flush=True)
+        fresh(make_7b)
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    peak = fresh(load_7b)
+    print(f"load: {len(files)} files of {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {peak / size:.3f} of the files")
+    assert peak < 1.15 * size
+    found = fresh(answer_7b)
+    print(
+        f"answer: load {found['load_s']:.1f} s, slide encoder (2,000 tiles) {found['slide_encoder_s']:.1f} s, first token "
+        f"after {found['positions']} positions {found['first_token_s']:.1f} s, then {found['tokens_per_s']:.2f} tokens/s, "
+        f"peak {found['peak'] / 1e9:.2f} GB, bfloat16, {torch.get_num_threads()} threads"
+    )
+
+
+BENCHMARKS = {"llama": benchmark_llama, "7b": benchmark_7b}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
