@@ -704,7 +704,7 @@ def published_llm(folder, layout, **changes):
     return theirs, projector
 
 
-def published_lora(folder, theirs, projector, r=4, alpha=8.0, **changes):
+def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensors", **changes):
     """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights, computed here."""
     folder.mkdir()
     merged, adapters = copy.deepcopy(theirs), {}
@@ -717,7 +717,7 @@ def published_lora(folder, theirs, projector, r=4, alpha=8.0, **changes):
             module.weight.data += scale * b @ a
     config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none"} | changes
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(adapters, folder / "adapter_model.safetensors")
+    (save_file if ending == "safetensors" else torch.save)(adapters, folder / f"adapter_model.{ending}")
     prefix = "base_model.model.model.mm_projector."
     torch.save({prefix + k: v for k, v in projector.state_dict().items()}, folder / "non_lora_trainables.bin")
     return merged
@@ -743,7 +743,9 @@ def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"]}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"], "ending": "bin"}], ids=str
+)
 def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     theirs, projector = published_llm(tmp_path / "base", "llava")
     merged = published_lora(tmp_path / "lora", theirs, projector, **changes)
@@ -1021,8 +1023,8 @@ def assembled(stage, *arguments):
 def test_published_weights_answer_without_training(published, capsys):
     merged, projector = published
     sample.main(["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"])
-    printed = capsys.readouterr().out
-    assert "Projector: that of WSI-LLaVA." in printed and "576 visual tokens" in printed
+    printed = capsys.readouterr()
+    assert "Projector: that of WSI-LLaVA." in printed.err and "576 visual tokens" in printed.out
     model, ids = assembled(3, "--lora", "WSI-LLaVA"), torch.randint(90, (1, 40))
     assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
     with torch.no_grad():
@@ -1040,12 +1042,14 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
     _, projector = published_llm(llava, "llava", vocab_size=tokenizer.sp.vocab_size(), max_position_embeddings=1024)
     (llava / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
     train.main(["--stage", "2", "--llm", str(llava), "--epochs", "0"])
-    assert f"Projector: that of {llava}." in capsys.readouterr().out
+    assert f"Projector: that of {llava}." in capsys.readouterr().err
     trained = load_file("out/stage2/model.safetensors")
     assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
     published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
     model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
-    assert "Projector: a new one: that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().out
+    assert (
+        "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().err
+    )
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
 
 

@@ -1477,8 +1477,8 @@ def save_slide_encoder(encoder, path):
         save_file(state, temporary, {"config": encoder.cfg.to_json()})
 
 
-# The published layouts of the language model -> the names here. Before the dots of a name stand: `model.` (Llama, LLaVA),
-# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA), `base_model.model.` (PEFT).
+# The published layouts of the language model -> the names here. Their names begin with `model.` (Llama, LLaVA), with
+# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT puts `base_model.model.` before.
 PROJECTOR_KEYS = [
     (r"(?:.+\.)?mm_projector\.(.+)", r"\1"),
     (r"(?:.+\.)?multi_modal_projector\.linear_1\.(.+)", r"0.\1"),
@@ -1541,8 +1541,10 @@ def read_folder(folder):
     for stem, ending in itertools.product(("model", "pytorch_model", "adapter_model"), ("safetensors", "bin")):
         index = folder / f"{stem}.{ending}.index.json"
         if index.is_file():
-            names = read_json(index, "copy or download it again").get("weight_map", {}).values()
-            files = [folder / name for name in sorted(set(names))]
+            names = read_json(index, "copy or download it again").get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise UserError(f"{index}: has no weight_map; copy or download it again")
+            files = [folder / name for name in sorted(set(names.values()))]
             break
         if (folder / f"{stem}.{ending}").is_file():
             files = [folder / f"{stem}.{ending}", folder / "non_lora_trainables.bin"]
@@ -1613,7 +1615,7 @@ def merge_lora(llama, dtype=None):
     In W's own memory where the dtype stays: files are mapped copy-on-write, so a merged 7B takes its size once.
     """
     for module in [m for layer in llama.layers for m in (layer.self_attn, layer.mlp)]:
-        for name, child in module.named_children():
+        for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):
                 weight = child.base.weight.data
                 merged = weight.float() + child.scale * (child.lora_b.data.float() @ child.lora_a.data.float())
@@ -1859,6 +1861,23 @@ def pick_slide_encoder(args, meta, prints):
     return slide_encoder
 
 
+def fitting_projector(projector, origin, width, llm_width, stage):
+    """A published projector, if it takes visual tokens of `width` (zero-padded to its own) and gives the language model's;
+    else None, for a new one before stage 2, and later a UserError. Says which."""
+    if projector is None:
+        news = f"a new one, since {origin} holds none"
+    elif width <= projector[0].in_features and projector[2].out_features == llm_width:
+        news = f"that of {origin}"
+    else:
+        shape = f"{projector[0].in_features} -> {projector[2].out_features}, not {width} -> {llm_width}"
+        if stage > 1:
+            raise UserError(f"{origin}: its projector does not fit ({shape}); train one with --stage 2 and 3")
+        projector, news = None, f"a new one, since that of {origin} does not fit ({shape})"
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"Projector: {news}.", file=sys.stderr)
+    return projector
+
+
 def assemble(args, meta, stage, dtype=None):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
 
@@ -1870,12 +1889,12 @@ def assemble(args, meta, stage, dtype=None):
     llama = load_llama(folder, dtype or args.dtype, args.lora)
     prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
     cfg, tensors = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict()), None
-    projector = origin = slide_encoder = None
+    projector = slide_encoder = None
     if stage == 1:
         cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
     if stage == 1 or not any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3)):
         found = ((load_projector(place, torch.float32), place) for place in (args.lora, folder) if place)
-        projector, origin = next((pair for pair in found if pair[0] is not None), (None, None))
+        projector, origin = next((pair for pair in found if pair[0] is not None), (None, folder))
     if stage > 1 and projector is None:
         cfg, tensors, source = read_stage(args, stage)
     if not cfg.no_slide_encoder:
@@ -1885,15 +1904,8 @@ def assemble(args, meta, stage, dtype=None):
         cfg.slide_encoder, cfg.llama = slide_encoder.cfg if slide_encoder else cfg.slide_encoder, llama.cfg
         cfg.fingerprints = prints
         width = slide_encoder.cfg.width if slide_encoder else meta["encoder"]["width"]
-        news = f"that of {origin}" if projector else f"a new one: none in {args.lora or folder}"
-        if projector and (projector[0].in_features < width or projector[2].out_features != llama.cfg.width):
-            shape = f"{projector[0].in_features} -> {projector[2].out_features}, not {width} -> {llama.cfg.width}"
-            if stage > 1:
-                raise UserError(f"{origin}: its projector does not fit ({shape}); train one with --stage 2 and 3")
-            projector, news = None, f"a new one: that of {origin} does not fit ({shape})"
+        projector = fitting_projector(projector, origin, width, llama.cfg.width, stage)
         cfg.pad_to = projector[0].in_features if projector else max(cfg.pad_to, width)
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-            print(f"Projector: {news}.")
     else:
         check_fingerprints(cfg, prints, source)
     with torch.device("meta"):
