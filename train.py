@@ -24,6 +24,7 @@ import signal
 import time
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -793,6 +794,42 @@ def draw_curves(path, logs):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Out again: what the stages trained, in the layouts in which LLaVA's weights are published
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def export(args):
+    """out/stage3 -> a LLaVA folder: the language model with its adapters merged and the projector, or the adapters and the
+    projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
+    folder = args.export or args.export_adapter
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder to export to")
+    wsi_llava.read_stage(args, 3)  # without it there is nothing of the user's own to export
+    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
+    base, _ = wsi_llava.pick_llm(args, wsi_llava.read_meta(args.data))
+    if model.cfg.no_slide_encoder:
+        raise UserError(f"{args.out}/stage3 is an ablation without slide encoder, which no published layout can say")
+    if args.export_adapter and (args.lora or not model.cfg.lora_rank):
+        reason = "its language model is --llm with --lora merged" if args.lora else "stage 3 trained no adapters"
+        raise UserError(f"--export-adapter: {reason}; use --export, which writes the whole model")
+    say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*base.glob("tokenizer*"), *base.glob("special_tokens_map.json")]:
+        shutil.copy(path, folder)
+    (folder / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    wsi_llava.save_slide_encoder(model.slide_encoder, folder / "slide_encoder.safetensors")
+    if args.export:
+        wsi_llava.save_llama(model.llama, folder, model.mm_projector)
+    else:
+        wsi_llava.save_lora(model, folder, base)
+    llm = f"--llm {folder}" if args.export else f"--llm {base} --lora {folder}"
+    say(
+        f"Done. It answers where --out holds no stage 2 or 3: "
+        f"python sample.py {llm} --slide-encoder {folder}/slide_encoder.safetensors --out new ..."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The demo: the three stages on the toy cohort, then questions about slides that it has never seen
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -941,6 +978,8 @@ def parse(argv=None):
         help="prepare the toy cohort if needed, train all stages, answer held-out questions",
     )
     add("--ablations", action="store_true", help="after the demo, train it again without one piece at a time")
+    add("--export", type=Path, metavar="DIR", help="write out/stage3 as a LLaVA folder, its adapters merged, and stop")
+    add("--export-adapter", type=Path, metavar="DIR", help="the same as a LLaVA LoRA folder, to stand on --llm")
     add("--resume", action="store_true", help="go on where an interrupted run of the stage saved last")
     add("--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters")
     add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")
@@ -996,8 +1035,10 @@ def main(argv=None):
         demo(args)
     elif args.stage:
         train_stage(args.stage, args)
+    elif args.export or args.export_adapter:
+        export(args)
     else:
-        raise UserError("nothing to do: give --stage 1, 2 or 3, or --demo (--help explains)")
+        raise UserError("nothing to do: give --stage 1, 2 or 3, --export or --demo (--help explains)")
 
 
 if __name__ == "__main__":

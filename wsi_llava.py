@@ -1103,7 +1103,8 @@ class Llama(nn.Module):
     """A Llama decoder: ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
 
     cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last position
-    alone, [B,1,vocab]. Raises UserError where the positions exceed the context that the weights were trained for.
+    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises UserError where the
+    positions exceed the context that the weights were trained for.
     """
 
     def __init__(self, cfg):
@@ -1115,7 +1116,7 @@ class Llama(nn.Module):
         self.norm = RMSNorm(cfg.width, cfg.eps)
         self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
 
-    def forward(self, ids=None, embeds=None, cache=None, last_only=False):
+    def forward(self, ids=None, embeds=None, cache=None, last_only=False, only=None):
         x = self.embed_tokens(ids) if embeds is None else embeds
         B, T, C = x.shape
         past = cache.length if cache is not None else 0
@@ -1132,7 +1133,11 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin, cache, i)
         if cache is not None:
             cache.length += T
-        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        if last_only:
+            x = x[:, -1:]
+        elif only is not None:
+            x = x[only]
+        return self.lm_head(self.norm(x))
 
 
 class LoRALinear(nn.Module):
@@ -1146,7 +1151,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+        update = self.scale * F.linear(self.dropout(x), self.lora_a)  # scaled here, where it is narrow
+        return self.base(x) + F.linear(update, self.lora_b)
 
 
 def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
@@ -1231,6 +1237,11 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def make_projector(in_width, width):
+    """LLaVA-1.5's `mlp2x_gelu`: visual tokens -> the language model's embedding space."""
+    return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))
+
+
 class WSILLaVA(nn.Module):
     """Slide encoder, projector and language model. The tile encoder stays outside: its features are on disk."""
 
@@ -1238,8 +1249,7 @@ class WSILLaVA(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.slide_encoder = None if cfg.no_slide_encoder else SlideEncoder(cfg.slide_encoder)
-        width = cfg.llama.width
-        self.mm_projector = nn.Sequential(nn.Linear(cfg.pad_to, width), nn.GELU(), nn.Linear(width, width))
+        self.mm_projector = make_projector(cfg.pad_to, cfg.llama.width)
         self.llama = Llama(cfg.llama)
         if cfg.lora_rank:
             add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target)
@@ -1295,9 +1305,10 @@ class WSILLaVA(nn.Module):
     def forward(self, visual, ids, labels, reduction="mean"):
         """Next-token loss, the mean over the labelled tokens or their "sum". Arguments as for splice."""
         embeds, labels = self.splice(visual, ids, labels)
-        logits = self.llama(embeds=embeds)  # [B,T,vocab]
-        logits, labels = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction=reduction)
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # of the token that follows each position
+        labelled = labels != IGNORE
+        logits = self.llama(embeds=embeds, only=labelled)  # [n,vocab]: no logits where nothing is learned, most of them
+        return F.cross_entropy(logits.float(), labels[labelled], reduction=reduction)
 
     @torch.no_grad()
     def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0, eos=2, cache=None):
@@ -1394,6 +1405,19 @@ def read_tensors(path):
         raise UserError(f"{path}: not a readable checkpoint ({reason}); copy or download it again") from None
 
 
+def read_json(path, hint):
+    """The object in a JSON file. Raises UserError; `hint` says there what the file would be part of."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {hint}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object; {hint}")
+    return values
+
+
 def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
     """Fills `module` (on any device, also meta) from {name: tensor}: every tensor used, every parameter filled.
 
@@ -1413,6 +1437,8 @@ def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
             continue
         if not isinstance(tensor, torch.Tensor) or name not in expected:
             problems.append(("keys that the model lacks", key))
+        elif name in found:
+            problems.append(("two keys of one parameter", key))
         elif tensor.shape != expected[name].shape:
             problems.append(("wrong shapes", f"{key} is {list(tensor.shape)}, not {list(expected[name].shape)}"))
             found[name] = None
@@ -1463,7 +1489,8 @@ def load_tile_encoder(path):
 
 
 def load_slide_encoder(path):
-    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off the shapes."""
+    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off the shapes;
+    or save_slide_encoder's file, which holds its own config."""
     tensors = read_tensors(path)
     tensors = tensors.get("model", tensors)
     _require(tensors, ["patch_embed.proj.weight", "encoder.layers.0.ffn.fc1.weight"], path)
@@ -1474,23 +1501,51 @@ def load_slide_encoder(path):
         depth=_depth(tensors, r"encoder\.layers\.(\d+)\.", path),
         mlp_hidden=tensors["encoder.layers.0.ffn.fc1.weight"].shape[0],
     )
+    if Path(path).suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="pt") as file:
+            if "config" in (file.metadata() or {}):
+                cfg = SlideEncoderConfig.from_json(file.metadata()["config"])
     with torch.device("meta"):
         encoder = SlideEncoder(cfg)
     return load_strict(encoder, tensors, path).eval()
 
 
-LLAMA_KEYS = [  # Hugging Face -> here
-    (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", None),  # old exports store it; it is computed here
-    (r"model\.(.+)", r"\1"),
+def save_slide_encoder(encoder, path):
+    """One file under GigaPath's names, with the config that shapes do not tell: heads, segments, dilations."""
+    state = {name: p.detach().cpu().contiguous() for name, p in encoder.state_dict().items()}
+    with replacing(path) as temporary:
+        save_file(state, temporary, {"config": encoder.cfg.to_json()})
+
+
+# The published layouts of the language model -> the names here. Their names begin with `model.` (Llama, LLaVA), with
+# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT puts `base_model.model.` before.
+PROJECTOR_KEYS = [
+    (r"(?:.+\.)?mm_projector\.(.+)", r"\1"),
+    (r"(?:.+\.)?multi_modal_projector\.linear_1\.(.+)", r"0.\1"),
+    (r"(?:.+\.)?multi_modal_projector\.linear_2\.(.+)", r"2.\1"),
 ]
+LLAMA_KEYS = [
+    (r".+\.rotary_emb\.inv_freq", None),  # old exports store it; it is computed here
+    (r"(?:.+\.)?vision_tower\..+", None),  # CLIP, whose place the slide encoder takes
+    *((pattern, None) for pattern, _ in PROJECTOR_KEYS),  # load_projector reads it
+    (r"base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)\.lora_A\.weight", r"\1.lora_a"),
+    (r"base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)\.lora_B\.weight", r"\1.lora_b"),
+    (r"(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)", r"\1"),
+]
+# What a config.json means where it is silent: transformers leaves out of `text_config` whatever is the default.
+LLAMA_DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_DEFAULTS |= {"intermediate_size": 11008, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
 
 
 def read_llama_config(folder):
-    """`config.json` of a Hugging Face Llama folder -> LlamaConfig. Raises UserError for what this decoder does not do."""
+    """`config.json` of a Llama or LLaVA folder -> LlamaConfig. Raises UserError for what this decoder does not do."""
     path = Path(folder) / "config.json"
+    c = read_json(path, "--llm takes a Hugging Face folder of a Llama or a LLaVA, such as vicuna-7b-v1.5")
+    kind = c.get("model_type", "llama")
+    if "text_config" in c:
+        c = LLAMA_DEFAULTS | c["text_config"]
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     try:
-        c = json.loads(path.read_text())
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         cfg = LlamaConfig(
             vocab=c["vocab_size"],
             width=c["hidden_size"],
@@ -1498,22 +1553,20 @@ def read_llama_config(folder):
             heads=c["num_attention_heads"],
             kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
             mlp_hidden=c["intermediate_size"],
-            eps=c.get("rms_norm_eps", 1e-6),
+            eps=c.get("rms_norm_eps", LLAMA_DEFAULTS["rms_norm_eps"]),
             rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0),
-            context=c.get("max_position_embeddings", 2048),
+            context=c.get("max_position_embeddings", LLAMA_DEFAULTS["max_position_embeddings"]),
         )
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; --llm takes a Hugging Face folder of a Llama, such as vicuna-7b-v1.5"
-        ) from None
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not a Llama's config.json ({type(error).__name__}: {error})") from None
     unsupported = []
+    if kind not in ("llama", "llava", "llava_llama") or c.get("model_type", kind) not in ("llama", kind):
+        unsupported.append(f"model_type {kind}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         unsupported.append(f"rope scaling {rope}")
     if c.get("attention_bias") or c.get("mlp_bias"):
         unsupported.append("biases")
-    if c.get("head_dim", cfg.width // cfg.heads) != cfg.width // cfg.heads:
+    if (c.get("head_dim") or cfg.width // cfg.heads) != cfg.width // cfg.heads:
         unsupported.append(f"head_dim {c['head_dim']}")
     if c.get("tie_word_embeddings"):
         unsupported.append("tied embeddings")
@@ -1522,41 +1575,146 @@ def read_llama_config(folder):
     return cfg
 
 
-def load_llama(folder, dtype=None):
-    """A Hugging Face Llama folder -> Llama: `config.json` beside (sharded) safetensors or `pytorch_model*.bin`.
-
-    The files are mapped: in their own dtype, memory is filled as pages are touched. Raises UserError, strict both ways.
-    """
-    folder = Path(folder)
-    cfg = read_llama_config(folder)
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+def read_folder(folder):
+    """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped. A LLaVA LoRA folder keeps what was
+    trained without adapters, the projector, in a file beside them. Raises UserError where a shard is missing."""
+    for stem, ending in itertools.product(("model", "pytorch_model", "adapter_model"), ("safetensors", "bin")):
         index = folder / f"{stem}.{ending}.index.json"
         if index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            names = read_json(index, "copy or download it again").get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise UserError(f"{index}: has no weight_map; copy or download it again")
+            files = [folder / name for name in sorted(set(names.values()))]
             break
         if (folder / f"{stem}.{ending}").is_file():
-            files = [folder / f"{stem}.{ending}"]
+            files = [folder / f"{stem}.{ending}", folder / "non_lora_trainables.bin"]
+            files = files[: 1 + (stem == "adapter_model" and files[1].is_file())]
             break
     else:
-        raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards in this folder")
+        raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapter_model here")
     tensors = {}
     for file in files:
         tensors |= read_tensors(file)
+    return tensors
+
+
+def load_llama(folder, dtype=None, lora=None):
+    """A Hugging Face Llama or LLaVA folder -> Llama: `config.json` beside (sharded) safetensors or `pytorch_model*.bin`.
+
+    lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype, memory is
+    filled as pages are touched. Raises UserError, strict both ways.
+    """
+    folder = Path(folder)
     with torch.device("meta"):
-        llama = Llama(cfg)
-    return load_strict(llama, tensors, folder, LLAMA_KEYS, dtype).eval()
+        llama = Llama(read_llama_config(folder))
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds LoRA adapters: name it with --lora, and the model that they stand on with --llm"
+        )
+    load_strict(llama, read_folder(folder), folder, LLAMA_KEYS)
+    if lora:
+        load_lora(llama, Path(lora))
+        merge_lora(llama, dtype)
+    return llama.to(dtype or llama.lm_head.weight.dtype).eval()
 
 
-def save_llama(llama, folder):
-    """Writes a Hugging Face Llama folder that load_llama and transformers read (less the tokenizer)."""
-    folder, cfg = Path(folder), llama.cfg
+# What adapter_config.json may say: read here, or without effect on the numbers. Whatever else is set is refused.
+LORA_OPTIONS = (
+    "r lora_alpha use_rslora target_modules modules_to_save base_model_name_or_path task_type inference_mode lora_dropout "
+    "peft_version revision auto_mapping megatron_core qalora_group_size layers_pattern runtime_config"
+).split()
+LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal"]}
+
+
+def load_lora(llama, folder):
+    """Adds the adapters of a PEFT folder (`adapter_config.json`, `adapter_model.*`) to a Llama, beside its weights."""
+    path = folder / "adapter_config.json"
+    c = read_json(path, "--lora takes a PEFT or LLaVA LoRA folder")
+    unsupported = [f"{k} {v}" for k, v in c.items() if k not in LORA_OPTIONS and v and v not in LORA_VALUES.get(k, ())]
+    unsupported += [f"modules_to_save {m}" for m in c.get("modules_to_save") or [] if "projector" not in m]
+    if unsupported:
+        raise UserError(f"{path}: not supported here: {', '.join(unsupported)}")
+    tensors = read_folder(folder)
+    try:
+        rank, alpha, targets = c["r"], c["lora_alpha"], c["target_modules"]
+        if c.get("use_rslora"):
+            alpha *= math.sqrt(rank)  # the update is then scaled by alpha / sqrt(r)
+        if isinstance(targets, str):  # a pattern over PEFT's names, or "all-linear": see what it chose
+            targets = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+        target = "|".join({re.escape(name.split(".")[-1]) for name in targets})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a LoRA's adapter_config.json ({type(error).__name__}: {error})") from None
+    with torch.device("meta"):
+        add_lora(llama, rank, alpha, target)
+    load_strict(llama, tensors, folder, LLAMA_KEYS, only=r".+\.lora_[ab]")
+
+
+def merge_lora(llama, dtype=None):
+    """Takes the adapters out again, W + (alpha / r) B A in their place: summed in float32, then cast to dtype (None: W's).
+
+    In W's own memory where the dtype stays: files are mapped copy-on-write, so a merged 7B takes its size once.
+    """
+    for module in [m for layer in llama.layers for m in (layer.self_attn, layer.mlp)]:
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoRALinear):
+                weight = child.base.weight.data
+                merged = weight.float() + child.scale * (child.lora_b.data.float() @ child.lora_a.data.float())
+                same = dtype in (None, weight.dtype)
+                child.base.weight.data = weight.copy_(merged) if same else merged.to(dtype)
+                setattr(module, name, child.base)
+
+
+def load_projector(folder, dtype=None):
+    """The projector in a LLaVA folder, merged or LoRA -> (Linear, GELU, Linear), its widths read off the shapes; or None."""
+    patterns = [pattern for pattern, _ in PROJECTOR_KEYS]
+    tensors = {k: v for k, v in read_folder(Path(folder)).items() if any(re.fullmatch(p, k) for p in patterns)}
+    if not tensors:
+        return None
+    widths = [tuple(v.shape) for k, v in tensors.items() if re.fullmatch(r".*(?:0|linear_1)\.weight", k)]
+    if len(widths) != 1 or len(widths[0]) != 2:
+        raise UserError(f"{folder}: not a projector of two linear layers (mlp2x_gelu): {', '.join(tensors)}")
+    with torch.device("meta"):
+        projector = make_projector(*reversed(widths[0]))
+    return load_strict(projector, tensors, folder, PROJECTOR_KEYS, dtype)
+
+
+SHARD = 5 * 10**9  # bytes of a file of weights, as Hugging Face cuts them
+
+
+def save_llama(llama, folder, projector=None):
+    """Writes a folder that load_llama and transformers read (less the tokenizer): a Llama's, or with its projector a LLaVA's.
+
+    Adapters are merged. config.json comes last, without which the folder is none.
+    """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name if name.startswith("lm_head.") else f"model.{name}": p.detach().cpu().contiguous()
-        for name, p in llama.state_dict().items()
-    }
-    with replacing(folder / "model.safetensors") as path:
-        save_file(state, path, metadata={"format": "pt"})
+    merge_lora(llama)
+    state = {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in llama.state_dict().items()}
+    if projector is not None:
+        state |= {f"model.mm_projector.{name}": p for name, p in projector.state_dict().items()}
+    shards, room = [[]], SHARD
+    for name, p in state.items():
+        if p.nbytes > room and shards[-1]:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= p.nbytes
+    places = {}
+    for i, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        places |= dict.fromkeys(names, file)
+        with replacing(folder / file) as path:
+            save_file({name: state[name].cpu().contiguous() for name in names}, path, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(p.nbytes for p in state.values())}, "weight_map": places}
+        with replacing(folder / "model.safetensors.index.json") as path:
+            path.write_text(json.dumps(index, indent=2))
+    write_llama_config(llama, folder, projector)
+
+
+def write_llama_config(llama, folder, projector=None):
+    """config.json of a Llama, or with its projector of a LLaVA."""
+    cfg = llama.cfg
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -1573,8 +1731,34 @@ def save_llama(llama, folder):
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "torch_dtype": str(llama.lm_head.weight.dtype).removeprefix("torch."),
     }
+    if projector is not None:
+        config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+        config |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": projector[0].in_features}
     with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2))
+
+
+def save_lora(model, folder, base):
+    """Writes a WSILLaVA's adapters and projector as a LLaVA LoRA folder, which load_llama(base, lora=folder) and PEFT read."""
+    folder, cfg = Path(folder), model.cfg
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix, adapters, targets = "base_model.model.model.", {}, set()
+    for name, module in model.llama.named_modules():
+        if isinstance(module, LoRALinear):
+            targets.add(name.split(".")[-1])
+            for kind, p in (("A", module.lora_a), ("B", module.lora_b)):
+                adapters[f"{prefix}{name}.lora_{kind}.weight"] = p.detach().cpu().contiguous()
+    projector = {f"{prefix}mm_projector.{k}": p.cpu() for k, p in model.mm_projector.state_dict().items()}
+    with replacing(folder / "adapter_model.safetensors") as path:
+        save_file(adapters, path, metadata={"format": "pt"})
+    with replacing(folder / "non_lora_trainables.bin") as path:
+        torch.save(projector, path)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none"}
+    config |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": sorted(targets)}
+    write_llama_config(model.llama, folder, model.mm_projector)
+    with replacing(folder / "adapter_config.json") as path:
         path.write_text(json.dumps(config, indent=2))
 
 
@@ -1614,6 +1798,7 @@ def add_shared_flags(parser):
     add("--tile-encoder", metavar="FILE", type=Path, help=f"default: {WEIGHTS}/gigapath/pytorch_model.bin")
     add("--slide-encoder", metavar="FILE", type=Path, help=f"default: {WEIGHTS}/gigapath/slide_encoder.pth")
     add("--llm", metavar="DIR", type=Path, help=f"default: {WEIGHTS}/vicuna-7b-v1.5, or {WEIGHTS}/llava-v1.5-7b")
+    add("--lora", metavar="DIR", type=Path, help="adapters to merge into the language model, a PEFT or LLaVA folder")
 
 
 def resolve_device(args):
@@ -1681,8 +1866,9 @@ def pick_llm(args, meta):
         folder = next((c for c in choices if c.exists()), None)
         if folder is None:
             raise UserError(f"no language model: neither {choices[0]} nor {choices[1]} exists; name one with --llm")
-    tokenizer = folder / "tokenizer.model"
-    return folder, Tokenizer(tokenizer if tokenizer.exists() or args.llm else args.data / "tokenizer.model")
+    tokenizers = [place / "tokenizer.model" for place in (folder, args.lora or folder)]
+    named = tokenizers[0] if args.llm else args.data / "tokenizer.model"
+    return folder, Tokenizer(next((path for path in tokenizers if path.exists()), named))
 
 
 def read_stage(args, stage):
@@ -1698,45 +1884,79 @@ def trained_names(cfg):
     return r"mm_projector\..*|llama\..*\.lora_[ab]" if cfg.lora_rank else r"mm_projector\..*"
 
 
-def assemble(args, meta, stage, dtype=None):
-    """The model as it stands after `stage` (1: a fresh projector) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
+def pick_slide_encoder(args, meta, prints):
+    """--slide-encoder, that of out/stage1, or GigaPath's. Raises UserError where there is none, or it does not fit."""
+    path, gigapath = args.slide_encoder, WEIGHTS / "gigapath" / "slide_encoder.pth"
+    if not path and meta["preset"] != "demo" and not (args.out / "stage1" / "model.safetensors").exists():
+        path = gigapath if gigapath.exists() else None
+    if path:
+        slide_encoder = load_slide_encoder(path)
+    else:
+        cfg, weights, source = read_stage(args, 1)
+        check_fingerprints(cfg, prints, source)
+        with torch.device("meta"):
+            slide_encoder = SlideEncoder(cfg.slide_encoder)
+        load_strict(slide_encoder, weights, source, [(r"slide_encoder\.(.+)", r"\1"), (r".+", None)])
+    check_tile_width(slide_encoder.cfg, meta, args.data)
+    return slide_encoder
 
-    The slide encoder is that of out/stage1, or --slide-encoder; the projector that of out/stage2 or 3; the language model
-    --llm's with out/stage3's adapters. Raises UserError where a piece is missing or was trained beside other pieces.
+
+def fitting_projector(projector, origin, width, llm_width, stage):
+    """A published projector, if it takes visual tokens of `width` (zero-padded to its own) and gives the language model's;
+    else None, for a new one before stage 2, and later a UserError. Says which."""
+    if projector is None:
+        news = f"a new one, since {origin} holds none"
+    elif width <= projector[0].in_features and projector[2].out_features == llm_width:
+        news = f"that of {origin}"
+    else:
+        shape = f"{projector[0].in_features} -> {projector[2].out_features}, not {width} -> {llm_width}"
+        if stage > 1:
+            raise UserError(f"{origin}: its projector does not fit ({shape}); train one with --stage 2 and 3")
+        projector, news = None, f"a new one, since that of {origin} does not fit ({shape})"
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"Projector: {news}.", file=sys.stderr)
+    return projector
+
+
+def assemble(args, meta, stage, dtype=None):
+    """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
+
+    The slide encoder: pick_slide_encoder. The language model: --llm's with --lora merged, and out/stage3's adapters. The
+    projector: that of out/stage2 or 3; where there is neither, the one published in --lora's folder or --llm's, so that
+    weights trained elsewhere answer at once. Raises UserError where a piece is missing or was trained beside other pieces.
     """
     folder, tokenizer = pick_llm(args, meta)
-    llama = load_llama(folder, dtype or args.dtype)
-    if stage == 1:
-        cfg, tensors = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict()), None
-        cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
-    else:
-        cfg, tensors, source = read_stage(args, stage)
+    llama = load_llama(folder, dtype or args.dtype, args.lora)
     prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
-    slide_encoder = None
-    if cfg.no_slide_encoder:
-        cfg.pad_to = max(cfg.pad_to, meta["encoder"]["width"])
-    elif args.slide_encoder:
-        slide_encoder = load_slide_encoder(args.slide_encoder)
-    else:
-        stage1, weights, source1 = read_stage(args, 1)
-        check_fingerprints(stage1, prints, source1)
-        with torch.device("meta"):
-            slide_encoder = SlideEncoder(stage1.slide_encoder)
-        load_strict(slide_encoder, weights, source1, [(r"slide_encoder\.(.+)", r"\1"), (r".+", None)])
-    if slide_encoder:
+    cfg, tensors = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict()), None
+    projector = slide_encoder = None
+    if stage == 1:
+        cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
+    if stage == 1 or not any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3)):
+        found = ((load_projector(place, torch.float32), place) for place in (args.lora, folder) if place)
+        projector, origin = next((pair for pair in found if pair[0] is not None), (None, folder))
+    if stage > 1 and projector is None:
+        cfg, tensors, source = read_stage(args, stage)
+    if not cfg.no_slide_encoder:
+        slide_encoder = pick_slide_encoder(args, meta, prints)
         prints["slide_encoder"] = fingerprint(slide_encoder)
-        check_tile_width(slide_encoder.cfg, meta, args.data)
     if tensors is None:
         cfg.slide_encoder, cfg.llama = slide_encoder.cfg if slide_encoder else cfg.slide_encoder, llama.cfg
         cfg.fingerprints = prints
+        width = slide_encoder.cfg.width if slide_encoder else meta["encoder"]["width"]
+        projector = fitting_projector(projector, origin, width, llama.cfg.width, stage)
+        cfg.pad_to = projector[0].in_features if projector else max(cfg.pad_to, width)
     else:
         check_fingerprints(cfg, prints, source)
     with torch.device("meta"):
         model = WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
     model.cfg, model.slide_encoder, model.llama = cfg, slide_encoder, llama
-    model.mm_projector.to_empty(device="cpu")
-    for part in (model.mm_projector[0], model.mm_projector[2]):
-        part.reset_parameters()
+    if projector:
+        model.mm_projector = projector
+    else:
+        model.mm_projector.to_empty(device="cpu")
+        for part in (model.mm_projector[0], model.mm_projector[2]):
+            part.reset_parameters()
     if cfg.lora_rank:
         add_lora(llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target)
     if tensors is not None:
