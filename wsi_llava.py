@@ -1671,8 +1671,9 @@ def pick_llm(args, meta):
         folder = next((c for c in choices if c.exists()), None)
         if folder is None:
             raise UserError(f"no language model: neither {choices[0]} nor {choices[1]} exists; name one with --llm")
-    tokenizer = folder / "tokenizer.model"
-    return folder, Tokenizer(tokenizer if tokenizer.exists() or args.llm else args.data / "tokenizer.model")
+    beside = folder.parent / "tokenizer.model"  # where prepare.py puts the stand-in's
+    inside = folder / "tokenizer.model"
+    return folder, Tokenizer(beside if beside.exists() and not inside.exists() else inside)
 
 
 def read_stage(args, stage):
@@ -1978,7 +1979,7 @@ def slide_encoder_cost(n_tiles, training, device, dtype):
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in bytes: of a GPU, its own; not a number on Windows otherwise."""
+    """The most memory that this process has held so far on the device, in bytes; not a number for Windows' CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
