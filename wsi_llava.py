@@ -1978,9 +1978,9 @@ def slide_encoder_cost(n_tiles, training, device, dtype):
     }
 
 
-def peak_memory(device):
-    """The most memory that this process has held so far on the device, in bytes; not a number for Windows' CPU."""
-    if device.type == "cuda":
+def peak_memory(device=None):
+    """The most memory that this process has held so far, in bytes: a GPU's, or else (not a number on Windows) the CPU's."""
+    if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
