@@ -16,11 +16,13 @@ import contextlib
 import csv
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
 import re
 import shlex
+import socket
 import sys
 import threading
 import time
@@ -61,10 +63,10 @@ def prepare_raw(args, names):
     return [slide for name in names for slide in slides.get(name, [name])]
 
 
-def why_missing(model, data, slide):
+def why_missing(cfg, data, slide):
     """What keeps a slide from being asked about, in words; None where nothing does."""
     if not features_file(data, slide).exists():
-        imported = wsi_llava.visual_tokens_file(data, slide, model.cfg).exists()  # without features, but as good
+        imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
     if not len(read_features(data, slide)[0]):
         return f"no tissue was found on it; look at {data}/qc/{slide}.jpg"
@@ -74,7 +76,7 @@ def why_missing(model, data, slide):
 def slide_tokens(args, model, slides):
     """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; those of --region on the fly."""
     for slide in slides:
-        if problem := why_missing(model, args.data, slide):
+        if problem := why_missing(model.cfg, args.data, slide):
             raise UserError(f"--slide {slide}: {problem}")
     if args.region:
         return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
@@ -107,6 +109,8 @@ def region_tokens(model, data, slide, region):
 def zero_shot(args, meta, slide, texts):
     """Probability of each text: softmax of its scaled similarity to the slide in the space that stage 1 made for both."""
     cfg, model, words, tokenizer = wsi_llava.load_alignment(args, meta)
+    if problem := why_missing(cfg, args.data, slide):
+        raise UserError(f"--slide {slide}: {problem}")
     features, coords = read_features(args.data, slide, cfg.max_tiles)
     slides = model.embed_slides(features[None].to(args.device, torch.float32), coords[None].to(args.device))
     texts = model.embed_words([tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts], words)
@@ -138,7 +142,7 @@ class Chat:
             ids, visual = self.tokenizer.encode_chat([{"from": "human", "value": question}])[0], [self.visual]
         else:
             ids, visual = self.tail + self.tokenizer.encode(f"USER: {question} ASSISTANT:"), None
-        answer, shown, self.tokens = [], "", 0
+        answer, shown, text, self.tokens = [], "", "", 0
         for (token,) in self.model.generate(visual, [ids], eos=self.tokenizer.eos, cache=self.cache, **self.options):
             self.tokens += 1
             self.tail = [token] if token == self.tokenizer.eos else [token, self.tokenizer.eos]
@@ -148,41 +152,46 @@ class Chat:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
                 yield text[len(shown) :]
                 shown = text
-        self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": shown}]
+        if len(shown) < len(text):
+            yield text[len(shown) :]
+        self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
 
 
 def answer(args, names, chat, question):
-    """Streams one answer; with --json, one object on the real stdout instead."""
+    """Streams one answer, or with --json prints one object -> (tokens, seconds)."""
     started = time.time()
     for piece in chat.reply(question):
-        args.json or print(piece, end="", flush=True)
-    args.json or print()
-    seconds = time.time() - started
-    args.spent = args.spent[0] + chat.tokens, args.spent[1] + seconds
+        print("" if args.json else piece, end="", flush=True)
+    tokens, seconds = chat.tokens, time.time() - started
     if args.json:
-        record = {"slides": names, "region": args.region, "question": question, "answer": chat.turns[-1]["value"]}
-        record |= {"tokens": chat.tokens, "seconds": round(seconds, 3), "finished": chat.tail[1:] == []}
-        record |= {"tokens_per_s": round(chat.tokens / seconds, 2), "peak_memory": wsi_llava.peak_memory(args.device)}
-        print(json.dumps(record, ensure_ascii=False), file=args.json, flush=True)
+        found = {"slides": names, "region": args.region, "question": question, "answer": chat.turns[-1]["value"]}
+        found |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
+        found |= {"finished": len(chat.tail) == 1, "peak_memory": wsi_llava.peak_memory(args.device)}
+        print(json.dumps(found, ensure_ascii=False), file=args.json, flush=True)
+    else:
+        print()
+    return tokens, seconds
 
 
 HELP = "/slide NAME... asks about other slides, /save FILE keeps the conversation, /quit ends"
 
 
 def chat_loop(args, open_chat, names, chat):
-    """Questions and commands, from a person or a pipe, until the end of the input or /quit."""
-    talking = sys.stdin.isatty()
-    print(f"Ask about the slide; {HELP}.") if talking else None
+    """Questions and commands, from a person or a pipe, until the end of the input or /quit -> (tokens, seconds)."""
+    talking, spent = sys.stdin.isatty(), [0, 0.0]
+    if talking:
+        print(f"Ask about the slide; {HELP}.")
     while True:
         try:
             line = input("> " if talking else "").strip()
         except EOFError:
-            return
+            return spent
         try:
             command, *rest = shlex.split(line) if line.startswith("/") else [""]
             if command == "/quit":
-                return
+                return spent
             elif command == "/slide" and rest:
+                args.region = None  # it was the other slide's
                 names, chat = open_chat(rest)
                 print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens.")
             elif command == "/save" and len(rest) == 1:
@@ -193,7 +202,7 @@ def chat_loop(args, open_chat, names, chat):
             elif command:
                 raise UserError(f"{line}: not a command; {HELP}")
             elif line:
-                answer(args, names, chat, line)
+                spent = [a + b for a, b in zip(spent, answer(args, names, chat, line))]
         except (UserError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -320,7 +329,9 @@ def answer_file(args, meta):
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
     settings |= {name: getattr(args, name) for name in ("max_new_tokens", "no_repeat_ngram", "baselines", "seed")}
-    problems = {slide: why_missing(model, args.data, slide) for slide in dict.fromkeys(row["slide"] for row in rows)}
+    problems = {
+        slide: why_missing(model.cfg, args.data, slide) for slide in dict.fromkeys(row["slide"] for row in rows)
+    }
     slides = [slide for slide in problems if not problems[slide]]
     lacking = [row for row in rows if problems[row["slide"]]]
     file, done = open_predictions(args.predictions, settings)
@@ -569,9 +580,9 @@ class Judge:
                 with contextlib.suppress(TypeError, ValueError):
                     wait = float(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-                problem = "no connection" if "refused" in str(error) else type(error).__name__
-                if problem == "no connection" and attempt == self.attempts - 1:
-                    raise UserError(f"--judge-url {self.url}: nobody answers there ({error})") from None
+                problem, reason = type(error).__name__, getattr(error, "reason", error)
+                if isinstance(reason, (ConnectionRefusedError, socket.gaierror)) and attempt == self.attempts - 1:
+                    raise UserError(f"--judge-url {self.url}: nobody answers there ({reason})") from None
             if attempt < self.attempts - 1:
                 time.sleep(wait)
         raise OSError(problem)
@@ -605,6 +616,9 @@ class Judge:
         self.problems[problem] += 1
         return None
 
+    def reasons(self):
+        return "".join(f"; {n} times: {problem}" for problem, n in self.problems.most_common(3))
+
     def grade(self, question, answer, truth):
         """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way round}.
 
@@ -624,15 +638,24 @@ class Judge:
         return {"WSI-Precision": score(truth, answer), "WSI-Relevance": score(answer, truth)}
 
 
+def find_judge(args, path):
+    """The Judge that the flags name, with its replies so far in the file; None where they name none."""
+    if args.judge_dry_run and not args.judge_model:
+        raise UserError("--judge-dry-run: which judge? name it with --judge-model")
+    return Judge(args.judge_url, args.judge_model, path, args.judge_dry_run) if args.judge_model else None
+
+
 def grade_rows(judge, rows, fields, workers):
-    """Every open row's answers through the judge, so many rows at once -> one {field: grades} a row. Order is kept."""
+    """Adds "grades" {field: Judge.grade's} to the rows, so many of them at once."""
+    print(f"{len(rows):,} open questions for {judge.model}; {len(judge.replies):,} of its replies are kept already.")
 
     def work(row):
-        return {field: judge.grade(row["question"], row[field], row["truth"]) for field in fields}
+        row["grades"] = {field: judge.grade(row["question"], row[field], row["truth"]) for field in fields}
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1 if judge.dry else workers) as pool:
         try:
-            return list(tqdm(pool.map(work, rows), total=len(rows), desc="judge", unit="question", disable=judge.dry))
+            for _ in tqdm(pool.map(work, rows), total=len(rows), desc="judge", unit="question", disable=judge.dry):
+                pass
         except BaseException:  # Ctrl-C too: what was asked is kept, what waits is not asked
             pool.shutdown(cancel_futures=True)
             raise
@@ -650,30 +673,34 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
     "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
-NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")
 JUDGED = ("WSI-Precision", "WSI-Relevance")
-METRICS = ("accuracy", *JUDGED, "same", *NLU)
-PUBLISHED = {  # WSI-LLaVA, December 2024
-    ("all", "average"): 0.754,
-    **{("morphology", m): v for m, v in zip(METRICS, (0.951, 0.488, 0.610))},
-    **{("diagnosis", m): v for m, v in zip(METRICS, (0.863, 0.610, 0.612))},
-    **{("treatment", m): v for m, v in zip(METRICS, (1.0, 0.810, 0.845))},
-    **{("report", m): v for m, v in zip(JUDGED + NLU, (0.380, 0.429, 0.3531, 0.1859, 0.1058, 0.0665, 0.2626, 0.3072))},
+NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")
+METRICS = (*JUDGED, "accuracy", *NLU, "exact match")
+PUBLISHED = {  # of WSI-LLaVA, December 2024, in the order of METRICS
+    "morphology": (0.488, 0.610, 0.951),
+    "diagnosis": (0.610, 0.612, 0.863),
+    "treatment": (0.810, 0.845, 1.0),
+    "report": (0.380, 0.429, None, 0.3531, 0.1859, 0.1058, 0.0665, 0.2626, 0.3072),
 }
+AVERAGE = 0.754  # of the nine figures of the three capabilities
+KINDS = ("all", "capability", "common or rare", "task", "cancer type")
+COLUMNS = ("kind", "group", "metric", "questions", "missing", "unusable")
 
 
-def score_answer(row, parser, text, meteor):
-    """The metrics of one answer that need no judge, and whether a closed answer could not be read (which is wrong)."""
-    if parser:
-        said = parser(text)
-        return {"accuracy": float(said == parser(row["truth"]))}, said is None
-    truth, tokens = tokenize(row["truth"]), tokenize(text)
-    scores = {
-        "same": float(same_answer(text, row["truth"])),
-        **dict(zip(NLU, bleu(truth, tokens) if tokens else [0.0] * 4)),
-    }
-    scores["ROUGE-L"] = rouge_l(truth, tokens)
-    return scores | ({"METEOR": meteor(truth, tokens)} if meteor else {}), False
+def score_row(row, fields, meteor):
+    """Adds "scores" {field: {metric: value}} to a row, and "unusable" {field: metrics that could not be had and count as 0}."""
+    row["scores"], row["unusable"], parser = {}, {}, row["parser"]
+    for field in fields:
+        if parser:
+            said = parser(row[field])
+            found = {"accuracy": None if said is None else said == parser(row["truth"])}
+        else:
+            truth, tokens = tokenize(row["truth"]), tokenize(row[field])
+            found = dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
+            found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
+            found |= {"exact match": same_answer(row[field], row["truth"]), **row.get("grades", {}).get(field, {})}
+        row["scores"][field] = {metric: float(value or 0) for metric, value in found.items()}
+        row["unusable"][field] = [metric for metric, value in found.items() if value is None]
 
 
 def interval(values, slides, seed):
@@ -696,188 +723,120 @@ def spearman(x, y):
     return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
 
 
-def common_and_rare(args, rows):
-    """Cancer type -> "common" or "rare": rare has fewer slides than the median type, in training where that is known."""
-    path, slides = args.data / "qa" / "train.jsonl", collections.defaultdict(set)
-    kinds = {row["cancer"] for row in rows}
-    source = whole_lines(path)[0] if path.exists() else rows
-    for row in source:
-        slides[row.get("cancer", "")].add(row["slide"])
-    counts = {kind: len(slides[kind]) for kind in kinds}
-    where = "training" if path.exists() else "evaluated"
-    names = {
-        kind: f"{'rare' if n < np.median(list(counts.values())) else 'common'} types (by {where} slides)"
-        for kind, n in counts.items()
-    }
-    return names if len(kinds) > 1 else {}
+def common_and_rare(rows, training):
+    """{cancer type: "common ..." or "rare ..."}: rare has fewer slides than the median type, in training if that is known."""
+    slides, known = collections.defaultdict(set), training.exists()
+    with open(training, encoding="utf-8") if known else contextlib.nullcontext([]) as file:
+        for row in map(json.loads, file) if known else rows:
+            slides[row.get("cancer")].add(row["slide"])
+    counts = {cancer: len(slides[cancer]) for cancer in {row["cancer"] for row in rows}}
+    middle, where = np.median(list(counts.values())), "training" if known else "these"
+    name = {cancer: f"{'rare' if n < middle else 'common'} types, by {where} slides" for cancer, n in counts.items()}
+    return name if len(name) > 1 else {}
+
+
+def tabulate(rows, fields, rarity, seed):
+    """Scored rows -> lines {**COLUMNS, field: [mean, low, high], "published"}, a line for each group and metric."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        capability = "report" if is_report(row) else CAPABILITY.get(row["task"], "other")
+        for key in zip(KINDS, ("all", capability, rarity.get(row["cancer"]), row["task"], row["cancer"])):
+            groups[key].append(row)
+    lines = []
+    for (kind, group), members in sorted(groups.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1] or "")):
+        for metric in METRICS if group else ():
+            fitting = [row for row in members if bool(row["parser"]) == (metric == "accuracy")]
+            chosen = [row for row in fitting if metric in row.get("scores", {}).get("answer", {})]
+            if not chosen and (metric != "METEOR" or not fitting):
+                continue
+            missing = sum(row["answer"] is None for row in fitting)
+            unusable = sum(metric in row["unusable"]["answer"] for row in chosen)
+            line = dict(zip(COLUMNS, (kind, group, metric, len(chosen), missing, unusable)))
+            for field in fields if chosen else ():
+                values = [row["scores"][field][metric] for row in chosen]
+                line[field] = interval(values, [row["slide"] for row in chosen], seed)
+            published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
+            lines.append({**line, "published": published.get(metric)})
+    nine = [line for line in lines if line["group"] in CAPABILITIES and line["metric"] in METRICS[:3]]
+    if len(nine) == 9:
+        total = [sum(line[column] for line in nine) for column in COLUMNS[3:]]
+        means = {field: [float(np.mean([line[field][0] for line in nine]))] for field in fields}
+        lines.insert(0, {**dict(zip(COLUMNS, ("all", "all", "average", *total))), **means, "published": AVERAGE})
+    return lines
+
+
+def markdown(lines, fields):
+    """The lines as a Markdown table whose columns are aligned, to be read as it is."""
+    table = [[*COLUMNS, *(FIELDS[field] for field in fields), "published"]]
+    for line in lines:
+        cells = [f"{line[column]}" for column in COLUMNS]
+        for mean, *ends in (line.get(field, [None]) for field in fields):
+            cells.append("n/a" if mean is None else f"{mean:.3f}" + " [{:.3f}, {:.3f}]".format(*ends) * bool(ends))
+        table.append([*cells, "" if line["published"] is None else f"{line['published']:g}"])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+
+def agreement(rows):
+    """How far the text metrics tell the same story as the judge: rank correlations over the open questions."""
+    scores = [row["scores"]["answer"] for row in rows if "grades" in row]
+    for name in JUDGED:
+        judge = [s[name] for s in scores]
+        found = {m: spearman([s[m] for s in scores], judge) for m in NLU if m in scores[0]}
+        yield f"Spearman's correlation with {name}: " + ", ".join(f"{m} {r:.2f}" for m, r in found.items()) + "."
 
 
 def evaluate(args, path):
-    """--evaluate: a file of predictions -> tables on the screen and in evaluation.md, .csv and .json beside it."""
+    """--evaluate: a file of predictions -> tables on the screen, and whole in evaluation.md, .csv and .json beside it."""
     settings, rows = read_predictions(path)
-    rows = [rows[n] for n in sorted(rows)]
-    fields = [f for f in FIELDS if any(row.get(f) is not None for row in rows)]
+    rows = [{**rows[n], "parser": closed_parser(rows[n]["question"], rows[n]["truth"])} for n in sorted(rows)]
     here = [row for row in rows if row["answer"] is not None]
     if not here:
-        raise UserError(f"{path}: holds no answers yet")
-    parsers = {row["n"]: closed_parser(row["question"], row["truth"]) for row in rows}
-    judged = {}
-    if args.judge_model:
-        judge = Judge(args.judge_url, args.judge_model, path.with_name("judge.jsonl"), args.judge_dry_run)
-        open_rows = [row for row in here if not parsers[row["n"]]]
-        print(
-            f"{len(open_rows):,} open questions for {args.judge_model}; {len(judge.replies):,} replies are kept already."
-        )
-        grades = grade_rows(judge, open_rows, fields, 1 if judge.dry else args.judge_workers)
+        raise UserError(f"{path}: holds no answers yet; sample.py --qa goes on with it")
+    fields, meteor = [field for field in FIELDS if field in here[0]], find_meteor()
+    notes = [f"{len(here):,} of {len(rows):,} questions answered. In brackets: 95% bootstrap intervals over slides."]
+    if len(rows) > len(here):
+        notes.append(f"Missing: {len(rows) - len(here):,} questions, about slides that were not prepared; in no mean.")
+    judge = find_judge(args, path.with_name("judge.jsonl"))
+    if judge:
+        grade_rows(judge, [row for row in here if not row["parser"]], fields, args.judge_workers)
         if judge.dry:
             print(
                 f"The judge would be called {judge.calls:,} times, for about {judge.tokens:,} tokens. Nothing was sent."
             )
             return
-        judged = {row["n"]: grade for row, grade in zip(open_rows, grades)}
-    meteor, scores, unusable = find_meteor(), {}, collections.defaultdict(set)
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
-        for field in fields:
-            found, unread = score_answer(row, parsers[row["n"]], row[field], meteor)
-            for name, value in judged.get(row["n"], {}).get(field, {}).items():
-                found[name] = value or 0.0
-                if value is None:
-                    unusable[field, name].add(row["n"])
-            if unread:
-                unusable[field, "accuracy"].add(row["n"])
-            scores[row["n"], field] = found
-    lines = tabulate(args, rows, fields, parsers, scores, unusable)
-    notes = [f"{len(here):,} of {len(rows):,} questions answered. In brackets: 95% bootstrap intervals over slides."]
-    if len(rows) > len(here):
-        notes.append(f"Missing: {len(rows) - len(here):,} questions about slides without features, in no mean.")
-    unread = [row for row in here if row["n"] in unusable["answer", "accuracy"]]
-    if unread:
+        score_row(row, fields, meteor)
+    if unread := [row for row in here if row["parser"] and row["unusable"]["answer"]]:
         some = "; ".join(f"{row['id']}: {row['answer'][:60]!r}" for row in unread[:5])
         notes.append(
-            f"{len(unread):,} closed answers name no choice and count as wrong: {some}{'; ...' * (len(unread) > 5)}"
+            f"{len(unread):,} closed answers name no choice and count as wrong: {some}{', ...' * (len(unread) > 5)}"
         )
+    if judge:
+        failed = sum(len(row["unusable"][field]) for row in here if "grades" in row for field in fields)
+        notes.append(f"Judge: {args.judge_model}. {failed:,} grades stayed unusable and count as 0{judge.reasons()}.")
+        notes += agreement(here)
     if not meteor:
-        notes.append("METEOR: n/a (it needs nltk and its WordNet: python -m nltk.downloader wordnet).")
-    if judged:
-        failed = sum(len(unusable[field, name]) for field in fields for name in JUDGED)
-        why = "; ".join(f"{reason} ({n})" for reason, n in judge.problems.most_common(3))
-        notes.append(f"Judge: {args.judge_model}. {failed:,} grades stayed unusable and count as 0. {why}".strip())
-        notes += agreement(scores, judged, fields)
-    write_tables(args, path, settings, fields, lines, notes)
+        notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
+    lines = tabulate(rows, fields, common_and_rare(rows, args.data / "qa" / "train.jsonl"), args.seed)
 
-
-def agreement(scores, judged, fields):
-    """How far the text metrics and the judge tell the same story: rank correlations over the open questions."""
-    mine = [scores[n, fields[0]] for n in judged]
-    lines = []
-    for name in JUDGED:
-        wsi = np.array([s[name] for s in mine])
-        found = {m: spearman(np.array([s[m] for s in mine]), wsi) for m in NLU if m in mine[0]}
-        lines.append(
-            f"Spearman's correlation with {name}: " + ", ".join(f"{m} {r:.2f}" for m, r in found.items()) + "."
-        )
-    return lines
-
-
-def tabulate(args, rows, fields, parsers, scores, unusable):
-    """-> lines {"kind", "group", "metric", "questions", "missing", "unusable", field: [mean, low, high], "published"}."""
-    rarity = common_and_rare(args, rows)
-    groups = collections.defaultdict(list)
-    for row in rows:
-        task = row["task"]
-        capability = "report" if is_report(row) else CAPABILITY.get(task, "other")
-        for key in {
-            "all": "all",
-            "capability": capability,
-            "rarity": rarity.get(row["cancer"]),
-            "task": task,
-            "cancer type": row["cancer"],
-        }.items():
-            if key[1]:
-                groups[key].append(row)
-    lines = []
-    for (kind, group), members in groups.items():
-        for metric in METRICS:
-            fitting = [row for row in members if (metric == "accuracy") == bool(parsers[row["n"]])]
-            chosen = [row for row in fitting if metric in scores.get((row["n"], fields[0]), {})]
-            if not chosen and metric != "METEOR" or not fitting:
-                continue
-            line = {"kind": kind, "group": group, "metric": metric, "questions": len(chosen)}
-            line["missing"] = sum(row["answer"] is None for row in fitting)
-            line["unusable"] = len(unusable["answer", metric] & {row["n"] for row in chosen})
-            for field in fields if chosen else []:
-                values = np.array([scores[row["n"], field][metric] for row in chosen])
-                line[field] = interval(values, [row["slide"] for row in chosen], args.seed)
-            lines.append(line | {"published": PUBLISHED.get((group, metric))})
-    order = ["all", "capability", "rarity", "task", "cancer type"]
-    lines.sort(key=lambda line: (order.index(line["kind"]), line["group"], METRICS.index(line["metric"])))
-    nine = [line for line in lines if line["group"] in CAPABILITIES and line["metric"] in METRICS[:3]]
-    if len(nine) == 9:  # the paper's average: precision, relevance and accuracy of the three capabilities
-        average = {field: [float(np.mean([line[field][0] for line in nine]))] for field in fields}
-        line = {
-            "kind": "all",
-            "group": "all",
-            "metric": "average",
-            "questions": sum(line["questions"] for line in nine),
-        }
-        lines.insert(0, {**line, "missing": 0, "unusable": 0, **average, "published": PUBLISHED["all", "average"]})
-    return lines
-
-
-def markdown(lines, fields):
-    """The lines as a Markdown table with aligned columns, to be read as it is."""
-
-    def cell(values):
-        return (
-            "n/a"
-            if values is None
-            else f"{values[0]:.3f}" + "".join(f" [{a:.3f}, {b:.3f}]" for a, b in [values[1:]] if values[1:])
-        )
-
-    head = [
-        "",
-        "group",
-        "metric",
-        "questions",
-        "missing",
-        "unusable",
-        *(FIELDS[f] for f in fields),
-        "WSI-LLaVA's paper",
-    ]
-    table = [head, ["-"] * len(head)]
-    for line in lines:
-        counts = [f"{line[k]:,}" for k in ("questions", "missing", "unusable")]
-        published = "" if line["published"] is None else f"{line['published']:g}"
-        table.append(
-            [line["kind"], line["group"], line["metric"], *counts, *(cell(line.get(f)) for f in fields), published]
-        )
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    table[1] = ["-" * width for width in widths]
-    return ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in table]
-
-
-def write_tables(args, path, settings, fields, lines, notes):
     result = {"predictions": str(path), "settings": settings, "notes": notes, "table": lines}
-    texts = {
-        "md": "\n".join(["# Evaluation", "", *(f"- {note}" for note in notes), "", *markdown(lines, fields)]) + "\n"
-    }
-    texts["json"] = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    texts = {"json": json.dumps(result, indent=1, ensure_ascii=False)}
+    texts["md"] = "\n".join(["# Evaluation", "", *(f"- {note}" for note in notes), "", markdown(lines, fields)])
+    cells = io.StringIO()
+    writer = csv.writer(cells, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"{field}_{x}" for field in fields for x in ("mean", "low", "high")), "published"])
+    for line in lines:
+        values = [x for field in fields for x in [*line.get(field, []), "", "", ""][:3]]
+        writer.writerow([*(line[column] for column in COLUMNS), *values, line["published"]])
+    texts["csv"] = cells.getvalue().rstrip("\n")
     for ending, text in texts.items():
         with replacing(path.with_name(f"evaluation.{ending}")) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    fixed = ["kind", "group", "metric", "questions", "missing", "unusable"]
-    with (
-        replacing(path.with_name("evaluation.csv")) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(fixed + [f"{f}_{x}" for f in fields for x in ("mean", "low", "high")] + ["published"])
-        for line in lines:
-            cells = [x for f in fields for x in (line.get(f, []) + [""] * 3)[:3]]
-            writer.writerow([line[k] for k in fixed] + cells + [line["published"]])
-    brief = ("average", "accuracy", *JUDGED, "same", "BLEU-1", "BLEU-4", "ROUGE-L")
+            temporary.write_text(text + "\n", encoding="utf-8")
+    brief = ("average", *METRICS[:4], "ROUGE-L", "exact match")
     shown = [line for line in lines if line["kind"] != "cancer type" and line["metric"] in brief]
-    print("\n".join(["", *markdown(shown, fields), "", *notes]))
+    print("\n".join(["", markdown(shown, fields), "", *notes]))
     print(f"All metrics, and each cancer type: {path.with_name('evaluation.md')} (and .csv, .json)")
     if args.json:
         print(json.dumps(result, ensure_ascii=False), file=args.json)
@@ -893,6 +852,36 @@ def load_model(args, meta):
 
 def gigabytes(args):
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
+
+
+def ask_about_slides(args):
+    """--slide: one answer, a chat, or zero-shot."""
+    started = time.time()
+    names = prepare_raw(args, args.slide)
+    meta = wsi_llava.read_meta(args.data)
+    if len(names) > 1 and (args.region or args.zero_shot):
+        raise UserError("--region and --zero-shot are about one slide; give --slide one name")
+    if args.zero_shot:
+        found = dict(zip(args.zero_shot, zero_shot(args, meta, names[0], args.zero_shot)))
+        print(f"{names[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
+        print("\n".join(f"{p:8.4f}  {text}" for text, p in sorted(found.items(), key=lambda item: -item[1])))
+        if args.json:
+            print(json.dumps({"slide": names[0], "probabilities": found}, ensure_ascii=False), file=args.json)
+        return
+    model, tokenizer = load_model(args, meta)
+    options = {k: getattr(args, k) for k in "max_new_tokens temperature top_p top_k seed no_repeat_ngram".split()}
+
+    def open_chat(names):
+        names = prepare_raw(args, names)
+        return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
+
+    names, chat = open_chat(names)
+    print(
+        f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; model of {args.out}/stage3 on {args.device} in "
+        f"{str(args.dtype).removeprefix('torch.')}, {time.time() - started:.1f} s."
+    )
+    tokens, seconds = answer(args, names, chat, args.ask) if args.ask else chat_loop(args, open_chat, names, chat)
+    print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
 
 
 def at_least(low, kind=int):
@@ -917,26 +906,16 @@ def rectangle(text):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, share = parser.add_argument, at_least(0, float)
     add("--slide", nargs="+", metavar="S", help="a slide file, or the name of a prepared slide; several: one case")
     add("--ask", metavar="Q", help="one question; without it, a chat")
     add("--region", metavar="X,Y,W,H", type=rectangle, help="only this part of the slide, in level-0 pixels")
     add("--zero-shot", metavar="TEXT", nargs="+", help="the probability of each text, by stage 1 alone")
     add("--mpp", type=float, help="um per pixel at level 0, for a raw slide whose metadata lack it")
-    add("--json", action="store_true", help="for programs: one JSON object an answer on stdout and nothing else there")
+    add("--json", action="store_true", help="for programs: one JSON object an answer on stdout, nothing else there")
     add("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
-    add(
-        "--temperature",
-        type=at_least(0, float),
-        default=0.0,
-        help="0 (default): always the most likely token; above: sampled",
-    )
-    add(
-        "--top-p",
-        type=at_least(0, float),
-        default=1.0,
-        help="sample from the likeliest tokens of this probability (default: 1)",
-    )
+    add("--temperature", type=share, default=0.0, help="0 (default): the most likely token, always; above: sampled")
+    add("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)")
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens (default: 0, all)")
     add("--no-repeat-ngram", type=at_least(0), default=0, help="no answer says so many tokens twice (default: 0, off)")
     add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
@@ -948,76 +927,31 @@ def parse(argv=None):
         metavar="FILE",
         nargs="?",
         const="",
-        help="the tables of a file of predictions (default: --predictions)",
+        help="tables of a file of predictions (default: --predictions)",
     )
     add("--judge-model", metavar="M", help="grade open answers by this model: WSI-Precision, WSI-Relevance")
-    add(
-        "--judge-url",
-        metavar="URL",
-        default="https://api.openai.com/v1",
-        help="OpenAI-compatible (default: OpenAI's own)",
-    )
+    add("--judge-url", metavar="URL", default="https://api.openai.com/v1", help="OpenAI-compatible (default: OpenAI's)")
     add("--judge-workers", type=at_least(1), default=8, help="requests to the judge at once (default: 8)")
     add("--judge-dry-run", action="store_true", help="only count the judge's calls and tokens")
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
+    args.json = sys.stdout if args.json else None  # what a program reads; all that is printed goes to stderr then
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    args.json = args.json and sys.stdout
+    wsi_llava.resolve_device(args)
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        if args.qa or args.evaluate is not None:
-            if args.qa:
-                wsi_llava.resolve_device(args)
-                answer_file(args, wsi_llava.read_meta(args.data))
-            if args.evaluate is not None:
-                evaluate(args, Path(args.evaluate or args.predictions))
-        elif args.slide:
-            wsi_llava.resolve_device(args)
+        if args.qa:
+            answer_file(args, wsi_llava.read_meta(args.data))
+        if args.evaluate is not None:
+            evaluate(args, Path(args.evaluate or args.predictions))
+        elif args.slide and not args.qa:
             ask_about_slides(args)
-        else:
+        elif not args.qa:
             raise UserError("nothing to do: give --slide, --qa or --evaluate (--help explains)")
-
-
-def ask_about_slides(args):
-    """--slide: one answer, a chat, or zero-shot."""
-    started = time.time()
-    names = prepare_raw(args, args.slide)
-    meta = wsi_llava.read_meta(args.data)
-    if len(names) > 1 and (args.region or args.zero_shot):
-        raise UserError("--region and --zero-shot are about one slide; give --slide one name")
-    if args.zero_shot:
-        found = dict(zip(args.zero_shot, zero_shot(args, meta, names[0], args.zero_shot)))
-        print(
-            f"{names[0]}: {len(found)} texts; model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s"
-        )
-        for text, p in sorted(found.items(), key=lambda item: -item[1]):
-            print(f"{p:8.4f}  {text}")
-        if args.json:
-            print(json.dumps({"slide": names[0], "probabilities": found}, ensure_ascii=False), file=args.json)
-        return
-    model, tokenizer = load_model(args, meta)
-    options = {k: getattr(args, k) for k in "max_new_tokens temperature top_p top_k seed no_repeat_ngram".split()}
-
-    def open_chat(names):
-        names = prepare_raw(args, names)
-        return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
-
-    names, chat = open_chat(names)
-    print(
-        f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; model of {args.out}/stage3 on {args.device} in "
-        f"{str(args.dtype).removeprefix('torch.')}, {time.time() - started:.1f} s."
-    )
-    args.spent = 0, 0.0
-    if args.ask:
-        answer(args, names, chat, args.ask)
-    else:
-        chat_loop(args, open_chat, names, chat)
-    tokens, seconds = args.spent
-    print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
 
 
 if __name__ == "__main__":

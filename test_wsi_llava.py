@@ -855,9 +855,6 @@ def test_slides_of_one_case_are_announced(tiny, tokenizer):
     ids, _ = tokenizer.encode_chat([{"from": "human", "value": question}])
     want = [t for (t,) in tiny.generate([visual], [ids], 6)]
     assert ids.count(IMAGE_TOKEN) == 2 and got == tokenizer.decode([t for t in want if t != tokenizer.eos])
-    assert got != "".join(
-        sample.Chat(tiny, tokenizer, visual.flip(0), max_new_tokens=6).reply("Which type of tumor is this?")
-    )
 
 
 def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
@@ -1007,7 +1004,7 @@ CLOSED = {
 def test_closed_answers_are_read():
     options = sample.choices(OPTIONS)
     assert options["B"] == "Squamous cell carcinoma" and list(options) == list("ABCD")
-    assert sample.choices("Is protein A. present (B) or not?") == {} == sample.choices("What is the grade? See Fig. A.")
+    assert sample.choices("Is protein A. present or not?") == {} == sample.choices("What is it? B) a tumor A) necrosis")
     for want, texts in CLOSED.items():
         assert [sample.parse_choice(text, options) for text in texts] == [want] * len(texts)
     for want, texts in {
@@ -1160,7 +1157,7 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     sample.main(list(map(str, flags)))
     table = json.loads((tmp_path / "evaluation.json").read_text())
     (line,) = [x for x in table["table"] if x["kind"] == "all" and x["metric"] == "WSI-Precision"]
-    assert line["unusable"] == 1 and line["questions"] == 8 and line["answer"][0] == pytest.approx(7 / 8)
+    assert line["unusable"] == 1 and line["questions"] == 8 and line["answer"][0] == pytest.approx(0.7 * 7 / 8)
     assert "1 grades stayed unusable and count as 0" in capsys.readouterr().out
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
@@ -1221,16 +1218,16 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     report = table["report", "BLEU-4"]
     assert (report["questions"], report["missing"], report["published"]) == (1, 1, 0.0665)
     assert report["answer"][0] == pytest.approx(1) and report["answer_no_image"][0] == 0
-    assert table["Grading", "same"]["answer"] == [1, 1, 1]
-    assert {line["group"].split()[0] for line in found if line["kind"] == "rarity"} == {"common", "rare"}
+    assert table["Grading", "exact match"]["answer"] == [1, 1, 1]
+    assert {line["group"].split()[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
     assert (
         "7 of 8 questions answered" in printed
         and "1 closed answers name no choice" in printed
         and "'Who knows'" in printed
     )
-    assert "| common " not in printed.split("\n\n")[0] and (tmp_path / "evaluation.md").read_text().count("\n") > len(
-        found
-    )
+    kinds = {line["kind"] for line in found}
+    assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
+    assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
     with open(tmp_path / "evaluation.csv") as file:
         lines = list(csv.DictReader(file))
     assert (
