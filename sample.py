@@ -341,11 +341,12 @@ def answer_file(args, meta):
         f"slides that are not prepared, {len(rows) - len(lacking) - len(todo):,} answered already, {len(todo):,} to answer"
         f"{', also without the slide and with another' * args.baselines}, into {args.predictions}."
     )
-    wsi_llava.cache_visual_tokens(model, args.data, slides, lambda x: tqdm(x, desc="visual tokens", unit="slide"))
+    if todo:
+        wsi_llava.cache_visual_tokens(model, args.data, slides, lambda x: tqdm(x, desc="visual tokens", unit="slide"))
     order = np.random.default_rng(args.seed).permutation(slides).tolist()
     other = dict(zip(order, order[1:] + order[:1]))  # everyone gets another's slide, unless there is only one
     started, failed = time.time(), []
-    with file, tqdm(total=len(todo), unit="question") as bar:
+    with file, tqdm(total=len(todo), unit="question", disable=not todo) as bar:
 
         def write(row, **answers):
             row = {k: v for k, v in row.items() if k != "conversations"} | answers
@@ -357,8 +358,9 @@ def answer_file(args, meta):
                 write(row, answer=None, missing=problems[row["slide"]])
         for k in range(0, len(order), AT_ONCE):
             near = order[k : k + AT_ONCE]
-            visual = {s: read_visual_tokens(args.data, s, model.cfg) for s in {*near, *(other[s] for s in near)}}
             part = [row for row in todo if row["slide"] in set(near)]
+            shown = {row["slide"] for row in part}
+            visual = {s: read_visual_tokens(args.data, s, model.cfg) for s in shown | {other[s] for s in shown}}
             for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch):
                 group = [part[i] for i in group]
                 for row, answers in zip(group, ask_three_ways(model, tokenizer, group, visual, other, args)):
@@ -554,7 +556,7 @@ class Judge:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115 (open for the run)
             os.truncate(path, end)
-        self.calls = self.tokens = 0
+        self.planned, self.tokens = set(), 0  # of a dry run
         self.problems = collections.Counter()  # why replies stayed unusable
 
     def post(self, messages):
@@ -595,8 +597,9 @@ class Judge:
             key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
             reply = self.replies.get(key)
             if reply is None and self.dry:
-                self.calls += 1
-                self.tokens += sum(map(len, (task, content, json.dumps(stand_in)))) // 4  # four characters a token
+                if key not in self.planned:
+                    self.planned.add(key)
+                    self.tokens += sum(map(len, (task, content, json.dumps(stand_in)))) // 4  # four characters a token
                 return stand_in
             try:
                 if reply is None:
@@ -605,7 +608,8 @@ class Judge:
                         self.replies[key] = reply
                         self.file.write(json.dumps({"key": key, "reply": reply}) + "\n")
                         self.file.flush()
-                return check(json.loads(reply[reply.index("{") : reply.rindex("}") + 1]))  # models like to fence JSON
+                found = re.search(r"\{.*\}", reply, re.S)  # models like to fence their JSON
+                return check(json.loads(found[0] if found else reply))
             except OSError as error:
                 self.problems[str(error)] += 1
                 return None
@@ -803,7 +807,7 @@ def evaluate(args, path):
         grade_rows(judge, [row for row in here if not row["parser"]], fields, args.judge_workers)
         if judge.dry:
             print(
-                f"The judge would be called {judge.calls:,} times, for about {judge.tokens:,} tokens. Nothing was sent."
+                f"The judge would be called {len(judge.planned):,} times, for about {judge.tokens:,} tokens. Nothing was sent."
             )
             return
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
