@@ -68,9 +68,11 @@ def why_missing(cfg, data, slide):
     if not features_file(data, slide).exists():
         imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
-    if not len(read_features(data, slide)[0]):
-        return f"no tissue was found on it; look at {data}/qc/{slide}.jpg"
-    return None
+    try:
+        empty = not len(read_features(data, slide)[0])
+    except UserError as error:
+        return str(error)
+    return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None
 
 
 def slide_tokens(args, model, slides):
@@ -329,21 +331,22 @@ def answer_file(args, meta):
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
     settings |= {name: getattr(args, name) for name in ("max_new_tokens", "no_repeat_ngram", "baselines", "seed")}
-    problems = {
-        slide: why_missing(model.cfg, args.data, slide) for slide in dict.fromkeys(row["slide"] for row in rows)
-    }
-    slides = [slide for slide in problems if not problems[slide]]
-    lacking = [row for row in rows if problems[row["slide"]]]
+    slides = dict.fromkeys(row["slide"] for row in rows)
+    problems = {slide: why for slide in slides if (why := why_missing(model.cfg, args.data, slide))}
     file, done = open_predictions(args.predictions, settings)
-    todo = [row for row in rows if not problems[row["slide"]] and done.get(row["n"], {}).get("answer") is None]
+    todo = [row for row in rows if done.get(row["n"], {}).get("answer") is None]
     print(
-        f"{len(rows):,} questions about {len(problems):,} slides; {len(lacking):,} about {len(problems) - len(slides):,} "
-        f"slides that are not prepared, {len(rows) - len(lacking) - len(todo):,} answered already, {len(todo):,} to answer"
-        f"{', also without the slide and with another' * args.baselines}, into {args.predictions}."
+        f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
+        f"{len(rows) - len(todo):,} are answered. Asks the others{' three ways' * args.baselines}, into {args.predictions}."
     )
-    if todo:
-        wsi_llava.cache_visual_tokens(model, args.data, slides, lambda x: tqdm(x, desc="visual tokens", unit="slide"))
-    order = np.random.default_rng(args.seed).permutation(slides).tolist()
+    for slide in tqdm([s for s in slides if s not in problems], desc="visual tokens", unit="slide", disable=not todo):
+        try:
+            wsi_llava.cache_visual_tokens(model, args.data, [slide])
+        except UserError as error:
+            problems[slide] = str(error)
+    lacking = [row for row in todo if row["slide"] in problems]
+    todo = [row for row in todo if row["slide"] not in problems]
+    order = np.random.default_rng(args.seed).permutation([s for s in slides if s not in problems]).tolist()
     other = dict(zip(order, order[1:] + order[:1]))  # everyone gets another's slide, unless there is only one
     started, failed = time.time(), []
     with file, tqdm(total=len(todo), unit="question", disable=not todo) as bar:
@@ -371,7 +374,7 @@ def answer_file(args, meta):
     print(
         f"Answered {len(todo) - len(failed):,} questions, {len(todo) / max(seconds, 1e-9):.1f}/s, peak memory {gigabytes(args)}."
     )
-    for what, bad in (("were too long to ask", failed), ("are about slides that are not prepared", lacking)):
+    for what, bad in (("were too long to ask", failed), ("are about slides that are missing", lacking)):
         names = list(dict.fromkeys(row["slide"] for row in bad))
         print(f"{len(bad):,} questions {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}") if bad else None
 
@@ -526,10 +529,10 @@ else, or nothing about it. Reply with strict JSON alone, one score a claim, in t
 SCALE = (1, 0.7, 0.3, 0)
 
 
-def check_claims(reply):
+def check_claims(reply, least):
     claims = reply["claims"]
-    if not isinstance(claims, list) or not claims or not all(isinstance(c, str) and c.strip() for c in claims):
-        raise ValueError('"claims" must be a list of at least one text')
+    if not isinstance(claims, list) or len(claims) < least or not all(isinstance(c, str) and c.strip() for c in claims):
+        raise ValueError(f'"claims" must be a list of {least} texts or more')
     return claims
 
 
@@ -548,6 +551,8 @@ class Judge:
     """
 
     def __init__(self, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"--judge-url {url}: begins with neither http:// nor https://")
         self.url = url if url.endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
         self.model, self.dry, self.attempts, self.timeout, self.backoff = model, dry, attempts, timeout, backoff
         lines, end = whole_lines(path)
@@ -629,17 +634,18 @@ class Judge:
         Each the mean over its claims, None where the replies stayed unusable.
         """
 
-        def score(claimed, text):
+        def score(claimed, text, least):
             if not claimed.strip() or not text.strip():
                 return 0.0
-            claims = self.ask(CLAIMS, {"question": question, "answer": claimed}, check_claims, [claimed])
-            if claims is None:
-                return None
+            content = {"question": question, "answer": claimed}
+            claims = self.ask(CLAIMS, content, lambda reply: check_claims(reply, least), [claimed])
+            if not claims:  # nothing said that bears on the question, or nothing usable
+                return None if claims is None else 0.0
             content = {"question": question, "claims": claims, "text": text}
             scores = self.ask(SCORES, content, lambda reply: check_scores(reply, len(claims)), [0] * len(claims))
             return None if scores is None else float(np.mean(scores))
 
-        return {"WSI-Precision": score(truth, answer), "WSI-Relevance": score(answer, truth)}
+        return {"WSI-Precision": score(truth, answer, 1), "WSI-Relevance": score(answer, truth, 0)}
 
 
 def find_judge(args, path):

@@ -897,11 +897,8 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, "--baselines", "--batch", 3]
     sample_with(demo, *flags, data=data)
     printed = capsys.readouterr().out
-    assert (
-        "29 questions about 4 slides; 1 about 1 slides that are not prepared, 0 answered already, 28 to answer"
-        in printed
-    )
-    assert "1 questions were too long to ask: demo_0015" in printed and "not prepared: far" in printed
+    assert "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three" in printed
+    assert "1 questions were too long to ask: demo_0015" in printed and "slides that are missing: far" in printed
     _, answers = sample.read_predictions(path)
     assert sorted(answers) == list(range(29)) and answers[27]["answer"] is None
     assert answers[28]["answer"] == "" and "prompt is too long" in answers[28]["error"]
@@ -1097,6 +1094,7 @@ def judge_server():
             text = {"good": json.dumps(good), "fenced": f"```json\n{json.dumps(good)}\n```", "text": "I think so."}.get(
                 step
             )
+            text = '{"claims": []}' if step == "nothing" else text
             text = json.dumps({"scores": [0.5] * len(claims or [])}) if step == "off scale" else text
             reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if text else b"{half"
             with contextlib.suppress(OSError):  # the client has given up
@@ -1171,10 +1169,21 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     assert judge_server.most == 3
 
 
+def test_an_answer_that_claims_nothing_is_not_relevant(judge_server, tmp_path):
+    judge_server.script += ["good", "good", "nothing"]
+    want = {"WSI-Precision": 1.0, "WSI-Relevance": 0.0}
+    judge = new_judge(judge_server, tmp_path)
+    assert judge.grade("What?", "I cannot tell.", "A tumor.") == want and not judge.problems
+    assert judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
+
+
 def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
     judge_server.script += [401] * 9
     with pytest.raises(UserError, match="--judge-url .*: HTTP 401"):
         new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+    judge_server.url = "localhost:1"
+    with pytest.raises(UserError, match="--judge-url localhost:1: begins with neither http:// nor https://"):
+        new_judge(judge_server, tmp_path)
     judge_server.url = "http://127.0.0.1:1"
     with pytest.raises(UserError, match="nobody answers there"):
         new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
