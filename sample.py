@@ -375,8 +375,9 @@ def answer_file(args, meta):
         f"Answered {len(todo) - len(failed):,} questions, {len(todo) / max(seconds, 1e-9):.1f}/s, peak memory {gigabytes(args)}."
     )
     for what, bad in (("were too long to ask", failed), ("are about slides that are missing", lacking)):
-        names = list(dict.fromkeys(row["slide"] for row in bad))
-        print(f"{len(bad):,} questions {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}") if bad else None
+        if bad:
+            names = list(dict.fromkeys(row["slide"] for row in bad))
+            print(f"{len(bad):,} questions {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -791,10 +792,27 @@ def markdown(lines, fields):
 def agreement(rows):
     """How far the text metrics tell the same story as the judge: rank correlations over the open questions."""
     scores = [row["scores"]["answer"] for row in rows if "grades" in row]
-    for name in JUDGED:
+    for name in JUDGED if scores else ():
         judge = [s[name] for s in scores]
         found = {m: spearman([s[m] for s in scores], judge) for m in NLU if m in scores[0]}
         yield f"Spearman's correlation with {name}: " + ", ".join(f"{m} {r:.2f}" for m, r in found.items()) + "."
+
+
+def write_tables(path, result, fields):
+    """evaluation.json, .md and .csv beside the predictions."""
+    texts = {"json": json.dumps(result, indent=1, ensure_ascii=False) + "\n"}
+    notes = "".join(f"- {note}\n" for note in result["notes"])
+    texts["md"] = f"# Evaluation\n\n{notes}\n{markdown(result['table'], fields)}\n"
+    cells = io.StringIO()
+    writer = csv.writer(cells, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"{field}_{x}" for field in fields for x in ("mean", "low", "high")), "published"])
+    for line in result["table"]:
+        values = [x for field in fields for x in [*line.get(field, []), "", "", ""][:3]]
+        writer.writerow([*(line[column] for column in COLUMNS), *values, line["published"]])
+    texts["csv"] = cells.getvalue()
+    for ending, text in texts.items():
+        with replacing(path.with_name(f"evaluation.{ending}")) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def evaluate(args, path):
@@ -829,21 +847,12 @@ def evaluate(args, path):
         notes += agreement(here)
     if not meteor:
         notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
-    lines = tabulate(rows, fields, common_and_rare(rows, args.data / "qa" / "train.jsonl"), args.seed)
-
+    rarity = common_and_rare(rows, args.data / "qa" / "train.jsonl")
+    if rarity:
+        notes.append("Rare cancer types have fewer slides than the median type.")
+    lines = tabulate(rows, fields, rarity, args.seed)
     result = {"predictions": str(path), "settings": settings, "notes": notes, "table": lines}
-    texts = {"json": json.dumps(result, indent=1, ensure_ascii=False)}
-    texts["md"] = "\n".join(["# Evaluation", "", *(f"- {note}" for note in notes), "", markdown(lines, fields)])
-    cells = io.StringIO()
-    writer = csv.writer(cells, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"{field}_{x}" for field in fields for x in ("mean", "low", "high")), "published"])
-    for line in lines:
-        values = [x for field in fields for x in [*line.get(field, []), "", "", ""][:3]]
-        writer.writerow([*(line[column] for column in COLUMNS), *values, line["published"]])
-    texts["csv"] = cells.getvalue().rstrip("\n")
-    for ending, text in texts.items():
-        with replacing(path.with_name(f"evaluation.{ending}")) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    write_tables(path, result, fields)
     brief = ("average", *METRICS[:4], "ROUGE-L", "exact match")
     shown = [line for line in lines if line["kind"] != "cancer type" and line["metric"] in brief]
     print("\n".join(["", markdown(shown, fields), "", *notes]))
@@ -867,10 +876,10 @@ def gigabytes(args):
 def ask_about_slides(args):
     """--slide: one answer, a chat, or zero-shot."""
     started = time.time()
+    if len(args.slide) > 1 and (args.region or args.zero_shot):
+        raise UserError("--region and --zero-shot are about one slide; give --slide one name")
     names = prepare_raw(args, args.slide)
     meta = wsi_llava.read_meta(args.data)
-    if len(names) > 1 and (args.region or args.zero_shot):
-        raise UserError("--region and --zero-shot are about one slide; give --slide one name")
     if args.zero_shot:
         found = dict(zip(args.zero_shot, zero_shot(args, meta, names[0], args.zero_shot)))
         print(f"{names[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
@@ -886,9 +895,11 @@ def ask_about_slides(args):
         return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
 
     names, chat = open_chat(names)
+    trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
     print(
-        f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; model of {args.out}/stage3 on {args.device} in "
-        f"{str(args.dtype).removeprefix('torch.')}, {time.time() - started:.1f} s."
+        f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; "
+        f"{f'model of {trained}' if trained.exists() else 'published model'} on {args.device} in {dtype}, "
+        f"{time.time() - started:.1f} s."
     )
     tokens, seconds = answer(args, names, chat, args.ask) if args.ask else chat_loop(args, open_chat, names, chat)
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")

@@ -1230,6 +1230,8 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert (report["questions"], report["missing"], report["published"]) == (1, 1, 0.0665)
     assert report["answer"][0] == pytest.approx(1) and report["answer_no_image"][0] == 0
     assert table["Grading", "exact match"]["answer"] == [1, 1, 1]
+    if sample.find_meteor() is None:
+        assert "METEOR: n/a" in printed and "answer" not in table["report", "METEOR"]
     assert {line["group"].split()[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
     assert (
         "7 of 8 questions answered" in printed
