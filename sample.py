@@ -1,76 +1,152 @@
-"""Asks WSI-LLaVA about a slide.
+"""Asks WSI-LLaVA about slides: one question, a chat, or a whole benchmark and its evaluation.
 
-python sample.py --slide S --ask Q     one answer, streamed; S is a slide file, or the name of a prepared slide
-python sample.py --slide S             a chat about it
+    python sample.py --slide S --ask Q                  one answer, streamed; S is a slide file or the name of a prepared slide
+    python sample.py --slide S                          a chat about it
+    python sample.py --slide S --zero-shot TEXT TEXT    which of the texts fits the slide, by stage 1 alone
+    python sample.py --qa FILE --baselines --evaluate   answers to all questions (out/predictions.jsonl), then the tables
+    python sample.py --evaluate out/predictions.jsonl --judge-model M    the tables, open answers graded by a language model
+
+Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of a slide.
 """
 
 import argparse
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import re
+import shlex
+import socket
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import numpy as np
+import safetensors
 import torch
+from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import UserError
+from wsi_llava import UserError, is_report, read_features, read_visual_tokens, replacing
 
 # --------------------------------------------------------------------------------------------------------------------
-# Many questions
+# Slides: files and names -> visual tokens
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64):
-    """Greedy answers to the first question of each row of the dataset, in the rows' order.
-
-    visual: {slide: visual tokens [V,C]}, or None to ask without the slide. Questions of the same length go together, so
-    that a batch holds no padding and every answer is what it would be alone.
-    """
-    prompts = []
-    for row in rows:
-        question = row["conversations"][0]
-        if visual is None:
-            question = {**question, "value": question["value"].replace("<image>\n", "")}
-        prompts.append(tokenizer.encode_chat([question])[0])
-    answers = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    while order:
-        group = [i for i in order[:batch] if len(prompts[i]) == len(prompts[order[0]])]
-        order = order[len(group) :]
-        slides = None if visual is None else torch.stack([visual[rows[i]["slide"]] for i in group]).to(model.device)
-        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, eos=tokenizer.eos)
-        for i, ids in zip(group, zip(*steps)):
-            answers[i] = tokenizer.decode([t for t in ids if t is not None and t != tokenizer.eos])
-    return answers
+def features_file(data, slide):
+    return data / "features" / f"{slide}.safetensors"
 
 
-def same_answer(answer, truth):
-    """Whether two short answers say the same, up to case, spaces and final punctuation."""
-    return " ".join(answer.lower().split()).rstrip(".") == " ".join(truth.lower().split()).rstrip(".")
+def prepare_raw(args, names):
+    """--slide's files and names -> names of slides in data/. Files are prepared first, like any other slide."""
+    raw = [name for name in names if Path(name).exists() and not features_file(args.data, name).exists()]
+    if not raw:
+        return names
+    import prepare  # here, so that asking about prepared slides needs no OpenSlide
+
+    slides = {name: prepare.find_slides([name]) for name in raw}
+    failures = prepare.prepare_slides(
+        prepare.with_defaults(args), {slide: path for found in slides.values() for slide, path in found.items()}
+    )
+    if failures:
+        raise UserError(failures[0][1])
+    return [slide for name in names for slide in slides.get(name, [name])]
+
+
+def why_missing(cfg, data, slide):
+    """What keeps a slide from being asked about, in words; None where nothing does."""
+    if not features_file(data, slide).exists():
+        imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
+        return None if imported else f"neither a file nor the name of a slide in {data}/features"
+    try:
+        empty = not len(read_features(data, slide)[0])
+    except UserError as error:
+        return str(error)
+    return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None
+
+
+def slide_tokens(args, model, slides):
+    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; those of --region on the fly."""
+    for slide in slides:
+        if problem := why_missing(model.cfg, args.data, slide):
+            raise UserError(f"--slide {slide}: {problem}")
+    if args.region:
+        return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
+    wsi_llava.cache_visual_tokens(model, args.data, slides)
+    return torch.stack([read_visual_tokens(args.data, slide, model.cfg) for slide in slides])
+
+
+@torch.inference_mode()
+def region_tokens(model, data, slide, region):
+    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0 pixels."""
+    try:
+        with safetensors.safe_open(features_file(data, slide), framework="pt") as file:
+            scale = json.loads(file.metadata()["wsi_llava"])["scale"]  # level-0 pixels per pixel of the coordinates
+    except (OSError, KeyError, TypeError, ValueError):
+        raise UserError(f"--region: {features_file(data, slide)} does not tell its scale to level 0") from None
+    features, coords = read_features(data, slide, model.cfg.max_tiles)
+    centres = (coords + model.cfg.slide_encoder.tile_size / 2) * scale  # [N,2]
+    x, y, width, height = region
+    inside = ((centres >= torch.tensor([x, y])) & (centres < torch.tensor([x + width, y + height]))).all(1)
+    if not inside.any():
+        low, high = centres.min(0).values.tolist(), centres.max(0).values.tolist()
+        raise UserError(
+            f"--region {x:g},{y:g},{width:g},{height:g}: no tile of {slide} lies inside; the centres of its tiles lie "
+            f"between {low[0]:.0f},{low[1]:.0f} and {high[0]:.0f},{high[1]:.0f} (level-0 pixels)"
+        )
+    return model.encode_slide(features[inside], coords[inside])
+
+
+@torch.inference_mode()
+def zero_shot(args, meta, slide, texts):
+    """Probability of each text: softmax of its scaled similarity to the slide in the space that stage 1 made for both."""
+    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, meta)
+    if problem := why_missing(cfg, args.data, slide):
+        raise UserError(f"--slide {slide}: {problem}")
+    features, coords = read_features(args.data, slide, cfg.max_tiles)
+    slides = model.embed_slides(features[None].to(args.device, torch.float32), coords[None].to(args.device))
+    texts = model.embed_words([tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts], words)
+    return (model.logit_scale.exp().clamp(max=100) * slides @ texts.T)[0].softmax(-1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One slide
+# A conversation
 # --------------------------------------------------------------------------------------------------------------------
 
 
 class Chat:
-    """A conversation about one slide: visual tokens [V,C] -> replies. The key-value cache is kept from turn to turn."""
+    """A conversation about a slide, visual tokens [V,C], or several, [S,V,C]. The key-value cache is kept between turns."""
 
     def __init__(self, model, tokenizer, visual, **options):
-        self.model, self.tokenizer, self.visual, self.options = model, tokenizer, visual, options
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.visual = visual if visual.dim() == 3 else visual[None]
         like = model.mm_projector[0].weight
         self.cache = wsi_llava.KVCache(model.cfg.llama, 1, model.cfg.llama.context, like.device, like.dtype)
         self.tail = []  # the last reply's tokens that the cache does not hold yet
+        self.turns, self.tokens = [], 0  # what was said; tokens of the last reply
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the conversation no longer fits the context."""
+        question, n = without_image(question), len(self.visual)
         if not self.cache.length:
-            ids, _ = self.tokenizer.encode_chat([{"from": "human", "value": f"<image>\n{question}"}])
-            visual = self.visual[None].to(self.model.device)
+            marks = "<image>\n" if n == 1 else "".join(f"Slide {i}: <image>\n" for i in range(1, n + 1))
+            question = marks + question
+            ids, visual = self.tokenizer.encode_chat([{"from": "human", "value": question}])[0], [self.visual]
         else:
             ids, visual = self.tail + self.tokenizer.encode(f"USER: {question} ASSISTANT:"), None
-        answer, shown = [], ""
+        answer, shown, text, self.tokens = [], "", "", 0
         for (token,) in self.model.generate(visual, [ids], eos=self.tokenizer.eos, cache=self.cache, **self.options):
+            self.tokens += 1
             self.tail = [token] if token == self.tokenizer.eos else [token, self.tokenizer.eos]
             if token != self.tokenizer.eos:
                 answer.append(token)
@@ -78,91 +154,826 @@ class Chat:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
                 yield text[len(shown) :]
                 shown = text
+        if len(shown) < len(text):
+            yield text[len(shown) :]
+        self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
 
 
-def slide_tokens(args, meta, model):
-    """--slide, a file or the name of a prepared slide -> its visual tokens [V,C]; a raw slide is prepared first."""
-    path = Path(args.slide)
-    if path.is_file():
-        import prepare  # here, so that asking about prepared slides needs no OpenSlide
-
-        failures = prepare.prepare_slides(prepare.with_defaults(args), {path.stem: path})
-        if failures:
-            raise UserError(failures[0][1])
-        name = path.stem
+def answer(args, names, chat, question):
+    """Streams one answer, or with --json prints one object -> (tokens, seconds)."""
+    started = time.time()
+    for piece in chat.reply(question):
+        print("" if args.json else piece, end="", flush=True)
+    tokens, seconds = chat.tokens, time.time() - started
+    if args.json:
+        found = {"slides": names, "region": args.region, "question": question, "answer": chat.turns[-1]["value"]}
+        found |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
+        found |= {"finished": len(chat.tail) == 1, "peak_memory": wsi_llava.peak_memory(args.device)}
+        print(json.dumps(found, ensure_ascii=False), file=args.json, flush=True)
     else:
-        name = args.slide
-        if not (args.data / "features" / f"{name}.safetensors").exists():
-            raise UserError(f"--slide {name}: neither a file nor the name of a slide in {args.data}/features")
-    if not len(wsi_llava.read_features(args.data, name)[0]):
-        raise UserError(f"--slide {name}: no tissue was found on it; look at {args.data}/qc/{name}.jpg")
-    wsi_llava.cache_visual_tokens(model, args.data, [name])
-    return wsi_llava.read_visual_tokens(args.data, name, model.cfg)
+        print()
+    return tokens, seconds
 
 
-def show(pieces):
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+HELP = "/slide NAME... asks about other slides, /save FILE keeps the conversation, /quit ends"
 
 
-def chat_loop(chat):
-    """Reads questions until the end of the input or /quit."""
-    talking = sys.stdin.isatty()
-    print("Ask about the slide; /quit ends.") if talking else None
+def chat_loop(args, open_chat, names, chat):
+    """Questions and commands, from a person or a pipe, until the end of the input or /quit -> (tokens, seconds)."""
+    talking, spent = sys.stdin.isatty(), [0, 0.0]
+    if talking:
+        print(f"Ask about the slide; {HELP}.")
     while True:
         try:
-            question = input("> " if talking else "").strip()
+            line = input("> " if talking else "").strip()
         except EOFError:
-            return
-        if question == "/quit":
-            return
-        if question:
+            return spent
+        try:
+            command, *rest = shlex.split(line) if line.startswith("/") else [""]
+            if command == "/quit":
+                return spent
+            elif command == "/slide" and rest:
+                args.region = None  # it was the other slide's
+                names, chat = open_chat(rest)
+                print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens.")
+            elif command == "/save" and len(rest) == 1:
+                row = {"id": "chat", "slide": names[0], "task": "chat", "conversations": chat.turns}
+                with replacing(rest[0]) as path:
+                    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+                print(f"Wrote {len(chat.turns) // 2} turns to {rest[0]}.")
+            elif command:
+                raise UserError(f"{line}: not a command; {HELP}")
+            elif line:
+                spent = [a + b for a, b in zip(spent, answer(args, names, chat, line))]
+        except (UserError, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Many questions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def without_image(text):
+    return re.sub(r"\n?<image>\n?", "", text)
+
+
+def by_length(prompts, batch):
+    """Indices of the prompts, in groups of one length: so a batch holds no padding, and every answer is what it is alone."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while order:
+        group = [i for i in order[:batch] if len(prompts[i]) == len(prompts[order[0]])]
+        order = order[len(group) :]
+        yield group
+
+
+def prompt_ids(tokenizer, row, image=True):
+    """The prompt of a row's last question, after the true earlier turns; its slide comes first, or not at all."""
+    turns = row["conversations"][: len(row["conversations"]) - (row["conversations"][-1]["from"] == "gpt")]
+    turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
+    turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
+    return tokenizer.encode_chat(turns)[0]
+
+
+def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **options):
+    """Answers to the last question of each row of the dataset, in the rows' order. options: generate's.
+
+    visual: {slide: visual tokens [V,C]}, or None to ask without the slide.
+    """
+    prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
+    answers = [None] * len(rows)
+    for group in by_length(prompts, batch):
+        slides = None if visual is None else torch.stack([visual[rows[i]["slide"]] for i in group]).to(model.device)
+        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, eos=tokenizer.eos, **options)
+        for i, ids in zip(group, zip(*steps)):
+            answers[i] = tokenizer.decode([t for t in ids if t is not None and t != tokenizer.eos])
+    return answers
+
+
+FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
+AT_ONCE = 64  # slides whose visual tokens are in memory together; with more, more questions of one length meet
+
+
+def read_questions(files):
+    """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n"."""
+    import prepare
+
+    rows = []
+    for row in (row for file in files for row in prepare.read_qa(file)):
+        talk = row["conversations"]
+        for k in range(0, len(talk), 2):
+            texts = {"question": without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
+            rows.append({"n": len(rows), **row, "turn": k // 2, **texts, "conversations": talk[: k + 1]})
+    return rows
+
+
+def whole_lines(path):
+    """The lines of a JSON lines file, if there is one; half a last line, which a kill left, is out -> (objects, their bytes)."""
+    data = path.read_bytes() if path.exists() else b""
+    end = data.rfind(b"\n") + 1
+    try:
+        return [json.loads(line) for line in data[:end].splitlines()], end
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON lines ({error}); delete it and run again") from None
+
+
+def read_predictions(path):
+    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row counts."""
+    lines, _ = whole_lines(path)
+    if not lines or not isinstance(lines[0], dict) or "settings" not in lines[0]:
+        raise UserError(f"{path}: no predictions of sample.py --qa FILE, whose first line would hold the settings")
+    return lines[0]["settings"], {row["n"]: row for row in lines[1:]}
+
+
+def open_predictions(path, settings):
+    """A file to append to, begun or to be gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
+    lines, end = whole_lines(path)
+    if not lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        return open(path, "a", encoding="utf-8"), {}
+    old, rows = read_predictions(path)
+    for name, value in settings.items():
+        if old.get(name) != value:
+            raise UserError(f"{path} was made with {name} {old.get(name)}, not {value}; name another --predictions")
+    os.truncate(path, end)
+    return open(path, "a", encoding="utf-8"), rows
+
+
+def ask_three_ways(model, tokenizer, rows, visual, other, args):
+    """Rows of equally long prompts -> one {field: answer} a row: with the slide and, with --baselines, without and with another."""
+    views = {"answer": visual}
+    if args.baselines:
+        views |= {
+            "answer_no_image": None,
+            "answer_shuffled": {row["slide"]: visual[other[row["slide"]]] for row in rows},
+        }
+    options = {"max_new_tokens": args.max_new_tokens, "no_repeat_ngram": args.no_repeat_ngram}
+    try:
+        texts = [answer_rows(model, tokenizer, rows, view, batch=args.batch, **options) for view in views.values()]
+    except UserError as error:  # the prompt is too long, of all of them
+        return [{**dict.fromkeys(views, ""), "error": str(error)} for _ in rows]
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch {args.batch}: out of memory; the same command with a smaller one goes on") from None
+    return [dict(zip(views, answers)) for answers in zip(*texts)]
+
+
+def answer_file(args, meta):
+    """--qa: every question of the files -> --predictions, a line each, after a line of settings. Resumes by itself.
+
+    Greedy, so that a table can be made again. Of a dialogue every question is asked, after the true earlier answers.
+    """
+    if args.temperature:
+        raise UserError("--temperature: --qa answers greedily, so that its table can be made again; leave the flag out")
+    rows = read_questions(args.qa)
+    model, tokenizer = load_model(args, meta)
+    settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
+    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
+    settings |= {name: getattr(args, name) for name in ("max_new_tokens", "no_repeat_ngram", "baselines", "seed")}
+    slides = dict.fromkeys(row["slide"] for row in rows)
+    problems = {slide: why for slide in slides if (why := why_missing(model.cfg, args.data, slide))}
+    file, done = open_predictions(args.predictions, settings)
+    todo = [row for row in rows if done.get(row["n"], {}).get("answer") is None]
+    print(
+        f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
+        f"{len(rows) - len(todo):,} are answered. Asks the others{' three ways' * args.baselines}, into {args.predictions}."
+    )
+    for slide in tqdm([s for s in slides if s not in problems], desc="visual tokens", unit="slide", disable=not todo):
+        try:
+            wsi_llava.cache_visual_tokens(model, args.data, [slide])
+        except UserError as error:
+            problems[slide] = str(error)
+    lacking = [row for row in todo if row["slide"] in problems]
+    todo = [row for row in todo if row["slide"] not in problems]
+    order = np.random.default_rng(args.seed).permutation([s for s in slides if s not in problems]).tolist()
+    other = dict(zip(order, order[1:] + order[:1]))  # everyone gets another's slide, unless there is only one
+    started, failed = time.time(), []
+    with file, tqdm(total=len(todo), unit="question", disable=not todo) as bar:
+
+        def write(row, **answers):
+            row = {k: v for k, v in row.items() if k != "conversations"} | answers
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+
+        for row in lacking:
+            if row["n"] not in done:
+                write(row, answer=None, missing=problems[row["slide"]])
+        for k in range(0, len(order), AT_ONCE):
+            near = order[k : k + AT_ONCE]
+            part = [row for row in todo if row["slide"] in set(near)]
+            shown = {row["slide"] for row in part}
+            visual = {s: read_visual_tokens(args.data, s, model.cfg) for s in shown | {other[s] for s in shown}}
+            for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch):
+                group = [part[i] for i in group]
+                for row, answers in zip(group, ask_three_ways(model, tokenizer, group, visual, other, args)):
+                    write(row, **answers)
+                    failed += [row] * ("error" in answers)
+                bar.update(len(group))
+    seconds = time.time() - started
+    print(
+        f"Answered {len(todo) - len(failed):,} questions, {len(todo) / max(seconds, 1e-9):.1f}/s, peak memory {gigabytes(args)}."
+    )
+    for what, bad in (("were too long to ask", failed), ("are about slides that are missing", lacking)):
+        if bad:
+            names = list(dict.fromkeys(row["slide"] for row in bad))
+            print(f"{len(bad):,} questions {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Closed answers: choice and yes/no
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def same_answer(answer, truth):
+    """Whether two short answers say the same, up to case, spaces and final punctuation."""
+    return " ".join(answer.lower().split()).rstrip(".") == " ".join(truth.lower().split()).rstrip(".")
+
+
+def choices(question):
+    """The options that a question offers: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B": "Sarcoma"}."""
+    found = []  # matches of A, B, C, ... in this order; a stray "protein B." inside an option is passed over
+    for match in re.finditer(r"(?<![^\s(])\(?([A-H])\s?[).:](?=\s|$|\w)", question):
+        if match[1] == "ABCDEFGH"[len(found)]:
+            found.append(match)
+            if len(found) == 8:
+                break
+    ends = [match.start() for match in found[1:]] + [len(question)]
+    return {m[1]: question[m.end() : end].strip() for m, end in zip(found, ends)} if len(found) > 1 else {}
+
+
+def parse_choice(text, options):
+    """The letter that an answer chooses, None where it names none or several: "B", "(b)", "B. Sarcoma", "It is sarcoma."."""
+    text, letters = text.strip(), "".join(options)
+    either = f"[{letters}{letters.lower()}]"
+    says = r".*\b(?i:answer|option|choice)(?:\s+(?:is|would be|should be))?\W*"
+    for pattern in (
+        rf"\W*({either})\W*",  # the letter alone
+        rf"\W*({either})(?:\s?[).:,]|\s+-).*",  # it comes first
+        rf"{says}({either})(?:\W*|[).:,;].*)",
+        rf"{says}([{letters}])\b.*",  # but not "the answer is a tumor"
+    ):
+        if match := re.fullmatch(pattern, text, re.S):
+            return match[1].upper()
+    plain = {letter: " ".join(option.lower().split()).rstrip(".") for letter, option in options.items()}
+    named = {k: v for k, v in plain.items() if v and v in " ".join(text.lower().split())}
+    named = {k for k, v in named.items() if not any(v != w and v in w for w in named.values())}
+    # Letters by themselves; an A before a small word is an article.
+    alone = re.findall(rf"\(({either})\)|(?<![\w-])(A(?!\s+(?!and\b|or\b)[a-z])|[{letters[1:]}])(?![\w-])", text)
+    for found in (named, {max(pair).upper() for pair in alone}):
+        if len(found) == 1:
+            return found.pop()
+    return None
+
+
+def parse_yes_no(text):
+    """ "yes" or "no", None where an answer says neither at its start nor as "the answer is ..."."""
+    match = re.match(r"(?:.*\banswer(?: is)?\b)?\W*(yes|no|true|false)\b", text.strip(), re.I | re.S)
+    return match and {"true": "yes", "false": "no"}.get(match[1].lower(), match[1].lower())
+
+
+def closed_parser(question, truth):
+    """For a closed question, the function that reads its answers; None for an open one."""
+    options = choices(question)
+    if options and parse_choice(truth, options):
+        return lambda text: parse_choice(text, options)
+    return parse_yes_no if re.fullmatch(r"\W*(yes|no|true|false)\W*", truth, re.I) else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Text metrics, as the released evaluation takes them: BLEU and ROUGE-L of one answer, then the mean over answers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(text):
+    """Words and punctuation, in their own case: what nltk.word_tokenize makes of 99.5% of WSI-Bench's answers."""
+    return re.findall(r"\w+(?:[-./+=,]+\w+)*\+?|'\w+|[^\w\s]", text)
+
+
+def bleu(reference, candidate):
+    """Tokens -> [BLEU-1, ..., BLEU-4] of one sentence with nltk's smoothing method 4 (Chen and Cherry 2014)."""
+
+    def ngrams(tokens, n):
+        return collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+    length, logs, empty = len(candidate), [], 0
+    for n in range(1, 5):
+        have = ngrams(candidate, n)
+        match, total = (have & ngrams(reference, n)).total(), max(1, have.total())
+        if n == 1 and not match:
+            return [0.0] * 4
+        if not match and length > 1:  # the more orders have no match, and the shorter the answer, the less it counts
+            empty += 1
+            match = math.log(length) / (5 * 2**empty)
+        logs.append(math.log(match / total) if match else 0.0)  # nltk leaves an order without any n-gram out
+    brevity = min(0.0, 1 - len(reference) / length)
+    return [math.exp(brevity + sum(logs[:n]) / n) for n in range(1, 5)]
+
+
+def common_words(x, y):
+    """The words of a longest common subsequence of x and y."""
+    table = [[0] * (len(y) + 1)]
+    for a in x:
+        above, row = table[-1], [0]
+        for j, b in enumerate(y):
+            row.append(above[j] + 1 if a == b else max(above[j + 1], row[j]))
+        table.append(row)
+    words, i, j = set(), len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            i, j = i - 1, j - 1
+            words.add(x[i])
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def rouge_l(reference, candidate):
+    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, the union of each sentence's subsequences."""
+    sides = []
+    for tokens in (reference, candidate):
+        sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
+        sides.append((sentences, {word for sentence in sentences for word in sentence}))
+    (references, all_reference), (candidates, all_candidate) = sides
+    if not candidates or not references:
+        return 0.0
+    common = len(set().union(*(common_words(r, c) for r in references for c in candidates)))
+    recall, precision = common / len(all_reference), common / len(all_candidate)
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def find_meteor():
+    """METEOR of (reference, candidate) tokens, where nltk and its WordNet are installed; else None."""
+    try:
+        from nltk.corpus import wordnet
+        from nltk.translate.meteor_score import single_meteor_score
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        return None
+    return single_meteor_score
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The judge: WSI-Precision and WSI-Relevance
+# --------------------------------------------------------------------------------------------------------------------
+
+CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the given answer into \
+claims. Take what answers the question and nothing else; one finding or fact a claim, but keep together what only makes sense \
+together; leave nothing out, repeat nothing, add nothing. Reply with strict JSON alone: {"claims": ["...", "..."]}"""
+SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same question. Give \
+each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or deviation. 0.3: the text \
+mentions it, but with an error in its core, such as the grade, the type or whether it is malignant. 0: the text says something \
+else, or nothing about it. Reply with strict JSON alone, one score a claim, in the claims' order: {"scores": [1, 0.3]}"""
+SCALE = (1, 0.7, 0.3, 0)
+
+
+def check_claims(reply, least):
+    claims = reply["claims"]
+    if not isinstance(claims, list) or len(claims) < least or not all(isinstance(c, str) and c.strip() for c in claims):
+        raise ValueError(f'"claims" must be a list of {least} texts or more')
+    return claims
+
+
+def check_scores(reply, n):
+    scores = reply["scores"]
+    if not isinstance(scores, list) or len(scores) != n:
+        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
+    if bad := [s for s in scores if isinstance(s, bool) or s not in SCALE]:
+        raise ValueError(f"{bad[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
+    return scores
+
+
+class Judge:
+    """A language model behind an OpenAI-compatible endpoint. Raw replies are kept in a file under the hash of model and
+    prompt: nothing is paid for twice, and an interrupted run goes on. dry: counts calls and tokens and makes none.
+    """
+
+    def __init__(self, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"--judge-url {url}: begins with neither http:// nor https://")
+        self.url = url if url.endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
+        self.model, self.dry, self.attempts, self.timeout, self.backoff = model, dry, attempts, timeout, backoff
+        lines, end = whole_lines(path)
+        self.replies = {line["key"]: line["reply"] for line in lines}
+        if not dry:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115 (open for the run)
+            os.truncate(path, end)
+        self.planned, self.tokens = set(), 0  # of a dry run
+        self.problems = collections.Counter()  # why replies stayed unusable
+
+    def post(self, messages):
+        """One reply's text. Failures that pass are tried again, after Retry-After or ever longer; then raises OSError."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        body = json.dumps({"model": self.model, "messages": messages}).encode()
+        for attempt in range(self.attempts):
+            wait = self.backoff * 2**attempt
             try:
-                show(chat.reply(question))
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                request = urllib.request.Request(self.url, body, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return str(json.load(response)["choices"][0]["message"]["content"] or "")
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}"
+                if error.code in (401, 403, 404):
+                    raise UserError(
+                        f"--judge-url {self.url}: {problem}; check it, --judge-model, OPENAI_API_KEY"
+                    ) from None
+                if error.code in (400, 413, 422):
+                    break  # this prompt will not pass later either
+                with contextlib.suppress(TypeError, ValueError):
+                    wait = float(error.headers.get("Retry-After"))
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                problem, reason = type(error).__name__, getattr(error, "reason", error)
+                if isinstance(reason, (ConnectionRefusedError, socket.gaierror)) and attempt == self.attempts - 1:
+                    raise UserError(f"--judge-url {self.url}: nobody answers there ({reason})") from None
+            if attempt < self.attempts - 1:
+                time.sleep(wait)
+        raise OSError(problem)
+
+    def ask(self, task, content, check, stand_in):
+        """check(the JSON of the reply), asking again with the reason where it fails; None where it stays unusable."""
+        content = json.dumps(content, ensure_ascii=False)
+        messages = [{"role": "system", "content": task}, {"role": "user", "content": content}]
+        for _ in range(self.attempts):
+            key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
+            reply = self.replies.get(key)
+            if reply is None and self.dry:
+                if key not in self.planned:
+                    self.planned.add(key)
+                    self.tokens += sum(map(len, (task, content, json.dumps(stand_in)))) // 4  # four characters a token
+                return stand_in
+            try:
+                if reply is None:
+                    reply = self.post(messages)
+                    with self.lock:
+                        self.replies[key] = reply
+                        self.file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                        self.file.flush()
+                found = re.search(r"\{.*\}", reply, re.S)  # models like to fence their JSON
+                return check(json.loads(found[0] if found else reply))
+            except OSError as error:
+                self.problems[str(error)] += 1
+                return None
+            except (ValueError, KeyError, TypeError) as error:
+                problem = f"unusable ({type(error).__name__}: {error})"
+                again = f"Your reply is {problem}. Reply again, with the strict JSON alone."
+                messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
+        self.problems[problem] += 1
+        return None
+
+    def reasons(self):
+        return "".join(f"; {n} times: {problem}" for problem, n in self.problems.most_common(3))
+
+    def grade(self, question, answer, truth):
+        """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way round}.
+
+        Each the mean over its claims, None where the replies stayed unusable.
+        """
+
+        def score(claimed, text, least):
+            if not claimed.strip() or not text.strip():
+                return 0.0
+            content = {"question": question, "answer": claimed}
+            claims = self.ask(CLAIMS, content, lambda reply: check_claims(reply, least), [claimed])
+            if not claims:  # nothing said that bears on the question, or nothing usable
+                return None if claims is None else 0.0
+            content = {"question": question, "claims": claims, "text": text}
+            scores = self.ask(SCORES, content, lambda reply: check_scores(reply, len(claims)), [0] * len(claims))
+            return None if scores is None else float(np.mean(scores))
+
+        return {"WSI-Precision": score(truth, answer, 1), "WSI-Relevance": score(answer, truth, 0)}
+
+
+def find_judge(args, path):
+    """The Judge that the flags name, with its replies so far in the file; None where they name none."""
+    if args.judge_dry_run and not args.judge_model:
+        raise UserError("--judge-dry-run: which judge? name it with --judge-model")
+    return Judge(args.judge_url, args.judge_model, path, args.judge_dry_run) if args.judge_model else None
+
+
+def grade_rows(judge, rows, fields, workers):
+    """Adds "grades" {field: Judge.grade's} to the rows, so many of them at once."""
+    print(f"{len(rows):,} open questions for {judge.model}; {len(judge.replies):,} of its replies are kept already.")
+
+    def work(row):
+        row["grades"] = {field: judge.grade(row["question"], row[field], row["truth"]) for field in fields}
+
+    with concurrent.futures.ThreadPoolExecutor(1 if judge.dry else workers) as pool:
+        try:
+            for _ in tqdm(pool.map(work, rows), total=len(rows), desc="judge", unit="question", disable=judge.dry):
+                pass
+        except BaseException:  # Ctrl-C too: what was asked is kept, what waits is not asked
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation: the tables
+# --------------------------------------------------------------------------------------------------------------------
+
+CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
+    "morphology": "Global_Morphology_Description Key_Diagnostic_Description Regional_Structure_Description "
+    "Specific_Feature_Description Morphology_choice Caption Feature Morphology cellular infiltration tissue",
+    "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging Staging_choice "
+    "Diagnosis_choice Classification Grade Subtype Stage",
+    "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
+}
+CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
+JUDGED = ("WSI-Precision", "WSI-Relevance")
+NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")
+METRICS = (*JUDGED, "accuracy", *NLU, "exact match")
+PUBLISHED = {  # of WSI-LLaVA, December 2024, in the order of METRICS
+    "morphology": (0.488, 0.610, 0.951),
+    "diagnosis": (0.610, 0.612, 0.863),
+    "treatment": (0.810, 0.845, 1.0),
+    "report": (0.380, 0.429, None, 0.3531, 0.1859, 0.1058, 0.0665, 0.2626, 0.3072),
+}
+AVERAGE = 0.754  # of the nine figures of the three capabilities
+KINDS = ("all", "capability", "common or rare", "task", "cancer type")
+COLUMNS = ("kind", "group", "metric", "questions", "missing", "unusable")
+
+
+def score_row(row, fields, meteor):
+    """Adds "scores" {field: {metric: value}} to a row, and "unusable" {field: metrics that could not be had and count as 0}."""
+    row["scores"], row["unusable"], parser = {}, {}, row["parser"]
+    for field in fields:
+        if parser:
+            said = parser(row[field])
+            found = {"accuracy": None if said is None else said == parser(row["truth"])}
+        else:
+            truth, tokens = tokenize(row["truth"]), tokenize(row[field])
+            found = dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
+            found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
+            found |= {"exact match": same_answer(row[field], row["truth"]), **row.get("grades", {}).get(field, {})}
+        row["scores"][field] = {metric: float(value or 0) for metric, value in found.items()}
+        row["unusable"][field] = [metric for metric, value in found.items() if value is None]
+
+
+def interval(values, slides, seed):
+    """Mean, and the 95% bootstrap interval over slides: a slide's questions stand and fall together."""
+    _, index = np.unique(slides, return_inverse=True)
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(1000, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return [float(x) for x in (np.mean(values), *np.percentile(means, [2.5, 97.5]))]
+
+
+def spearman(x, y):
+    """Rank correlation; ties share their mean rank. Not a number where one side is constant."""
+
+    def ranks(values):
+        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[index]
+
+    x, y = (r - r.mean() for r in map(ranks, (x, y)))
+    return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
+
+
+def common_and_rare(rows, training):
+    """{cancer type: "common ..." or "rare ..."}: rare has fewer slides than the median type, in training if that is known."""
+    slides, known = collections.defaultdict(set), training.exists()
+    with open(training, encoding="utf-8") if known else contextlib.nullcontext([]) as file:
+        for row in map(json.loads, file) if known else rows:
+            slides[row.get("cancer")].add(row["slide"])
+    counts = {cancer: len(slides[cancer]) for cancer in {row["cancer"] for row in rows}}
+    middle, where = np.median(list(counts.values())), "training" if known else "these"
+    name = {cancer: f"{'rare' if n < middle else 'common'} types, by {where} slides" for cancer, n in counts.items()}
+    return name if len(name) > 1 else {}
+
+
+def tabulate(rows, fields, rarity, seed):
+    """Scored rows -> lines {**COLUMNS, field: [mean, low, high], "published"}, a line for each group and metric."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        capability = "report" if is_report(row) else CAPABILITY.get(row["task"], "other")
+        for key in zip(KINDS, ("all", capability, rarity.get(row["cancer"]), row["task"], row["cancer"])):
+            groups[key].append(row)
+    lines = []
+    for (kind, group), members in sorted(groups.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1] or "")):
+        for metric in METRICS if group else ():
+            fitting = [row for row in members if bool(row["parser"]) == (metric == "accuracy")]
+            chosen = [row for row in fitting if metric in row.get("scores", {}).get("answer", {})]
+            if not chosen and (metric != "METEOR" or not fitting):
+                continue
+            missing = sum(row["answer"] is None for row in fitting)
+            unusable = sum(metric in row["unusable"]["answer"] for row in chosen)
+            line = dict(zip(COLUMNS, (kind, group, metric, len(chosen), missing, unusable)))
+            for field in fields if chosen else ():
+                values = [row["scores"][field][metric] for row in chosen]
+                line[field] = interval(values, [row["slide"] for row in chosen], seed)
+            published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
+            lines.append({**line, "published": published.get(metric)})
+    nine = [line for line in lines if line["group"] in CAPABILITIES and line["metric"] in METRICS[:3]]
+    if len(nine) == 9:
+        total = [sum(line[column] for line in nine) for column in COLUMNS[3:]]
+        means = {field: [float(np.mean([line[field][0] for line in nine]))] for field in fields}
+        lines.insert(0, {**dict(zip(COLUMNS, ("all", "all", "average", *total))), **means, "published": AVERAGE})
+    return lines
+
+
+def markdown(lines, fields):
+    """The lines as a Markdown table whose columns are aligned, to be read as it is."""
+    table = [[*COLUMNS, *(FIELDS[field] for field in fields), "published"]]
+    for line in lines:
+        cells = [f"{line[column]}" for column in COLUMNS]
+        for mean, *ends in (line.get(field, [None]) for field in fields):
+            cells.append("n/a" if mean is None else f"{mean:.3f}" + " [{:.3f}, {:.3f}]".format(*ends) * bool(ends))
+        table.append([*cells, "" if line["published"] is None else f"{line['published']:g}"])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+
+def agreement(rows):
+    """How far the text metrics tell the same story as the judge: rank correlations over the open questions."""
+    scores = [row["scores"]["answer"] for row in rows if "grades" in row]
+    for name in JUDGED if scores else ():
+        judge = [s[name] for s in scores]
+        found = {m: spearman([s[m] for s in scores], judge) for m in NLU if m in scores[0]}
+        yield f"Spearman's correlation with {name}: " + ", ".join(f"{m} {r:.2f}" for m, r in found.items()) + "."
+
+
+def write_tables(path, result, fields):
+    """evaluation.json, .md and .csv beside the predictions."""
+    texts = {"json": json.dumps(result, indent=1, ensure_ascii=False) + "\n"}
+    notes = "".join(f"- {note}\n" for note in result["notes"])
+    texts["md"] = f"# Evaluation\n\n{notes}\n{markdown(result['table'], fields)}\n"
+    cells = io.StringIO()
+    writer = csv.writer(cells, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"{field}_{x}" for field in fields for x in ("mean", "low", "high")), "published"])
+    for line in result["table"]:
+        values = [x for field in fields for x in [*line.get(field, []), "", "", ""][:3]]
+        writer.writerow([*(line[column] for column in COLUMNS), *values, line["published"]])
+    texts["csv"] = cells.getvalue()
+    for ending, text in texts.items():
+        with replacing(path.with_name(f"evaluation.{ending}")) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def evaluate(args, path):
+    """--evaluate: a file of predictions -> tables on the screen, and whole in evaluation.md, .csv and .json beside it."""
+    settings, rows = read_predictions(path)
+    rows = [{**rows[n], "parser": closed_parser(rows[n]["question"], rows[n]["truth"])} for n in sorted(rows)]
+    here = [row for row in rows if row["answer"] is not None]
+    if not here:
+        raise UserError(f"{path}: holds no answers yet; sample.py --qa goes on with it")
+    fields, meteor = [field for field in FIELDS if field in here[0]], find_meteor()
+    notes = [f"{len(here):,} of {len(rows):,} questions answered. In brackets: 95% bootstrap intervals over slides."]
+    if len(rows) > len(here):
+        notes.append(f"Missing: {len(rows) - len(here):,} questions, about slides that were not prepared; in no mean.")
+    judge = find_judge(args, path.with_name("judge.jsonl"))
+    if judge:
+        grade_rows(judge, [row for row in here if not row["parser"]], fields, args.judge_workers)
+        if judge.dry:
+            print(
+                f"The judge would be called {len(judge.planned):,} times, for about {judge.tokens:,} tokens. Nothing was sent."
+            )
+            return
+    for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
+        score_row(row, fields, meteor)
+    if unread := [row for row in here if row["parser"] and row["unusable"]["answer"]]:
+        some = "; ".join(f"{row['id']}: {row['answer'][:60]!r}" for row in unread[:5])
+        notes.append(
+            f"{len(unread):,} closed answers name no choice and count as wrong: {some}{', ...' * (len(unread) > 5)}"
+        )
+    if judge:
+        failed = sum(len(row["unusable"][field]) for row in here if "grades" in row for field in fields)
+        notes.append(f"Judge: {args.judge_model}. {failed:,} grades stayed unusable and count as 0{judge.reasons()}.")
+        notes += agreement(here)
+    if not meteor:
+        notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
+    rarity = common_and_rare(rows, args.data / "qa" / "train.jsonl")
+    if rarity:
+        notes.append("Rare cancer types have fewer slides than the median type.")
+    lines = tabulate(rows, fields, rarity, args.seed)
+    result = {"predictions": str(path), "settings": settings, "notes": notes, "table": lines}
+    write_tables(path, result, fields)
+    brief = ("average", *METRICS[:4], "ROUGE-L", "exact match")
+    shown = [line for line in lines if line["kind"] != "cancer type" and line["metric"] in brief]
+    print("\n".join(["", markdown(shown, fields), "", *notes]))
+    print(f"All metrics, and each cancer type: {path.with_name('evaluation.md')} (and .csv, .json)")
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False), file=args.json)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(args, meta):
+    model, tokenizer = wsi_llava.assemble(args, meta, 3)
+    return model.to(args.device), tokenizer
+
+
+def gigabytes(args):
+    return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
+
+
+def ask_about_slides(args):
+    """--slide: one answer, a chat, or zero-shot."""
+    started = time.time()
+    if len(args.slide) > 1 and (args.region or args.zero_shot):
+        raise UserError("--region and --zero-shot are about one slide; give --slide one name")
+    names = prepare_raw(args, args.slide)
+    meta = wsi_llava.read_meta(args.data)
+    if args.zero_shot:
+        found = dict(zip(args.zero_shot, zero_shot(args, meta, names[0], args.zero_shot)))
+        print(f"{names[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
+        print("\n".join(f"{p:8.4f}  {text}" for text, p in sorted(found.items(), key=lambda item: -item[1])))
+        if args.json:
+            print(json.dumps({"slide": names[0], "probabilities": found}, ensure_ascii=False), file=args.json)
+        return
+    model, tokenizer = load_model(args, meta)
+    options = {k: getattr(args, k) for k in "max_new_tokens temperature top_p top_k seed no_repeat_ngram".split()}
+
+    def open_chat(names):
+        names = prepare_raw(args, names)
+        return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
+
+    names, chat = open_chat(names)
+    trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
+    print(
+        f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; "
+        f"{f'model of {trained}' if trained.exists() else 'published model'} on {args.device} in {dtype}, "
+        f"{time.time() - started:.1f} s."
+    )
+    tokens, seconds = answer(args, names, chat, args.ask) if args.ask else chat_loop(args, open_chat, names, chat)
+    print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
+
+
+def at_least(low, kind=int):
+    """A type for argparse: a number that is not smaller."""
+
+    def number(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return value
+
+    return number
+
+
+def rectangle(text):
+    """x,y,width,height -> floats."""
+    values = [float(part) for part in text.split(",")]
+    if len(values) != 4 or min(values[2:]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height in level-0 pixels")
+    return values
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--slide", help="a slide file, or the name of a prepared slide")
-    add("--ask", help="one question; without it, a chat")
-    add("--max-new-tokens", type=int, default=512, help="longest answer (default: 512)")
-    add("--temperature", type=float, default=0.0, help="0 (default): the most likely token, always; above: sampled")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the smallest set of tokens of this probability (default: 1)",
-    )
-    add("--top-k", type=int, default=0, help="sample from the k most likely tokens (default: 0, all)")
+    add, share = parser.add_argument, at_least(0, float)
+    add("--slide", nargs="+", metavar="S", help="a slide file, or the name of a prepared slide; several: one case")
+    add("--ask", metavar="Q", help="one question; without it, a chat")
+    add("--region", metavar="X,Y,W,H", type=rectangle, help="only this part of the slide, in level-0 pixels")
+    add("--zero-shot", metavar="TEXT", nargs="+", help="the probability of each text, by stage 1 alone")
     add("--mpp", type=float, help="um per pixel at level 0, for a raw slide whose metadata lack it")
+    add("--json", action="store_true", help="for programs: one JSON object an answer on stdout, nothing else there")
+    add("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
+    add("--temperature", type=share, default=0.0, help="0 (default): the most likely token, always; above: sampled")
+    add("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)")
+    add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens (default: 0, all)")
+    add("--no-repeat-ngram", type=at_least(0), default=0, help="no answer says so many tokens twice (default: 0, off)")
+    add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
+    add("--predictions", metavar="FILE", type=Path, help="default: predictions.jsonl in --out")
+    add("--baselines", action="store_true", help="also answer without the slide, and with another's")
+    add("--batch", type=at_least(1), default=8, help="questions at once (default: 8)")
+    add(
+        "--evaluate",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="tables of a file of predictions (default: --predictions)",
+    )
+    add("--judge-model", metavar="M", help="grade open answers by this model: WSI-Precision, WSI-Relevance")
+    add("--judge-url", metavar="URL", default="https://api.openai.com/v1", help="OpenAI-compatible (default: OpenAI's)")
+    add("--judge-workers", type=at_least(1), default=8, help="requests to the judge at once (default: 8)")
+    add("--judge-dry-run", action="store_true", help="only count the judge's calls and tokens")
     wsi_llava.add_shared_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.predictions = args.predictions or args.out / "predictions.jsonl"
+    args.json = sys.stdout if args.json else None  # what a program reads; all that is printed goes to stderr then
+    return args
 
 
 def main(argv=None):
     args = parse(argv)
-    if not args.slide:
-        raise UserError("nothing to ask about: give --slide FILE or the name of a prepared slide (--help explains)")
     wsi_llava.resolve_device(args)
-    started = time.time()
-    meta = wsi_llava.read_meta(args.data)
-    model, tokenizer = wsi_llava.assemble(args, meta, 3)
-    model.to(args.device)
-    visual = slide_tokens(args, meta, model)
-    print(
-        f"{args.slide}: {len(visual)} visual tokens; model of {args.out}/stage3 on {args.device}, {time.time() - started:.1f} s."
-    )
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    chat = Chat(model, tokenizer, visual, **options, top_k=args.top_k, seed=args.seed)
-    if args.ask:
-        show(chat.reply(args.ask))
-    else:
-        chat_loop(chat)
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        if args.qa:
+            answer_file(args, wsi_llava.read_meta(args.data))
+        if args.evaluate is not None:
+            evaluate(args, Path(args.evaluate or args.predictions))
+        elif args.slide and not args.qa:
+            ask_about_slides(args)
+        elif not args.qa:
+            raise UserError("nothing to do: give --slide, --qa or --evaluate (--help explains)")
 
 
 if __name__ == "__main__":
-    wsi_llava.run(main)
+    wsi_llava.run(main, on_interrupt="interrupted; --qa and --evaluate go on where they stopped")

@@ -5,9 +5,13 @@ this repository.
 """
 
 import concurrent.futures
+import contextlib
 import copy
+import csv
 import dataclasses
+import http.server
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -18,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -1052,6 +1057,453 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
         "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().err
     )
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
+
+
+# sample.py: questions, batches, metrics, the judge, tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def sample_with(demo, *arguments, data=None):
+    sample.main(["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)])
+
+
+def test_no_ngram_is_said_twice(tiny):
+    visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
+
+    def bigrams(**options):
+        said = [t for (t,) in tiny.generate(visual, ids, 60, eos=-1, **options)]
+        return list(zip(said, said[1:]))
+
+    free, held = bigrams(), bigrams(no_repeat_ngram=2)
+    assert len(set(free)) < len(free) and len(set(held)) == len(held) == 59
+    first = next(i for i, pair in enumerate(free) if pair in free[:i])
+    assert held[:first] == free[:first] and held[first] != free[first]
+
+
+def test_slides_of_one_case_are_announced(tiny, tokenizer):
+    visual = torch.randn(2, 9, 128)
+    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
+    got = "".join(chat.reply("Which type of tumor is this?"))
+    question = "Slide 1: <image>\nSlide 2: <image>\nWhich type of tumor is this?"
+    ids, _ = tokenizer.encode_chat([{"from": "human", "value": question}])
+    want = [t for (t,) in tiny.generate([visual], [ids], 6)]
+    assert ids.count(IMAGE_TOKEN) == 2 and got == tokenizer.decode([t for t in want if t != tokenizer.eos])
+
+
+def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
+    """Level-0 pixels, four to a pixel of the coordinates; the tokens are those of a slide of these tiles alone."""
+    (tmp_path / "features").mkdir()
+    features, coords = (
+        torch.randn(12, 128).half(),
+        torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1).int() * 256,
+    )
+    path = tmp_path / "features" / "s.safetensors"
+    save_file({"features": features, "coords": coords}, path, {"wsi_llava": json.dumps({"scale": 4.0})})
+    got = sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
+    with torch.no_grad():
+        torch.testing.assert_close(got, tiny.encode_slide(features[[1, 2]], coords[[1, 2]]))
+    with pytest.raises(
+        UserError, match=r"--region 0,0,100,100: no tile of s lies inside; .*between 512,512 and 3584,2560"
+    ):
+        sample.region_tokens(tiny, tmp_path, "s", [0, 0, 100, 100])
+    save_file({"features": features, "coords": coords}, path)
+    with pytest.raises(UserError, match="does not tell its scale"):
+        sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
+
+
+def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
+    ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
+    assert ids == tokenizer.encode_chat(TALK[:3])[0] == sample.prompt_ids(tokenizer, {"conversations": TALK})
+    bare = sample.prompt_ids(tokenizer, {"conversations": TALK[:1]}, image=False)
+    assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith("USER: Which type of tumor is this? ASSISTANT:")
+
+
+def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
+    """Grouped, with baselines, cut short by a kill and resumed; a slide that is not there is reported, then answered."""
+    folder, _ = demo
+    rows = prepare.read_qa(folder / "data" / "qa" / "test.jsonl")
+    far = {"id": "far-1", "slide": "far", "task": "Grading", "cancer": "demo", "conversations": TALK[:2]}
+    long = {**rows[0], "id": "long", "conversations": [{"from": "human", "value": "word " * 600}, TALK[1]]}
+    prepare.write_qa(tmp_path / "qa.jsonl", rows + [far, long])
+    data, path = tmp_path / "data", tmp_path / "predictions.jsonl"
+    shutil.copytree(folder / "data", data)
+    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, "--baselines", "--batch", 3]
+    sample_with(demo, *flags, data=data)
+    printed = capsys.readouterr().out
+    assert "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three" in printed
+    assert "1 questions were too long to ask: demo_0015" in printed and "slides that are missing: far" in printed
+    _, answers = sample.read_predictions(path)
+    assert sorted(answers) == list(range(29)) and answers[27]["answer"] is None
+    assert answers[28]["answer"] == "" and "prompt is too long" in answers[28]["error"]
+
+    args = sample.parse(["--data", str(data), "--out", str(folder / "out")])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(data))
+    slides = sorted({row["slide"] for row in rows})
+    visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
+    questions = sample.read_questions([tmp_path / "qa.jsonl"])
+    assert [row["turn"] for row in questions if row["task"] == "dialogue"] == [0, 1, 2] * 3
+    for row in questions[:27]:
+        got = answers[row["n"]]
+        assert got["answer"] == sample.answer_rows(model, tokenizer, [row], visual, 6)[0]
+        assert got["answer_no_image"] == sample.answer_rows(model, tokenizer, [row], None, 6)[0]
+        others = [
+            sample.answer_rows(model, tokenizer, [row], {row["slide"]: visual[s]}, 6)[0]
+            for s in slides
+            if s != row["slide"]
+        ]
+        assert got["answer_shuffled"] in others
+
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a line
+    shutil.copy(data / "features" / "demo_0000.safetensors", data / "features" / "far.safetensors")
+    sample_with(demo, *flags, data=data)
+    _, again = sample.read_predictions(path)
+    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers if n != 27) and again[27]["answer"]
+    with pytest.raises(UserError, match="was made with max_new_tokens 6, not 7; name another --predictions"):
+        sample_with(demo, *flags, "--max-new-tokens", 7, data=data)
+    with pytest.raises(UserError, match="--temperature: --qa answers greedily"):
+        sample_with(demo, *flags, "--temperature", 1, data=data)
+
+
+def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
+    lines = ["Which type of tumor is this?", "What is its grade?", "/dance", f"/save '{tmp_path / 'talk.json'}'"]
+    lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    sample_with(demo, "--slide", "demo_0000", "--max-new-tokens", 5)
+    out, err = capsys.readouterr()
+    assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
+    assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
+    (row,) = prepare.read_qa(tmp_path / "talk.json")
+    assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
+
+
+def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
+    """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
+    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json"]
+    sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?", *flags, data=tmp_path / "new")
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (
+        found["slides"] == ["toy"]
+        and isinstance(found["answer"], str)
+        and found["tokens"] == 5
+        and not found["finished"]
+    )
+    sample_with(
+        demo, "--slide", "toy", "--ask", "Which type?", *flags, "--region", "0,0,1024,1024", data=tmp_path / "new"
+    )
+    assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
+
+
+def test_zero_shot_equals_stage_one(demo, capsys):
+    """The probabilities are the softmax over what training would embed."""
+    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
+    sample_with(demo, "--slide", "demo_0015", "--json", "--zero-shot", *texts)
+    found = json.loads(capsys.readouterr().out)["probabilities"]
+    args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
+    wsi_llava.resolve_device(args)
+    _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
+    features, coords = wsi_llava.read_features(args.data, "demo_0015")
+    samples = [{"features": features, "coords": coords, "ids": tokenizer.encode(text)} for text in texts]
+    with torch.no_grad():
+        slides, embedded = train.embed(args, model, words, samples)
+        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
+    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4) and sum(
+        found.values()
+    ) == pytest.approx(1)
+
+
+OPTIONS = (
+    "Which type is it? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
+)
+CLOSED = {
+    "B": "B B) (b) b. **B** 'B' B: \"B\"".split()
+    + ["B. Squamous cell carcinoma", "The answer is B.", "Answer: (b) squamous"],
+    "C": [
+        "It is mucinous adenocarcinoma.",
+        "I choose C because of the mucin",
+        "The correct option is C, I think.",
+        "choice C",
+    ],
+    "A": ["adenocarcinoma", "A", "The answer is A because of glands"],
+    None: ["", "B or C", "A and B", "The answer is a tumor.", "A tumor of unknown origin", "None of these", "yes"],
+}
+
+
+def test_closed_answers_are_read():
+    options = sample.choices(OPTIONS)
+    assert options["B"] == "Squamous cell carcinoma" and list(options) == list("ABCD")
+    assert sample.choices("Is protein A. present or not?") == {} == sample.choices("What is it? B) a tumor A) necrosis")
+    for want, texts in CLOSED.items():
+        assert [sample.parse_choice(text, options) for text in texts] == [want] * len(texts)
+    for want, texts in {
+        "yes": ["Yes", "yes, it is.", "TRUE", "The answer is yes"],
+        "no": ["No.", "no", "False, since", "Answer: No"],
+    }.items():
+        assert [sample.parse_yes_no(text) for text in texts] == [want] * len(texts)
+    assert sample.parse_yes_no("There is no doubt") is None
+    assert sample.closed_parser("Is the prognosis poor?", "No")("no way") == "no"
+    assert (
+        sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None
+    )  # open: more than a word is asked for
+
+
+@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
+def test_every_closed_truth_of_the_benchmark_is_read():
+    for file in sorted((SHARED / "wsi_bench").glob("*.json*")):
+        for row in sample.read_questions([file]):
+            parser = sample.closed_parser(row["question"], row["truth"])
+            assert bool(parser) == any(kind in file.name for kind in ("choice", "TF")), (file, row["question"])
+            assert not parser or parser(row["truth"]) in ("A", "B", "C", "D", "yes", "no")
+            assert row["task"] == "Report" or row["task"] in sample.CAPABILITY, row["task"]
+
+
+def check_metrics(references, candidates):
+    """Against nltk and the rouge package, on the same tokens."""
+    bleu, rouge = pytest.importorskip("nltk.translate.bleu_score"), pytest.importorskip("rouge").Rouge()
+    for reference, candidate in zip(references, candidates):
+        r, c = sample.tokenize(reference), sample.tokenize(candidate)
+        for n, mine in enumerate(sample.bleu(r, c), 1):
+            smooth, weights = bleu.SmoothingFunction().method4, (1 / n,) * n + (0,) * (4 - n)
+            assert mine == pytest.approx(bleu.sentence_bleu([r], c, weights, smoothing_function=smooth), abs=1e-6)
+        theirs = rouge.get_scores(" ".join(c), " ".join(r))[0]["rouge-l"]["f"]
+        assert sample.rouge_l(r, c) == pytest.approx(theirs, abs=1e-6)
+
+
+SENTENCES = """The tumor is an adenocarcinoma. It is grade 2.
+No necrosis.
+Tumor
+The tumor is an adenocarcinoma of grade 2, with necrosis (about 3.5 mm) and a focus of pigment. No invasion is seen.
+the tumor the tumor the tumor. tumor cells
+Glands, e.g. cribriform ones... T2 N0 M0.""".splitlines()
+
+
+def test_text_metrics_equal_the_packages():
+    check_metrics(*zip(*[(a, b) for a in SENTENCES for b in SENTENCES]))
+
+
+def test_text_metrics_at_their_ends():
+    tokens = sample.tokenize("Tumor cells, grade 3+4=7; Barrett's 3.5 cm.")
+    assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
+    assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(tokens, tokens) == pytest.approx(1)
+    assert (
+        sample.bleu(tokens, ["none"]) == [0] * 4 and sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
+    )
+
+
+@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
+def test_text_metrics_equal_the_packages_on_real_reports():
+    reports = [row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"])]
+    check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
+    treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
+    same = [treebank.tokenize(s) == sample.tokenize(s) for r in reports for s in re.split(r"(?<=[.?!])\s+", r)]
+    assert np.mean(same) > 0.99
+
+
+@pytest.fixture
+def judge_server():
+    """A judge on loopback that misbehaves as told: server.script holds what it does first; then it behaves."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            server = self.server
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with server.lock:
+                server.requests.append((self.headers["Authorization"], body))
+                server.now += 1
+                server.most = max(server.most, server.now)
+                step = server.script.pop(0) if server.script else "good"
+            server.closing.wait(9) if step == "slow" else time.sleep(0.02)
+            with server.lock:
+                server.now -= 1
+            content = json.loads(body["messages"][1]["content"])
+            claims = content.get("claims")
+            good = (
+                {"scores": [0.7 if "grade" in c else 1 for c in claims]}
+                if claims
+                else {"claims": content["answer"].split(". ")}
+            )
+            text = {"good": json.dumps(good), "fenced": f"```json\n{json.dumps(good)}\n```", "text": "I think so."}.get(
+                step
+            )
+            text = '{"claims": []}' if step == "nothing" else text
+            text = json.dumps({"scores": [0.5] * len(claims or [])}) if step == "off scale" else text
+            reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if text else b"{half"
+            with contextlib.suppress(OSError):  # the client has given up
+                self.send_response(step if isinstance(step, int) else 200)
+                self.send_header("Retry-After", "0") if step == 429 else None
+                self.end_headers()
+                self.wfile.write(reply)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.lock, server.closing = threading.Lock(), threading.Event()
+    server.requests, server.script, server.now, server.most = [], [], 0, 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+def new_judge(server, folder, **options):
+    options = {"attempts": 5, "timeout": 2.0, "backoff": 0.01} | options
+    return sample.Judge(server.url, "wise", folder / "judge.jsonl", **options)
+
+
+def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    judge_server.script += [429, 500, "slow", "broken", "fenced", "off scale", "text"]
+    question = ("What is it?", "An adenocarcinoma. Its grade is 2.", "The tumor is an adenocarcinoma")
+    want = {"WSI-Precision": 1.0, "WSI-Relevance": pytest.approx(0.85)}
+    judge = new_judge(judge_server, tmp_path)
+    assert judge.grade(*question) == want and not judge.problems
+    assert len(judge_server.requests) == 4 + 7 - 1  # what misbehaved, but "fenced" is fine
+    key, body = judge_server.requests[-1]
+    assert (
+        key == "Bearer secret"
+        and body["model"] == "wise"
+        and '"question": "What is it?"' in body["messages"][1]["content"]
+    )
+    complaints = [body["messages"][-1]["content"] for _, body in judge_server.requests if len(body["messages"]) > 2]
+    assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
+
+    dry = new_judge(judge_server, tmp_path, dry=True)
+    assert dry.grade(*question) == want and not dry.planned
+    assert dry.grade("Else?", *question[1:]) and len(dry.planned) == 4 and dry.tokens > 400
+    with open(tmp_path / "judge.jsonl", "a") as file:
+        file.write('{"key": "ha')  # a kill cut it
+    assert new_judge(judge_server, tmp_path).grade(*question) == want and len(judge_server.requests) == 10
+
+
+def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, capsys, monkeypatch):
+    """In the table and in the mean; no more requests at once than allowed; a second run asks for the failed ones alone."""
+    rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
+    path = write_predictions(tmp_path, rows)
+    judge_server.script += ["text"] * 3
+    monkeypatch.setattr(sample.Judge.__init__, "__defaults__", (False, 3, 5.0, 0.01))
+    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--judge-workers", 1]
+    sample.main(list(map(str, flags)))
+    table = json.loads((tmp_path / "evaluation.json").read_text())
+    (line,) = [x for x in table["table"] if x["kind"] == "all" and x["metric"] == "WSI-Precision"]
+    assert line["unusable"] == 1 and line["questions"] == 8 and line["answer"][0] == pytest.approx(0.7 * 7 / 8)
+    assert "1 grades stayed unusable and count as 0" in capsys.readouterr().out
+    before = len(judge_server.requests)
+    sample.main(list(map(str, flags)))
+    assert len(judge_server.requests) == before and judge_server.most == 1  # an unusable reply is kept like any other
+    (tmp_path / "judge.jsonl").unlink()
+    sample.main(list(map(str, [*flags, "--judge-dry-run"])))
+    assert "would be called 32 times" in capsys.readouterr().out and len(judge_server.requests) == before
+    sample.main(list(map(str, [*flags[:-1], 3])))
+    assert judge_server.most == 3
+
+
+def test_an_answer_that_claims_nothing_is_not_relevant(judge_server, tmp_path):
+    judge_server.script += ["good", "good", "nothing"]
+    want = {"WSI-Precision": 1.0, "WSI-Relevance": 0.0}
+    judge = new_judge(judge_server, tmp_path)
+    assert judge.grade("What?", "I cannot tell.", "A tumor.") == want and not judge.problems
+    assert judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
+
+
+def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
+    judge_server.script += [401] * 9
+    with pytest.raises(UserError, match="--judge-url .*: HTTP 401"):
+        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+    judge_server.url = "localhost:1"
+    with pytest.raises(UserError, match="--judge-url localhost:1: begins with neither http:// nor https://"):
+        new_judge(judge_server, tmp_path)
+    judge_server.url = "http://127.0.0.1:1"
+    with pytest.raises(UserError, match="nobody answers there"):
+        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+
+
+def write_predictions(folder, rows, **more):
+    """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
+    path = folder / "predictions.jsonl"
+    lines = [{"settings": {}}]
+    for n, (task, question, truth, answer) in enumerate(rows):
+        row = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "task": task, "cancer": "common" if n < 6 else "rare"}
+        lines.append(
+            row | {"question": question, "truth": truth, "answer": answer} | {k: v[n] for k, v in more.items()}
+        )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
+    rows = [
+        ("Staging_choice", OPTIONS, "B", answer)
+        for answer in ("B)", "squamous cell carcinoma", "Adenocarcinoma", "Who knows")
+    ]
+    rows += [
+        ("Prognosis_TF_question", "Is it poor?", "No", "no."),
+        ("Report", "Describe it.", "A tumor of grade 2.", "A tumor of grade 2."),
+    ]
+    rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
+    blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
+    path = write_predictions(tmp_path, rows, answer_no_image=blind)
+    sample.main(["--evaluate", str(path), "--data", str(tmp_path)])
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "evaluation.json").read_text())["table"]
+    table = {(line["group"], line["metric"]): line for line in found}
+    stage = table["Staging_choice", "accuracy"]
+    assert (stage["questions"], stage["missing"], stage["unusable"]) == (4, 0, 1)
+    assert (
+        stage["answer"][0] == 0.5
+        and stage["answer"][1] <= 0.5 <= stage["answer"][2]
+        and stage["answer_no_image"][0] == 0.5
+    )
+    assert table["diagnosis", "accuracy"]["published"] == 0.863 and table["treatment", "accuracy"]["answer"][0] == 1
+    report = table["report", "BLEU-4"]
+    assert (report["questions"], report["missing"], report["published"]) == (1, 1, 0.0665)
+    assert report["answer"][0] == pytest.approx(1) and report["answer_no_image"][0] == 0
+    assert table["Grading", "exact match"]["answer"] == [1, 1, 1]
+    if sample.find_meteor() is None:
+        assert "METEOR: n/a" in printed and "answer" not in table["report", "METEOR"]
+    assert {line["group"].split()[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
+    assert (
+        "7 of 8 questions answered" in printed
+        and "1 closed answers name no choice" in printed
+        and "'Who knows'" in printed
+    )
+    kinds = {line["kind"] for line in found}
+    assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
+    assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
+    with open(tmp_path / "evaluation.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert (
+        len(lines) == len(found) and lines[0]["answer_mean"] and set(lines[0]) >= {"answer_no_image_high", "published"}
+    )
+
+
+def test_intervals_and_rank_correlations():
+    assert sample.spearman(np.array([1, 2, 3, 4.0]), np.array([1, 4, 9, 16.0])) == pytest.approx(1)
+    assert sample.spearman(np.array([1, 2, 2, 3.0]), np.array([3, 2, 2, 1.0])) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
+    assert sample.spearman(np.array([1, 2, 3, 4, 5.0]), np.array([2, 1, 4, 3, 5.0])) == pytest.approx(0.8)
+    values = np.random.default_rng(0).random(400)
+    mean, low, high = sample.interval(values, np.arange(400), 0)
+    error = values.std() / 20
+    assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    together = sample.interval(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
+    assert together == pytest.approx([mean, low, high])  # four questions that a slide decides are no more than one
+
+
+def test_bad_files_of_predictions_are_named(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(UserError, match="no predictions of sample.py --qa"):
+        sample.main(["--evaluate", str(path)])
+    path.write_text('{"settings": {}}\n{oops\n')
+    with pytest.raises(UserError, match="predictions.jsonl: not JSON lines"):
+        sample.main(["--evaluate", str(path)])
+    write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", None)])
+    with pytest.raises(UserError, match="holds no answers yet"):
+        sample.main(["--evaluate", str(path)])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -370,11 +370,9 @@ def embed(args, model, words, samples):
     dtype = model.logit_scale.dtype  # float32
     features = torch.stack([s["features"] for s in samples]).to(args.device, dtype)
     coords = torch.stack([s["coords"] for s in samples]).to(args.device)
-    ids = [torch.tensor(s["ids"]) for s in samples]
-    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(args.device)
     with autocast(args):
         slides = model.embed_slides(features, coords)
-        texts = model.embed_texts(F.embedding(ids.clamp(min=0), words).to(dtype), ids >= 0)
+        texts = model.embed_words([s["ids"] for s in samples], words)
     return slides.to(dtype), texts.to(dtype)
 
 
@@ -608,7 +606,7 @@ def train_stage(stage, args):
                 eta = datetime.timedelta(seconds=round((time.time() - began) / (step + 1 - first) * (steps - step - 1)))
                 say(
                     f"stage {stage} step {step + 1}/{steps} loss {loss:.4f} lr {entry['lr']:.2e} grad_norm {norm:.3f} "
-                    f"tokens/s {entry['tokens_per_s']:,.0f} eta {eta} memory {memory(args) / 1e9:.2f} GB"
+                    f"tokens/s {entry['tokens_per_s']:,.0f} eta {eta} memory {wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
                 )
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}")
@@ -742,10 +740,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def memory(args):
-    return torch.cuda.max_memory_allocated() if args.device.type == "cuda" else wsi_llava.peak_memory()
-
-
 def schedule(step, steps, warmup):
     """Linear warmup, then half a cosine to zero."""
     rising = max(1, round(warmup * steps))
@@ -862,7 +856,7 @@ def demo(args):
     for name, (_, count) in found[0].items():
         print(name.ljust(32) + f"{count:6d}" + "".join(f"{shares[name][0]:13.2f}" for shares in found))
     if 1 in stages:
-        print_retrieval(args, tokenizer)
+        print_retrieval(args)
 
     talk = next(row for row in load_rows(args.data, "test") if row["task"] == "dialogue")
     slide = talk["slide"]
@@ -945,18 +939,15 @@ def ablations(args):
     print("\n".join(table))
 
 
-def print_retrieval(args, tokenizer):
+def print_retrieval(args):
     """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
-    meta, rows = wsi_llava.read_meta(args.data), load_rows(args.data, "test")
-    cfg, tensors, source = wsi_llava.read_stage(args, 1)
-    model = wsi_llava.load_strict(wsi_llava.WSITextAlignment(cfg), tensors, source).to(args.device).eval()
-    words = wsi_llava.load_llama(wsi_llava.pick_llm(args, meta)[0]).embed_tokens.weight.detach()
+    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
+    rows = load_rows(args.data, "test")
     pairs = Pairs(one_report_a_slide(rows), args, tokenizer, cfg.text_encoder.max_length)
     n = len(pairs.rows)
     parts = pairs.parts(list(range(n)))
     with torch.no_grad():
-        micro = micro_batches(pairs, parts, args)
-        slides, texts = embed_batch(args, model, words.to(args.device, torch.float32), parts, micro)
+        slides, texts = embed_batch(args, model, words, parts, micro_batches(pairs, parts, args))
     found = recall(slides @ texts.T)
     print(
         f"\nRetrieval among {n} held-out slides and reports (chance: R@1 {1 / n:.2f}, R@5 {5 / n:.2f}, R@10 {10 / n:.2f})"

@@ -993,6 +993,12 @@ class WSITextAlignment(nn.Module):
         """-> [B,E] of unit length."""
         return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
 
+    def embed_words(self, ids, words):
+        """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
+        ids = [torch.tensor(row, device=words.device) for row in ids]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+        return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
+
     def loss(self, slides, texts):
         """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its slide."""
         logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T
@@ -1311,12 +1317,25 @@ class WSILLaVA(nn.Module):
         return F.cross_entropy(logits.float(), labels[labelled], reduction=reduction)
 
     @torch.no_grad()
-    def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0, eos=2, cache=None):
+    def generate(
+        self,
+        visual,
+        ids,
+        max_new_tokens=256,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        seed=0,
+        eos=2,
+        cache=None,
+        no_repeat_ngram=0,
+    ):
         """Yields the next token of each row, a list of B ids, until all rows have ended in `eos` (None after its end).
 
         Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled from the
         top_k most likely (0: all) and the smallest set of probability top_p. cache: a KVCache of an earlier turn, which
-        is then continued; it ends up holding all but the last token. Raises UserError where the prompt exceeds the context.
+        is then continued; it ends up holding all but the last token. no_repeat_ngram: no answer says so many tokens in a
+        row twice (0: it may). Raises UserError where the prompt exceeds the context.
         """
         embeds, _ = self.splice(visual, ids)
         B, T, C = embeds.shape
@@ -1324,12 +1343,16 @@ class WSILLaVA(nn.Module):
             raise ValueError("generate: rows must be of equal length")
         cache = cache or KVCache(self.cfg.llama, B, T + max_new_tokens, embeds.device, embeds.dtype)
         generator = torch.Generator(embeds.device).manual_seed(seed)
-        ended = [False] * B
+        ended, said = [False] * B, [[] for _ in range(B)]
         for _ in range(max_new_tokens):
             logits = self.llama(embeds=embeds, cache=cache, last_only=True)[:, 0].float()  # [B,vocab]
+            if no_repeat_ngram:
+                for b, row in enumerate(said):
+                    logits[b, _repeating(row, no_repeat_ngram)] = -math.inf
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature, top_p, top_k, generator)
             yield [None if done else t for done, t in zip(ended, token.tolist())]
             ended = [done or t == eos for done, t in zip(ended, token.tolist())]
+            said = [row + [t] for row, t in zip(said, token.tolist())]
             if all(ended) or cache.length >= self.cfg.llama.context:
                 return
             embeds = self.llama.embed_tokens(token)[:, None]
@@ -1366,6 +1389,12 @@ def _sample(logits, top_p, top_k, generator):
         drop[:, top_k:] = True
     choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
     return order.gather(-1, choice)[:, 0]
+
+
+def _repeating(ids, n):
+    """The tokens that would complete an n-gram which the ids already hold."""
+    last = ids[len(ids) - n + 1 :]
+    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1866,9 +1895,9 @@ def pick_llm(args, meta):
         folder = next((c for c in choices if c.exists()), None)
         if folder is None:
             raise UserError(f"no language model: neither {choices[0]} nor {choices[1]} exists; name one with --llm")
-    tokenizers = [place / "tokenizer.model" for place in (folder, args.lora or folder)]
-    named = tokenizers[0] if args.llm else args.data / "tokenizer.model"
-    return folder, Tokenizer(next((path for path in tokenizers if path.exists()), named))
+    places = [folder, args.lora or folder, folder.parent]  # beside its folder: where prepare.py puts the stand-in's
+    tokenizers = [place / "tokenizer.model" for place in places]
+    return folder, Tokenizer(next((path for path in tokenizers if path.exists()), tokenizers[0]))
 
 
 def read_stage(args, stage):
@@ -1963,6 +1992,16 @@ def assemble(args, meta, stage, dtype=None):
         full = any(name.startswith("llama.") for name in tensors) and not cfg.lora_rank
         load_strict(model, tensors, source, only=r"mm_projector\..*|llama\..*" if full else trained_names(cfg))
     return model.to(dtype or args.dtype).eval(), tokenizer
+
+
+def load_alignment(args, meta):
+    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C] that it reads, Tokenizer)."""
+    cfg, tensors, source = read_stage(args, 1)
+    check_fingerprints(cfg, {"tile_encoder": meta["encoder"]["fingerprint"]}, source)
+    model = load_strict(WSITextAlignment(cfg), tensors, source).to(args.device).eval()
+    folder, tokenizer = pick_llm(args, meta)
+    words = load_llama(folder).embed_tokens.weight.detach()
+    return cfg, model, words.to(args.device, torch.float32), tokenizer
 
 
 def check_fingerprints(cfg, present, source):
@@ -2193,12 +2232,14 @@ def slide_encoder_cost(n_tiles, training, device, dtype):
         "flop": flop,
         "matmul_flop_per_s": matmul,
         "share": flop / took / matmul,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory(),
+        "peak_bytes": peak_memory(device),
     }
 
 
-def peak_memory():
-    """The most memory that this process has held so far, in bytes; not a number on Windows, which does not tell."""
+def peak_memory(device=None):
+    """The most memory that this process has held so far, in bytes: a GPU's, or else (not a number on Windows) the CPU's."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:
