@@ -585,6 +585,30 @@ def test_one_batch_can_be_overfitted(tiny, tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# The language model changed after loading: adapters merged, weights in int8
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(llama):
+    """The llama with adapters that do something: LoRA's own start as zero."""
+    wsi_llava.add_lora(llama, 4, 8)
+    for name, p in llama.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.1)
+    return llama
+
+
+@torch.no_grad()
+def test_merged_adapters_give_the_same_logits(tiny):
+    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
+    plain, adapted = tiny.llama(ids), with_adapters(tiny.llama)(ids)
+    merged = wsi_llava.merge_lora(tiny.llama)
+    assert not any(isinstance(module, wsi_llava.LoRALinear) for module in merged.modules())
+    torch.testing.assert_close(merged(ids), adapted, atol=1e-5, rtol=1e-4)
+    assert relative(plain, adapted) > 0.05
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
 

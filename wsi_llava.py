@@ -1109,20 +1109,45 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         return self.base(x) + self.scale * F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
 
+    @torch.no_grad()
+    def merged(self):
+        """-> nn.Linear with the weight W + (alpha / r) B A, rounded once to W's dtype."""
+        weight = self.base.weight
+        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device="meta")
+        total = weight.float() + self.scale * self.lora_b.float() @ self.lora_a.float()
+        linear.weight = nn.Parameter(total.to(weight.dtype), requires_grad=False)
+        return linear
+
+
+def decoder_linears(llama):
+    """The linear layers of the decoder's blocks, the lm_head not -> [(module that holds it, name, layer)]."""
+    return [
+        (part, name, child)
+        for layer in llama.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, child in part.named_children()
+    ]
+
 
 def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
     """Wraps the linear layers of the decoder's blocks whose names match `target` and freezes the rest. The default is
     LLaVA's choice: all of them, the lm_head not. Raises UserError where none matches."""
     llama.requires_grad_(False)
-    for layer in llama.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, child in list(part.named_children()):
-                if re.fullmatch(target, name):
-                    setattr(part, name, LoRALinear(child, rank, alpha, dropout))
+    for part, name, child in decoder_linears(llama):
+        if re.fullmatch(target, name):
+            setattr(part, name, LoRALinear(child, rank, alpha, dropout))
     if not any(isinstance(module, LoRALinear) for module in llama.modules()):
         raise UserError(
             f"--lora-target {target} matches none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
         )
+
+
+def merge_lora(llama):
+    """Adds the adapters into the weights that they adapt, summed in float32 -> the llama, with plain linear layers."""
+    for part, name, child in decoder_linears(llama):
+        if isinstance(child, LoRALinear):
+            setattr(part, name, child.merged())
+    return llama
 
 
 # --------------------------------------------------------------------------------------------------------------------
