@@ -4,16 +4,21 @@ Those that need reference files in ../shared skip where it is absent; every beha
 this repository.
 """
 
+import concurrent.futures
+import copy
 import dataclasses
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -608,6 +613,34 @@ def test_merged_adapters_give_the_same_logits(tiny):
     assert relative(plain, adapted) > 0.05
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 6e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("width, out, rows", [(96, 64, 1), (96, 64, 40), (60, 97, 3)])  # kernel; matmul; no kernel
+def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, out, rows):
+    linear = torch.nn.Linear(width, out, bias=False).to(dtype)
+    with torch.no_grad():
+        linear.weight[3] *= 100
+        linear.weight[5] = 0
+    int8 = wsi_llava.Int8Linear(linear)
+    weight, scale = int8.weight.double() * int8.scale.double()[:, None], int8.scale.double()[:, None]
+    assert ((weight - linear.weight.double()).abs() <= scale / 2 * (1 + 1e-6)).all()
+    x = torch.randn(2, rows, width, dtype=dtype, requires_grad=True)
+    y, grad = int8(x), torch.randn(2, rows, out, dtype=dtype)
+    assert y.dtype == dtype and relative(y.double(), x.double() @ weight.T) < tolerance
+    y.backward(grad)
+    assert relative(x.grad.double(), grad.double() @ weight) < tolerance
+
+
+@torch.no_grad()
+def test_int8_halves_the_decoder_and_keeps_its_logits(tiny):
+    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
+    want = with_adapters(tiny.llama)(ids)
+    before = sum(p.numel() * 2 for p in wsi_llava.merge_lora(tiny.llama).layers.parameters())  # in bfloat16
+    llama = wsi_llava.quantize_int8(tiny.llama)
+    assert sum(x.numel() * x.element_size() for x in llama.layers.buffers()) < 0.55 * before
+    assert 0 < relative(llama(ids), want) < 0.03
+    assert torch.equal(greedy(llama, ids, 8, True)[:, 17], llama(ids)[:, -1].argmax(-1))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
@@ -1141,3 +1174,75 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     meta["encoder"]["width"] = 1536
     with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
         wsi_llava.assemble(args, meta, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Benchmarks: python test_wsi_llava.py NAME [...]
+# --------------------------------------------------------------------------------------------------------------------
+
+MEDIUM = wsi_llava.LlamaConfig(width=2048, depth=12, heads=16, kv_heads=16, mlp_hidden=5504)  # 738 M parameters
+
+
+def anonymous_memory_of_one_answer(folder, int8):
+    """The most memory that loading a Llama in bfloat16 and one token took, in bytes, less what is mapped from files (which
+    the system drops when it needs room). Linux. For a process of its own."""
+    status, peak, done = Path("/proc/self/status"), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) * 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with torch.inference_mode():
+        llama = wsi_llava.load_llama(folder)
+        if int8:
+            wsi_llava.quantize_int8(llama)
+        llama(torch.ones(1, 1, dtype=torch.long))
+    done.set()
+    watcher.join()
+    return peak[0]
+
+
+@torch.inference_mode()
+def benchmark_int8():
+    """A Llama of 738 M parameters with random weights: bfloat16 against int8 (activations in bfloat16), turn by turn."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        llama = wsi_llava.Llama(MEDIUM)
+    llama.to_empty(device="cpu")
+    for p in llama.parameters():
+        p.copy_(torch.ones_like(p) if p.dim() == 1 else torch.randn_like(p) * 0.02)
+    ids = torch.randint(MEDIUM.vocab, (1, 256))
+    exact = llama(ids)
+    models = {"bfloat16": llama.bfloat16(), "int8": wsi_llava.quantize_int8(copy.deepcopy(llama).bfloat16())}
+    for name, model in models.items():
+        size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+        print(
+            f"{name:9} weights {size / 1e9:.2f} GB, logits off by {relative(model(ids).float(), exact):.4f} of float32's"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        wsi_llava.save_llama(models["bfloat16"], folder)
+        for name in models:
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+                peak = fresh.submit(anonymous_memory_of_one_answer, folder, name == "int8").result()
+            print(f"{name:9} peak of loading and one token, files mapped: {peak / 1e9:.2f} GB")
+    caches = {name: wsi_llava.KVCache(MEDIUM, 1, 512, "cpu", torch.bfloat16) for name in models}
+    for what, n, times in (("prefill of 256", 256, 5), ("one token", 1, 40)):
+        took = {name: [] for name in models}
+        for _ in range(times):
+            for name, model in models.items():
+                caches[name].length = 0 if n > 1 else 256
+                started = time.perf_counter()
+                model(ids[:, :n], cache=caches[name], last_only=True)
+                took[name].append(time.perf_counter() - started)
+        a, b = (float(np.median(took[name])) for name in models)
+        print(f"{what:15} bfloat16 {1e3 * a:.0f} ms, int8 {1e3 * b:.0f} ms: {a / b:.2f} times as fast")
+
+
+BENCHMARKS = {"int8": benchmark_int8}
+
+if __name__ == "__main__":
+    for benchmark in sys.argv[1:]:
+        BENCHMARKS[benchmark]()

@@ -1150,6 +1150,58 @@ def merge_lora(llama):
     return llama
 
 
+class _Int8Product(torch.autograd.Function):
+    """x W^T, where W is `weight` int8 [out,in] times `scale` [out]. Only x gets a gradient, and W never lasts in full
+    precision: the backward makes it anew."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        rows = x.numel() // x.shape[-1]
+        # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It takes bfloat16, and
+        # reads past the end of rows that are no multiple of 32. Many rows are worth a real matmul; |int8| < 2^8 is exact in
+        # every dtype.
+        if x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale.bfloat16())
+            return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return x @ weight.to(x.dtype).T * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return (grad * scale.to(grad.dtype)) @ weight.to(grad.dtype), None, None
+
+
+class Int8Linear(nn.Module):
+    """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's memory.
+
+    Every weight is off by at most scale / 2. The scale is rounded to bfloat16 before the weights are rounded to it, so
+    storing it in 16 bits loses nothing. For inference; a gradient with respect to the input passes.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
+        self.register_buffer("weight", (weight / scale.float()[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return _Int8Product.apply(x, self.weight, self.scale)
+
+
+def quantize_int8(llama):
+    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first, one layer at a time -> the llama.
+
+    So memory holds one layer twice, not the model (what is mapped from a file is read a layer at a time as well). The
+    embedding and the lm_head stay: 4% of a 7B model, one of them only looked up, and the other's error would go straight
+    into the logits.
+    """
+    for part, name, child in decoder_linears(llama):
+        setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
+    return llama
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tokenizer and prompt
 # --------------------------------------------------------------------------------------------------------------------
@@ -1684,14 +1736,15 @@ def trained_names(cfg):
     return r"mm_projector\..*|llama\..*\.lora_[ab]" if cfg.lora_rank else r"mm_projector\..*"
 
 
-def assemble(args, meta, stage, dtype=None):
+def assemble(args, meta, stage, dtype=None, int8=False):
     """The model as it stands after `stage` (1: a fresh projector) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
+    int8: with the language model's weights rounded, see quantize_int8.
 
     The slide encoder is that of out/stage1, or --slide-encoder; the projector that of out/stage2 or 3; the language model
     --llm's with out/stage3's adapters. Raises UserError where a piece is missing or was trained beside other pieces.
     """
     folder, tokenizer = pick_llm(args, meta)
-    llama = load_llama(folder, dtype or args.dtype)
+    llama = load_llama(folder, None if int8 else dtype or args.dtype)  # int8: mapped, rounded below a layer at a time
     if stage == 1:
         cfg, tensors = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict()), None
         cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
@@ -1728,6 +1781,8 @@ def assemble(args, meta, stage, dtype=None):
     if tensors is not None:
         full = any(name.startswith("llama.") for name in tensors) and not cfg.lora_rank
         load_strict(model, tensors, source, only=r"mm_projector\..*|llama\..*" if full else trained_names(cfg))
+    if int8:
+        quantize_int8(llama)
     return model.to(dtype or args.dtype).eval(), tokenizer
 
 
