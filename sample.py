@@ -5,11 +5,19 @@ python sample.py --slide S             a chat about it
 """
 
 import argparse
+import functools
+import json
+import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
+import safetensors
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 import wsi_llava
 from wsi_llava import UserError
@@ -101,9 +109,13 @@ def slide_tokens(args, meta, model):
 
 
 def show(pieces):
+    """Prints an answer as it comes -> the answer."""
+    answer = ""
     for piece in pieces:
         print(piece, end="", flush=True)
+        answer += piece
     print()
+    return answer
 
 
 def chat_loop(chat):
@@ -124,6 +136,212 @@ def chat_loop(chat):
                 print(f"error: {error}", file=sys.stderr)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Where the answer comes from
+#
+# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the way from
+# a slide on which every tile is the average tile to the real one, the gradient with respect to the tiles' features, through
+# the language model, projector, pool and slide encoder, times the change of the features. The shares of all tiles add up to
+# what the slide does for the answer: log p(answer | slide) - log p(answer | average tiles), in nats.
+#
+# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is read need
+# not be where the evidence lies. train.py --demo measures it, on held-out slides where the evidence was planted.
+# --------------------------------------------------------------------------------------------------------------------
+
+STEPS = 8  # from the average tile to the real ones; each costs a forward and a backward pass of the model
+TILE = wsi_llava.SlideEncoderConfig.tile_size
+PANEL = 560  # pixels of a panel's longer side
+BEST = 9  # tiles shown
+VEIL = 170  # opacity of the colours, of 255: the tissue shows through
+# Pale to dark, evenly in lightness: read rightly in grey, and by the colour-blind.
+ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 90), (60, 10, 85)])
+
+
+def spelling(tokenizer, answer, word):
+    """Which of the answer's tokens spell `word`, wherever it stands in it (None: all) -> a list of bools."""
+    ids = tokenizer.encode(answer)
+    if word is None:
+        return [True] * len(ids)
+    ends = [len(tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)]
+    spans = [m.span() for m in re.finditer(re.escape(word), tokenizer.decode(ids), re.IGNORECASE)]
+    if not spans:
+        raise UserError(f'--word {word}: not in the answer "{answer}"; name a word of it, or leave --word out')
+    return [any(start < b and a < end for a, b in spans) for start, end in zip(ends, ends[1:])]
+
+
+def tile_relevance(model, tokenizer, features, coords, question, answer, word=None, progress=iter):
+    """What each tile adds to log p(answer), or to that of one word of it -> float32 [N], in nats; below zero: it speaks
+    against. features [N,C_tile], coords [N,2] as in data/features. The weights stay frozen and layers are recomputed in the
+    backward pass, so memory is the model's and one layer's.
+    """
+    talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    ids, labels = tokenizer.encode_chat(talk)
+    spelled = [*spelling(tokenizer, answer, word), False]  # the answer's tokens, and the </s> after them
+    labels = [wsi_llava.IGNORE] * (len(ids) - len(spelled)) + [
+        label if spells else wsi_llava.IGNORE for label, spells in zip(labels[-len(spelled) :], spelled)
+    ]
+    model.requires_grad_(False)
+    model.llama.checkpointing = True
+    if model.slide_encoder:
+        model.slide_encoder.checkpointing = True
+    features = features.to(model.device, torch.float32)
+    average = features.mean(0).expand_as(features)
+    gradient = torch.zeros_like(features)
+    for step in progress(range(STEPS)):
+        between = torch.lerp(average, features, (step + 0.5) / STEPS).requires_grad_()
+        loss = model(model.encode_slide(between, coords)[None], [ids], [labels], "sum")
+        gradient -= torch.autograd.grad(loss, between)[0] / STEPS
+    return (gradient * (features - average)).sum(1).cpu()
+
+
+def colours(share):
+    """Shares from 0 to 1 -> uint8 RGB."""
+    places = np.linspace(0, 1, len(ANCHORS))
+    return np.stack([np.interp(share, places, channel) for channel in ANCHORS.T], -1).astype(np.uint8)
+
+
+def painted(picture, pixel, coords, relevance):
+    """The picture of a slide, `pixel` tiled pixels a pixel, faded, under its tiles in the colour of their relevance."""
+    picture = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.3)
+    share = (relevance / relevance.max().clip(1e-12)).clip(0)
+    x, y = coords.T // TILE
+    grid = np.zeros((y.max() + 1, x.max() + 1, 4), np.uint8)  # a pixel a tile, however many there are
+    grid[y, x, :3], grid[y, x, 3] = colours(share), VEIL
+    size = [round(side * TILE / pixel) for side in grid.shape[1::-1]]
+    tiles = Image.fromarray(grid).resize(size, Image.Resampling.NEAREST)
+    picture.paste(tiles, mask=tiles)
+    return picture
+
+
+def outlined(picture, pixel, coords):
+    """The picture of a slide with its tiles."""
+    picture = picture.copy()
+    draw = ImageDraw.Draw(picture, "RGBA")
+    for x, y in coords / pixel:
+        draw.rectangle((x, y, x + TILE / pixel, y + TILE / pixel), outline=(30, 80, 255, 110))
+    return picture
+
+
+def draw_heatmap(path, coords, relevance, slide, extent, scale, lines, word=None):
+    """One picture: the slide with its tiles, the tiles in the colour of their relevance, the most relevant ones enlarged.
+
+    coords [N,2], relevance [N]: numpy. slide: a prepare.Slide, or None: then the bare grid of the tiles. extent: (width,
+    height) in pixels at the tiled resolution. scale: level-0 pixels per tiled pixel. lines: the title.
+    """
+    pixel = max(extent) / PANEL
+    if slide:
+        picture = slide.thumbnail(pixel)
+    else:
+        picture = Image.new("RGB", [max(1, round(side / pixel)) for side in extent], "white")
+    large, small = ImageFont.load_default(22), ImageFont.load_default(15)
+    wide, tall, cell = picture.width, PANEL, PANEL // 3
+    width = 3 * 24 + 2 * wide + 80 + PANEL + 24
+    lines = [part for line in lines for part in textwrap.wrap(line, width // 10, max_lines=3, placeholder=" ...")]
+    top = 24 + 28 * len(lines) + 34
+    canvas = Image.new("RGB", (width, top + tall + 24), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, line in enumerate(lines):
+        draw.text((24, 20 + 28 * i), line, "black", large)
+
+    left, middle, right = 24, 48 + wide, 72 + 2 * wide + 80
+    titles = (
+        f"{len(coords):,} tiles",
+        f'relevance to "{word}"' if word else "relevance to the answer",
+        "most relevant",
+    )
+    for x, title in zip((left, middle, right), titles):
+        draw.text((x, top - 8), title, (90, 90, 90), small, "ls")
+    canvas.paste(outlined(picture, pixel, coords), (left, top))
+    canvas.paste(painted(picture, pixel, coords, relevance), (middle, top))
+    high = max(0, relevance.max())
+    bar = Image.fromarray(np.repeat(colours(np.linspace(1, 0, picture.height))[:, None], 14, axis=1))
+    canvas.paste(bar, (middle + wide + 10, top), Image.new("L", bar.size, VEIL))
+    for share in np.linspace(0, 1, 5):
+        y = top + (1 - share) * (picture.height - 1)
+        draw.text((middle + wide + 30, y), f"{share * high:.2f}", (90, 90, 90), small, "lm")
+    for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
+        x, y = right + i % 3 * cell, top + i // 3 * cell
+        colour = tuple(map(int, colours(relevance[n].clip(0) / max(high, 1e-12))))
+        tile = Image.fromarray(slide.tile(*coords[n].tolist())) if slide else Image.new("RGB", (TILE, TILE), colour)
+        draw.rectangle((x, y, x + cell - 14, y + cell - 28), colour)
+        canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
+        place = ", ".join(f"{c * scale:.0f}" for c in coords[n].tolist())
+        draw.text((x, y + cell - 24), f"{relevance[n]:.2f} at {place}", (90, 90, 90), small)
+    with wsi_llava.replacing(path) as temporary:
+        canvas.save(temporary, "PNG")
+
+
+def save_geojson(path, coords, relevance, scale):
+    """The tiles for QuPath: squares in level-0 pixels, the relevance as a measurement (Measure > Show measurement maps)."""
+    shades = colours((relevance / relevance.max().clip(1e-12)).clip(0)).tolist()
+    features = []
+    for (x, y), value, shade in zip((coords * scale).tolist(), relevance.tolist(), shades):
+        a, b = x + TILE * scale, y + TILE * scale
+        corners = [[round(p, 2) for p in corner] for corner in ((x, y), (a, y), (a, b), (x, b), (x, y))]
+        properties = {"objectType": "tile", "color": shade, "measurements": {"relevance": value}}
+        geometry = {"type": "Polygon", "coordinates": [corners]}
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    with wsi_llava.replacing(path) as temporary:
+        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def check_heatmap_flags(args):
+    """What can be refused before the model is loaded."""
+    pictures = [path for path in (args.heatmap, args.heatmap_geojson) if path]
+    if args.word and not pictures:
+        raise UserError(f"--word {args.word} says which word --heatmap explains; give --heatmap FILE with it")
+    if pictures and not (args.slide and args.ask):
+        raise UserError("--heatmap explains one answer: it needs --slide and --ask")
+    if args.heatmap and args.heatmap.suffix.lower() != ".png":
+        raise UserError(f"--heatmap {args.heatmap}: the picture is a PNG; give it a name that ends in .png")
+    for path in pictures:
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
+def slide_geometry(data, name):
+    """A prepared slide's (width, height) in pixels at the tiled resolution, and level-0 pixels per tiled pixel."""
+    path = Path(data) / "features" / f"{name}.safetensors"
+    with safetensors.safe_open(path, framework="np") as file:
+        found = json.loads((file.metadata() or {}).get("wsi_llava", "{}"))
+    try:
+        return (found["width"] / found["scale"], found["height"] / found["scale"]), found["scale"]
+    except KeyError as error:
+        raise UserError(f"{path}: no {error} in its metadata, so its tiles have no place; prepare the slide") from None
+
+
+def explain(args, model, tokenizer, answer):
+    """--heatmap and --heatmap-geojson: which tiles of --slide made the model answer --ask so."""
+    import prepare  # here, so that asking about prepared slides needs no OpenSlide
+
+    name = Path(args.slide).stem if Path(args.slide).is_file() else args.slide
+    candidates = [Path(args.slide), *sorted((args.data / "slides").glob(f"{name}.*"))]
+    file = next((path for path in candidates if path.is_file()), None)
+    extent, scale = slide_geometry(args.data, name)
+    features, coords = wsi_llava.read_features(args.data, name, model.cfg.max_tiles)
+    what = f'"{args.word}"' if args.word else "the answer"
+    print(f"Relevance of {len(coords):,} tiles to {what}: {STEPS} forward and backward passes on {args.device}.")
+    bar = functools.partial(tqdm, unit="pass", leave=False)
+    relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer, args.word, bar).numpy()
+    coords = coords.numpy()
+    x, y = coords[relevance.argmax()] * scale
+    print(
+        f"{relevance.sum():.2f} nats in all (over a slide of average tiles), {relevance.max():.2f} from the most relevant "
+        f"tile, at level-0 pixel {x:.0f}, {y:.0f}."
+    )
+    if args.heatmap:
+        if not file:
+            print(
+                f"{name}: the slide's file is not at hand, so the map shows the bare grid; name the file with --slide."
+            )
+        slide = prepare.Slide(file, args.mpp) if file else None
+        lines = [f"{name}: {args.ask}", f"Answer: {answer}"]
+        draw_heatmap(args.heatmap, coords, relevance, slide, extent, scale, lines, args.word)
+    if args.heatmap_geojson:
+        save_geojson(args.heatmap_geojson, coords, relevance, scale)
+    print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -138,6 +356,10 @@ def parse(argv=None):
         help="sample from the smallest set of tokens of this probability (default: 1)",
     )
     add("--top-k", type=int, default=0, help="sample from the k most likely tokens (default: 0, all)")
+    add("--heatmap", metavar="PNG", type=Path, help="with --ask: a picture of which tiles made the answer what it is")
+    add("--heatmap-geojson", metavar="FILE", type=Path, help="with --ask: the same for QuPath, a square a tile")
+    add("--word", help="of --heatmap: explain this word of the answer alone")
+    add("--int8", action="store_true", help="the language model's weights rounded to int8: half of bfloat16's memory")
     add("--mpp", type=float, help="um per pixel at level 0, for a raw slide whose metadata lack it")
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
@@ -147,10 +369,11 @@ def main(argv=None):
     args = parse(argv)
     if not args.slide:
         raise UserError("nothing to ask about: give --slide FILE or the name of a prepared slide (--help explains)")
+    check_heatmap_flags(args)
     wsi_llava.resolve_device(args)
     started = time.time()
     meta = wsi_llava.read_meta(args.data)
-    model, tokenizer = wsi_llava.assemble(args, meta, 3)
+    model, tokenizer = wsi_llava.assemble(args, meta, 3, int8=args.int8)
     model.to(args.device)
     visual = slide_tokens(args, meta, model)
     print(
@@ -159,7 +382,9 @@ def main(argv=None):
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     chat = Chat(model, tokenizer, visual, **options, top_k=args.top_k, seed=args.seed)
     if args.ask:
-        show(chat.reply(args.ask))
+        answer = show(chat.reply(args.ask))
+        if args.heatmap or args.heatmap_geojson:
+            explain(args, model, tokenizer, answer)
     else:
         chat_loop(chat)
 

@@ -877,8 +877,9 @@ class SlideEncoder(nn.Module):
         x = self.dropout(
             torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         )  # [B,1+N,C]; CLS at position zero
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.encoder["layers"]:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return self.encoder["layer_norm"](x)
 
     @torch.no_grad()
@@ -1087,7 +1088,7 @@ class Llama(nn.Module):
             )
         cos, sin = rotary_tables(past, T, C // self.cfg.heads, self.cfg.rope_theta, x.device, x.dtype)
         for i, layer in enumerate(self.layers):
-            if self.checkpointing and self.training:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, cache, i, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, cache, i)
