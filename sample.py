@@ -222,51 +222,69 @@ def outlined(picture, pixel, coords):
     return picture
 
 
-def draw_heatmap(path, coords, relevance, slide, extent, scale, lines, word=None):
+class BareGrid:
+    """In the place of a prepare.Slide whose file is not at hand: its size and scale, and nothing to see."""
+
+    def __init__(self, data, name):
+        path = data / "features" / f"{name}.safetensors"
+        with safetensors.safe_open(path, framework="np") as file:
+            found = json.loads((file.metadata() or {}).get("wsi_llava", "{}"))
+        try:
+            self.scale = found["scale"]
+            self.width, self.height = found["width"] / self.scale, found["height"] / self.scale
+        except KeyError as error:
+            raise UserError(f"{path}: its metadata has no {error}, so its tiles have no place on a slide") from None
+
+    def thumbnail(self, pixel):
+        return Image.new("RGB", (max(1, round(self.width / pixel)), max(1, round(self.height / pixel))), "white")
+
+    def tile(self, x, y):
+        return np.full((TILE, TILE, 3), 255, np.uint8)
+
+
+def slide_or_grid(data, name, path=None, mpp=None):
+    """A prepared slide, read from `path` or from data/slides; its bare grid where the file is in neither."""
+    import prepare  # here, so that asking about prepared slides needs no OpenSlide
+
+    path = path or next(iter(sorted((data / "slides").glob(f"{name}.*"))), None)
+    return prepare.Slide(path, mpp) if path else BareGrid(data, name)
+
+
+def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
     """One picture: the slide with its tiles, the tiles in the colour of their relevance, the most relevant ones enlarged.
 
-    coords [N,2], relevance [N]: numpy. slide: a prepare.Slide, or None: then the bare grid of the tiles. extent: (width,
-    height) in pixels at the tiled resolution. scale: level-0 pixels per tiled pixel. lines: the title.
+    slide: a prepare.Slide or BareGrid. coords [N,2], relevance [N]: numpy. lines: the title. what: is explained.
     """
-    pixel = max(extent) / PANEL
-    if slide:
-        picture = slide.thumbnail(pixel)
-    else:
-        picture = Image.new("RGB", [max(1, round(side / pixel)) for side in extent], "white")
-    large, small = ImageFont.load_default(22), ImageFont.load_default(15)
-    wide, tall, cell = picture.width, PANEL, PANEL // 3
-    width = 3 * 24 + 2 * wide + 80 + PANEL + 24
-    lines = [part for line in lines for part in textwrap.wrap(line, width // 10, max_lines=3, placeholder=" ...")]
-    top = 24 + 28 * len(lines) + 34
-    canvas = Image.new("RGB", (width, top + tall + 24), "white")
+    pixel = max(slide.width, slide.height) / PANEL
+    picture = slide.thumbnail(pixel)
+    large, small, grey = ImageFont.load_default(22), ImageFont.load_default(15), (90, 90, 90)
+    wide, cell = picture.width, PANEL // 3
+    left, middle, right = 24, 48 + wide, 152 + 2 * wide
+    width = right + PANEL + 10
+    lines = [part for line in lines for part in textwrap.wrap(line, width // 11, max_lines=3, placeholder=" ...")]
+    top = 70 + 30 * len(lines)
+    canvas = Image.new("RGB", (width, top + PANEL + 24), "white")
     draw = ImageDraw.Draw(canvas)
     for i, line in enumerate(lines):
-        draw.text((24, 20 + 28 * i), line, "black", large)
-
-    left, middle, right = 24, 48 + wide, 72 + 2 * wide + 80
-    titles = (
-        f"{len(coords):,} tiles",
-        f'relevance to "{word}"' if word else "relevance to the answer",
-        "most relevant",
-    )
+        draw.text((left, 20 + 30 * i), line, "black", large)
+    titles = f"the slide and its {len(coords):,} tiles", f"relevance to {what} (nats)", "the most relevant tiles"
     for x, title in zip((left, middle, right), titles):
-        draw.text((x, top - 8), title, (90, 90, 90), small, "ls")
+        draw.text((x, top - 10), title, grey, small, "ls")
     canvas.paste(outlined(picture, pixel, coords), (left, top))
     canvas.paste(painted(picture, pixel, coords, relevance), (middle, top))
-    high = max(0, relevance.max())
+    high = max(1e-12, relevance.max())
     bar = Image.fromarray(np.repeat(colours(np.linspace(1, 0, picture.height))[:, None], 14, axis=1))
     canvas.paste(bar, (middle + wide + 10, top), Image.new("L", bar.size, VEIL))
     for share in np.linspace(0, 1, 5):
         y = top + (1 - share) * (picture.height - 1)
-        draw.text((middle + wide + 30, y), f"{share * high:.2f}", (90, 90, 90), small, "lm")
+        draw.text((middle + wide + 30, y), f"{share * high:.2f}", grey, small, "lm")
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
         x, y = right + i % 3 * cell, top + i // 3 * cell
-        colour = tuple(map(int, colours(relevance[n].clip(0) / max(high, 1e-12))))
-        tile = Image.fromarray(slide.tile(*coords[n].tolist())) if slide else Image.new("RGB", (TILE, TILE), colour)
-        draw.rectangle((x, y, x + cell - 14, y + cell - 28), colour)
+        draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(colours(relevance[n].clip(0) / high).tolist()))
+        tile = Image.fromarray(slide.tile(*coords[n].tolist()))
         canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
-        place = ", ".join(f"{c * scale:.0f}" for c in coords[n].tolist())
-        draw.text((x, y + cell - 24), f"{relevance[n]:.2f} at {place}", (90, 90, 90), small)
+        at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
+        draw.text((x, y + cell - 25), f"{relevance[n]:.2f} at {at}", grey, small)
     with wsi_llava.replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
@@ -299,46 +317,28 @@ def check_heatmap_flags(args):
             raise UserError(f"{path}: the folder {path.parent} does not exist; make it first")
 
 
-def slide_geometry(data, name):
-    """A prepared slide's (width, height) in pixels at the tiled resolution, and level-0 pixels per tiled pixel."""
-    path = Path(data) / "features" / f"{name}.safetensors"
-    with safetensors.safe_open(path, framework="np") as file:
-        found = json.loads((file.metadata() or {}).get("wsi_llava", "{}"))
-    try:
-        return (found["width"] / found["scale"], found["height"] / found["scale"]), found["scale"]
-    except KeyError as error:
-        raise UserError(f"{path}: no {error} in its metadata, so its tiles have no place; prepare the slide") from None
-
-
 def explain(args, model, tokenizer, answer):
     """--heatmap and --heatmap-geojson: which tiles of --slide made the model answer --ask so."""
-    import prepare  # here, so that asking about prepared slides needs no OpenSlide
-
-    name = Path(args.slide).stem if Path(args.slide).is_file() else args.slide
-    candidates = [Path(args.slide), *sorted((args.data / "slides").glob(f"{name}.*"))]
-    file = next((path for path in candidates if path.is_file()), None)
-    extent, scale = slide_geometry(args.data, name)
+    path = Path(args.slide) if Path(args.slide).is_file() else None
+    name = path.stem if path else args.slide
+    slide = slide_or_grid(args.data, name, path, args.mpp)
     features, coords = wsi_llava.read_features(args.data, name, model.cfg.max_tiles)
     what = f'"{args.word}"' if args.word else "the answer"
     print(f"Relevance of {len(coords):,} tiles to {what}: {STEPS} forward and backward passes on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer, args.word, bar).numpy()
     coords = coords.numpy()
-    x, y = coords[relevance.argmax()] * scale
+    x, y = coords[relevance.argmax()] * slide.scale
     print(
-        f"{relevance.sum():.2f} nats in all (over a slide of average tiles), {relevance.max():.2f} from the most relevant "
+        f"{relevance.sum():.2f} nats in all (against a slide of average tiles), {relevance.max():.2f} from the most relevant "
         f"tile, at level-0 pixel {x:.0f}, {y:.0f}."
     )
     if args.heatmap:
-        if not file:
-            print(
-                f"{name}: the slide's file is not at hand, so the map shows the bare grid; name the file with --slide."
-            )
-        slide = prepare.Slide(file, args.mpp) if file else None
-        lines = [f"{name}: {args.ask}", f"Answer: {answer}"]
-        draw_heatmap(args.heatmap, coords, relevance, slide, extent, scale, lines, args.word)
+        if isinstance(slide, BareGrid):
+            print(f"{name}: its file is not at hand, so the map shows the bare grid; name the file with --slide.")
+        draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"], what)
     if args.heatmap_geojson:
-        save_geojson(args.heatmap_geojson, coords, relevance, scale)
+        save_geojson(args.heatmap_geojson, coords, relevance, slide.scale)
     print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
 
 
