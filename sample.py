@@ -148,7 +148,7 @@ def chat_loop(chat):
 # not be where the evidence lies. train.py --demo measures it, on held-out slides where the evidence was planted.
 # --------------------------------------------------------------------------------------------------------------------
 
-STEPS = 8  # from the average tile to the real ones; each costs a forward and a backward pass of the model
+PASSES = 16  # forward and backward, at points between the average tile and the real ones
 TILE = wsi_llava.SlideEncoderConfig.tile_size
 PANEL = 560  # pixels of a panel's longer side
 BEST = 9  # tiles shown
@@ -160,6 +160,8 @@ ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 9
 def spelling(tokenizer, answer, word):
     """Which of the answer's tokens spell `word`, wherever it stands in it (None: all) -> a list of bools."""
     ids = tokenizer.encode(answer)
+    if not ids:
+        raise UserError("--heatmap: the answer is empty, so there is nothing to explain")
     if word is None:
         return [True] * len(ids)
     ends = [len(tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)]
@@ -170,9 +172,10 @@ def spelling(tokenizer, answer, word):
 
 
 def tile_relevance(model, tokenizer, features, coords, question, answer, word=None, progress=iter):
-    """What each tile adds to log p(answer), or to that of one word of it -> float32 [N], in nats; below zero: it speaks
-    against. features [N,C_tile], coords [N,2] as in data/features. The weights stay frozen and layers are recomputed in the
-    backward pass, so memory is the model's and one layer's.
+    """What each tile adds to log p(answer), or to that of one word of it -> float32 [N], in nats (below zero: it speaks
+    against), and what the slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in
+    data/features. The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and one
+    layer's.
     """
     talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
@@ -186,12 +189,26 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, word=No
         model.slide_encoder.checkpointing = True
     features = features.to(model.device, torch.float32)
     average = features.mean(0).expand_as(features)
-    gradient = torch.zeros_like(features)
-    for step in progress(range(STEPS)):
-        between = torch.lerp(average, features, (step + 0.5) / STEPS).requires_grad_()
-        loss = model(model.encode_slide(between, coords)[None], [ids], [labels], "sum")
-        gradient -= torch.autograd.grad(loss, between)[0] / STEPS
-    return (gradient * (features - average)).sum(1).cpu()
+
+    def at(share):
+        """A point of the path -> (share, log p, d log p / d share by tile [N])."""
+        tiles = torch.lerp(average, features, share).requires_grad_()
+        logp = -model(model.encode_slide(tiles, coords)[None], [ids], [labels], "sum")
+        slope = (torch.autograd.grad(logp, tiles)[0] * (features - average)).sum(1)
+        return share, logp.item(), slope.cpu()
+
+    def area(a, b):
+        return (b[0] - a[0]) * (a[2] + b[2]) / 2
+
+    path = []
+    for i in progress(range(PASSES)):
+        if i < 2:
+            path.append(at(float(i)))
+        else:  # halve the stretch whose area is furthest from the climb that it should be
+            wrong = [abs(b[1] - a[1] - area(a, b).sum().item()) for a, b in zip(path, path[1:])]
+            k = wrong.index(max(wrong)) + 1
+            path.insert(k, at((path[k - 1][0] + path[k][0]) / 2))
+    return sum(area(a, b) for a, b in zip(path, path[1:])), path[-1][1] - path[0][1]
 
 
 def colours(share):
@@ -324,14 +341,14 @@ def explain(args, model, tokenizer, answer):
     slide = slide_or_grid(args.data, name, path, args.mpp)
     features, coords = wsi_llava.read_features(args.data, name, model.cfg.max_tiles)
     what = f'"{args.word}"' if args.word else "the answer"
-    print(f"Relevance of {len(coords):,} tiles to {what}: {STEPS} forward and backward passes on {args.device}.")
+    print(f"Relevance of {len(coords):,} tiles to {what}: {PASSES} forward and backward passes on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
-    relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer, args.word, bar).numpy()
-    coords = coords.numpy()
+    relevance, gain = tile_relevance(model, tokenizer, features, coords, args.ask, answer, args.word, bar)
+    relevance, coords = relevance.numpy(), coords.numpy()
     x, y = coords[relevance.argmax()] * slide.scale
     print(
-        f"{relevance.sum():.2f} nats in all (against a slide of average tiles), {relevance.max():.2f} from the most relevant "
-        f"tile, at level-0 pixel {x:.0f}, {y:.0f}."
+        f"Against a slide of average tiles, this one adds {gain:.2f} nats to {what}; the tiles' shares come to "
+        f"{relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
     )
     if args.heatmap:
         if isinstance(slide, BareGrid):

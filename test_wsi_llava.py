@@ -642,6 +642,121 @@ def test_int8_halves_the_decoder_and_keeps_its_logits(tiny):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Where the answer comes from
+# --------------------------------------------------------------------------------------------------------------------
+
+QUESTION = "What is its grade?"
+GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
+
+
+@pytest.fixture
+def finder(tiny, tokenizer):
+    """A model that has learnt: grade 2 where one tile, anywhere, bears the mark, else grade 3 -> (model, draw).
+
+    draw(n): features [n,20,128] of slides, every other of them with the mark, and the tiles that bear it.
+    """
+    mark = 2 * torch.randn(128, generator=torch.Generator().manual_seed(1))
+
+    def draw(n):
+        features, at = torch.randn(n, 20, 128), torch.randint(20, (n,))
+        features[range(0, n, 2), at[::2]] = mark
+        return features, at
+
+    ids, labels = zip(
+        *[
+            tokenizer.encode_chat(
+                [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            )
+            for answer in ("It is grade 2.", "It is grade 3.")
+        ]
+    )
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
+    for _ in range(150):
+        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
+        loss = tiny(visual, ids * 12, labels * 12)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
+        optimizer.step()
+        if loss < 0.03:
+            return tiny, draw
+    raise AssertionError(f"the model has not learnt it: loss {loss.item():.3f}")
+
+
+def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
+    """And the shares add up to what the slide does for the answer, against a slide of average tiles."""
+    model, draw = finder
+    features, at = draw(20)
+    ids, labels = tokenizer.encode_chat(
+        [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "It is grade 2."}]
+    )
+    labels[-1] = IGNORE  # the </s>
+    found = []
+    for tiles, place in zip(features[::2], at[::2]):
+        relevance, gain = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
+        with torch.no_grad():
+            real, average = (
+                -model(model.encode_slide(x, GRID)[None], [ids], [labels], "sum").item()
+                for x in (tiles, tiles.mean(0).expand(20, -1))
+            )
+        assert gain == pytest.approx(real - average, abs=1e-4)
+        assert relevance.sum().item() == pytest.approx(gain, rel=0.25, abs=0.1)
+        found.append(relevance.argmax() == place and relevance.max() > 3 * relevance.clamp(min=0).mean())
+    assert sum(found) >= 9, found
+
+
+@pytest.mark.parametrize("n", [4, 9, 20])  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
+def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
+    """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one, not at all."""
+    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
+    features = torch.randn(n, 128)
+    features[1] = features[[i for i in range(n) if i != 1]].mean(0)
+    relevance, _ = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
+    assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
+
+
+def test_relevance_of_one_word_is_of_its_tokens(tokenizer):
+    answer = "Its grade is grade 2."
+    ids, spells = tokenizer.encode(answer), sample.spelling(tokenizer, answer, "GRADE 2")
+    assert tokenizer.decode([t for t, yes in zip(ids, spells) if yes]).strip(" .") == "grade 2"
+    assert all(sample.spelling(tokenizer, answer, None))
+
+
+def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
+    slide = prepare.Slide(toy_slide[0])
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    relevance = np.linspace(-1, 0.2, len(coords))
+    relevance[7] = 2
+    sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
+    assert picture.shape == (70 + 60 + 560 + 24, 152 + 3 * 560 + 10)
+    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
+    light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
+    assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
+
+
+def test_geojson_is_in_level_0_pixels(tmp_path):
+    sample.save_geojson(tmp_path / "map.geojson", np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0]), 2.0)
+    first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
+    assert second["geometry"]["coordinates"][0][0] == [1024, 0]
+    assert second["properties"]["objectType"] == "tile"
+    assert second["properties"]["measurements"] == {"relevance": -1.0}
+
+
+def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
+    asked = ["--slide", "s", "--ask", "?"]
+    for flags, message in (
+        (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
+        ([*asked, "--word", "necrosis"], "give --heatmap FILE with it"),
+        ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
+        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.main([*map(str, flags)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -903,6 +1018,7 @@ def test_demo_runs_end_to_end(demo):
     for task in ("type", "grade", "position", "focus", "subtype"):
         assert any(line.startswith(f"{task} (") and line.split()[-5] == "3" for line in printed.splitlines()), printed
     assert "Retrieval among 3 held-out slides" in printed and "ASSISTANT:" in printed
+    assert re.search(r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed)
     for stage in (1, 2, 3):
         made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
         assert made == {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.png"}
@@ -932,6 +1048,29 @@ def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
         assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
     assert (folder / "data" / "features" / "toy.safetensors").exists()
     (folder / "data" / "features" / "toy.safetensors").unlink()
+
+
+def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
+    """With the slide's file and without, the language model in int8: gradients pass."""
+    folder, _ = demo
+    (tmp_path / "features").mkdir()
+    shutil.copy(folder / "data" / "features" / "demo_0015.safetensors", tmp_path / "features")
+    files = ["--heatmap", str(tmp_path / "map.png"), "--heatmap-geojson", str(tmp_path / "map.geojson")]
+    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--word", "carcinoma", "--int8", *files]
+    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3, int8=args.int8)
+    for data, bare in ((folder / "data", False), (tmp_path, True)):
+        args.data = data
+        sample.explain(args, model, tokenizer, "The tumor is a mucinous carcinoma.")
+        assert ("bare grid" in capsys.readouterr().out) == bare
+        assert Image.open(args.heatmap).size == (1842, 714)
+        tiles = json.loads(args.heatmap_geojson.read_text())["features"]
+        assert len(tiles) == len(wsi_llava.read_features(data, "demo_0015")[0])
+        assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
+    with pytest.raises(UserError, match="--word sarcoma: not in the answer"):
+        args.word = "sarcoma"
+        sample.explain(args, model, tokenizer, "The tumor is a mucinous carcinoma.")
 
 
 def train_with(demo, out, *arguments):

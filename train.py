@@ -854,10 +854,7 @@ def demo(args):
         lines = (args.out / f"stage{stage}" / "log.jsonl").read_text().splitlines()
         logs[f"stage {stage}, {TITLES[stage]}"] = [json.loads(line) for line in lines]
     draw_curves(args.out / "loss.png", logs)
-    print(
-        f"\nPictures: {args.out}/heatmap.png (where an answer comes from), {args.out}/loss.png (the three losses), "
-        f"{args.data}/qc/{slide}.jpg (tissue and tiles)"
-    )
+    print(f"\nPictures: {args.out}/loss.png (the three losses), {args.data}/qc/{slide}.jpg (tissue and tiles)")
     print(f"Took {time.time() - started:.0f} s. Ask it yourself: python sample.py --slide {slide}")
 
 
@@ -889,19 +886,20 @@ def print_relevance(args, model, tokenizer, rows, cases, said):
     slides with pigment count, also those about which the model is wrong. The first on which it is right becomes a picture.
     said: {id: the model's answer}."""
     planted = {case["slide"]: case["planted"] for case in cases}
-    times, hits, chance, drawn = [], [], [], False
+    times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
     for row in rows.where(lambda entry: entry["task"] == "focus" and planted[entry["slide"]]):
         slide, question = row["slide"], row["conversations"][0]["value"].replace("<image>\n", "")
         features, coords = read_features(args.data, slide, args.max_tiles)
         holds = np.array([corner in planted[slide] for corner in coords.tolist()])
         if not holds.any():  # --max-tiles left them out
             continue
-        relevance = sample.tile_relevance(model, tokenizer, features, coords, question, truth(row)).numpy()
+        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(row))
+        relevance = relevance.numpy()
         if not drawn and sample.same_answer(said[row["id"]], truth(row)):
             drawn = True
             lines = [f"{slide}: {question}", f"Answer: {said[row['id']]}"]
             view = sample.slide_or_grid(args.data, slide)
-            sample.draw_heatmap(args.out / "heatmap.png", view, coords.numpy(), relevance, lines)
+            sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
         hits.append(holds[relevance.argmax()])
         chance.append(holds.mean())
         speaking = relevance.clip(min=0)  # below zero: against the answer
@@ -910,7 +908,7 @@ def print_relevance(args, model, tokenizer, rows, cases, said):
         print(
             f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles that hold it "
             f"get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most relevant tile is one of them in "
-            f"{np.mean(hits):.0%} (random: {np.mean(chance):.0%})."
+            f"{np.mean(hits):.0%} (random: {np.mean(chance):.0%})." + f" One of them: {picture}" * drawn
         )
 
 
