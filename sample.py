@@ -2,6 +2,7 @@
 
 python sample.py --slide S --ask Q     one answer, streamed; S is a slide file, or the name of a prepared slide
 python sample.py --slide S             a chat about it
+python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
 """
 
 import argparse
@@ -145,7 +146,13 @@ def chat_loop(chat):
 # what the slide does for the answer: log p(answer | slide) - log p(answer | average tiles), in nats.
 #
 # Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is read need
-# not be where the evidence lies. train.py --demo measures it, on held-out slides where the evidence was planted.
+# not be where the evidence lies. train.py --demo measures it on the held-out slides where the evidence was planted; there
+# (50 slides), of the ways tried, how often the hottest tile holds the evidence, and its relevance over the mean tile's:
+#
+#     chance                                                                      3%     1.0
+#     attention; attention times its gradient, rolled out (arXiv 2103.15679)      2%     1.0
+#     gradient times features, at the real slide alone                           48%     4.8
+#     integrated gradients                                                      100%    29.5
 # --------------------------------------------------------------------------------------------------------------------
 
 PASSES = 16  # forward and backward, at points between the average tile and the real ones

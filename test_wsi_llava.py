@@ -1323,8 +1323,9 @@ MEDIUM = wsi_llava.LlamaConfig(width=2048, depth=12, heads=16, kv_heads=16, mlp_
 
 
 def anonymous_memory_of_one_answer(folder, int8):
-    """The most memory that loading a Llama in bfloat16 and one token took, in bytes, less what is mapped from files (which
-    the system drops when it needs room). Linux. For a process of its own."""
+    """The most memory that loading a bfloat16 Llama and one token took beside what is mapped from its file, in bytes. Linux.
+    For a process of its own. (The system drops mapped pages when it needs room: int8 reads them once, bfloat16 every time.)
+    """
     status, peak, done = Path("/proc/self/status"), [0], threading.Event()
 
     def watch():
@@ -1366,7 +1367,7 @@ def benchmark_int8():
             spawn = multiprocessing.get_context("spawn")
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
                 peak = fresh.submit(anonymous_memory_of_one_answer, folder, name == "int8").result()
-            print(f"{name:9} peak of loading and one token, files mapped: {peak / 1e9:.2f} GB")
+            print(f"{name:9} peak of loading it and one token, beside the mapped file: {peak / 1e9:.2f} GB")
     caches = {name: wsi_llava.KVCache(MEDIUM, 1, 512, "cpu", torch.bfloat16) for name in models}
     for what, n, times in (("prefill of 256", 256, 5), ("one token", 1, 40)):
         took = {name: [] for name in models}
