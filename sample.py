@@ -301,23 +301,30 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
     canvas.paste(bar, (middle + wide + 10, top), Image.new("L", bar.size, VEIL))
     for share in np.linspace(0, 1, 5):
         y = top + (1 - share) * (picture.height - 1)
-        draw.text((middle + wide + 30, y), f"{share * high:.2f}", grey, small, "lm")
+        draw.text((middle + wide + 30, y), f"{share * high:.2g}", grey, small, "lm")
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
         x, y = right + i % 3 * cell, top + i // 3 * cell
         draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(colours(relevance[n].clip(0) / high).tolist()))
         tile = Image.fromarray(slide.tile(*coords[n].tolist()))
         canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
-        draw.text((x, y + cell - 25), f"{relevance[n]:.2f} at {at}", grey, small)
+        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
     with wsi_llava.replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
 
-def save_geojson(path, coords, relevance, scale):
-    """The tiles for QuPath: squares in level-0 pixels, the relevance as a measurement (Measure > Show measurement maps)."""
+def scanned_corner(slide):
+    """Level-0 (x, y) where the scanned area of a slide begins, for formats that tell (MRXS): QuPath counts from there."""
+    properties = {} if isinstance(slide, BareGrid) else slide.file.properties
+    return [int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
+
+
+def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
+    """The tiles for QuPath: squares in level-0 pixels, counted from `corner` (see scanned_corner), the relevance as a
+    measurement (Measure > Show measurement maps). scale: level-0 pixels per tiled pixel."""
     shades = colours((relevance / relevance.max().clip(1e-12)).clip(0)).tolist()
     features = []
-    for (x, y), value, shade in zip((coords * scale).tolist(), relevance.tolist(), shades):
+    for (x, y), value, shade in zip((coords * scale - corner).tolist(), relevance.tolist(), shades):
         a, b = x + TILE * scale, y + TILE * scale
         corners = [[round(p, 2) for p in corner] for corner in ((x, y), (a, y), (a, b), (x, b), (x, y))]
         properties = {"objectType": "tile", "color": shade, "measurements": {"relevance": value}}
@@ -357,12 +364,15 @@ def explain(args, model, tokenizer, answer):
         f"Against a slide of average tiles, this one adds {gain:.2f} nats to {what}; the tiles' shares come to "
         f"{relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
     )
+    if isinstance(slide, BareGrid):
+        print(
+            f"{name}: its file is not at hand, so the map shows the bare grid, and where QuPath crops a slide (MRXS), the "
+            f"GeoJSON is shifted; name the file with --slide."
+        )
     if args.heatmap:
-        if isinstance(slide, BareGrid):
-            print(f"{name}: its file is not at hand, so the map shows the bare grid; name the file with --slide.")
         draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"], what)
     if args.heatmap_geojson:
-        save_geojson(args.heatmap_geojson, coords, relevance, slide.scale)
+        save_geojson(args.heatmap_geojson, coords, relevance, slide.scale, scanned_corner(slide))
     print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
 
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
@@ -735,13 +736,19 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
 
 
-def test_geojson_is_in_level_0_pixels(tmp_path):
-    sample.save_geojson(tmp_path / "map.geojson", np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0]), 2.0)
+def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
+    coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
+    slide = prepare.Slide(toy_slide[0], mpp=0.25)
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, sample.scanned_corner(slide))
     first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
+    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})  # as MRXS
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, sample.scanned_corner(slide))
+    first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
