@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
@@ -603,6 +604,179 @@ def test_one_batch_can_be_overfitted(tiny, tokenizer):
     assert loss.item() < 0.05
     answer = [t for (t,) in tiny.generate(visual[:1], [tokenizer.encode_chat(TALK[:1])[0]], 20)]
     assert tokenizer.decode([t for t in answer if t != tokenizer.eos]) == TALK[1]["value"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The language model changed after loading: adapters merged, weights in int8
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def with_adapters(llama):
+    """The llama with adapters that do something: LoRA's own start as zero."""
+    wsi_llava.add_lora(llama, 4, 8)
+    for name, p in llama.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(p, std=0.1)
+    return llama
+
+
+@torch.no_grad()
+def test_merged_adapters_give_the_same_logits(tiny):
+    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
+    plain, adapted = tiny.llama(ids), with_adapters(tiny.llama)(ids)
+    merged = wsi_llava.merge_lora(tiny.llama)
+    assert not any(isinstance(module, wsi_llava.LoRALinear) for module in merged.modules())
+    torch.testing.assert_close(merged(ids), adapted, atol=1e-5, rtol=1e-4)
+    assert relative(plain, adapted) > 0.05
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 6e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("width, out, rows", [(96, 64, 1), (96, 64, 40), (60, 97, 3)])  # kernel; matmul; no kernel
+def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, out, rows):
+    linear = torch.nn.Linear(width, out, bias=False).to(dtype)
+    with torch.no_grad():
+        linear.weight[3] *= 100
+        linear.weight[5] = 0
+    int8 = wsi_llava.Int8Linear(linear)
+    weight, scale = int8.weight.double() * int8.scale.double()[:, None], int8.scale.double()[:, None]
+    assert ((weight - linear.weight.double()).abs() <= scale / 2 * (1 + 1e-6)).all()
+    x = torch.randn(2, rows, width, dtype=dtype, requires_grad=True)
+    y, grad = int8(x), torch.randn(2, rows, out, dtype=dtype)
+    assert y.dtype == dtype and relative(y.double(), x.double() @ weight.T) < tolerance
+    y.backward(grad)
+    assert relative(x.grad.double(), grad.double() @ weight) < tolerance
+
+
+@torch.no_grad()
+def test_int8_halves_the_decoder_and_keeps_its_logits(tiny):
+    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
+    want = with_adapters(tiny.llama)(ids)
+    before = sum(p.numel() * 2 for p in wsi_llava.merge_lora(tiny.llama).layers.parameters())  # in bfloat16
+    llama = wsi_llava.quantize_int8(tiny.llama)
+    assert sum(x.numel() * x.element_size() for x in llama.layers.buffers()) < 0.55 * before
+    assert 0 < relative(llama(ids), want) < 0.03
+    assert torch.equal(greedy(llama, ids, 8, True)[:, 17], llama(ids)[:, -1].argmax(-1))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where the answer comes from
+# --------------------------------------------------------------------------------------------------------------------
+
+QUESTION = "What is its grade?"
+GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
+
+
+@pytest.fixture
+def finder(tiny, tokenizer):
+    """A model that has learnt: grade 2 where one tile, anywhere, bears the mark, else grade 3 -> (model, draw).
+
+    draw(n): features [n,20,128] of slides, every other of them with the mark, and the tiles that bear it.
+    """
+    mark = 2 * torch.randn(128, generator=torch.Generator().manual_seed(1))
+
+    def draw(n):
+        features, at = torch.randn(n, 20, 128), torch.randint(20, (n,))
+        features[range(0, n, 2), at[::2]] = mark
+        return features, at
+
+    ids, labels = zip(
+        *[
+            tokenizer.encode_chat(
+                [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            )
+            for answer in ("It is grade 2.", "It is grade 3.")
+        ]
+    )
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
+    for _ in range(150):
+        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
+        loss = tiny(visual, ids * 12, labels * 12)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
+        optimizer.step()
+        if loss < 0.03:
+            return tiny, draw
+    raise AssertionError(f"the model has not learnt it: loss {loss.item():.3f}")
+
+
+def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
+    """And the shares add up to what the slide does for the answer, against a slide of average tiles."""
+    model, draw = finder
+    features, at = draw(20)
+    ids, labels = tokenizer.encode_chat(
+        [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "It is grade 2."}]
+    )
+    labels[-1] = IGNORE  # the </s>
+    found = []
+    for tiles, place in zip(features[::2], at[::2]):
+        relevance, gain = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
+        with torch.no_grad():
+            real, average = (
+                -model(model.encode_slide(x, GRID)[None], [ids], [labels], "sum").item()
+                for x in (tiles, tiles.mean(0).expand(20, -1))
+            )
+        assert gain == pytest.approx(real - average, abs=1e-4)
+        assert relevance.sum().item() == pytest.approx(gain, rel=0.25, abs=0.1)
+        found.append(relevance.argmax() == place and relevance.max() > 3 * relevance.clamp(min=0).mean())
+    assert sum(found) >= 9, found
+
+
+@pytest.mark.parametrize("n", [4, 9, 20])  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
+def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
+    """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one, not at all."""
+    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
+    features = torch.randn(n, 128)
+    features[1] = features[[i for i in range(n) if i != 1]].mean(0)
+    relevance, _ = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
+    assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
+
+
+def test_relevance_of_one_word_is_of_its_tokens(tokenizer):
+    answer = "Its grade is grade 2."
+    ids, spells = tokenizer.encode(answer), sample.spelling(tokenizer, answer, "GRADE 2")
+    assert tokenizer.decode([t for t, yes in zip(ids, spells) if yes]).strip(" .") == "grade 2"
+    assert all(sample.spelling(tokenizer, answer, None))
+
+
+def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
+    slide = prepare.Slide(toy_slide[0])
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    relevance = np.linspace(-1, 0.2, len(coords))
+    relevance[7] = 2
+    sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
+    assert picture.shape == (70 + 60 + 560 + 24, 152 + 3 * 560 + 10)
+    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
+    light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
+    assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
+
+
+def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
+    coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
+    slide = prepare.Slide(toy_slide[0], mpp=0.25)
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, sample.scanned_corner(slide))
+    first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
+    assert second["geometry"]["coordinates"][0][0] == [1024, 0]
+    assert second["properties"]["objectType"] == "tile"
+    assert second["properties"]["measurements"] == {"relevance": -1.0}
+    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})  # as MRXS
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, sample.scanned_corner(slide))
+    first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"][0][0] == [-100, 500]
+
+
+def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
+    asked = ["--slide", "s", "--ask", "?"]
+    for flags, message in (
+        (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
+        ([*asked, "--word", "necrosis"], "give --heatmap FILE with it"),
+        ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
+        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.main([*map(str, flags)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1532,6 +1706,7 @@ def test_demo_runs_end_to_end(demo):
     for task in ("type", "grade", "position", "focus", "subtype"):
         assert any(line.startswith(f"{task} (") and line.split()[-5] == "3" for line in printed.splitlines()), printed
     assert "Retrieval among 3 held-out slides" in printed and "ASSISTANT:" in printed
+    assert re.search(r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed)
     for stage in (1, 2, 3):
         made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
         assert made == {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.png"}
@@ -1597,6 +1772,29 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
     if flags:
         with pytest.raises(UserError, match="stage 3 trained no adapters; use --export"):
             train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
+
+
+def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
+    """With the slide's file and without, the language model in int8: gradients pass."""
+    folder, _ = demo
+    (tmp_path / "features").mkdir()
+    shutil.copy(folder / "data" / "features" / "demo_0015.safetensors", tmp_path / "features")
+    files = ["--heatmap", str(tmp_path / "map.png"), "--heatmap-geojson", str(tmp_path / "map.geojson")]
+    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--word", "carcinoma", "--int8", *files]
+    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3, int8=args.int8)
+    for data, bare in ((folder / "data", False), (tmp_path, True)):
+        args.data = data
+        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
+        assert ("bare grid" in capsys.readouterr().out) == bare
+        assert Image.open(args.heatmap).size == (1842, 714)
+        tiles = json.loads(args.heatmap_geojson.read_text())["features"]
+        assert len(tiles) == len(wsi_llava.read_features(data, "demo_0015")[0])
+        assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
+    with pytest.raises(UserError, match="--word sarcoma: not in the answer"):
+        args.word = "sarcoma"
+        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
 
 
 def train_with(demo, out, *arguments):
@@ -1883,6 +2081,9 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+MEDIUM = wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504)  # 738 M parameters
+
+
 def compare(name, ours, theirs, rounds=5, unit=1.0):
     """Times two peers turn by turn, so that what else the machine does hits both; prints each one's fastest round."""
     times = {ours: [], theirs: []}
@@ -1974,7 +2175,7 @@ def benchmark_inference(rounds=5):
     import transformers
 
     for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = peers(wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504), dtype)
+        ours, theirs = peers(MEDIUM, dtype)
         ids, one = torch.randint(32000, (1, 640)), torch.tensor([[5]])
         caches = {}
 
@@ -2099,7 +2300,71 @@ def benchmark_stage1_memory():
         print(f"64 against 8: {peaks[64] / peaks[8]:.3f} times")
 
 
-BENCHMARKS = {"stage1-memory": benchmark_stage1_memory, "llama": benchmark_llama, "7b": benchmark_7b}
+def anonymous_memory_of_one_answer(folder, int8):
+    """The most memory that loading a bfloat16 Llama and one token took beside what is mapped from its file, in bytes. Linux.
+    For a process of its own. (The system drops mapped pages when it needs room: int8 reads them once, bfloat16 every time.)
+    """
+    status, peak, done = Path("/proc/self/status"), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) * 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with torch.inference_mode():
+        llama = wsi_llava.load_llama(folder)
+        if int8:
+            wsi_llava.quantize_int8(llama)
+        llama(torch.ones(1, 1, dtype=torch.long))
+    done.set()
+    watcher.join()
+    return peak[0]
+
+
+@torch.inference_mode()
+def benchmark_int8():
+    """A Llama of 738 M parameters with random weights: bfloat16 against int8 (activations in bfloat16), turn by turn."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        llama = wsi_llava.Llama(MEDIUM)
+    llama.to_empty(device="cpu")
+    for p in llama.parameters():
+        p.copy_(torch.ones_like(p) if p.dim() == 1 else torch.randn_like(p) * 0.02)
+    ids = torch.randint(MEDIUM.vocab, (1, 256))
+    exact = llama(ids)
+    models = {"bfloat16": llama.bfloat16(), "int8": wsi_llava.quantize_int8(copy.deepcopy(llama).bfloat16())}
+    for name, model in models.items():
+        size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+        print(
+            f"{name:9} weights {size / 1e9:.2f} GB, logits off by {relative(model(ids).float(), exact):.4f} of float32's"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        wsi_llava.save_llama(models["bfloat16"], folder)
+        for name in models:
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+                peak = fresh.submit(anonymous_memory_of_one_answer, folder, name == "int8").result()
+            print(f"{name:9} peak of loading it and one token, beside the mapped file: {peak / 1e9:.2f} GB")
+    caches = {name: wsi_llava.KVCache(MEDIUM, 1, 512, "cpu", torch.bfloat16) for name in models}
+    for what, n, times in (("prefill of 256", 256, 5), ("one token", 1, 40)):
+        took = {name: [] for name in models}
+        for _ in range(times):
+            for name, model in models.items():
+                caches[name].length = 0 if n > 1 else 256
+                started = time.perf_counter()
+                model(ids[:, :n], cache=caches[name], last_only=True)
+                took[name].append(time.perf_counter() - started)
+        a, b = (float(np.median(took[name])) for name in models)
+        print(f"{what:15} bfloat16 {1e3 * a:.0f} ms, int8 {1e3 * b:.0f} ms: {a / b:.2f} times as fast")
+
+
+BENCHMARKS = {
+    "stage1-memory": benchmark_stage1_memory,
+    "llama": benchmark_llama,
+    "int8": benchmark_int8,
+    "7b": benchmark_7b,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:

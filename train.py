@@ -831,7 +831,7 @@ def export(args):
 def demo(args):
     started = time.time()
     args.preset, args.log_every = "demo", args.log_every * 20
-    prepare.prepare_demo(prepare.with_defaults(args))
+    cases = prepare.prepare_demo(prepare.with_defaults(args))
     stages = (2, 3) if args.no_slide_encoder else (1, 2, 3)
     for stage in stages:
         train_stage(stage, args)
@@ -865,6 +865,9 @@ def demo(args):
     for question, answer in zip(talk["conversations"][::2], talk["conversations"][1::2]):
         question = question["value"].replace("<image>\n", "")
         print(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
+    if not args.no_image:
+        said = dict(zip((row["id"] for row in closed), answers["model"]))
+        print_relevance(args, model, tokenizer, cases, said)
     logs = {}
     for stage in stages:
         lines = (args.out / f"stage{stage}" / "log.jsonl").read_text().splitlines()
@@ -954,6 +957,38 @@ def print_retrieval(args):
     )
     for direction in ("slide->report", "report->slide"):
         print("  " + direction + "".join(f"   R@{k} {found[f'{direction} R@{k}']:.2f}" for k in (1, 5, 10)))
+
+
+def print_relevance(args, model, tokenizer, cases, said):
+    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that hold it? All held-out
+    slides with pigment count, also those about which the model is wrong. The first on which it is right becomes a picture.
+    said: {id: the model's answer}."""
+    planted = {case["slide"]: case["planted"] for case in cases}
+    times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
+    rows = load_rows(args.data, "test")
+    for row in rows.where(lambda entry: entry["task"] == "focus" and planted[entry["slide"]]):
+        slide, question = row["slide"], row["conversations"][0]["value"].replace("<image>\n", "")
+        features, coords = read_features(args.data, slide, args.max_tiles)
+        holds = np.array([corner in planted[slide] for corner in coords.tolist()])
+        if not holds.any():  # --max-tiles left them out
+            continue
+        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(row))
+        relevance = relevance.numpy()
+        if not drawn and sample.same_answer(said[row["id"]], truth(row)):
+            drawn = True
+            lines = [f"{slide}: {question}", f"Answer: {said[row['id']]}"]
+            view = sample.slide_or_grid(args.data, slide)
+            sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
+        hits.append(holds[relevance.argmax()])
+        chance.append(holds.mean())
+        speaking = relevance.clip(min=0)  # below zero: against the answer
+        times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
+    if hits:
+        print(
+            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles that hold it "
+            f"get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most relevant tile is one of them in "
+            f"{np.mean(hits):.0%} (random: {np.mean(chance):.0%})." + f" One of them: {picture}" * drawn
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -916,8 +916,9 @@ class SlideEncoder(nn.Module):
         x = self.dropout(
             torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         )  # [B,1+N,C]; CLS at position zero
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.encoder["layers"]:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing and self.training else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         return self.encoder["layer_norm"](x)
 
     @torch.no_grad()
@@ -1133,7 +1134,7 @@ class Llama(nn.Module):
             )
         cos, sin = rotary_tables(past, T, C // self.cfg.heads, self.cfg.rope_theta, x.device, x.dtype)
         for i, layer in enumerate(self.layers):
-            if self.checkpointing and self.training:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, cache, i, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, cache, i)
@@ -1160,20 +1161,99 @@ class LoRALinear(nn.Module):
         update = self.scale * F.linear(self.dropout(x), self.lora_a)  # scaled here, where it is narrow
         return self.base(x) + F.linear(update, self.lora_b)
 
+    @torch.no_grad()
+    def merged(self, dtype=None):
+        """-> the linear layer with W + (alpha / r) B A for W, summed in float32, then cast to dtype (None: W's).
+
+        In W's own memory where the dtype stays: files are mapped copy-on-write, so a merged 7B takes its size once.
+        """
+        weight = self.base.weight.data
+        total = weight.float() + self.scale * (self.lora_b.float() @ self.lora_a.float())
+        self.base.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
+        return self.base
+
+
+def decoder_linears(llama):
+    """The linear layers of the decoder's blocks, the lm_head not -> [(module that holds it, name, layer)]."""
+    return [
+        (part, name, child)
+        for layer in llama.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, child in part.named_children()
+    ]
+
 
 def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
     """Wraps the linear layers of the decoder's blocks whose names match `target` and freezes the rest. The default is
     LLaVA's choice: all of them, the lm_head not. Raises UserError where none matches."""
     llama.requires_grad_(False)
-    for layer in llama.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, child in list(part.named_children()):
-                if re.fullmatch(target, name):
-                    setattr(part, name, LoRALinear(child, rank, alpha, dropout))
+    for part, name, child in decoder_linears(llama):
+        if re.fullmatch(target, name):
+            setattr(part, name, LoRALinear(child, rank, alpha, dropout))
     if not any(isinstance(module, LoRALinear) for module in llama.modules()):
         raise UserError(
             f"--lora-target {target} matches none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
         )
+
+
+def merge_lora(llama, dtype=None):
+    """Takes the adapters out again, their sum with the weights in their place -> the llama. dtype: see LoRALinear.merged."""
+    for part, name, child in decoder_linears(llama):
+        if isinstance(child, LoRALinear):
+            setattr(part, name, child.merged(dtype))
+    return llama
+
+
+class _Int8Product(torch.autograd.Function):
+    """x W^T, where W is `weight` int8 [out,in] times `scale` [out]. Only x gets a gradient, and W never lasts in full
+    precision: the backward makes it anew."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale):
+        ctx.save_for_backward(weight, scale)
+        rows = x.numel() // x.shape[-1]
+        # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It takes bfloat16, and
+        # reads past the end of rows that are no multiple of 32. Many rows are worth a real matmul; |int8| < 2^8 is exact in
+        # every dtype.
+        if x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
+            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale.bfloat16())
+            return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return x @ weight.to(x.dtype).T * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        return (grad * scale.to(grad.dtype)) @ weight.to(grad.dtype), None, None
+
+
+class Int8Linear(nn.Module):
+    """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's memory.
+
+    Every weight is off by at most scale / 2. The scale is rounded to bfloat16 before the weights are rounded to it, so
+    storing it in 16 bits loses nothing. For inference; a gradient with respect to the input passes.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
+        self.register_buffer("weight", (weight / scale.float()[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return _Int8Product.apply(x, self.weight, self.scale)
+
+
+def quantize_int8(llama):
+    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first, one layer at a time -> the llama.
+
+    So memory holds one layer twice, not the model (what is mapped from a file is read a layer at a time as well). The
+    embedding and the lm_head stay: 4% of a 7B model, one of them only looked up, and the other's error would go straight
+    into the logits.
+    """
+    for part, name, child in decoder_linears(llama):
+        setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
+    return llama
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1678,21 +1758,6 @@ def load_lora(llama, folder):
     load_strict(llama, tensors, folder, LLAMA_KEYS, only=r".+\.lora_[ab]")
 
 
-def merge_lora(llama, dtype=None):
-    """Takes the adapters out again, W + (alpha / r) B A in their place: summed in float32, then cast to dtype (None: W's).
-
-    In W's own memory where the dtype stays: files are mapped copy-on-write, so a merged 7B takes its size once.
-    """
-    for module in [m for layer in llama.layers for m in (layer.self_attn, layer.mlp)]:
-        for name, child in list(module.named_children()):
-            if isinstance(child, LoRALinear):
-                weight = child.base.weight.data
-                merged = weight.float() + child.scale * (child.lora_b.data.float() @ child.lora_a.data.float())
-                same = dtype in (None, weight.dtype)
-                child.base.weight.data = weight.copy_(merged) if same else merged.to(dtype)
-                setattr(module, name, child.base)
-
-
 def load_projector(folder, dtype=None):
     """The projector in a LLaVA folder, merged or LoRA -> (Linear, GELU, Linear), its widths read off the shapes; or None."""
     patterns = [pattern for pattern, _ in PROJECTOR_KEYS]
@@ -1947,15 +2012,17 @@ def fitting_projector(projector, origin, width, llm_width, stage):
     return projector
 
 
-def assemble(args, meta, stage, dtype=None):
+def assemble(args, meta, stage, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
+    int8: with the language model's weights rounded, see quantize_int8.
 
     The slide encoder: pick_slide_encoder. The language model: --llm's with --lora merged, and out/stage3's adapters. The
     projector: that of out/stage2 or 3; where there is neither, the one published in --lora's folder or --llm's, so that
     weights trained elsewhere answer at once. Raises UserError where a piece is missing or was trained beside other pieces.
     """
     folder, tokenizer = pick_llm(args, meta)
-    llama = load_llama(folder, dtype or args.dtype, args.lora)
+    # int8: mapped in its own dtype, and rounded below a layer at a time.
+    llama = load_llama(folder, None if int8 else dtype or args.dtype, args.lora)
     prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
     cfg, tensors = WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict()), None
     projector = slide_encoder = None
@@ -1991,6 +2058,8 @@ def assemble(args, meta, stage, dtype=None):
     if tensors is not None:
         full = any(name.startswith("llama.") for name in tensors) and not cfg.lora_rank
         load_strict(model, tensors, source, only=r"mm_projector\..*|llama\..*" if full else trained_names(cfg))
+    if int8:
+        quantize_int8(llama)
     return model.to(dtype or args.dtype).eval(), tokenizer
 
 
