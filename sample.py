@@ -315,11 +315,13 @@ def ask_three_ways(model, tokenizer, rows, visual, other, args):
         }
     options = {"max_new_tokens": args.max_new_tokens, "no_repeat_ngram": args.no_repeat_ngram}
     try:
-        texts = [answer_rows(model, tokenizer, rows, view, batch=args.batch, **options) for view in views.values()]
+        texts = [answer_rows(model, tokenizer, rows, view, batch=args.batch_size, **options) for view in views.values()]
     except UserError as error:  # the prompt is too long, of all of them
         return [{**dict.fromkeys(views, ""), "error": str(error)} for _ in rows]
     except torch.OutOfMemoryError:
-        raise UserError(f"--batch {args.batch}: out of memory; the same command with a smaller one goes on") from None
+        raise UserError(
+            f"--batch-size {args.batch_size}: out of memory; the same command with a smaller one goes on"
+        ) from None
     return [dict(zip(views, answers)) for answers in zip(*texts)]
 
 
@@ -368,7 +370,7 @@ def answer_file(args, meta):
             part = [row for row in todo if row["slide"] in set(near)]
             shown = {row["slide"] for row in part}
             visual = {s: read_visual_tokens(args.data, s, model.cfg) for s in shown | {other[s] for s in shown}}
-            for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch):
+            for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
                 group = [part[i] for i in group]
                 for row, answers in zip(group, ask_three_ways(model, tokenizer, group, visual, other, args)):
                     write(row, **answers)
@@ -1192,7 +1194,7 @@ def parse(argv=None):
     add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
     add("--predictions", metavar="FILE", type=Path, help="default: predictions.jsonl in --out")
     add("--baselines", action="store_true", help="also answer without the slide, and with another's")
-    add("--batch", type=at_least(1), default=8, help="questions at once (default: 8)")
+    add("--batch-size", type=at_least(1), default=8, help="questions at once (default: 8)")
     add(
         "--evaluate",
         metavar="FILE",

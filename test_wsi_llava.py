@@ -1301,7 +1301,17 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     prepare.write_qa(tmp_path / "qa.jsonl", rows + [far, long])
     data, path = tmp_path / "data", tmp_path / "predictions.jsonl"
     shutil.copytree(folder / "data", data)
-    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, "--baselines", "--batch", 3]
+    flags = [
+        "--qa",
+        tmp_path / "qa.jsonl",
+        "--predictions",
+        path,
+        "--max-new-tokens",
+        6,
+        "--baselines",
+        "--batch-size",
+        3,
+    ]
     sample_with(demo, *flags, data=data)
     printed = capsys.readouterr().out
     assert "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three" in printed
