@@ -779,6 +779,26 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
             sample.main([*map(str, flags)])
 
 
+def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
+    """Before training neither measure does; after fitting two reports to two slides, the loss does."""
+    args = train.parse([])
+    wsi_llava.resolve_device(args)
+    samples = []
+    for visual, report in zip(torch.randn(2, 1, 9, 128), ("It is grade 2.", "The tumor is an adenocarcinoma.")):
+        ids, labels = tokenizer.encode_plain(report)
+        samples.append({"visual": visual, "ids": ids, "labels": labels})
+    before = train.alignment(args, tiny, samples)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
+    batch = [torch.cat([s["visual"] for s in samples]), [s["ids"] for s in samples], [s["labels"] for s in samples]]
+    for _ in range(40):
+        optimizer.zero_grad()
+        tiny(*batch).backward()
+        optimizer.step()
+    after = train.alignment(args, tiny, samples)
+    own, another = "loss of a report after its own slide", "after another"
+    assert abs(before[own] - before[another]) < 0.1 < 1 < after[another] - after[own]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------

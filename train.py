@@ -481,15 +481,16 @@ def language_task(args, recipe, meta, stage):
     task = Task(model, cfg, groups, train, val, backward, validate, sharded=full and world() > 1)
     if stage == 2 and not args.no_image:
         some = val if len(val.rows) > 1 else train
-        task.before_and_after = lambda: alignment(model, [some[i] for i in range(min(256, len(some.rows)))])
+        task.before_and_after = lambda: alignment(args, model, [some[i] for i in range(min(256, len(some.rows)))])
     return task
 
 
 @torch.no_grad()
-def alignment(model, samples):
-    """How near the projected visual tokens of slides lie to the embedded words of their own reports, and of the others'.
+def alignment(args, model, samples):
+    """Whether projected slides have come nearer to their own reports than to the others' -> {what: value}, in two measures:
 
-    Mean over the visual tokens, mean over the words, both less their mean over the slides; then cosines.
+    as vectors (mean over the visual tokens, mean over the embedded words, both less their mean over the slides; cosine), and
+    as the language model sees it (its loss on a report, after the report's own slide and after another's).
     """
     slides = torch.stack([model.project(s["visual"][0].to(model.device)).float().mean(0) for s in samples])
     words = [[i for i, label in zip(s["ids"], s["labels"]) if label >= 0] for s in samples]
@@ -498,7 +499,17 @@ def alignment(model, samples):
     cosine = slides @ texts.T
     own, n = cosine.diagonal(), len(samples)
     others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
-    return {"own report": own.mean().item(), "other reports": others.item()}
+    losses = []
+    for shift in (0, 1):
+        with autocast(args):
+            found = [model([samples[i - shift]["visual"]], [s["ids"]], [s["labels"]]) for i, s in enumerate(samples)]
+        losses.append(torch.stack(found).mean().item())
+    return {
+        "cosine to the own report": own.mean().item(),
+        "to others": others.item(),
+        "loss of a report after its own slide": losses[0],
+        "after another": losses[1],
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -704,7 +715,7 @@ def summarize(stage, args, recipe, task, steps, batch_size, first, folder):
 def show_alignment(task, when):
     if task.before_and_after:
         found = task.before_and_after()
-        say("alignment " + when + " training: cosine to the " + ", to ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
 
 def gather_gradients(task, weight):
