@@ -61,6 +61,13 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+def agrees(what, got, want, tolerance):
+    """Asserts that, and prints how far (pytest -rP shows it)."""
+    error = relative(got, want)
+    print(f"{what}: error {error:.1e} of the largest value")
+    assert error < tolerance, what
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Parity with upstream
 # --------------------------------------------------------------------------------------------------------------------
@@ -76,7 +83,7 @@ def test_tile_encoder_equals_upstream(tmp_path, keys, reference):
     images = wsi_llava.preprocess_tiles(want["tiles"])
     torch.testing.assert_close(images[:, :, ::37, ::41], want["pre"])
     with torch.no_grad():
-        assert relative(encoder(images), want["cls"]) < 2e-4
+        agrees(f"tile encoder, {reference}", encoder(images), want["cls"], 2e-4)
 
 
 @golden
@@ -96,9 +103,9 @@ def test_slide_encoder_equals_upstream(tmp_path):
         with torch.no_grad():
             cls, tokens = encoder(features, coords)
             pooled = encoder.visual_tokens(features, coords, 576)
-        assert relative(cls[0], want[f"n{n}.cls"]) < 1e-3
-        assert relative(tokens[0, want[f"n{n}.rows"]], want[f"n{n}.tokens"]) < 1e-3
-        assert relative(pooled[0, want[f"n{n}.pool_rows"]], want[f"n{n}.pooled"]) < 1e-3
+        agrees(f"slide encoder, {n} tiles, CLS", cls[0], want[f"n{n}.cls"], 1e-3)
+        agrees(f"slide encoder, {n} tiles, tokens", tokens[0, want[f"n{n}.rows"]], want[f"n{n}.tokens"], 1e-3)
+        agrees(f"visual tokens of {n} tiles", pooled[0, want[f"n{n}.pool_rows"]], want[f"n{n}.pooled"], 1e-3)
 
 
 @golden
@@ -109,9 +116,9 @@ def test_llama_equals_upstream(tmp_path):
     llama = wsi_llava.load_llama(tmp_path)
     want = load_file(GOLDEN / "llama_d3_w64_seed0.safetensors")
     with torch.no_grad():
-        assert relative(llama(want["ids"]), want["logits"]) < 2e-4
+        agrees("Llama, logits of ids", llama(want["ids"]), want["logits"], 2e-4)
         embeds = fill("inputs_embeds", (1, 50, 64))
-        assert relative(llama(embeds=embeds), want["embeds_logits"]) < 2e-4
+        agrees("Llama, logits of embeddings", llama(embeds=embeds), want["embeds_logits"], 2e-4)
     for cached in (False, True):
         assert torch.equal(greedy(llama, want["greedy"][:, :33], 24, cached), want["greedy"])
 
@@ -144,10 +151,10 @@ def test_llama_equals_transformers(tmp_path):
     ours = wsi_llava.load_llama(tmp_path)
     ids = torch.randint(97, (2, 40))
     with torch.no_grad():
-        assert relative(ours(ids), theirs(ids).logits) < 1e-5
+        agrees("Llama against transformers", ours(ids), theirs(ids).logits, 1e-5)
         wsi_llava.save_llama(ours, tmp_path / "back")
         back = type(theirs).from_pretrained(tmp_path / "back")
-        assert relative(back(ids).logits, theirs(ids).logits) < 1e-5
+        agrees("what save_llama wrote, in transformers", back(ids).logits, theirs(ids).logits, 1e-5)
 
 
 def test_vit_equals_dinov2():
@@ -179,7 +186,7 @@ def test_vit_equals_dinov2():
     wsi_llava.load_strict(ours, state, "dinov2", table)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert relative(ours(images), theirs(images).last_hidden_state[:, 0]) < 1e-5
+        agrees("ViT against Dinov2", ours(images), theirs(images).last_hidden_state[:, 0], 1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -287,8 +294,12 @@ def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_att
     leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
     got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys, impl="triton")
     got = [got, *torch.autograd.grad(got, leaves, grad.to(device))]
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a.double().cpu(), b, atol=tolerance * max(1.0, b.abs().max().item()), rtol=0)
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want):
+        largest = max(1.0, b.abs().max().item())
+        print(
+            f"{shape}, {dtype}, {name}: error {(a.double().cpu() - b).abs().max() / largest:.1e} of the largest value"
+        )
+        torch.testing.assert_close(a.double().cpu(), b, atol=tolerance * largest, rtol=0)
     return got
 
 
@@ -928,7 +939,7 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
     theirs, projector = published_llm(tmp_path, layout)
     ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
     with torch.no_grad():
-        assert relative(ours(ids), theirs(ids).logits) < 1e-5
+        agrees(f"a folder laid out as {layout}", ours(ids), theirs(ids).logits, 1e-5)
     found = wsi_llava.load_projector(tmp_path)
     if projector is None:
         assert found is None
@@ -952,7 +963,8 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     before = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
     ours, ids = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora"), torch.randint(97, (2, 40))
     with torch.no_grad():
-        assert relative(ours(ids), merged(ids).logits) < 1e-5 < relative(ours(ids), theirs(ids).logits)
+        agrees("a LoRA folder, merged on load", ours(ids), merged(ids).logits, 1e-5)
+        assert relative(ours(ids), theirs(ids).logits) > 1e-5
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}  # merged in mapped memory
     half = wsi_llava.load_llama(tmp_path / "base", torch.bfloat16, tmp_path / "lora")  # summed first, then cast
     assert torch.equal(half.layers[0].mlp.down_proj.weight, ours.layers[0].mlp.down_proj.weight.bfloat16())
@@ -1786,7 +1798,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
         weights = ["--llm", folder]
         theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
         with torch.no_grad():
-            assert relative(theirs(ids).logits, model.llama(ids)) < 1e-5
+            agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
     else:
         weights = ["--llm", data / "llm", "--lora", folder]
     weights += ["--slide-encoder", folder / "slide_encoder.safetensors", "--data", data, "--out", tmp_path / "none"]
