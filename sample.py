@@ -92,6 +92,9 @@ def slide_tokens(args, meta, model):
         name = path.stem
     else:
         name = args.slide
+        imported = meta["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
+        if imported and (args.data / "visual_tokens" / f"{name}.safetensors").exists():
+            return wsi_llava.read_visual_tokens(args.data, name, model.cfg)
         if not (args.data / "features" / f"{name}.safetensors").exists():
             raise UserError(f"--slide {name}: neither a file nor the name of a slide in {args.data}/features")
     if not len(wsi_llava.read_features(args.data, name)[0]):

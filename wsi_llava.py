@@ -64,6 +64,7 @@ except ImportError:  # macOS, Windows: the torch path serves
     triton = None
 
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
+IMPORTED_TOKENS = "imported: visual tokens"  # meta.json's tile encoder, where prepare.py took over tokens made elsewhere
 
 
 class UserError(Exception):
@@ -1674,7 +1675,9 @@ def assemble(args, meta, stage, dtype=None):
         cfg, tensors, source = read_stage(args, stage)
     prints = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
     slide_encoder = None
-    if cfg.no_slide_encoder:
+    if meta["encoder"]["source"] == IMPORTED_TOKENS:
+        pass  # the slides have been through one
+    elif cfg.no_slide_encoder:
         cfg.pad_to = max(cfg.pad_to, meta["encoder"]["width"])
     elif args.slide_encoder:
         slide_encoder = load_slide_encoder(args.slide_encoder)
@@ -1765,7 +1768,7 @@ def cache_visual_tokens(model, data, slides, progress=iter):
         path = visual_tokens_file(data, slide, model.cfg)
         if path.exists():
             with safetensors.safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("slide_encoder") == mark:
+                if (file.metadata() or {}).get("slide_encoder") in (mark, IMPORTED_TOKENS):
                     continue
         with torch.inference_mode():
             tokens = model.encode_slide(*read_features(data, slide, model.cfg.max_tiles))
