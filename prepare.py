@@ -1068,17 +1068,18 @@ def import_features(args):
                 if encoder and coords is not None:  # the user says that this one made them
                     source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
                 info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
-                write_meta(data, args.preset or "7b", args.target_mpp, info)
                 mpp = given.get(name, given.get(path.name, args.mpp))
                 params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
                 file = data / "features" / f"{name}.safetensors"
+                if coords is not None:
+                    order, coords = tiled_coords(path, coords, about, mpp, args)
+                write_meta(data, args.preset or "7b", args.target_mpp, info)
                 if coords is None:
                     with replacing(data / "visual_tokens" / file.name) as temporary:
                         save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
                 elif file.exists() and not args.overwrite:
                     check_same(file, params)
                 else:
-                    order, coords = tiled_coords(path, coords, about, mpp, args)
                     save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
                 counts[kind] += 1
                 note_failure(data, name)

@@ -64,7 +64,7 @@ except ImportError:  # macOS, Windows: the torch path serves
     triton = None
 
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
-IMPORTED_TOKENS = "imported: visual tokens"  # meta.json's tile encoder, where prepare.py took over tokens made elsewhere
+IMPORTED_TOKENS = "imported: visual tokens"  # the tile encoder in meta.json, where only tokens were imported
 
 
 class UserError(Exception):
