@@ -894,6 +894,9 @@ def test_contours_are_the_mask_exactly():
         assert (count == mask).all()
 
 
+FEW = ["--max-tiles", "12", "--geojson"]
+
+
 @pytest.fixture(scope="session")
 def archive(toy_slide, tmp_path_factory):
     """Five small slides, and what an uninterrupted run makes of them -> (their folder, the data folder)."""
@@ -903,7 +906,7 @@ def archive(toy_slide, tmp_path_factory):
     for i in range(4):
         prepare.write_tiff(folder / "slides" / f"s{i}.tif", image.rotate(90 * i))
     prepare.write_tiff(folder / "slides" / "s4.tif", image.crop((0, 0, 1024, 1024)), downsamples=(1, 2))
-    prepare.main(["--slides", str(folder / "slides"), "--data", str(folder / "data"), "--workers", "2", "--geojson"])
+    prepare.main(["--slides", str(folder / "slides"), "--data", str(folder / "data"), "--workers", "2", *FEW])
     return folder / "slides", folder / "data"
 
 
@@ -915,7 +918,7 @@ def contents(data):
 
 def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch):
     slides, whole = archive
-    common = ["--slides", str(slides), "--data", str(tmp_path / "data"), "--workers", "1", "--geojson"]
+    common = ["--slides", str(slides), "--data", str(tmp_path / "data"), "--workers", "1", *FEW]
     prepare.main([*common, "--shard", "2/2"])
     assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s1", "s3"}
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -927,7 +930,7 @@ def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch)
 def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(archive, tmp_path):
     slides, whole = archive
     data = tmp_path / "data"
-    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", data, "--geojson"]
+    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", data, *FEW]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(data.glob("features/s*")) and process.poll() is None:
         time.sleep(0.01)
@@ -942,14 +945,14 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
         [sys.executable, "-c", LOCK, HERE, data, "s4"], stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE
     )
     assert holder.stdout.readline() == "True\n"
-    prepare.main(["--slides", str(slides), "--data", str(data), "--geojson"])
+    prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
     assert {path.name for path in data.glob("*/.*.part")} == {
         ".s4.safetensors.1.part"
     }  # its slide is in another's hands
     assert not (data / "features" / "s4.safetensors").exists()
     holder.kill()
     holder.wait()
-    prepare.main(["--slides", str(slides), "--data", str(data), "--geojson"])
+    prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
     assert contents(data) == contents(whole)
 
 
@@ -964,17 +967,7 @@ sys.stdin.read()
 
 def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     slides, whole = archive
-    command = [
-        sys.executable,
-        HERE / "prepare.py",
-        "--slides",
-        slides,
-        "--data",
-        tmp_path,
-        "--geojson",
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", tmp_path, "--workers", "1", *FEW]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -987,12 +980,13 @@ def test_other_parameters_stop_and_name_both_values(archive):
     for flags, message in [
         (["--min-tissue", "0.5"], "min_tissue 0.25, not 0.5; --overwrite makes it again"),
         (["--step", "128"], "step 256, not 128"),
+        (["--seed", "3"], "seed 0, not 3"),
         (["--mpp", "0.4"], "mpp None, not 0.4"),
-        (["--max-tiles", "9"], "max_tiles 0, not 9"),
+        (["--max-tiles", "9"], "max_tiles 12, not 9"),
         (["--target-mpp", "0.6"], "holds features at 0.5 um/px, not 0.6"),
     ]:
         with pytest.raises(UserError, match=re.escape(message)):
-            prepare.main(["--slides", str(slides), "--data", str(whole), *flags])
+            prepare.main(["--slides", str(slides), "--data", str(whole), *FEW, *flags])
     with pytest.raises(UserError, match="--shard 3/2: I/N"):
         prepare.main(["--slides", str(slides), "--data", str(whole), "--shard", "3/2"])
 
@@ -1045,7 +1039,7 @@ def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypat
 
     monkeypatch.setattr(prepare.Slide, "thumbnail", deadly)  # the readers are forked, and have it too
     with pytest.raises(UserError, match="1 slides could not be prepared"):
-        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data")])
+        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
     assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s0", "s1", "s3", "s4"}
     assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
 
@@ -1058,11 +1052,11 @@ def test_a_full_disk_stops_with_what_to_do(archive, tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
         with pytest.raises(UserError, match="data cannot be written .*File too large.*make room"):
-            prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), "--geojson"])
+            prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list((tmp_path / "data" / "features").iterdir())
-    prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), "--geojson"])
+    prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
     assert contents(tmp_path / "data") == contents(whole)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/data cannot be written .*Not a directory"):
@@ -1089,9 +1083,7 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
     _, image, _ = toy_slide
     scan = image.resize((4096, 4096))
     scan.save(tmp_path / "fine.png")
-    prepare.main(
-        ["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", "--geojson"]
-    )
+    prepare.main(["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", *FEW])
     found = json.loads((tmp_path / "data" / "qc" / "fine.geojson").read_text())
     assert found["type"] == "FeatureCollection"
     kinds = {
@@ -1584,3 +1576,147 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     meta["encoder"]["width"] = 1536
     with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
         wsi_llava.assemble(args, meta, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Benchmarks: python test_wsi_llava.py NAME [...]
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_giant(path, side=100_000, mpp=0.5):
+    """A slide of side x side pixels at 0.5 um/px, with a pyramid, tiled JPEG: a disk of tissue, one of few tiles everywhere."""
+    import io
+
+    import tifffile
+
+    tifffile.tifffile.imagecodecs.jpeg_encode = (
+        None  # the tiles come encoded; without imagecodecs it asks for an encoder
+    )
+    image, _ = prepare.draw_slide(CASE)
+    encoded = []
+    for i in range(64):
+        file, (x, y) = io.BytesIO(), (512 + i % 4 * 256, 512 + i // 4 % 4 * 256)
+        image.crop((x, y, x + 256, y + 256)).save(file, "JPEG", quality=80)
+        encoded.append(file.getvalue())
+    file = io.BytesIO()
+    Image.new("RGB", (256, 256), (244, 244, 244)).save(file, "JPEG")
+    with tifffile.TiffWriter(path, bigtiff=True) as out:
+        for downsample in (1, 4, 16, 64):
+            n = math.ceil(side / downsample / 256)
+            y, x = np.mgrid[:n, :n] / n * 2 - 1
+            inside = (np.hypot(x, y) < 0.8).ravel()
+            tiles = (encoded[i % 61] if inside[i] else file.getvalue() for i in range(n * n))
+            resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
+            shape = {"shape": (side // downsample, side // downsample, 3), "dtype": "uint8", "tile": (256, 256)}
+            jpeg = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "metadata": None}
+            out.write(tiles, **shape, **jpeg, **resolution, subfiletype=int(downsample > 1))
+
+
+def naive_tile(slide, x, y):
+    """What a plain loop does for each tile: read, drop the alpha, resize."""
+    side = math.ceil(256 * slide.zoom)
+    region = slide.file.read_region((round(x * slide.scale), round(y * slide.scale)), slide.level, (side, side))
+    region = region.convert("RGB")
+    return np.asarray(region if side == 256 else region.resize((256, 256), Image.Resampling.LANCZOS))
+
+
+def reading_plan(path, mpp=None):
+    """What survey returns of a slide, less its pictures."""
+    args = prepare.parse(["--workers", "2"])
+    params = {
+        "target_mpp": args.target_mpp,
+        "mpp": mpp,
+        "min_tissue": args.min_tissue,
+        "step": args.step,
+        "max_tiles": 0,
+    }
+    return prepare.survey(path.stem, path, params | {"seed": 0}, None, False)
+
+
+def bench_reading():
+    """Tiles/s of the readers without an encoder against one plain loop over the same tiles, in turns; memory of a reader."""
+    folder = Path("/tmp/wsi-llava-benchmark")
+    folder.mkdir(exist_ok=True)
+    if not (folder / "giant.tif").exists():
+        with wsi_llava.replacing(folder / "giant.tif") as path:
+            write_giant(path)
+    for what, mpp, workers, bare in (
+        ("as it is, 2 readers / bare read_region loop", 0.5, 2, True),
+        ("0.25 averaged, 1 reader / per-tile loop", 0.25, 1, False),
+        ("0.3 resampled, 1 reader / per-tile loop", 0.3, 1, False),
+    ):
+        plan = reading_plan(folder / "giant.tif", mpp)
+        n, rates, peak = 1536, {"readers": [], "loop": []}, 0
+        middle = plan["coords"][len(plan["coords"]) // 2, 1]
+        inner = plan["coords"][(plan["coords"][:, 1] >= middle - middle % 1024)][
+            : n * 8
+        ]  # whole rows of the slide's middle
+        plan["coords"] = inner[np.lexsort((inner[:, 1] % 1024, inner[:, 0], inner[:, 1] // 1024))][:n]
+        plan["coords"] = plan["coords"][np.lexsort(plan["coords"].T)]
+        for _ in range(3):
+            slide = prepare.Slide(folder / "giant.tif", mpp=mpp)
+            started = time.perf_counter()
+            for x, y in plan["coords"].tolist():
+                if bare:
+                    slide.file.read_region((x, y), 0, (256, 256))
+                else:
+                    naive_tile(slide, x, y)
+            rates["loop"].append(n / (time.perf_counter() - started))
+            with prepare.Readers(workers) as readers:
+                list(readers.tiles([plan | {"coords": plan["coords"][:64]}]))  # the processes start
+                started, buffer = time.perf_counter(), np.empty((64, 256, 256, 3), np.uint8)
+                for _, places, tiles, _ in readers.tiles([plan]):
+                    if places is not None:
+                        buffer[: len(tiles)] = tiles
+                rates["readers"].append(n / (time.perf_counter() - started))
+                for pid in readers.pool._processes:
+                    status = Path(f"/proc/{pid}/status").read_text()
+                    peak = max(peak, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)
+        ours, theirs = (float(np.median(rates[k])) for k in ("readers", "loop"))
+        print(
+            f"{what:44}  {ours:7.1f} / {theirs:7.1f} tiles/s  ratio {ours / theirs / workers:.2f} per reader  "
+            f"(peak memory of a reader {peak / 1e6:.0f} MB)"
+        )
+
+
+def bench_encoding():
+    """Tiles/s of a whole run over a slide against the encoder alone on ready batches; one reader, and a ViT heavy enough that
+    reading takes a small share of the cores."""
+    cfg = wsi_llava.TileEncoderConfig(width=384, depth=6, heads=6, mlp_hidden=1024)
+    encoder = wsi_llava.untrained_tile_encoder(cfg)
+    folder = Path("/tmp/wsi-llava-benchmark")
+    image, _ = prepare.draw_slide(CASE)
+    folder.mkdir(exist_ok=True)
+    for i in range(4):
+        prepare.write_tiff(folder / f"toy{i}.tif", image.rotate(90 * i))
+    plans = [reading_plan(folder / f"toy{i}.tif") for i in range(4)]
+    n, device = sum(len(plan["coords"]) for plan in plans), torch.device("cpu")
+    tiles = torch.randint(0, 256, (64, 256, 256, 3), dtype=torch.uint8)
+    rates = {"run": [], "alone": []}
+
+    def alone():
+        for plan in plans:  # the same batches: full ones, and each slide's last
+            for start in range(0, len(plan["coords"]), 64):
+                encoder(wsi_llava.preprocess_tiles(tiles[: min(64, len(plan["coords"]) - start)]))
+
+    def whole(readers):
+        batches = prepare.Batches(encoder, 64, device)
+        for _, places, found, _ in readers.tiles([plan | {"dropped": 0} for plan in plans]):
+            batches.finish() if places is None else batches.add(places, found)
+
+    with prepare.Readers(1) as readers, torch.inference_mode():
+        alone(), whole(readers)
+        for _ in range(3):
+            for name, work in (("alone", alone), ("run", lambda: whole(readers))):
+                started = time.perf_counter()
+                work()
+                rates[name].append(n / (time.perf_counter() - started))
+    ours, theirs = (float(np.median(rates[k])) for k in ("run", "alone"))
+    print(f"reading and encoding / encoding alone  {ours:.1f} / {theirs:.1f} tiles/s  ratio {ours / theirs:.2f}")
+
+
+BENCHMARKS = {"reading": bench_reading, "encoding": bench_encoding}
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or BENCHMARKS:
+        BENCHMARKS[name]()
