@@ -21,6 +21,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -66,7 +67,7 @@ NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction 
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
 BLOCK = 4  # tiles along each side of what is read at once
-REGION = 2048  # level pixels along each side of what is read at once, at most: 16 MB
+REGION = 1024  # level pixels along each side of what is read at once: 4 MB, which the caches of a core still hold
 DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
@@ -128,12 +129,12 @@ class Slide:
         )
 
     def region(self, level, start, end):
-        """Pixels of a level from start to end, both (x, y) -> RGB image. What lies beyond the slide is white."""
+        """Pixels of a level from start to end, both (x, y) -> image, opaque. What lies beyond the slide is white."""
         downsample = self.file.level_downsamples[level]
         place = tuple(round(v * downsample) for v in start)
         region = self.file.read_region(place, level, (int(end[0] - start[0]), int(end[1] - start[1])))
         if region.getchannel("A").getextrema()[0] == 255:
-            return region.convert("RGB")
+            return region
         white = Image.new("RGB", region.size, (255, 255, 255))  # scanners leave what they did not scan transparent
         white.paste(region, mask=region.getchannel("A"))
         return white
@@ -150,17 +151,17 @@ class Slide:
             k, corners = self.average, np.rint(exact).astype(int)
             start = corners.min(0)
             region = self.region(self.level, start, corners.max(0) + TILE * k)
-            pixels = np.asarray(region) if k == 1 else None
+            if k == 1:  # the fast way out of Pillow; it drops the alpha along the way
+                pixels = np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(*region.size[::-1], 3)
+            else:
+                region = region.convert("RGB")
             for tile, (x, y) in zip(out, corners - start):
-                tile[:] = (
-                    pixels[y : y + TILE, x : x + TILE]
-                    if k == 1
-                    else region.reduce(k, (x, y, x + TILE * k, y + TILE * k))
-                )
+                square = x, y, x + TILE * k, y + TILE * k
+                tile[:] = pixels[y : y + TILE, x : x + TILE] if k == 1 else region.reduce(k, square)
         else:
             span, margin = TILE * self.zoom, math.ceil(3 * max(1, self.zoom))
             start = np.floor(exact.min(0)).astype(int) - margin
-            region = self.region(self.level, start, np.ceil(exact.max(0) + span).astype(int) + margin)
+            region = self.region(self.level, start, np.ceil(exact.max(0) + span).astype(int) + margin).convert("RGB")
             for tile, (x, y) in zip(out, exact - start):
                 box = (x, y, x + span, y + span)
                 tile[:] = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
@@ -177,7 +178,9 @@ class Slide:
             box = np.array([x, y, x + size[0], y + size[1]]) * zoom
             start = np.floor(box[:2])
             part = self.region(level, start, np.ceil(box[2:]))
-            picture.paste(part.resize(size, Image.Resampling.BOX, tuple(box - np.tile(start, 2))), (x, y))
+            picture.paste(
+                part.convert("RGB").resize(size, Image.Resampling.BOX, tuple(box - np.tile(start, 2))), (x, y)
+            )
         return picture
 
 
@@ -189,8 +192,8 @@ def find_slides(inputs):
     slides = {}
 
     def add(name, path):
-        if name == "index":
-            raise UserError(f"{path}: data/qc/index.jpg is the sheet of all slides; rename this one")
+        if re.fullmatch(r"index(-\d+)?", name):
+            raise UserError(f"{path}: data/qc/{name}.jpg is the sheet of all slides; rename this one")
         if os.path.realpath(slides.setdefault(name, path)) != os.path.realpath(path):
             raise UserError(f"{slides[name]} and {path} have the same name; rename one: it is the slide's id")
 
@@ -326,11 +329,11 @@ def blocks(coords, step, zoom):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw_qc(path, slide, thumbnail, mask, coords):
-    """The slide with the outline of its tissue (green) and the kept tiles (blue): what a person checks before trusting."""
-    pixel = max(slide.width, slide.height) / 768
-    size = max(1, int(slide.width / pixel)), max(1, int(slide.height / pixel))
-    picture = thumbnail.resize(size, Image.Resampling.BOX) if pixel > MASK else slide.thumbnail(pixel)
+def draw_qc(path, picture, pixel, mask, coords):
+    """The slide with the outline of its tissue (green) and the kept tiles (blue): what a person checks before trusting.
+
+    picture: of the whole slide, `pixel` tiled pixels a pixel.
+    """
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
@@ -419,6 +422,11 @@ def start_reader(memory):
     global slots
     slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    if (
+        sys.platform == "linux"
+    ):  # keep freed memory: each block's megabytes would come from the system anew, page by page
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
 
@@ -435,12 +443,19 @@ def survey(name, path, params, data, geojson):
         thumbnail = slide.thumbnail(MASK)
         mask = tissue_mask(thumbnail)
         coords = tile_grid(mask, params["min_tissue"], params["step"])
+        pixel = max(slide.width, slide.height) / 768
+        if pixel > MASK:  # not read again: a slide without small levels takes minutes
+            picture = thumbnail.resize(
+                [max(1, round(side * MASK / pixel)) for side in thumbnail.size], Image.Resampling.BOX
+            )
+        else:
+            picture = slide.thumbnail(pixel)
     except Exception as error:
         open_slide.cache_clear()  # a handle that has failed once fails for good
         raise SlideError(step, f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     coords = draw_tiles(coords, name, params["max_tiles"], params["seed"])
     if data:
-        draw_qc(data / "qc" / f"{name}.jpg", slide, thumbnail, mask, coords)
+        draw_qc(data / "qc" / f"{name}.jpg", picture, pixel, mask, coords)
         if geojson:
             write_geojson(data / "qc" / f"{name}.geojson", slide, mask, coords)
     facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "zoom", "level")}
@@ -512,6 +527,8 @@ class Readers:
         def jobs():
             for plan in plans:
                 for part in blocks(plan["coords"], plan["step"], plan["zoom"]):
+                    if plan["dropped"] > DROPPED * len(plan["coords"]):
+                        break  # it has failed
                     slot = next(slots)
                     yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
                 yield (plan, None, 0), (plan["reader"], (), 0)  # reads nothing: the end of the slide
@@ -643,9 +660,14 @@ def alone(data, what):
 
 
 def sweep(data):
-    """Removes half-written files of runs that were killed: those of slides that nobody is at work on."""
-    for path in [*data.glob("features/.*.part"), *data.glob("qc/.*.part")]:
-        name = re.sub(r"\.\w+\.\d+\.part$", "", path.name[1:])
+    """Removes half-written files of runs that were killed: those that nobody is at work on, as their lock tells."""
+    patterns = ".meta.json.*.part", ".failures.jsonl.*.part", "features/.*.part", "qc/.*.part"
+    for path in itertools.chain(*map(data.glob, patterns)):
+        name = re.sub(r"\.\d+\.part$", "", path.name[1:])
+        if path.parent == data:
+            name = f"/{name}"
+        else:
+            name = "/sheets" if re.fullmatch(r"index(-\d+)?\.jpg", name) else name.rsplit(".", 1)[0]
         if claim(data, name):
             path.unlink(missing_ok=True)
             release(data, name)

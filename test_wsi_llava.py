@@ -1633,86 +1633,112 @@ def reading_plan(path, mpp=None):
     return prepare.survey(path.stem, path, params | {"seed": 0}, None, False)
 
 
-def bench_reading():
-    """Tiles/s of the readers without an encoder against one plain loop over the same tiles, in turns; memory of a reader."""
+def cpu_seconds(readers):
+    """CPU time of this process and its readers so far: what counts on a machine that does other things beside."""
+    spent = time.process_time()
+    for pid in readers.pool._processes:
+        utime, stime = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        spent += (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
+    return spent
+
+
+def peak_of_readers(readers):
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in readers.pool._processes]
+    return max(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) * 1024 for text in status)
+
+
+def bench_reading(n=1536, rounds=3):
+    """The readers, without an encoder, against one plain loop over the same tiles, in turns: by the clock, and by CPU time. The slide is 100,000 px wide; whole rows of 4 tiles' height from its middle."""
     folder = Path("/tmp/wsi-llava-benchmark")
     folder.mkdir(exist_ok=True)
     if not (folder / "giant.tif").exists():
         with wsi_llava.replacing(folder / "giant.tif") as path:
             write_giant(path)
-    for what, mpp, workers, bare in (
-        ("as it is, 2 readers / bare read_region loop", 0.5, 2, True),
-        ("0.25 averaged, 1 reader / per-tile loop", 0.25, 1, False),
-        ("0.3 resampled, 1 reader / per-tile loop", 0.3, 1, False),
+    for what, mpp, workers in (
+        ("as it is, 2 readers / bare read_region loop", 0.5, 2),
+        ("averaged 2x2, 1 reader / loop with Lanczos", 0.25, 1),
+        ("resampled 1.67x, 1 reader / loop with Lanczos", 0.3, 1),
     ):
         plan = reading_plan(folder / "giant.tif", mpp)
-        n, rates, peak = 1536, {"readers": [], "loop": []}, 0
-        middle = plan["coords"][len(plan["coords"]) // 2, 1]
-        inner = plan["coords"][(plan["coords"][:, 1] >= middle - middle % 1024)][
-            : n * 8
-        ]  # whole rows of the slide's middle
-        plan["coords"] = inner[np.lexsort((inner[:, 1] % 1024, inner[:, 0], inner[:, 1] // 1024))][:n]
-        plan["coords"] = plan["coords"][np.lexsort(plan["coords"].T)]
-        for _ in range(3):
+        rows = plan["coords"][:, 1] // 256
+        plan["coords"] = plan["coords"][rows >= rows.max() // 8 * 4][:n]
+        clock, cpu, peak = {"ours": [], "loop": []}, {"ours": [], "loop": []}, 0
+        for _ in range(rounds):
             slide = prepare.Slide(folder / "giant.tif", mpp=mpp)
-            started = time.perf_counter()
+            started, spent = time.perf_counter(), time.process_time()
             for x, y in plan["coords"].tolist():
-                if bare:
+                if mpp == 0.5:
                     slide.file.read_region((x, y), 0, (256, 256))
                 else:
                     naive_tile(slide, x, y)
-            rates["loop"].append(n / (time.perf_counter() - started))
+            clock["loop"].append(time.perf_counter() - started)
+            cpu["loop"].append(time.process_time() - spent)
             with prepare.Readers(workers) as readers:
                 list(readers.tiles([plan | {"coords": plan["coords"][:64]}]))  # the processes start
-                started, buffer = time.perf_counter(), np.empty((64, 256, 256, 3), np.uint8)
+                started, spent, buffer = (
+                    time.perf_counter(),
+                    cpu_seconds(readers),
+                    np.empty((64, 256, 256, 3), np.uint8),
+                )
                 for _, places, tiles, _ in readers.tiles([plan]):
                     if places is not None:
                         buffer[: len(tiles)] = tiles
-                rates["readers"].append(n / (time.perf_counter() - started))
-                for pid in readers.pool._processes:
-                    status = Path(f"/proc/{pid}/status").read_text()
-                    peak = max(peak, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)
-        ours, theirs = (float(np.median(rates[k])) for k in ("readers", "loop"))
+                clock["ours"].append(time.perf_counter() - started)
+                cpu["ours"].append(cpu_seconds(readers) - spent)
+                peak = max(peak, peak_of_readers(readers))
+        clock, cpu = ({k: np.median(v) / len(plan["coords"]) * 1e3 for k, v in x.items()} for x in (clock, cpu))
         print(
-            f"{what:44}  {ours:7.1f} / {theirs:7.1f} tiles/s  ratio {ours / theirs / workers:.2f} per reader  "
-            f"(peak memory of a reader {peak / 1e6:.0f} MB)"
+            f"{what:46} by the clock {clock['ours']:5.2f} / {clock['loop']:5.2f} ms a tile, ratio per reader "
+            f"{clock['loop'] / clock['ours'] / workers:.2f}; CPU {cpu['ours']:5.2f} / {cpu['loop']:5.2f} ms, ratio "
+            f"{cpu['loop'] / cpu['ours']:.2f}; peak memory of a reader {peak / 1e6:.0f} MB"
+        )
+    with prepare.Readers(1) as readers:  # the survey too, by itself
+        params = {"target_mpp": 0.5, "mpp": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+        job = ("giant", folder / "giant.tif", params, None, False)
+        started = time.perf_counter()
+        ((_, future),) = readers.surveys([("giant", job)])
+        tiles = len(future.result()["coords"])
+        print(
+            f"survey of {tiles:,} tiles: {time.perf_counter() - started:.1f} s, peak memory {peak_of_readers(readers) / 1e6:.0f} MB"
         )
 
 
-def bench_encoding():
-    """Tiles/s of a whole run over a slide against the encoder alone on ready batches; one reader, and a ViT heavy enough that
-    reading takes a small share of the cores."""
-    cfg = wsi_llava.TileEncoderConfig(width=384, depth=6, heads=6, mlp_hidden=1024)
-    encoder = wsi_llava.untrained_tile_encoder(cfg)
+def bench_encoding(rounds=3):
+    """Tiles a second of reading and encoding together against the encoder alone on ready batches: one reader, and a ViT heavy
+    enough that reading takes a small share of the cores, which the two have to share here."""
+    cfg = wsi_llava.TileEncoderConfig(width=768, depth=6, heads=12, mlp_hidden=2048)
+    encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
     folder = Path("/tmp/wsi-llava-benchmark")
-    image, _ = prepare.draw_slide(CASE)
     folder.mkdir(exist_ok=True)
-    for i in range(4):
-        prepare.write_tiff(folder / f"toy{i}.tif", image.rotate(90 * i))
-    plans = [reading_plan(folder / f"toy{i}.tif") for i in range(4)]
-    n, device = sum(len(plan["coords"]) for plan in plans), torch.device("cpu")
-    tiles = torch.randint(0, 256, (64, 256, 256, 3), dtype=torch.uint8)
-    rates = {"run": [], "alone": []}
+    prepare.write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
+    plan = reading_plan(folder / "toy.tif")
+    batch, n = 16, len(plan["coords"])
+    tiles = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
+    clock, cpu = {"ours": [], "alone": []}, {"ours": [], "alone": []}
 
     def alone():
-        for plan in plans:  # the same batches: full ones, and each slide's last
-            for start in range(0, len(plan["coords"]), 64):
-                encoder(wsi_llava.preprocess_tiles(tiles[: min(64, len(plan["coords"]) - start)]))
-
-    def whole(readers):
-        batches = prepare.Batches(encoder, 64, device)
-        for _, places, found, _ in readers.tiles([plan | {"dropped": 0} for plan in plans]):
-            batches.finish() if places is None else batches.add(places, found)
+        for start in range(0, n, batch):  # the same batches: full ones, and the slide's last
+            encoder(wsi_llava.preprocess_tiles(tiles[: n - start]))
 
     with prepare.Readers(1) as readers, torch.inference_mode():
-        alone(), whole(readers)
-        for _ in range(3):
-            for name, work in (("alone", alone), ("run", lambda: whole(readers))):
-                started = time.perf_counter()
+
+        def together():
+            batches = prepare.Batches(encoder, batch, device)
+            for _, places, found, _ in readers.tiles([plan | {"dropped": 0}]):
+                batches.finish() if places is None else batches.add(places, found)
+
+        together()
+        for _ in range(rounds):
+            for name, work in (("alone", alone), ("ours", together)):
+                started, spent = time.perf_counter(), cpu_seconds(readers)
                 work()
-                rates[name].append(n / (time.perf_counter() - started))
-    ours, theirs = (float(np.median(rates[k])) for k in ("run", "alone"))
-    print(f"reading and encoding / encoding alone  {ours:.1f} / {theirs:.1f} tiles/s  ratio {ours / theirs:.2f}")
+                clock[name].append((time.perf_counter() - started) / n * 1e3)
+                cpu[name].append((cpu_seconds(readers) - spent) / n * 1e3)
+    clock, cpu = ({k: np.median(v) for k, v in x.items()} for x in (clock, cpu))
+    print(
+        f"reading and encoding / encoding alone: by the clock {clock['ours']:.1f} / {clock['alone']:.1f} ms a tile, ratio "
+        f"{clock['alone'] / clock['ours']:.2f}; CPU {cpu['ours']:.1f} / {cpu['alone']:.1f} ms, ratio {cpu['alone'] / cpu['ours']:.2f}"
+    )
 
 
 BENCHMARKS = {"reading": bench_reading, "encoding": bench_encoding}
