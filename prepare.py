@@ -256,9 +256,9 @@ def read_mpp_csv(path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def otsu(values):
-    """Otsu's threshold of uint8 values: the cut that separates them into the two most distinct groups."""
-    counts = np.bincount(values.ravel(), minlength=256).astype(float)
+def otsu(counts):
+    """Otsu's threshold of a histogram of 256 values: the cut that separates them into the two most distinct groups."""
+    counts = np.array(counts, float)
     weight = counts.cumsum()
     total = (counts * np.arange(256)).cumsum()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -280,7 +280,8 @@ def tissue_mask(thumbnail):
     ink = (green > red) & (colour > 0.55 * high) & (colour > 40)
     ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
     rest = ~(black | ink)
-    return rest & (colour > np.clip(otsu(colour[rest]) if rest.any() else 0, 8, 30))
+    counts = Image.fromarray(colour).histogram(Image.fromarray(rest.astype(np.uint8) * 255))
+    return rest & (colour > np.clip(otsu(counts), 8, 30))
 
 
 def tile_grid(mask, min_tissue, step=TILE):
@@ -337,7 +338,7 @@ def draw_qc(path, picture, pixel, mask, coords):
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
-        draw.rectangle((x, y, x + side, y + side), fill=(30, 80, 255, 24), outline=(30, 80, 255, 140))
+        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None)
     solid = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
     solid = solid.point([0] * 128 + [255] * 128)
     edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
@@ -395,14 +396,20 @@ def write_geojson(path, slide, mask, coords):
     def feature(kind, rings, name, scale):
         rings = [[[round(x * scale, 2), round(y * scale, 2)] for x, y in [*ring, ring[0]]] for ring in rings]
         properties = {"objectType": kind, "classification": {"name": name}, "isLocked": True}
-        return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": rings}, "properties": properties}
+        geometry = {"type": "Polygon", "coordinates": rings}
+        return json.dumps({"type": "Feature", "geometry": geometry, "properties": properties})
 
-    features = [feature("annotation", rings, "Tissue", MASK * slide.scale) for rings in contours(mask)]
-    for x, y in coords.tolist():
-        square = [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
-        features.append(feature("tile", [square], "Tile", slide.scale))
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
+        file.write('{"type": "FeatureCollection", "features": [')
+        comma = "\n"
+        for rings in contours(mask):
+            file.write(comma + feature("annotation", rings, "Tissue", MASK * slide.scale))
+            comma = ",\n"
+        for x, y in coords.tolist():
+            square = [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
+            file.write(comma + feature("tile", [square], "Tile", slide.scale))
+            comma = ",\n"
+        file.write("\n]}\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------
