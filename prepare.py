@@ -759,7 +759,7 @@ class Preparation:
         self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
         self.meta, self.encoder = open_data(args)
         self.at_hand, self.settled = {}, set()  # slides that are claimed; slides that this run is through with
-        self.failures, self.busy, self.empty, self.notes, self.tiles = [], [], [], {}, 0
+        self.failures, self.busy, self.notes, self.tiles = [], [], {}, 0
         self.todo = []
         for name in slides:
             if not self.is_done(name):
