@@ -759,7 +759,8 @@ class Preparation:
         self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
         self.meta, self.encoder = open_data(args)
         self.at_hand, self.settled = {}, set()  # slides that are claimed; slides that this run is through with
-        self.failures, self.busy, self.notes, self.tiles = [], [], {}, 0
+        self.failures, self.busy, self.notes = [], [], {}
+        self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
         self.todo = []
         for name in slides:
             if not self.is_done(name):
@@ -860,6 +861,7 @@ class Preparation:
         metadata |= {"scale": plan["scale"], "dropped": int(plan["dropped"]), "params": self.params(name)}
         save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), metadata)
         note_failure(self.data, name)
+        self.written.append(len(places))
         for what, holds in [
             ("um/px taken from the objective power", plan["source"] == "objective power"),
             ("coarser than the target, enlarged", plan["scale"] < 1 - NATIVE),
@@ -885,7 +887,7 @@ class Preparation:
     def summary(self):
         spent = time.time() - self.started
         print(
-            f"Wrote {self.tiles:,} tiles of {len(self.settled) - len(self.failures) - len(self.busy)} slides to "
+            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to "
             f"{self.data}/features in {datetime.timedelta(seconds=round(spent))} ({self.tiles / spent:.0f} tiles/s), "
             f"pictures to {self.data}/qc."
         )
