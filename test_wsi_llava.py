@@ -1703,10 +1703,10 @@ def bench_reading(n=1536, rounds=3):
         )
 
 
-def bench_encoding(rounds=3):
+def bench_encoding(rounds=2):
     """Tiles a second of reading and encoding together against the encoder alone on ready batches: one reader, and a ViT heavy
     enough that reading takes a small share of the cores, which the two have to share here."""
-    cfg = wsi_llava.TileEncoderConfig(width=768, depth=6, heads=12, mlp_hidden=2048)
+    cfg = wsi_llava.TileEncoderConfig(width=768, depth=3, heads=12, mlp_hidden=2048)
     encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
     folder = Path("/tmp/wsi-llava-benchmark")
     folder.mkdir(exist_ok=True)
