@@ -229,6 +229,7 @@ def walk(top):
             folders.clear()
         else:
             seen.add(real)
+            folders.sort()
             yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
 
 
