@@ -274,9 +274,9 @@ def tissue_mask(thumbnail):
     always finds two groups, also where there is only glass or only tissue: hence the bounds on its threshold. Ink is
     blue or green and far stronger than any stain; around it, where it fades into the glass, nothing counts either.
     """
-    rgb = np.asarray(thumbnail.filter(ImageFilter.GaussianBlur(1)))
-    red, green, high = rgb[..., 0], rgb[..., 1], rgb.max(-1)
-    colour = high - rgb.min(-1)
+    red, green, blue = (np.asarray(band.filter(ImageFilter.GaussianBlur(1))) for band in thumbnail.split())
+    high = np.maximum(np.maximum(red, green), blue)
+    colour = high - np.minimum(np.minimum(red, green), blue)
     black = (high < 25) | (high < 75) & (colour < high // 2)
     ink = (green > red) & (colour > 0.55 * high) & (colour > 40)
     ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
@@ -287,7 +287,8 @@ def tissue_mask(thumbnail):
 
 def tile_grid(mask, min_tissue, step=TILE):
     """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order."""
-    total = np.pad(mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32), ((1, 0), (1, 0)))
+    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # of the tissue above and left of each corner
+    mask.cumsum(0, np.int32).cumsum(1, out=total[1:, 1:])
     y, x = (np.arange(0, side * MASK - TILE + 1, step) for side in mask.shape)  # whole tiles only
     top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
     bottom, right = top + TILE // MASK, left + TILE // MASK
