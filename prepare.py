@@ -278,7 +278,7 @@ def tissue_mask(thumbnail):
     high = np.maximum(np.maximum(red, green), blue)
     colour = high - np.minimum(np.minimum(red, green), blue)
     black = (high < 25) | (high < 75) & (colour < high // 2)
-    ink = (green > red) & (colour > 0.55 * high) & (colour > 40)
+    ink = (green > red) & (colour > high // 2 + high // 20) & (colour > 40)
     ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
     rest = ~(black | ink)
     counts = Image.fromarray(colour).histogram(Image.fromarray(rest.astype(np.uint8) * 255))
