@@ -1,6 +1,7 @@
 """Slides -> tile features, question files -> one dataset. Everything that train.py and sample.py read comes from here.
 
-    python prepare.py --slides DIR                 every slide below DIR: tissue, tiles, features, a picture to check
+    python prepare.py --slides PATH...             slides, folders of slides, lists of slides: tissue, tiles, features
+    python prepare.py --features PATH...           the same from features that were made elsewhere
     python prepare.py --qa FILE... [--split test]  WSI-Bench's question files, either shape, into data/qa/
     python prepare.py --demo                       draws a cohort of toy slides, with reports and questions
 
@@ -8,19 +9,44 @@ A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every t
 
     data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y in pixels at the tiled resolution)
     data/qc/<slide>.jpg                 thumbnail with the outline of the tissue and the kept tiles: look at it
+    data/qc/index.jpg                   all of these pictures on one sheet
+    data/failures.jsonl                 the slides that could not be prepared: step and message
+
+Interrupt it whenever you like, kill it, start it twice: a slide is done once its file in data/features is there, and
+whoever works on a slide holds a lock that dies with the process.
 """
 
 import argparse
+import collections
 import concurrent.futures
+import contextlib
+import csv
+import ctypes
+import datetime
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
+import os
 import re
+import signal
 import struct
 import sys
+import threading
+import time
+import zlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
 
 import numpy as np
 import openslide
@@ -28,7 +54,7 @@ import safetensors
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -37,9 +63,14 @@ from wsi_llava import PRESETS, SYSTEM, UserError, replacing
 
 TILE = 256  # pixels at the tiled resolution
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
-NATIVE = 0.02  # a level this close to the target is read as it is, without resampling
+NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
+MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
-SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide png jpg jpeg".split()
+BLOCK = 4  # tiles along each side of what is read at once
+REGION = 1024  # level pixels along each side of what is read at once: 4 MB, which the caches of a core still hold
+DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
+SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
+Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -50,77 +81,175 @@ SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide png jpg jpeg".split()
 class Slide:
     """A slide seen as one image at the tiled resolution.
 
-    width, height: pixels at the tiled resolution. scale: level-0 pixels per tiled pixel. mpp: um per level-0 pixel.
-    Raises UserError where the file is no slide or its um/px are unknown.
+    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from. scale: level-0
+    pixels per tiled pixel, exactly target / mpp. Raises UserError where the file is no slide or its um/px are unknown.
     """
 
-    def __init__(self, path, mpp=None):
+    def __init__(self, path, target=TARGET_MPP, mpp=None):
+        real = os.path.realpath(
+            path
+        )  # the folder of an MRXS or DICOM slide lies beside the file, not beside a link to it
+        self.path = path if Path(real).suffix != Path(path).suffix else real
         try:
-            self.file = openslide.open_slide(str(path))
+            self.file = openslide.open_slide(self.path)
         except (openslide.OpenSlideError, OSError) as error:
             raise UserError(f"{path}: not a slide that OpenSlide can read ({error})") from None
-        self.path = Path(path)
-        self.mpp = mpp or self._recorded_mpp()
-        scale = TARGET_MPP / self.mpp
+        self.mpp, self.source = (mpp, "given") if mpp else self._recorded_mpp(path)
+        self.scale = target / self.mpp
+        self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
         downsamples = self.file.level_downsamples
-        fine = [level for level, d in enumerate(downsamples) if d <= scale * (1 + NATIVE)]
+        fine = [level for level, d in enumerate(downsamples) if d <= self.scale * (1 + NATIVE)]
         self.level = fine[-1] if fine else 0
-        self.zoom = scale / downsamples[self.level]  # level pixels per tiled pixel
-        if abs(self.zoom - 1) <= NATIVE:
-            self.zoom = 1.0
-        self.scale = self.zoom * downsamples[self.level]
-        self.width, self.height = (int(side / self.scale) for side in self.file.dimensions)
+        self.zoom = self.scale / downsamples[self.level]  # level pixels per tiled pixel
+        whole = max(1, round(self.zoom))
+        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # level pixels per tiled pixel, if whole
 
-    def _recorded_mpp(self):
-        x, y = (self.file.properties.get(f"openslide.mpp-{axis}") for axis in "xy")
-        if not x or not y:
-            raise UserError(
-                f"{self.path}: its metadata has no um/px; give it with --mpp, for example --mpp 0.25 for 40x"
-            )
-        return (float(x) + float(y)) / 2
+    def _recorded_mpp(self, path):
+        get = self.file.properties.get
+        sources = [("metadata", get("openslide.mpp-x"), get("openslide.mpp-y"))]
+        unit = {"inch": 25400, "centimeter": 10000}.get(get("tiff.ResolutionUnit"))
+        if unit and get("tiff.XResolution"):
+            sources.append(("TIFF tags", *(unit / max(1e-9, float(get(f"tiff.{axis}Resolution"))) for axis in "XY")))
+        if isinstance(self.file, openslide.ImageSlide):
+            dpi = Image.open(self.path).info.get("dpi") or (1, 1)
+            sources.append(("TIFF tags", *(25400 / max(1e-9, float(x)) for x in dpi)))
+        if get("openslide.objective-power"):
+            sources.append(("objective power", *[10 / max(1e-9, float(get("openslide.objective-power")))] * 2))
+        for source, x, y in sources:
+            x, y = float(x or y or 0), float(y or x or 0)
+            if MPP_RANGE[0] <= min(x, y) and max(x, y) <= MPP_RANGE[1]:
+                if abs(x / y - 1) > NATIVE:
+                    raise UserError(
+                        f"{path}: its pixels are not square ({x:g} x {y:g} um); --mpp takes them as if they were"
+                    )
+                return (x + y) / 2, source
+        raise UserError(
+            f"{path}: its metadata has no um/px; give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
+        )
 
-    def tile(self, x, y):
-        """The tile whose upper left corner is (x, y), in tiled pixels -> uint8 [256,256,3]; beyond the slide is white."""
-        side = math.ceil(TILE * self.zoom)
-        region = self.file.read_region((round(x * self.scale), round(y * self.scale)), self.level, (side, side))
-        region = flatten(region)
-        if side != TILE:
-            span = TILE * self.zoom
-            region = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box=(0, 0, span, span))
-        return np.asarray(region)
+    def region(self, level, start, end):
+        """Pixels of a level from start to end, both (x, y) -> image, opaque. What lies beyond the slide is white."""
+        downsample = self.file.level_downsamples[level]
+        place = tuple(round(v * downsample) for v in start)
+        region = self.file.read_region(place, level, (int(end[0] - start[0]), int(end[1] - start[1])))
+        if region.getchannel("A").getextrema()[0] == 255:
+            return region
+        white = Image.new("RGB", region.size, (255, 255, 255))  # scanners leave what they did not scan transparent
+        white.paste(region, mask=region.getchannel("A"))
+        return white
+
+    def tiles(self, coords, out):
+        """Neighbouring tiles, from one region that holds them all. coords [n,2] in tiled pixels; out: uint8 [n,256,256,3].
+
+        Every tile lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
+        Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one: as scanned);
+        otherwise the tile is resampled with Lanczos' filter, whose margins are read along, to exactly the target.
+        """
+        exact = np.asarray(coords) * self.zoom  # corners in level pixels
+        if self.average:
+            k, corners = self.average, np.rint(exact).astype(int)
+            start = corners.min(0)
+            region = self.region(self.level, start, corners.max(0) + TILE * k)
+            if k == 1:  # the fast way out of Pillow; it drops the alpha along the way
+                pixels = np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(*region.size[::-1], 3)
+            else:
+                region = region.convert("RGB")
+            for tile, (x, y) in zip(out, corners - start):
+                square = x, y, x + TILE * k, y + TILE * k
+                tile[:] = pixels[y : y + TILE, x : x + TILE] if k == 1 else region.reduce(k, square)
+        else:
+            span, margin = TILE * self.zoom, math.ceil(3 * max(1, self.zoom))
+            start = np.floor(exact.min(0)).astype(int) - margin
+            region = self.region(self.level, start, np.ceil(exact.max(0) + span).astype(int) + margin).convert("RGB")
+            for tile, (x, y) in zip(out, exact - start):
+                box = (x, y, x + span, y + span)
+                tile[:] = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel."""
-        size = max(1, round(self.width / pixel)), max(1, round(self.height / pixel))
+        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
+        and not memory."""
+        width, height = (max(1, int(side / pixel)) for side in (self.width, self.height))
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        whole = self.file.read_region((0, 0), level, self.file.level_dimensions[level])
-        return flatten(whole).resize(size, Image.Resampling.BOX)
-
-
-def flatten(image):
-    """RGBA -> RGB on white: scanners leave what they did not scan transparent."""
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=image.getchannel("A"))
-    return white
+        zoom = self.scale * pixel / self.file.level_downsamples[level]  # level pixels per pixel
+        picture, side = Image.new("RGB", (width, height)), max(1, int(REGION / zoom))
+        for y, x in itertools.product(range(0, height, side), range(0, width, side)):
+            size = min(side, width - x), min(side, height - y)
+            box = np.array([x, y, x + size[0], y + size[1]]) * zoom
+            start = np.floor(box[:2])
+            part = self.region(level, start, np.ceil(box[2:]))
+            picture.paste(
+                part.convert("RGB").resize(size, Image.Resampling.BOX, tuple(box - np.tile(start, 2))), (x, y)
+            )
+        return picture
 
 
 def find_slides(inputs):
-    """Folders (searched through) and files -> {slide id: path}, sorted. The id is the file's stem."""
+    """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the file's stem.
+
+    A DICOM slide is a folder of .dcm files: one slide, named as the folder. Hidden files are left out.
+    """
     slides = {}
+
+    def add(name, path):
+        if re.fullmatch(r"index(-\d+)?", name):
+            raise UserError(f"{path}: data/qc/{name}.jpg is the sheet of all slides; rename this one")
+        if os.path.realpath(slides.setdefault(name, path)) != os.path.realpath(path):
+            raise UserError(f"{slides[name]} and {path} have the same name; rename one: it is the slide's id")
+
     for entry in map(Path, inputs):
         if not entry.exists():
             raise UserError(f"{entry}: no such file or folder (--slides)")
-        files = [entry] if entry.is_file() else sorted(p for p in entry.rglob("*") if p.is_file())
-        for path in files:
-            if entry.is_file() or path.suffix.lower().lstrip(".") in SUFFIXES:
-                if slides.setdefault(path.stem, path).resolve() != path.resolve():
-                    raise UserError(
-                        f"{slides[path.stem]} and {path} have the same name; rename one: it is the slide's id"
-                    )
+        if entry.is_file() and entry.suffix.lower() == ".txt":
+            lines = [line.strip() for line in entry.read_text(encoding="utf-8").splitlines()]
+            for name, path in find_slides([line for line in lines if line]).items():
+                add(name, path)
+        elif entry.is_file():
+            add(entry.stem, entry)
+        for folder, files in walk(entry):
+            parts = any(p.suffix.lower() in (".vms", ".vmu") for p in files)  # Hamamatsu: their JPEGs are parts of them
+            dicom = [p for p in files if p.suffix.lower() == ".dcm"]
+            if dicom:
+                add(folder.resolve().name, dicom[0])
+            for path in files:
+                suffix = path.suffix.lower().lstrip(".")
+                if suffix in SUFFIXES and suffix != "dcm" and not (parts and suffix == "jpg"):
+                    add(path.stem, path)
     if not slides:
         raise UserError(f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
     return dict(sorted(slides.items()))
+
+
+def walk(top):
+    """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
+    seen = set()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            folders.sort()
+            yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+
+
+def read_mpp_csv(path):
+    """Lines of slide,mpp -> {slide: um/px at level 0}. A slide is named by its id or its file; a first line may be a header."""
+    found = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.reader(file), 1):
+                try:
+                    slide, mpp = row
+                    found[slide.strip()] = float(mpp)
+                    if not MPP_RANGE[0] <= float(mpp) <= MPP_RANGE[1]:
+                        raise ValueError
+                except ValueError:
+                    if row and number > 1:
+                        raise UserError(f"{path}, line {number}: not slide,mpp with 0.05 to 20 um per pixel") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a file that can be read ({error}); --mpp-csv takes lines of slide,mpp") from None
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -128,9 +257,9 @@ def find_slides(inputs):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def otsu(values):
-    """Otsu's threshold of uint8 values: the cut that separates them into the two most distinct groups."""
-    counts = np.bincount(values.ravel(), minlength=256).astype(float)
+def otsu(counts):
+    """Otsu's threshold of a histogram of 256 values: the cut that separates them into the two most distinct groups."""
+    counts = np.array(counts, float)
     weight = counts.cumsum()
     total = (counts * np.arange(256)).cumsum()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -139,32 +268,79 @@ def otsu(values):
 
 
 def tissue_mask(thumbnail):
-    """RGB thumbnail -> bool [h,w]: stained tissue is saturated, glass is not.
+    """RGB thumbnail -> bool [h,w]: stained tissue has a colour; glass, white or grey, has none, nor have black borders.
 
-    Otsu always finds two groups, also where there is only glass or only tissue: hence the bounds on its threshold.
+    The measure is max(R,G,B) - min(R,G,B): unlike the saturation, it is small in the dark, where the hue is noise. Otsu
+    always finds two groups, also where there is only glass or only tissue: hence the bounds on its threshold. Ink is
+    blue or green and far stronger than any stain; around it, where it fades into the glass, nothing counts either.
     """
-    saturation = thumbnail.filter(ImageFilter.GaussianBlur(1)).convert("HSV").getchannel("S")
-    saturation = np.asarray(saturation)
-    return saturation > np.clip(otsu(saturation), 12, 30)
+    red, green, blue = (np.asarray(band.filter(ImageFilter.GaussianBlur(1))) for band in thumbnail.split())
+    high = np.maximum(np.maximum(red, green), blue)
+    colour = high - np.minimum(np.minimum(red, green), blue)
+    black = (high < 25) | (high < 75) & (colour < high // 2)
+    ink = (green > red) & (colour > high // 2 + high // 20) & (colour > 40)
+    ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
+    rest = ~(black | ink)
+    counts = Image.fromarray(colour).histogram(Image.fromarray(rest.astype(np.uint8) * 255))
+    return rest & (colour > np.clip(otsu(counts), 8, 30))
 
 
-def tile_grid(mask, min_tissue):
+def tile_grid(mask, min_tissue, step=TILE):
     """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order."""
-    side = TILE // MASK
-    rows, columns = mask.shape[0] // side, mask.shape[1] // side  # whole tiles only
-    share = mask[: rows * side, : columns * side].reshape(rows, side, columns, side).mean((1, 3))
-    y, x = np.nonzero(share >= min_tissue)
-    return np.stack([x, y], axis=1).astype(np.int32) * TILE
+    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # of the tissue above and left of each corner
+    mask.cumsum(0, np.int32).cumsum(1, out=total[1:, 1:])
+    y, x = (np.arange(0, side * MASK - TILE + 1, step) for side in mask.shape)  # whole tiles only
+    top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
+    bottom, right = top + TILE // MASK, left + TILE // MASK
+    top, bottom = np.minimum([top, bottom], mask.shape[0])
+    left, right = np.minimum([left, right], mask.shape[1])
+    count = total[bottom][:, right] - total[bottom][:, left] - total[top][:, right] + total[top][:, left]
+    rows, columns = np.nonzero(count >= min_tissue * (TILE // MASK) ** 2)
+    return np.stack([x[columns], y[rows]], axis=1).astype(np.int32)
 
 
-def draw_qc(path, slide, mask, coords):
-    """The slide with the outline of its tissue (green) and the kept tiles (blue): what a person checks before trusting."""
-    pixel = max(slide.width, slide.height) / 768
-    picture = slide.thumbnail(pixel)
+def draw_tiles(coords, name, max_tiles, seed):
+    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a slide and a seed."""
+    if not max_tiles or len(coords) <= max_tiles:
+        return coords
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return coords[np.sort(rng.choice(len(coords), max_tiles, replace=False))]
+
+
+def blocks(coords, step, zoom):
+    """Tiles [N,2] -> arrays of indices: neighbours, up to 4 x 4, to be read as one region, so that no JPEG tile of the slide
+    is decoded for each of the tiles that share it. Where tissue is sparse, a block is halved until it is mostly tiles."""
+    side = int(np.clip((REGION / zoom - TILE) // step + 1, 1, BLOCK))
+
+    def compact(group):
+        low = coords[group].min(0)
+        span = (coords[group].max(0) - low) // step + 1
+        if len(group) >= 0.6 * span.prod():
+            return [group]
+        axis = span.argmax()
+        first = coords[group, axis] < low[axis] + span[axis] // 2 * step
+        return compact(group[first]) + compact(group[~first])
+
+    cells = coords // (step * side)
+    order = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
+    borders = np.flatnonzero((np.diff(cells[order], axis=0) != 0).any(1)) + 1
+    return [part for group in np.split(order, borders) if len(group) for part in compact(group)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures to check, outlines for QuPath
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def draw_qc(path, picture, pixel, mask, coords):
+    """The slide with the outline of its tissue (green) and the kept tiles (blue): what a person checks before trusting.
+
+    picture: of the whole slide, `pixel` tiled pixels a pixel.
+    """
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
-        draw.rectangle((x, y, x + side, y + side), fill=(30, 80, 255, 24), outline=(30, 80, 255, 140))
+        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None)
     solid = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
     solid = solid.point([0] * 128 + [255] * 128)
     edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
@@ -173,59 +349,360 @@ def draw_qc(path, slide, mask, coords):
         picture.save(temporary, "JPEG", quality=90)
 
 
+def contours(mask):
+    """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of corners (x, y).
+
+    Every edge between inside and outside is an arrow with the inside on its right. A ring follows the arrows and turns
+    right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise on the screen, holes do not.
+    """
+    padded = np.pad(mask, 1)
+    arrows = set()
+    for dx, dy in ((1, 0), (0, 1), (-1, 0), (0, -1)):  # along the top, right, bottom and left edges of pixels
+        y, x = np.nonzero(
+            padded & ~np.roll(padded, (dx, -dy), (0, 1))
+        )  # whose neighbour on the left of the arrow is outside
+        x, y = x - 1 + (dx - dy < 0) * 1, y - 1 + (dx + dy < 0) * 1
+        arrows |= {(int(a), int(b), dx, dy) for a, b in zip(x, y)}
+    todo, outer, holes = set(arrows), [], []
+    for arrow in sorted(arrows):
+        x, y, dx, dy = arrow
+        inside, ring = (x + (dx - dy) / 2, y + (dx + dy) / 2), []
+        while arrow in todo:
+            todo.remove(arrow)
+            x, y, dx, dy = arrow
+            x, y = x + dx, y + dy
+            turn = next(t for t in ((-dy, dx), (dx, dy), (dy, -dx)) if (x, y, *t) in arrows)
+            if turn != (dx, dy):
+                ring.append((x, y))
+            arrow = (x, y, *turn)
+        if ring:
+            a, b = np.array(ring), np.roll(ring, -1, axis=0)
+            area = (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum() / 2
+            upright = a[:, 0] == b[:, 0]  # of its edges, those that a ray to the left can cross
+            lines = a[upright, 0], np.minimum(a, b)[upright, 1], np.maximum(a, b)[upright, 1]
+            (outer if area > 0 else holes).append((abs(area), ring, lines, inside))
+    polygons = [[ring] for _, ring, _, _ in outer]
+    for _, ring, _, (x, y) in holes:  # a hole belongs to the smallest outline around the pixel beside it
+        around = [
+            (area, i)
+            for i, (area, _, (at, low, high), _) in enumerate(outer)
+            if ((at < x) & (low < y) & (y < high)).sum() % 2
+        ]
+        polygons[min(around)[1]].append(ring)
+    return polygons
+
+
+def write_geojson(path, slide, mask, coords):
+    """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the tiles tile objects."""
+
+    def feature(kind, rings, name, scale):
+        rings = [[[round(x * scale, 2), round(y * scale, 2)] for x, y in [*ring, ring[0]]] for ring in rings]
+        properties = {"objectType": kind, "classification": {"name": name}, "isLocked": True}
+        geometry = {"type": "Polygon", "coordinates": rings}
+        return json.dumps({"type": "Feature", "geometry": geometry, "properties": properties})
+
+    with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
+        file.write('{"type": "FeatureCollection", "features": [')
+        comma = "\n"
+        for rings in contours(mask):
+            file.write(comma + feature("annotation", rings, "Tissue", MASK * slide.scale))
+            comma = ",\n"
+        for x, y in coords.tolist():
+            square = [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
+            file.write(comma + feature("tile", [square], "Tile", slide.scale))
+            comma = ",\n"
+        file.write("\n]}\n")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Readers: processes of their own that survey slides and read tiles (decoding and resizing hold Python's lock too long for
+# threads). What they read they leave in shared memory; only numbers travel.
+# --------------------------------------------------------------------------------------------------------------------
+
+SLOT = (BLOCK * BLOCK, TILE, TILE, 3)  # the tiles of one block
+open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
+
+
+class SlideError(Exception):
+    """Why one slide cannot be prepared: args are the step and the message. The others go on."""
+
+
+def start_reader(memory):
+    global slots
+    slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    if (
+        sys.platform == "linux"
+    ):  # keep freed memory: each block's megabytes would come from the system anew, page by page
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
+
+
+def survey(name, path, params, data, geojson):
+    """What there is to read of a slide -> dict with its tiles' coords and what Slide knows; its pictures go into data/qc.
+
+    data None: no pictures. Raises SlideError, whatever the file does to its reader; OSError where the pictures cannot be written.
+    """
+    step, source = "open", (str(path), params["target_mpp"], params["mpp"])
+    try:
+        slide = open_slide(*source)
+        step = "tissue"
+        thumbnail = slide.thumbnail(MASK)
+        mask = tissue_mask(thumbnail)
+        coords = tile_grid(mask, params["min_tissue"], params["step"])
+        pixel = max(slide.width, slide.height) / 768
+        if pixel > MASK:  # not read again: a slide without small levels takes minutes
+            picture = thumbnail.resize(
+                [max(1, round(side * MASK / pixel)) for side in thumbnail.size], Image.Resampling.BOX
+            )
+        else:
+            picture = slide.thumbnail(pixel)
+    except Exception as error:
+        open_slide.cache_clear()  # a handle that has failed once fails for good
+        raise SlideError(step, f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+    coords = draw_tiles(coords, name, params["max_tiles"], params["seed"])
+    if data:
+        draw_qc(data / "qc" / f"{name}.jpg", picture, pixel, mask, coords)
+        if geojson:
+            write_geojson(data / "qc" / f"{name}.geojson", slide, mask, coords)
+    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "zoom", "level")}
+    about = {"name": name, "path": path, "coords": coords, "size": slide.file.dimensions, "dropped": 0}
+    return about | facts | {"reader": source, "step": params["step"]}
+
+
+def read_block(source, coords, slot):
+    """Tiles that lie together -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot.
+
+    OpenSlide refuses everything after an error: so the slide is opened anew, the block read again, then tile by tile.
+    """
+    failed = None
+
+    def attempt(part):
+        nonlocal failed
+        for _ in range(2):
+            try:
+                open_slide(*source).tiles(coords[part], slots[slot, part])
+                return True
+            except Exception as error:
+                failed = str(error)
+                open_slide.cache_clear()
+        return False
+
+    if not len(coords) or attempt(slice(0, len(coords))):
+        return np.ones(len(coords), bool), None
+    return np.array([attempt(slice(i, i + 1)) for i in range(len(coords))]), failed
+
+
+def ahead(pool, function, jobs, depth):
+    """Runs function(*job) in the pool for every (tag, job), `depth` jobs ahead; yields (tag, future) in the jobs' order."""
+    waiting = collections.deque()
+    for tag, job in jobs:
+        waiting.append((tag, pool.submit(function, *job)))
+        if len(waiting) > depth:
+            yield waiting.popleft()
+    yield from waiting
+
+
+class Readers:
+    """A pool of reader processes -> the tiles of many slides, one stream in a fixed order, read ahead across slides.
+
+    On Linux they are forked: they share what is loaded, PyTorch too, and use none of it. Elsewhere they are spawned.
+    """
+
+    def __init__(self, workers):
+        kind = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.workers, self.depth = max(1, workers), 2 * max(1, workers) + 2
+        memory = kind.RawArray("B", (self.depth + 1) * math.prod(SLOT))  # unnamed: gone with the processes
+        self.slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
+        self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, kind, start_reader, (memory,))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def surveys(self, jobs):
+        """(name, arguments of survey) -> (name, future)."""
+        return ahead(self.pool, survey, jobs, self.workers + 1)
+
+    def tiles(self, plans):
+        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,3], last error) block by block; the memory is used
+        again when the next block is asked for. A plan's last block is followed by (plan, None, None, None)."""
+        slots = itertools.cycle(range(len(self.slots)))
+
+        def jobs():
+            for plan in plans:
+                for part in blocks(plan["coords"], plan["step"], plan["zoom"]):
+                    if plan["dropped"] > DROPPED * len(plan["coords"]):
+                        break  # it has failed
+                    slot = next(slots)
+                    yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
+                yield (plan, None, 0), (plan["reader"], (), 0)  # reads nothing: the end of the slide
+
+        for (plan, part, slot), future in ahead(self.pool, read_block, jobs(), self.depth):
+            read, error = future.result()
+            if part is None:
+                yield plan, None, None, None
+            else:
+                tiles = self.slots[slot, : len(part)]
+                plan["dropped"] += len(part) - read.sum()
+                yield (plan, part, tiles, error) if read.all() else (plan, part[read], tiles[read], error)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Features
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def encode_tiles(slide, coords, encoder, workers, batch, progress):
-    """Reads the tiles in threads while the encoder works -> features float16 [N,C]. progress(done) after each batch."""
-    weight = encoder.cls_token
-    features = torch.empty(len(coords), encoder.cfg.width, dtype=torch.float16)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        batches = [range(i, min(i + batch, len(coords))) for i in range(0, len(coords), batch)]
-        reading = [[pool.submit(slide.tile, *coords[i].tolist()) for i in b] for b in batches[:2]]
-        for number, b in enumerate(batches):
-            tiles = np.stack([future.result() for future in reading.pop(0)])
-            if number + 2 < len(batches):
-                reading.append([pool.submit(slide.tile, *coords[i].tolist()) for i in batches[number + 2]])
-            images = preprocess(tiles, weight.device).to(weight.dtype)
-            features[b.start : b.stop] = encoder(images).to("cpu", torch.float16)
-            progress(b.stop)
-    return features
+class Batches:
+    """Tiles of one slide in, their features out. All batches are full but a slide's last: a feature's bits depend on its
+    slide alone. On a GPU, two pinned buffers take turns, so that tiles are copied in while the encoder works."""
+
+    def __init__(self, encoder, batch, device):
+        self.encoder, self.device, self.dtype = encoder, device, encoder.cls_token.dtype
+        pinned = device.type == "cuda"
+        self.buffers = [torch.empty(batch, TILE, TILE, 3, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self.copied = [torch.cuda.Event() if pinned else None for _ in range(2)]
+        self.clear()
+
+    def clear(self):
+        self.filled, self.features, self.places = 0, [], []
+
+    def add(self, places, tiles):
+        """tiles: uint8 [n,256,256,3]; places: their rows in the features."""
+        self.places.append(places)
+        while len(tiles):
+            n = min(len(tiles), len(self.buffers[0]) - self.filled)
+            self.buffers[0][self.filled : self.filled + n] = torch.from_numpy(tiles[:n])
+            self.filled, tiles = self.filled + n, tiles[n:]
+            if self.filled == len(self.buffers[0]):
+                self.encode()
+
+    @torch.inference_mode()
+    def encode(self):
+        tiles = self.buffers[0][: self.filled].to(self.device, non_blocking=True)
+        if self.copied[0]:
+            self.copied[0].record()
+        self.features.append(self.encoder(wsi_llava.preprocess_tiles(tiles).to(self.dtype)).half())
+        self.buffers.reverse()
+        self.copied.reverse()
+        if self.copied[0]:
+            self.copied[0].synchronize()
+        self.filled = 0
+
+    def finish(self):
+        """-> rows in the features, ascending [n]; features float16 [n,C] in that order."""
+        if self.filled:
+            self.encode()
+        places = np.concatenate([*self.places, np.zeros(0, int)]).astype(int)
+        features = torch.cat(self.features).cpu() if self.features else torch.empty(0, self.encoder.cfg.width).half()
+        self.clear()
+        order = np.argsort(places)
+        return places[order], features[torch.from_numpy(order)]
 
 
-def preprocess(tiles, device):
-    return wsi_llava.preprocess_tiles(torch.from_numpy(tiles).to(device))
+def save_features(path, features, coords, metadata):
+    # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
+    with replacing(path) as temporary:
+        save_file({"features": features, "coords": coords}, temporary, {"wsi_llava": json.dumps(metadata)})
 
 
-def prepare_slide(path, data, encoder, params, mpp, workers, batch, progress):
-    """One slide -> data/features, data/qc; returns the number of tiles. Raises UserError where it cannot be read."""
-    slide = Slide(path, mpp)
-    try:
-        mask = tissue_mask(slide.thumbnail(MASK))
-        coords = tile_grid(mask, params["min_tissue"])
-        features = encode_tiles(slide, coords, encoder, workers, batch, lambda done: progress(done, len(coords)))
-        draw_qc(data / "qc" / f"{path.stem}.jpg", slide, mask, coords)
-    except openslide.OpenSlideError as error:
-        raise UserError(f"{path}: a part of it cannot be decoded ({error})") from None
-    width, height = slide.file.dimensions
-    metadata = {"width": width, "height": height, "mpp": slide.mpp, "scale": slide.scale, "params": params}
-    with replacing(data / "features" / f"{path.stem}.safetensors") as temporary:
-        tensors = {"features": features, "coords": torch.from_numpy(coords)}
-        # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
-        save_file(tensors, temporary, {"wsi_llava": json.dumps(metadata)})
-    return len(coords)
-
-
-def feature_params(path):
-    """The parameters with which a file of features was made."""
+def feature_metadata(path):
+    """What prepare.py noted of a file of features; with "tiles", their number."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return json.loads(file.metadata()["wsi_llava"])["params"]
+            return json.loads(file.metadata()["wsi_llava"]) | {"tiles": file.get_slice("coords").get_shape()[0]}
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of features ({error}); delete it and run again") from None
+
+
+def check_same(path, params):
+    """Raises UserError where a file of features was made with other parameters."""
+    old = feature_metadata(path)["params"]
+    for k in params | old:
+        if old.get(k) != params.get(k):
+            raise UserError(f"{path} was made with {k} {old.get(k)}, not {params.get(k)}; --overwrite makes it again")
+
+
+@functools.cache
+def claims_file(data):
+    return open(data / ".claims", "ab")  # for good: closing it would give up every lock that this process has on it
+
+
+def claim(data, name, wait=False):
+    """Whether this process alone may work on `name` in the folder from now on, until release() or its death, however it dies.
+
+    A lock on one byte of data/.claims, at a place that follows from the name: nothing is left to clean up.
+    """
+    file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+        else:
+            os.lseek(file.fileno(), place, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):  # which of the two depends on the system
+        return False
+    return True
+
+
+def release(data, name):
+    file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+    else:
+        os.lseek(file.fileno(), place, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+
+@contextlib.contextmanager
+def alone(data, what):
+    """Waits until no other process is at `what`."""
+    claim(data, f"/{what}", wait=True)  # no slide is called so
+    try:
+        yield
+    finally:
+        release(data, f"/{what}")
+
+
+def sweep(data):
+    """Removes half-written files of runs that were killed: those that nobody is at work on, as their lock tells."""
+    patterns = ".meta.json.*.part", ".failures.jsonl.*.part", "features/.*.part", "qc/.*.part"
+    for path in itertools.chain(*map(data.glob, patterns)):
+        name = re.sub(r"\.\d+\.part$", "", path.name[1:])
+        if path.parent == data:
+            name = f"/{name}"
+        else:
+            name = "/sheets" if re.fullmatch(r"index(-\d+)?\.jpg", name) else name.rsplit(".", 1)[0]
+        if claim(data, name):
+            path.unlink(missing_ok=True)
+            release(data, name)
+
+
+def read_failures(data):
+    """data/failures.jsonl -> {slide: {"slide", "step", "message"}}."""
+    try:
+        lines = (data / "failures.jsonl").read_text(encoding="utf-8").splitlines()
+        return {entry["slide"]: entry for entry in map(json.loads, lines)}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{data}/failures.jsonl: not what prepare.py writes ({error}); delete it") from None
+
+
+def note_failure(data, name, step=None, message=None):
+    """Puts a slide on the record of failures, or takes it off."""
+    with alone(data, "failures.jsonl"):
+        old = read_failures(data)
+        new = {slide: entry for slide, entry in old.items() if slide != name}
+        if step:
+            new[name] = {"slide": name, "step": step, "message": message}
+        if new != old:
+            with replacing(data / "failures.jsonl") as path:
+                path.write_text("".join(json.dumps(entry) + "\n" for entry in new.values()), encoding="utf-8")
 
 
 def open_data(args):
@@ -234,83 +711,415 @@ def open_data(args):
     old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
     if old:  # by default, the encoder that made what is there
         args.preset = args.preset or old["preset"]
-        if old["encoder"]["source"] != "untrained":
+        if old["encoder"]["source"] != "untrained" and not old["encoder"]["source"].startswith("imported"):
             args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
     encoder, source = wsi_llava.pick_tile_encoder(args)
-    meta = {
-        "version": wsi_llava.VERSION,
-        "preset": args.preset or ("demo" if source is None else "7b"),
-        "tile_size": TILE,
-        "mpp": TARGET_MPP,
-        "encoder": {
-            "source": str(source) if source else "untrained",
-            "fingerprint": wsi_llava.fingerprint(encoder),
-            "width": encoder.cfg.width,
-        },
-    }
-    if old:
-        if old["encoder"]["fingerprint"] != meta["encoder"]["fingerprint"]:
-            raise UserError(
-                f"{data} holds features of another tile encoder ({old['encoder']['source']}, not "
-                f"{meta['encoder']['source']}); name a new folder with --data"
-            )
-        meta = old
+    info = {"source": str(source) if source else "untrained", "fingerprint": wsi_llava.fingerprint(encoder)}
+    preset = args.preset or ("demo" if source is None else "7b")
+    info["width"] = encoder.cfg.width
+    return {"encoder": info} if args.dry_run else write_meta(data, preset, args.target_mpp, info), encoder
+
+
+def write_meta(data, preset, mpp, encoder):
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    with replacing(data / "meta.json") as path:
-        path.write_text(json.dumps(meta, indent=2))
-    return meta, encoder
+    with alone(data, "meta.json"):
+        if (data / "meta.json").exists():
+            old = wsi_llava.read_meta(data)
+            if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
+                raise UserError(
+                    f"{data} holds features of another tile encoder ({old['encoder']['source']}, not "
+                    f"{encoder['source']}); name a new folder with --data"
+                )
+            if old["mpp"] != mpp:
+                raise UserError(
+                    f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
+                )
+            return old
+        with replacing(data / "meta.json") as path:
+            path.write_text(json.dumps(meta, indent=2))
+    return meta
+
+
+@contextlib.contextmanager
+def disk_errors(data):
+    """Slides' own errors stay in the readers: an OSError that comes as far as this is the output folder's."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it goes on"
+        ) from None
+
+
+class Preparation:
+    """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path, message)]."""
+
+    def __init__(self, args, slides):
+        self.args, self.data, self.slides, self.started = args, Path(args.data), slides, time.time()
+        self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+        self.meta, self.encoder = open_data(args)
+        self.at_hand, self.settled = {}, set()  # slides that are claimed; slides that this run is through with
+        self.failures, self.busy, self.notes = [], [], {}
+        self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
+        self.todo = []
+        for name in slides:
+            if not self.is_done(name):
+                self.todo.append(name)
+            elif not args.dry_run:
+                check_same(self.file(name), self.params(name))
+
+    def params(self, name):
+        """What a slide's features depend on, beside the slide."""
+        args, path = self.args, self.slides[name]
+        return {
+            "tile": TILE,
+            "target_mpp": args.target_mpp,
+            "mpp": self.given.get(name, self.given.get(path.name, args.mpp)),
+            "min_tissue": args.min_tissue,
+            "step": args.step,
+            "max_tiles": args.max_tiles,
+            "seed": args.seed if args.max_tiles else None,
+            "encoder": self.meta["encoder"]["fingerprint"],
+        }
+
+    def file(self, name):
+        return self.data / "features" / f"{name}.safetensors"
+
+    def is_done(self, name):
+        """Whether the slide's features are there; with --overwrite, whether they are newer than this run."""
+        file = self.file(name)
+        return file.exists() and not (self.args.overwrite and file.stat().st_mtime < self.started)
+
+    def surveys(self, readers, names):
+        """Yields the plans of the slides that can be opened, in order; the others are failures."""
+
+        def jobs():
+            for name in names:
+                if not self.args.dry_run:
+                    if not claim(self.data, name):
+                        self.busy.append(name)
+                        self.settle(name)
+                        continue
+                    self.at_hand[name] = True
+                    if self.is_done(name):  # another process was faster
+                        self.settle(name)
+                        continue
+                data = None if self.args.dry_run else self.data
+                yield name, (name, self.slides[name], self.params(name), data, self.args.geojson)
+
+        for name, future in readers.surveys(jobs()):
+            try:
+                yield future.result()
+            except SlideError as error:
+                self.fail(name, *error.args)
+
+    def run(self, names):
+        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know which it was."""
+        batches = Batches(self.encoder, self.args.batch, self.args.device)
+        try:
+            with Readers(self.args.workers) as readers:
+                for plan, places, tiles, error in readers.tiles(self.surveys(readers, names)):
+                    if plan["name"] in self.settled:
+                        continue  # it has failed
+                    if plan["dropped"] > DROPPED * len(plan["coords"]):
+                        batches.clear()
+                        lost = f"{plan['path']}: over {DROPPED:.0%} of its {len(plan['coords'])} tiles cannot be decoded ({error})"
+                        self.fail(plan["name"], "read", lost)
+                    elif places is None:
+                        self.finish(plan, *batches.finish())
+                    else:
+                        batches.add(places, tiles)
+                        self.tiles += len(places)
+                        self.bar.set_postfix_str(
+                            f"{self.tiles / (time.time() - self.started):.0f} tiles/s, {plan['name'][:24]}"
+                        )
+        except BrokenProcessPool:
+            suspects = list(self.at_hand)
+            if not suspects:
+                raise UserError(
+                    "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
+                ) from None
+            if len(names) == 1:
+                message = f"{self.slides[names[0]]}: the process that read it died (a damaged file, or no memory left)"
+                self.fail(names[0], "read", message)
+                return
+            for name in suspects:
+                self.run([name])
+            self.run([name for name in names if name not in self.settled])
+
+    def finish(self, plan, places, features):
+        name = plan["name"]
+        if not features.isfinite().all():
+            self.fail(name, "encode", f"{plan['path']}: its features are not finite; try --dtype float32")
+            return
+        metadata = {
+            "width": plan["size"][0],
+            "height": plan["size"][1],
+            "mpp": plan["mpp"],
+            "mpp_source": plan["source"],
+        }
+        metadata |= {"scale": plan["scale"], "dropped": int(plan["dropped"]), "params": self.params(name)}
+        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), metadata)
+        note_failure(self.data, name)
+        self.written.append(len(places))
+        for what, holds in [
+            ("um/px taken from the objective power", plan["source"] == "objective power"),
+            ("coarser than the target, enlarged", plan["scale"] < 1 - NATIVE),
+            (f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded", plan["dropped"]),
+            ("no tissue found", not len(plan["coords"])),
+        ]:
+            if holds:
+                self.notes.setdefault(what, []).append(name)
+        self.settle(name)
+
+    def fail(self, name, step, message):
+        self.failures.append((self.slides[name], message))
+        if not self.args.dry_run:
+            note_failure(self.data, name, step, message)
+        self.settle(name)
+
+    def settle(self, name):
+        self.settled.add(name)
+        self.bar.update()
+        if self.at_hand.pop(name, None):
+            release(self.data, name)
+
+    def summary(self):
+        spent = time.time() - self.started
+        print(
+            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to "
+            f"{self.data}/features in {datetime.timedelta(seconds=round(spent))} ({self.tiles / spent:.0f} tiles/s), "
+            f"pictures to {self.data}/qc."
+        )
+        if self.busy:
+            self.notes["left to another run that is at work on them"] = self.busy
+        for what, names in self.notes.items():
+            print(f"{len(names)} slides, {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+
+    def estimate(self):
+        """--dry-run: what there is and how long it would take, by the speed of a first few batches."""
+        with Readers(self.args.workers) as readers:
+            plans = list(self.surveys(readers, self.todo))
+            seconds, batches = 0.0, Batches(self.encoder, self.args.batch, self.args.device)
+            if any(len(plan["coords"]) for plan in plans):
+                plan = max(plans, key=lambda plan: len(plan["coords"]))
+                coords = plan["coords"][: 3 * self.args.batch]
+                for _ in range(2):  # the first time warms up
+                    started = time.time()
+                    for _, places, tiles, _ in readers.tiles([plan | {"coords": coords}]):
+                        if places is not None:
+                            batches.add(places, tiles)
+                    batches.finish()
+                    seconds = (time.time() - started) / len(coords)
+        self.bar.close()
+        width = max([5, *(len(plan["name"]) for plan in plans)])
+        print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  level  {'tiles':>8}  {'time':>8}")
+        plans.append({"name": "all", "tiles": sum(len(plan["coords"]) for plan in plans)})
+        for plan in plans:
+            tiles = plan.get("tiles", len(plan.get("coords", ())))
+            size = "{} x {}".format(*plan["size"]) if "size" in plan else ""
+            print(
+                f"{plan['name']:{width}}  {size:>15}  {plan.get('mpp', ''):>7.6}  {plan.get('source', ''):15}  "
+                f"{plan.get('level', ''):>5}  {tiles:>8,}  {datetime.timedelta(seconds=round(tiles * seconds))!s:>8}"
+            )
 
 
 def prepare_slides(args, slides):
     """All slides of {id: path}, resuming where an earlier run stopped. Returns the failures, [(path, message)]."""
-    meta, encoder = open_data(args)
     data = Path(args.data)
-    params = {
-        "tile": TILE,
-        "target_mpp": TARGET_MPP,
-        "mpp": args.mpp,
-        "min_tissue": args.min_tissue,
-        "encoder": meta["encoder"]["fingerprint"],
-    }
-    todo = {}
-    for name, path in slides.items():
-        done = data / "features" / f"{name}.safetensors"
-        if done.exists() and not args.overwrite:
-            old = feature_params(done)
-            changed = [k for k in params if old.get(k) != params[k]]
-            if changed:
-                k = changed[0]
-                raise UserError(f"{done} was made with {k} {old.get(k)}, not {params[k]}; --overwrite makes it again")
-        else:
-            todo[name] = path
-    if meta["encoder"]["source"] == "untrained":
+    with disk_errors(data):
+        work = Preparation(args, slides)
+        if work.meta["encoder"]["source"] == "untrained":
+            print(
+                "No GigaPath weights found or named: tiles go through a small untrained encoder, for trying the pipeline only."
+            )
         print(
-            "No GigaPath weights found or named: tiles go through a small untrained encoder, for trying the pipeline only."
+            f"Found {len(slides)} slides, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
+            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {data}/features, with "
+            f"{args.workers} readers."
         )
-    print(
-        f"Found {len(slides)} slides, {len(slides) - len(todo)} done already; "
-        f"{len(todo)} to tile at {TARGET_MPP} um/px and encode on {args.device} into {data}/features."
+        work.encoder.to(args.device, args.dtype)
+        with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
+            if args.dry_run:
+                work.estimate()
+            else:
+                sweep(data)
+                try:
+                    work.run(work.todo)
+                except torch.OutOfMemoryError:
+                    raise UserError(
+                        f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
+                    ) from None
+        if not args.dry_run:
+            work.summary()
+    return work.failures
+
+
+def contact_sheets(data, columns=10, rows=10, cell=192):
+    """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
+    failures = read_failures(data)
+    counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
+    names = sorted({*counts, *failures})
+    font, pages = (
+        ImageFont.load_default(13),
+        [names[i : i + columns * rows] for i in range(0, len(names), columns * rows)],
     )
-    encoder = encoder.to(args.device, args.dtype)
-    failures, empty, tiles = [], [], 0
-    with tqdm(total=len(todo), unit="slide", disable=not todo) as bar:
-        for name, path in todo.items():
+    wanted = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
+    for path, page in zip(wanted, pages):
+        size = min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)
+        sheet = Image.new("RGB", size, (255, 255, 255))
+        draw = ImageDraw.Draw(sheet)
+        for i, name in enumerate(page):
+            x, y = i % columns * cell, i // columns * (cell + 36)
+            picture = data / "qc" / f"{name}.jpg"
+            if picture.exists():
+                small = Image.open(picture)
+                small.draft("RGB", (cell, cell))
+                small.thumbnail((cell - 12, cell - 12))
+                sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
+            text, colour = f"{counts.get(name, 0):,} tiles", (90, 90, 90)
+            if name in failures:
+                text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
+            elif not counts[name]:
+                text, colour = "NO TISSUE", (210, 120, 0)
+            if colour != (90, 90, 90):
+                draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
+            shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
+            draw.text((x + cell / 2, y + cell + 2), shown, (0, 0, 0), font, anchor="ma")
+            draw.text((x + cell / 2, y + cell + 17), text, colour, font, anchor="ma")
+        with replacing(path) as temporary:
+            sheet.save(temporary, "JPEG", quality=85)
+    for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
+        if re.fullmatch(r"index-\d+", path.stem) and path not in wanted:
+            path.unlink()
 
-            def progress(done, total, name=name):
-                bar.set_postfix_str(f"{name[:24]} tile {done}/{total}")
 
+# --------------------------------------------------------------------------------------------------------------------
+# Features that were made elsewhere
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_foreign(path):
+    """One file of features -> (kind, features [N,C], coords [N,2] at level 0 or None, what else it says of them).
+
+    The authors' .pt (visual tokens [576,1024], without coords), GigaPath's dict {"tile_embeds", "coords"}, and the .h5 of
+    TRIDENT (whose coords have attributes) and of CLAM (whose have none). Raises UserError for anything else.
+    """
+    about = {}
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        try:
+            import h5py
+        except ImportError:
+            raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
+        try:
+            with h5py.File(path) as file:
+                features, coords = (torch.from_numpy(file[key][()]) for key in ("features", "coords"))
+                about = dict(file["coords"].attrs)
+        except (OSError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not an HDF5 file with datasets features and coords ({error})") from None
+        kind = "TRIDENT" if "patch_size_level0" in about else "CLAM"
+    else:
+        tensors = wsi_llava.read_tensors(path)
+        if isinstance(tensors, torch.Tensor) and tensors.dim() == 2 and tensors.shape == (576, 1024):
+            kind, features, coords = "visual tokens", tensors, None
+        elif isinstance(tensors, dict) and {"tile_embeds", "coords"} <= set(tensors):
+            kind, features, coords = "GigaPath", tensors["tile_embeds"], tensors["coords"]
+        else:
+            what = (
+                f"a tensor {list(tensors.shape)}" if isinstance(tensors, torch.Tensor) else f"keys {list(tensors)[:5]}"
+            )
+            raise UserError(
+                f"{path}: holds {what}, neither visual tokens [576,1024] nor GigaPath's tile_embeds and coords"
+            )
+    if coords is not None:
+        features, coords = (x[0] if x.dim() == 3 and len(x) == 1 else x for x in (features, coords))
+        if features.dim() != 2 or coords.shape != (len(features), 2):
+            raise UserError(
+                f"{path}: features {list(features.shape)} and coords {list(coords.shape)} are not [N,C] and [N,2]"
+            )
+    features = features.to(torch.float16)
+    if not features.isfinite().all() or (coords is not None and not (coords.double().isfinite() & (coords >= 0)).all()):
+        raise UserError(
+            f"{path}: some of its features or coordinates are not finite in half precision, or are negative"
+        )
+    return kind, features, coords, about
+
+
+def tiled_coords(path, coords, about, mpp, args):
+    """Level-0 coordinates -> int32 [N,2] in pixels at the tiled resolution. Raises UserError where the scale is not known,
+    or where it makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution."""
+    if mpp:
+        scale = args.target_mpp / mpp
+    elif "patch_size_level0" in about and about.get("target_magnification"):  # 20x is 0.5 um/px there
+        magnified = float(about["patch_size_level0"]) / float(about["patch_size"])
+        scale = magnified * args.target_mpp * float(about["target_magnification"]) / 10
+    else:
+        raise UserError(
+            f"{path}: does not say the um/px of its coordinates (level 0); give them with --mpp or --mpp-csv"
+        )
+    order = np.lexsort(coords.double().numpy().T)  # raster order: y, then x
+    coords = coords[torch.from_numpy(order)].double() / scale
+    steps = coords.diff(dim=0)
+    steps = steps[(steps[:, 1] == 0), 0].round()
+    if len(steps):
+        step = steps.mode().values.item()
+        if abs(step / args.step - 1) > NATIVE:
+            raise UserError(
+                f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: the wrong --mpp, or "
+                f"tiles of another size; --step {step:.0f} takes them as they are"
+            )
+    return order, coords.round().int()
+
+
+def import_features(args):
+    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens. Returns the failures."""
+    data, failures, counts = Path(args.data), [], collections.Counter()
+    files = {}
+    for entry in map(Path, args.features):
+        if not entry.exists():
+            raise UserError(f"{entry}: no such file or folder (--features)")
+        for path in [entry] if entry.is_file() else [p for _, found in walk(entry) for p in found]:
+            if entry.is_file() or path.suffix.lower() in (".pt", ".pth", ".h5", ".hdf5"):
+                if files.setdefault(path.stem, path) != path:
+                    raise UserError(
+                        f"{files[path.stem]} and {path} have the same name; rename one: it is the slide's id"
+                    )
+    if not files:
+        raise UserError(f"no .pt or .h5 files below {', '.join(map(str, args.features))}")
+    given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    for folder in ("qc", "visual_tokens"):
+        (data / folder).mkdir(parents=True, exist_ok=True)
+    encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
+    print(f"Found {len(files)} files of features to import into {data}.")
+    with disk_errors(data):
+        for name, path in tqdm(sorted(files.items()), unit="file"):
             try:
-                count = prepare_slide(path, data, encoder, params, args.mpp, args.workers, args.batch, progress)
-                tiles += count
-                if not count:
-                    empty.append(name)
+                kind, features, coords, about = read_foreign(path)
+                source, mark = f"imported: {kind}", f"imported:{kind}:{features.shape[1]}"
+                if encoder and coords is not None:  # the user says that this one made them
+                    source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
+                info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
+                mpp = given.get(name, given.get(path.name, args.mpp))
+                params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
+                file = data / "features" / f"{name}.safetensors"
+                if coords is not None:
+                    order, coords = tiled_coords(path, coords, about, mpp, args)
+                write_meta(data, args.preset or "7b", args.target_mpp, info)
+                if coords is None:
+                    with replacing(data / "visual_tokens" / file.name) as temporary:
+                        save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
+                elif file.exists() and not args.overwrite:
+                    check_same(file, params)
+                else:
+                    save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
+                counts[kind] += 1
+                note_failure(data, name)
             except UserError as error:
+                note_failure(data, name, "import", str(error))
                 failures.append((path, str(error)))
-            bar.update()
-    print(f"Wrote {tiles} tiles of {len(todo) - len(failures)} slides to {data}/features, pictures to {data}/qc.")
-    if empty:
-        print(f"No tissue found in {len(empty)}: {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
+    print(f"Imported {', '.join(f'{n} slides of {kind}' for kind, n in counts.items()) or 'nothing'}.")
     return failures
 
 
@@ -386,7 +1195,7 @@ def import_qa(files, data, split):
     for file in files:
         name = split or ("test" if re.search(r"(^|[_-])test", Path(file).stem) else "train")
         splits.setdefault(name, []).extend(read_qa(file))
-    have = {path.stem for path in (data / "features").glob("*.safetensors")}
+    have = {path.stem for folder in ("features", "visual_tokens") for path in (data / folder).glob("*.safetensors")}
     (data / "qa").mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         write_qa(data / "qa" / f"{name}.jsonl", rows)
@@ -395,6 +1204,21 @@ def import_qa(files, data, split):
             f"Wrote {len(rows)} questions of {len({r['task'] for r in rows})} tasks about {len(slides)} slides to "
             f"{data}/qa/{name}.jsonl; {len(slides & have)} of these slides have features."
         )
+        for kind in ("task", "cancer"):
+            total, matched = (
+                collections.Counter(r[kind] or "none" for r in rows if r["slide"] in s) for s in (slides, have)
+            )
+            print(
+                f"  by {kind}: " + ", ".join(f"{value} {matched[value]} of {n}" for value, n in sorted(total.items()))
+            )
+        missing = sorted(slides - have)
+        with replacing(data / "qa" / f"{name}.unmatched.txt") as path:
+            path.write_text("".join(f"{slide}\n" for slide in missing), encoding="utf-8")
+        if missing:
+            print(
+                f"  {len(missing)} slides without features, all in {data}/qa/{name}.unmatched.txt: "
+                f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+            )
 
 
 def write_qa(path, rows):
@@ -516,16 +1340,16 @@ def draw_slide(case):
     return picture.point(table * 3), planted
 
 
-def write_tiff(path, image):
-    """A tiled, pyramidal TIFF with its um/px, JPEG tiles, levels at 1, 1/2 and 1/4: what OpenSlide calls generic-tiff.
+def write_tiff(path, image, mpp=TARGET_MPP, downsamples=(1, 2, 4)):
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4: OpenSlide's generic-tiff.
 
     Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte entries,
     and every tile a JPEG of its own.
     """
     body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
-    for level in range(3):
-        size = (SIDE >> level, SIDE >> level)
-        picture = image if level == 0 else image.resize(size, Image.Resampling.BOX)
+    for downsample in downsamples:
+        size = tuple(side // downsample for side in image.size)
+        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
         offsets, lengths = [], []
         for y in range(0, size[1], TILE):
             for x in range(0, size[0], TILE):
@@ -535,10 +1359,10 @@ def write_tiff(path, image):
                 lengths.append(len(tile.getvalue()))
                 body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
         values = len(body)
-        per_cm = round(1e4 / TARGET_MPP) >> level
+        per_cm = round(1e4 / mpp / downsample)
         body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
         entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            (254, 4, 1, int(level > 0)),  # NewSubfileType: a reduced image
+            (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
             (256, 4, 1, size[0]),
             (257, 4, 1, size[1]),
             (258, 3, 3, values),  # BitsPerSample
@@ -648,7 +1472,7 @@ def write_questions(case, rng):
 
 def prepare_demo(args):
     """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide shows."""
-    args.preset = "demo"
+    args.preset, args.max_tiles = "demo", 0  # train.py's --max-tiles is an ablation of the training alone
     recipe = {"train": args.demo_slides, "test": args.demo_slides // 5, "seed": args.seed}
     folder = args.data / "slides"
     if (args.data / "meta.json").exists() and not (args.data / "cohort.json").exists():
@@ -665,6 +1489,7 @@ def prepare_demo(args):
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.tif" for case in cases})
     if failures:
         raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
+    contact_sheets(args.data)
     stand_in_llm(args)
     return cases
 
@@ -774,13 +1599,31 @@ def train_tokenizer(path, talks):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--slides", nargs="+", metavar="PATH", help="slides, and folders to search for slides")
+    add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
+    add(
+        "--features",
+        nargs="+",
+        metavar="PATH",
+        help="features made elsewhere, and folders to search for them (.pt, .h5)",
+    )
     add("--qa", nargs="+", metavar="FILE", help="question files in either of WSI-Bench's shapes")
     add("--split", choices=["train", "test"], help="of --qa (default: test where the file's name says so, else train)")
     add("--demo", action="store_true", help="draw the toy cohort and prepare it")
+    add("--target-mpp", type=float, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
     add("--mpp", type=float, help="um per pixel at level 0, for slides whose metadata lack or misstate it")
+    add("--mpp-csv", metavar="FILE", help="the same slide by slide: lines of slide,mpp; wins over --mpp")
     add("--min-tissue", type=float, default=0.25, help="least share of tissue in a tile (default: 0.25)")
+    add("--step", type=int, default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
+    add("--max-tiles", type=int, default=0, help="at most so many of a slide's tiles, drawn at random (default: all)")
     add("--batch", type=int, default=64, help="tiles a batch through the encoder (default: 64)")
+    add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
+    add("--dry-run", action="store_true", help="list the slides, their tiles and the time it would take; write nothing")
+    add(
+        "--shard",
+        metavar="I/N",
+        default="1/1",
+        help="prepare the I-th of N shares of the slides, for job arrays: 1/16 to 16/16",
+    )
     add("--overwrite", action="store_true", help="make features again that are there already")
     wsi_llava.add_shared_flags(parser)
     add_demo_flags(parser)
@@ -799,16 +1642,60 @@ def add_demo_flags(parser):
     parser.add_argument("--llm-steps", type=int, default=250, help="training steps of the stand-in language model")
 
 
+def check_flags(args):
+    for name, value in (("--mpp", args.mpp), ("--target-mpp", args.target_mpp)):
+        if value is not None and not MPP_RANGE[0] <= value <= MPP_RANGE[1]:
+            raise UserError(f"{name} {value}: um per pixel lie between 0.05 and 20, mostly at 0.25 or 0.5")
+    if not 0 <= args.min_tissue <= 1:
+        raise UserError(f"--min-tissue {args.min_tissue}: a share, from 0 to 1")
+    for name, value, least in (
+        ("--step", args.step, 1),
+        ("--batch", args.batch, 1),
+        ("--workers", args.workers, 1),
+        ("--max-tiles", args.max_tiles, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value}: at least {least}")
+
+
+def share(args):
+    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how many)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise UserError(f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return (i - 1) * world + rank, n * world
+
+
 def main(argv=None):
     args = parse(argv)
-    if not (args.slides or args.qa or args.demo):
-        raise UserError("nothing to do: give --slides DIR, --qa FILE... or --demo (--help explains)")
-    if args.mpp is not None and not 0.05 <= args.mpp <= 20:
-        raise UserError(f"--mpp {args.mpp}: um per pixel at level 0 lies between 0.05 and 20, mostly 0.25 or 0.5")
+    if not (args.slides or args.features or args.qa or args.demo):
+        raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
+    check_flags(args)
+    number, shares = share(args)
+    together = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if (
+        together
+    ):  # by torchrun, which ends all processes as soon as one of them fails: so they wait for one another below
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        if args.device == "auto" and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     wsi_llava.resolve_device(args)
     if args.demo:
         prepare_demo(args)
-    failures = prepare_slides(args, find_slides(args.slides)) if args.slides else []
+    failures = import_features(args) if args.features else []
+    if args.slides:
+        slides = find_slides(args.slides)
+        if shares > 1:
+            print(f"Share {number + 1} of {shares} of {len(slides)} slides.")
+        failures += prepare_slides(args, dict(list(slides.items())[number::shares]))
+        if together:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        if not args.dry_run:
+            with disk_errors(args.data), alone(args.data, "sheets"):
+                contact_sheets(args.data)
     if args.qa:
         import_qa(args.qa, args.data, args.split)
     if (args.data / "meta.json").exists() and (args.data / "qa" / "train.jsonl").exists() and not args.llm:
@@ -817,7 +1704,8 @@ def main(argv=None):
     for _, message in failures:
         print(f"failed: {message}", file=sys.stderr)
     if failures:
-        raise UserError(f"{len(failures)} slides could not be prepared (listed above); the others are done")
+        record = "" if args.dry_run else f" and in {args.data}/failures.jsonl"
+        raise UserError(f"{len(failures)} slides could not be prepared (listed above{record}); the others are done")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import prepare
@@ -1057,12 +1057,18 @@ def toy_slide(tmp_path_factory):
     return path, image, planted
 
 
+def one_tile(slide, x, y):
+    out = np.empty((1, 256, 256, 3), np.uint8)
+    slide.tiles(np.array([[x, y]]), out)
+    return out[0].astype(int)
+
+
 def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
     path, image, _ = toy_slide
     slide = prepare.Slide(path)
     assert slide.file.properties["openslide.vendor"] == "generic-tiff" and slide.mpp == 0.5
     assert slide.file.level_dimensions == ((2048, 2048), (1024, 1024), (512, 512))
-    got = slide.tile(512, 768).astype(int)
+    got = one_tile(slide, 512, 768)
     want = np.asarray(image.crop((512, 768, 768, 1024))).astype(int)
     assert np.abs(got - want).mean() < 6  # JPEG
     small = np.asarray(slide.thumbnail(32)).astype(int)
@@ -1097,20 +1103,446 @@ def test_tissue_and_grid(toy_slide):
     assert len(prepare.tile_grid(prepare.tissue_mask(solid), 0.25)) == 64
 
 
-def test_slides_of_other_resolutions_are_resampled(toy_slide, tmp_path):
-    """The same picture scanned at 0.25 um/px: the same size, tiles and colours at 0.5 um/px."""
+def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
+    """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same features."""
     _, image, _ = toy_slide
-    image.resize((4096, 4096), Image.Resampling.BICUBIC).save(tmp_path / "fine.png")
-    fine = prepare.Slide(tmp_path / "fine.png", mpp=0.25)
-    assert (fine.width, fine.height, fine.scale) == (2048, 2048, 2.0)
-    want = np.asarray(image.crop((512, 768, 768, 1024))).astype(int)
-    assert np.abs(fine.tile(512, 768) - want).mean() < 3
+    found = {}
+    for mpp in (0.5, 0.25, 0.46):
+        side = round(2048 * 0.5 / mpp)
+        scan = image.resize((side, side), Image.Resampling.BICUBIC)
+        prepare.write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
+    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
+    for mpp in (0.5, 0.25, 0.46):
+        found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
+        about = prepare.feature_metadata(tmp_path / "data" / "features" / f"{mpp}.safetensors")
+        assert about["scale"] == pytest.approx(0.5 / mpp, rel=1e-3) and about["tiles"] > 40
+        assert torch.equal(found[mpp][1], found[0.5][1])
+        similar = F.cosine_similarity(found[mpp][0].float(), found[0.5][0].float())
+        assert similar.min() > 0.99, mpp
 
 
-def test_slide_without_resolution_names_the_flag(tmp_path):
-    Image.new("RGB", (300, 300)).save(tmp_path / "photo.png")
-    with pytest.raises(UserError, match="no um/px; give it with --mpp"):
-        prepare.Slide(tmp_path / "photo.png")
+@pytest.mark.parametrize("mpp", [0.495, 0.252, 0.3])
+def test_tiles_far_to_the_right_lie_where_the_exact_scale_puts_them(tmp_path, mpp):
+    """A black column under the middle of the 25th tile, in a slide that is read as it is, averaged, or resampled."""
+    scale = 0.5 / mpp
+    at = round((24 * 256 + 128) * scale)
+    scan = Image.new("RGB", (round(6500 * scale), 300), (255, 255, 255))
+    scan.paste((0, 0, 0), (at, 0, at + max(1, round(scale)), 300))
+    scan.save(tmp_path / "wide.png")
+    tile = one_tile(prepare.Slide(tmp_path / "wide.png", mpp=mpp), 24 * 256, 0)
+    assert abs(int(tile[100, :, 0].argmin()) - 128) <= 1
+
+
+def test_where_the_resolution_comes_from(tmp_path):
+    """Metadata, TIFF tags, the objective power; what is given wins; pixels that are not square are refused."""
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.full((512, 512, 3), 255, np.uint8)
+    Image.fromarray(pixels).save(
+        tmp_path / "tags.tif", dpi=(25400 / 0.25, 25400 / 0.25)
+    )  # in strips: not for OpenSlide
+    Image.fromarray(pixels).save(tmp_path / "screen.png", dpi=(72, 72))
+    aperio = "Aperio Image Library v1\n512x512 |AppMag = 20"
+    tifffile.imwrite(
+        tmp_path / "power.svs", pixels, tile=(256, 256), photometric="rgb", description=aperio, metadata=None
+    )
+    for name, wide, high in (("square", 0.25, 0.25), ("oblong", 0.25, 0.26)):
+        resolution = {"resolution": (1e4 / wide, 1e4 / high), "resolutionunit": "CENTIMETER"}
+        tifffile.imwrite(tmp_path / f"{name}.tif", pixels, tile=(256, 256), photometric="rgb", **resolution)
+    got = {path: prepare.Slide(tmp_path / path) for path in ("tags.tif", "power.svs", "square.tif")}
+    assert {path: (slide.source, round(slide.mpp, 4)) for path, slide in got.items()} == {
+        "tags.tif": ("TIFF tags", 0.25),
+        "power.svs": ("objective power", 0.5),
+        "square.tif": ("metadata", 0.25),
+    }
+    assert prepare.Slide(tmp_path / "oblong.tif", mpp=0.25).source == "given"
+    with pytest.raises(UserError, match=r"oblong.tif: its pixels are not square \(0.25 x 0.26 um\); --mpp"):
+        prepare.Slide(tmp_path / "oblong.tif")
+    with pytest.raises(UserError, match="screen.png: its metadata has no um/px; give it with --mpp"):
+        prepare.Slide(tmp_path / "screen.png")
+    (tmp_path / "mpp.csv").write_text("slide,mpp\nscreen,0.5\ntags.tif,0.3\n")
+    assert prepare.read_mpp_csv(tmp_path / "mpp.csv") == {"screen": 0.5, "tags.tif": 0.3}
+    (tmp_path / "mpp.csv").write_text("screen,0.5\ntags,forty\n")
+    with pytest.raises(UserError, match="mpp.csv, line 2: not slide,mpp"):
+        prepare.read_mpp_csv(tmp_path / "mpp.csv")
+
+
+def test_slides_are_found_as_an_archive_holds_them(tmp_path):
+    """Lists, links, odd names, DICOM folders; hidden files and Hamamatsu's parts are no slides."""
+    for name in (
+        "a/-x.svs",
+        "a/b c.d.ndpi",
+        "a/ü.SVS",
+        "a/._b c.d.ndpi",
+        "case 7/1.dcm",
+        "case 7/2.dcm",
+        "v/v.vms",
+        "v/v(1,0).jpg",
+    ):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).touch()
+    (tmp_path / "all" / "loop").symlink_to(tmp_path / "all", target_is_directory=True)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "linked.svs").symlink_to(tmp_path / "all" / "a" / "-x.svs")
+    (tmp_path / "all" / "links").symlink_to(tmp_path / "more", target_is_directory=True)
+    found = prepare.find_slides([tmp_path / "all"])
+    assert list(found) == ["-x", "b c.d", "case 7", "linked", "v", "ü"] and found["case 7"].name == "1.dcm"
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/all/a/b c.d.ndpi\n\n{tmp_path}/all/v\n")
+    assert list(prepare.find_slides([tmp_path / "list.txt"])) == ["b c.d", "v"]
+
+
+def painted(background, *spots):
+    """A painted thumbnail 96 x 96: ellipses of a colour on a background, with a camera's noise."""
+    image = Image.new("RGB", (96, 96), background)
+    for colour, box in spots:
+        ImageDraw.Draw(image).ellipse(box, fill=colour)
+    grain = np.random.default_rng(0).normal(0, 2, (96, 96, 3))
+    return Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
+
+
+LEFT, RIGHT, PINK, GLASS = (8, 20, 40, 80), (60, 20, 84, 80), (222, 150, 190), (244, 244, 242)
+
+
+@pytest.mark.parametrize(
+    "background, tissue, other",
+    [
+        (GLASS, PINK, GLASS),
+        ((190, 190, 190), PINK, (190, 190, 190)),
+        (GLASS, PINK, (40, 70, 170)),  # pens
+        (GLASS, PINK, (20, 120, 70)),
+        (GLASS, PINK, (25, 25, 40)),
+        ((6, 5, 8), PINK, GLASS),  # a black border around what was scanned
+        (GLASS, (238, 224, 232), GLASS),  # very pale, very dark
+        (GLASS, (64, 22, 84), GLASS),
+        (GLASS, (150, 110, 80), (40, 70, 170)),  # immunohistochemistry
+    ],
+)
+def test_tissue_is_found_beside(background, tissue, other):
+    mask = prepare.tissue_mask(painted(background, (tissue, LEFT), (other, RIGHT)))
+    truth = np.asarray(painted((0, 0, 0), ((255, 255, 255), LEFT)))[..., 0] > 128
+    assert (mask & truth).sum() > 0.9 * truth.sum(), "tissue was missed"
+    assert (mask & ~truth).sum() < 0.1 * truth.sum(), "other things were taken for tissue"
+
+
+def test_slides_all_of_tissue_or_all_of_glass():
+    rng = np.random.default_rng(0)
+    assert prepare.tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean() < 0.02
+    assert prepare.tissue_mask(painted((5, 5, 5))).mean() == 0
+    assert prepare.tissue_mask(painted(PINK)).mean() == 1
+    assert prepare.tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean() > 0.99
+
+
+def test_grid_with_overlap_and_a_limit():
+    mask = np.zeros((32, 40), bool)
+    mask[:, 8:] = True
+    whole = prepare.tile_grid(mask, 0.25)
+    assert whole.tolist() == [[x, y] for y in (0, 256, 512, 768) for x in (256, 512, 768, 1024)]
+    half = prepare.tile_grid(mask, 0.5, step=128)
+    assert len(half) == 7 * 8 and half[:, 0].min() == 128 and set(half[:, 1]) == set(range(0, 769, 128))
+    some = prepare.draw_tiles(half, "slide", 10, seed=0)
+    assert len(some) == 10 and (np.lexsort((some[:, 0], some[:, 1])) == np.arange(10)).all()
+    assert (some == prepare.draw_tiles(half, "slide", 10, seed=0)).all()
+    for name, seed in (("slide", 1), ("other", 0)):
+        assert not (some == prepare.draw_tiles(half, name, 10, seed)).all()
+
+
+@pytest.mark.parametrize("step", [256, 100, 700])
+def test_blocks_hold_every_tile_once_and_are_small(step):
+    rng = np.random.default_rng(0)
+    y, x = np.nonzero(rng.random((30, 20)) < np.linspace(0, 1, 20))
+    coords = np.stack([x, y], 1).astype(np.int32) * step
+    parts = prepare.blocks(coords, step, zoom=2.0)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(coords)))
+    for part in parts:
+        assert len(part) <= 16 and ((np.ptp(coords[part], axis=0) + 256) * 2 <= 2048).all()
+
+
+def test_contours_are_the_mask_exactly():
+    """Filled by the even-odd rule at pixel centres, outlines with their holes give the mask back; and no pixel counts twice."""
+    rng = np.random.default_rng(0)
+    for density in (0.1, 0.5, 0.9):
+        mask = rng.random((24, 31)) < density
+        polygons = prepare.contours(mask)
+        y, x = np.mgrid[:24, :31] + 0.5
+        count = np.zeros(mask.shape, int)
+        for rings in polygons:
+            crossings = np.zeros(mask.shape, int)
+            for ring in rings:
+                for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]):
+                    assert (ax == bx) != (ay == by)  # upright or level
+                    crossings += (ax == bx) & (ax < x) & (min(ay, by) < y) & (y < max(ay, by))
+            count += crossings % 2
+        assert (count == mask).all()
+
+
+FEW = ["--max-tiles", "12", "--geojson"]
+
+
+@pytest.fixture(scope="session")
+def archive(toy_slide, tmp_path_factory):
+    """Five small slides, and what an uninterrupted run makes of them -> (their folder, the data folder)."""
+    folder = tmp_path_factory.mktemp("archive")
+    _, image, _ = toy_slide
+    (folder / "slides").mkdir()
+    for i in range(4):
+        prepare.write_tiff(folder / "slides" / f"s{i}.tif", image.rotate(90 * i))
+    prepare.write_tiff(folder / "slides" / "s4.tif", image.crop((0, 0, 1024, 1024)), downsamples=(1, 2))
+    prepare.main(["--slides", str(folder / "slides"), "--data", str(folder / "data"), "--workers", "2", *FEW])
+    return folder / "slides", folder / "data"
+
+
+def contents(data):
+    """{file: its bytes} of what a data folder holds of slides."""
+    files = [path for part in ("features", "qc") for path in (data / part).iterdir()]
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+
+
+def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch):
+    slides, whole = archive
+    common = ["--slides", str(slides), "--data", str(tmp_path / "data"), "--workers", "1", *FEW]
+    prepare.main([*common, "--shard", "2/2"])
+    assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s1", "s3"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")  # as torchrun says it
+    prepare.main(common)
+    assert contents(tmp_path / "data") == contents(whole)
+
+
+def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(archive, tmp_path):
+    slides, whole = archive
+    data = tmp_path / "data"
+    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", data, *FEW]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(data.glob("features/s*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = contents(data)
+    assert 1 <= len(list(data.glob("features/s*"))) < 5
+    assert not [name for name in before if "/s" in name and before[name] != contents(whole)[name]]
+    for name in ("features/.s3.safetensors.1.part", "features/.s4.safetensors.1.part", "qc/.s3.jpg.7.part"):
+        (data / name).write_bytes(b"half")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCK, HERE, data, "s4"], stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == "True\n"
+    prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
+    assert {path.name for path in data.glob("*/.*.part")} == {
+        ".s4.safetensors.1.part"
+    }  # its slide is in another's hands
+    assert not (data / "features" / "s4.safetensors").exists()
+    holder.kill()
+    holder.wait()
+    prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
+    assert contents(data) == contents(whole)
+
+
+LOCK = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+import prepare
+print(prepare.claim(pathlib.Path(sys.argv[2]), sys.argv[3]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
+    slides, whole = archive
+    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", tmp_path, "--workers", "1", *FEW]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(int(re.search(r"tiles of (\d) slides", text)[1]) for text in printed) == 5, printed
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_other_parameters_stop_and_name_both_values(archive):
+    slides, whole = archive
+    for flags, message in [
+        (["--min-tissue", "0.5"], "min_tissue 0.25, not 0.5; --overwrite makes it again"),
+        (["--step", "128"], "step 256, not 128"),
+        (["--seed", "3"], "seed 0, not 3"),
+        (["--mpp", "0.4"], "mpp None, not 0.4"),
+        (["--max-tiles", "9"], "max_tiles 12, not 9"),
+        (["--target-mpp", "0.6"], "holds features at 0.5 um/px, not 0.6"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            prepare.main(["--slides", str(slides), "--data", str(whole), *FEW, *flags])
+    with pytest.raises(UserError, match="--shard 3/2: I/N"):
+        prepare.main(["--slides", str(slides), "--data", str(whole), "--shard", "3/2"])
+
+
+def damage(path, tiles):
+    """Overwrites JPEG tiles of the finest level of a TIFF by write_tiff."""
+    body = bytearray(path.read_bytes())
+    starts = [match.start() for match in re.finditer(rb"\xff\xd8\xff\xe0", body)]
+    for i in tiles:
+        body[starts[i] : starts[i] + 300] = b"\0" * 300
+    path.write_bytes(body)
+
+
+def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, capsys):
+    """One tile of two hundred is left out and counted; three are too many. The others go on; a mended slide leaves the record."""
+    _, image, _ = toy_slide
+    (tmp_path / "slides").mkdir()
+    large = Image.new("RGB", (4096, 4096))
+    for x, y in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
+        large.paste(image, (x, y))
+    for name in ("one", "three"):
+        prepare.write_tiff(tmp_path / "slides" / f"{name}.tif", large)
+    damage(tmp_path / "slides" / "one.tif", [16 * 4 + 4])
+    damage(tmp_path / "slides" / "three.tif", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])
+    (tmp_path / "slides" / "bad.svs").write_bytes(b"not a slide")
+    common, data = ["--slides", str(tmp_path / "slides"), "--data", str(tmp_path / "data")], tmp_path / "data"
+    with pytest.raises(UserError, match="2 slides could not be prepared"):
+        prepare.main(common)
+    assert "1 slides, some tiles (under 1%) left out that cannot be decoded: one" in capsys.readouterr().out
+    about = prepare.feature_metadata(data / "features" / "one.safetensors")
+    features, coords = wsi_llava.read_features(data, "one")
+    assert about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
+    failures = prepare.read_failures(data)
+    assert {name: entry["step"] for name, entry in failures.items()} == {"bad": "open", "three": "read"}
+    assert "cannot be decoded" in failures["three"]["message"]
+    prepare.write_tiff(tmp_path / "slides" / "three.tif", large)
+    with pytest.raises(UserError, match="1 slides could not be prepared"):
+        prepare.main(common)
+    assert set(prepare.read_failures(data)) == {"bad"} and (data / "features" / "three.safetensors").exists()
+
+
+def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypatch):
+    slides, whole = archive
+    thumbnail = prepare.Slide.thumbnail
+
+    def deadly(slide, pixel):
+        if "s2" in str(slide.path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return thumbnail(slide, pixel)
+
+    monkeypatch.setattr(prepare.Slide, "thumbnail", deadly)  # the readers are forked, and have it too
+    with pytest.raises(UserError, match="1 slides could not be prepared"):
+        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
+    assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s0", "s1", "s3", "s4"}
+    assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
+
+
+def test_a_full_disk_stops_with_what_to_do(archive, tmp_path):
+    """No file may grow beyond 4 kB, as on a full disk: one line, no half file, and the next run completes it."""
+    resource = pytest.importorskip("resource")
+    slides, whole = archive
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        with pytest.raises(UserError, match="data cannot be written .*File too large.*make room"):
+            prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list((tmp_path / "data" / "features").iterdir())
+    prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
+    assert contents(tmp_path / "data") == contents(whole)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/data cannot be written .*Not a directory"):
+        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "file" / "data")])
+
+
+def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
+    slides, _ = archive
+    prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), "--dry-run"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["s4", "1024", "x", "1024", "0.5", "metadata", "0"] in [line[:7] for line in lines]
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_slide_without_tissue_is_recorded_as_such(tmp_path, capsys):
+    Image.new("RGB", (600, 600), (245, 245, 245)).save(tmp_path / "glass.png")
+    prepare.main(["--slides", str(tmp_path / "glass.png"), "--data", str(tmp_path / "data"), "--mpp", "0.5"])
+    features, coords = wsi_llava.read_features(tmp_path / "data", "glass")
+    assert features.shape == (0, 128) and coords.shape == (0, 2)
+    assert "no tissue found: glass" in capsys.readouterr().out
+
+
+def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
+    _, image, _ = toy_slide
+    scan = image.resize((4096, 4096))
+    scan.save(tmp_path / "fine.png")
+    prepare.main(["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", *FEW])
+    found = json.loads((tmp_path / "data" / "qc" / "fine.geojson").read_text())
+    assert found["type"] == "FeatureCollection"
+    kinds = {
+        kind: [f for f in found["features"] if f["properties"]["objectType"] == kind] for kind in ("annotation", "tile")
+    }
+    corners = [f["geometry"]["coordinates"][0][0] for f in kinds["tile"]]
+    assert corners == (wsi_llava.read_features(tmp_path / "data", "fine")[1] * 2).tolist()
+    rings = [ring for f in kinds["annotation"] for ring in f["geometry"]["coordinates"]]
+    assert rings and all(ring[0] == ring[-1] and max(map(max, ring)) > 2048 for ring in rings[:1])
+
+
+def test_contact_sheets_show_every_slide_and_mark_what_failed(archive, tmp_path):
+    _, whole = archive
+    data = shutil.copytree(whole, tmp_path / "data")
+    prepare.note_failure(data, "lost", "open", "x")
+    prepare.contact_sheets(data, columns=2, rows=2, cell=100)
+    sheets = [Image.open(data / "qc" / name) for name in ("index.jpg", "index-2.jpg")]
+    assert [sheet.size for sheet in sheets] == [(200, 272), (200, 136)]  # lost and s0 to s2; s3, s4
+    pixels = np.asarray(sheets[0]).astype(int)
+    red = (pixels[..., 0] > 170) & (pixels[..., 1:].max(-1) < 60)
+    assert red[:136, :100].sum() > 300 and red[:, 100:].sum() == 0
+    prepare.contact_sheets(data)
+    assert not (data / "qc" / "index-2.jpg").exists()
+
+
+def test_features_of_others_are_imported(tmp_path):
+    """GigaPath's dict, TRIDENT's and CLAM's h5: level-0 coordinates become pixels at the target, in raster order."""
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((6, 32)).astype(np.float32)
+    cells = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
+    order = np.lexsort(cells.T)
+    tensors = {"tile_embeds": torch.from_numpy(features), "coords": torch.from_numpy(cells * 512).float()}
+    torch.save(tensors, tmp_path / "giga.pt")
+    for name, size, attributes in (
+        ("trident.h5", 512, {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20}),
+        ("clam.h5", 512, {}),
+    ):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["features"], file["coords"] = features[None], cells * size
+            file["coords"].attrs.update(attributes)
+
+    def load(name, *flags):
+        data = tmp_path / f"data-{name}"
+        prepare.main(["--features", str(tmp_path / name), "--data", str(data), *flags])
+        return wsi_llava.read_features(data, name.split(".")[0]), wsi_llava.read_meta(data)["encoder"]
+
+    for name, *flags in (("giga.pt", "--mpp", "0.25"), ("trident.h5",), ("clam.h5", "--mpp", "0.25")):
+        (got, coords), encoder = load(name, *flags)
+        assert coords.tolist() == (cells[order] * 256).tolist() and coords.dtype == torch.int32
+        assert torch.equal(got, torch.from_numpy(features[order]).half())
+        assert encoder["width"] == 32 and encoder["source"].startswith("imported: ")
+    for name, flags, message in [
+        ("clam.h5", [], "does not say the um/px of its coordinates"),
+        ("giga.pt", ["--mpp", "0.5"], "lie 512 px apart at 0.5 um/px, not 256: the wrong --mpp"),
+    ]:
+        data = tmp_path / "refused"
+        with pytest.raises(UserError, match="1 slides could not be prepared"):
+            prepare.main(["--features", str(tmp_path / name), "--data", str(data), *flags])
+        assert message in prepare.read_failures(data)[name.split(".")[0]]["message"]
+    with pytest.raises(UserError):  # two encoders in one folder
+        prepare.main(
+            ["--features", str(tmp_path / "clam.h5"), "--data", str(tmp_path / "data-giga.pt"), "--mpp", "0.25"]
+        )
+    assert "another tile encoder" in prepare.read_failures(tmp_path / "data-giga.pt")["clam"]["message"]
+
+
+def test_imports_are_validated(tmp_path):
+    good = {"tile_embeds": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
+    for tensors, message in [
+        (torch.zeros(5, 8), r"a tensor \[5, 8\], neither visual tokens"),
+        ({"x": torch.zeros(1)}, r"keys \['x'\], neither"),
+        (good | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and coords \[3, 2\] are not"),
+        (good | {"tile_embeds": torch.full((2, 8), 1e6)}, "not finite in half precision"),
+        (good | {"coords": torch.full((2, 2), -1.0)}, "negative"),
+    ]:
+        torch.save(tensors, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=message):
+            prepare.read_foreign(tmp_path / "x.pt")
 
 
 def test_qa_in_both_shapes(tmp_path):
@@ -1754,7 +2186,7 @@ def test_demo_runs_end_to_end(demo):
         assert made == {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.png"}
     assert Image.open(folder / "out" / "loss.png").size[0] == 3 * 520
     features = {p.stem for p in (folder / "data" / "features").iterdir()}
-    assert len(features) == 18 == len(list((folder / "data" / "qc").iterdir()))
+    assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
     train_rows, test_rows = (train.load_rows(folder / "data", split) for split in ("train", "test"))
     assert not {row["slide"] for row in train_rows} & {row["slide"] for row in test_rows}
 
@@ -2092,6 +2524,33 @@ def test_questions_about_slides_without_features(demo, tmp_path):
         train.load_rows(data, "train", skip_missing=True)
 
 
+def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
+    """The authors' published tokens: no tiles, no slide encoder, and stages 2 and 3 take them as they are."""
+    tokens = torch.randn(576, 1024)
+    torch.save(tokens, tmp_path / "T.1.pt")
+    data = tmp_path / "data"
+    prepare.main(["--features", str(tmp_path / "T.1.pt"), "--data", str(data)])
+    rows = [{"id": "1", "slide": "T.1", "task": "Report", "conversations": TALK[:2]}]
+    prepare.write_qa(data / "qa" / "train.jsonl", rows)
+    assert len(train.load_rows(data, "train", tokens=True)) == 1
+    with pytest.raises(UserError, match="names 1 slides without features"):
+        train.load_rows(data, "train")
+    args = train.parse(["--data", str(data), "--llm", str(demo[0] / "data" / "llm")])
+    shutil.copy(demo[0] / "data" / "tokenizer.model", data)
+    wsi_llava.resolve_device(args)
+    args.llm = demo[0] / "data" / "llm"
+    if not (args.llm / "tokenizer.model").exists():
+        shutil.copytree(args.llm, tmp_path / "llm")
+        shutil.copy(demo[0] / "data" / "tokenizer.model", tmp_path / "llm")
+        args.llm = tmp_path / "llm"
+    meta = wsi_llava.read_meta(data)
+    model, _ = wsi_llava.assemble(args, meta, 1)
+    assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == 0
+    args.slide = "T.1"
+    visual = sample.slide_tokens(args, meta, model)
+    assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
+
+
 def test_features_of_another_encoder_are_refused(demo, tmp_path):
     """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
     folder, _ = demo
@@ -2402,7 +2861,165 @@ def benchmark_int8():
         print(f"{what:15} bfloat16 {1e3 * a:.0f} ms, int8 {1e3 * b:.0f} ms: {a / b:.2f} times as fast")
 
 
+def write_giant(path, side=100_000, mpp=0.5):
+    """A slide of side x side pixels at 0.5 um/px, with a pyramid, tiled JPEG: a disk of tissue, one of few tiles everywhere."""
+    import tifffile
+
+    tifffile.tifffile.imagecodecs.jpeg_encode = (
+        None  # the tiles come encoded; without imagecodecs it asks for an encoder
+    )
+    image, _ = prepare.draw_slide(CASE)
+    encoded = []
+    for i in range(64):
+        file, (x, y) = io.BytesIO(), (512 + i % 4 * 256, 512 + i // 4 % 4 * 256)
+        image.crop((x, y, x + 256, y + 256)).save(file, "JPEG", quality=80)
+        encoded.append(file.getvalue())
+    file = io.BytesIO()
+    Image.new("RGB", (256, 256), (244, 244, 244)).save(file, "JPEG")
+    with tifffile.TiffWriter(path, bigtiff=True) as out:
+        for downsample in (1, 4, 16, 64):
+            n = math.ceil(side / downsample / 256)
+            y, x = np.mgrid[:n, :n] / n * 2 - 1
+            inside = (np.hypot(x, y) < 0.8).ravel()
+            tiles = (encoded[i % 61] if inside[i] else file.getvalue() for i in range(n * n))
+            resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
+            shape = {"shape": (side // downsample, side // downsample, 3), "dtype": "uint8", "tile": (256, 256)}
+            jpeg = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "metadata": None}
+            out.write(tiles, **shape, **jpeg, **resolution, subfiletype=int(downsample > 1))
+
+
+def naive_tile(slide, x, y):
+    """What a plain loop does for each tile: read, drop the alpha, resize."""
+    side = math.ceil(256 * slide.zoom)
+    region = slide.file.read_region((round(x * slide.scale), round(y * slide.scale)), slide.level, (side, side))
+    region = region.convert("RGB")
+    return np.asarray(region if side == 256 else region.resize((256, 256), Image.Resampling.LANCZOS))
+
+
+def reading_plan(path, mpp=None):
+    """What survey returns of a slide, less its pictures."""
+    args = prepare.parse(["--workers", "2"])
+    params = {
+        "target_mpp": args.target_mpp,
+        "mpp": mpp,
+        "min_tissue": args.min_tissue,
+        "step": args.step,
+        "max_tiles": 0,
+    }
+    return prepare.survey(path.stem, path, params | {"seed": 0}, None, False)
+
+
+def cpu_seconds(readers):
+    """CPU time of this process and its readers so far: what counts on a machine that does other things beside."""
+    spent = time.process_time()
+    for pid in readers.pool._processes:
+        utime, stime = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+        spent += (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
+    return spent
+
+
+def peak_of_readers(readers):
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in readers.pool._processes]
+    return max(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) * 1024 for text in status)
+
+
+def benchmark_reading(n=1536, rounds=3):
+    """The readers, without an encoder, against one plain loop over the same tiles, in turns: by the clock, and by CPU time. The slide is 100,000 px wide; whole rows of 4 tiles' height from its middle."""
+    folder = Path("/tmp/wsi-llava-benchmark")
+    folder.mkdir(exist_ok=True)
+    if not (folder / "giant.tif").exists():
+        with wsi_llava.replacing(folder / "giant.tif") as path:
+            write_giant(path)
+    for what, mpp, workers in (
+        ("as it is, 2 readers / bare read_region loop", 0.5, 2),
+        ("averaged 2x2, 1 reader / loop with Lanczos", 0.25, 1),
+        ("resampled 1.67x, 1 reader / loop with Lanczos", 0.3, 1),
+    ):
+        plan = reading_plan(folder / "giant.tif", mpp)
+        rows = plan["coords"][:, 1] // 256
+        plan["coords"] = plan["coords"][rows >= rows.max() // 8 * 4][:n]
+        clock, cpu, peak = {"ours": [], "loop": []}, {"ours": [], "loop": []}, 0
+        for _ in range(rounds):
+            slide = prepare.Slide(folder / "giant.tif", mpp=mpp)
+            started, spent = time.perf_counter(), time.process_time()
+            for x, y in plan["coords"].tolist():
+                if mpp == 0.5:
+                    slide.file.read_region((x, y), 0, (256, 256))
+                else:
+                    naive_tile(slide, x, y)
+            clock["loop"].append(time.perf_counter() - started)
+            cpu["loop"].append(time.process_time() - spent)
+            with prepare.Readers(workers) as readers:
+                list(readers.tiles([plan | {"coords": plan["coords"][:64]}]))  # the processes start
+                started, spent, buffer = (
+                    time.perf_counter(),
+                    cpu_seconds(readers),
+                    np.empty((64, 256, 256, 3), np.uint8),
+                )
+                for _, places, tiles, _ in readers.tiles([plan]):
+                    if places is not None:
+                        buffer[: len(tiles)] = tiles
+                clock["ours"].append(time.perf_counter() - started)
+                cpu["ours"].append(cpu_seconds(readers) - spent)
+                peak = max(peak, peak_of_readers(readers))
+        clock, cpu = ({k: np.median(v) / len(plan["coords"]) * 1e3 for k, v in x.items()} for x in (clock, cpu))
+        print(
+            f"{what:46} by the clock {clock['ours']:5.2f} / {clock['loop']:5.2f} ms a tile, ratio per reader "
+            f"{clock['loop'] / clock['ours'] / workers:.2f}; CPU {cpu['ours']:5.2f} / {cpu['loop']:5.2f} ms, ratio "
+            f"{cpu['loop'] / cpu['ours']:.2f}; peak memory of a reader {peak / 1e6:.0f} MB"
+        )
+    with prepare.Readers(1) as readers:  # the survey too, by itself
+        params = {"target_mpp": 0.5, "mpp": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+        job = ("giant", folder / "giant.tif", params, None, False)
+        started = time.perf_counter()
+        ((_, future),) = readers.surveys([("giant", job)])
+        tiles = len(future.result()["coords"])
+        print(
+            f"survey of {tiles:,} tiles: {time.perf_counter() - started:.1f} s, peak memory {peak_of_readers(readers) / 1e6:.0f} MB"
+        )
+
+
+def benchmark_encoding(rounds=2):
+    """Tiles a second of reading and encoding together against the encoder alone on ready batches: one reader, and a ViT heavy
+    enough that reading takes a small share of the cores, which the two have to share here."""
+    cfg = wsi_llava.TileEncoderConfig(width=768, depth=3, heads=12, mlp_hidden=2048)
+    encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
+    folder = Path("/tmp/wsi-llava-benchmark")
+    folder.mkdir(exist_ok=True)
+    prepare.write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
+    plan = reading_plan(folder / "toy.tif")
+    batch, n = 16, len(plan["coords"])
+    tiles = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
+    clock, cpu = {"ours": [], "alone": []}, {"ours": [], "alone": []}
+
+    def alone():
+        for start in range(0, n, batch):  # the same batches: full ones, and the slide's last
+            encoder(wsi_llava.preprocess_tiles(tiles[: n - start]))
+
+    with prepare.Readers(1) as readers, torch.inference_mode():
+
+        def together():
+            batches = prepare.Batches(encoder, batch, device)
+            for _, places, found, _ in readers.tiles([plan | {"dropped": 0}]):
+                batches.finish() if places is None else batches.add(places, found)
+
+        together()
+        for _ in range(rounds):
+            for name, work in (("alone", alone), ("ours", together)):
+                started, spent = time.perf_counter(), cpu_seconds(readers)
+                work()
+                clock[name].append((time.perf_counter() - started) / n * 1e3)
+                cpu[name].append((cpu_seconds(readers) - spent) / n * 1e3)
+    clock, cpu = ({k: np.median(v) for k, v in x.items()} for x in (clock, cpu))
+    print(
+        f"reading and encoding / encoding alone: by the clock {clock['ours']:.1f} / {clock['alone']:.1f} ms a tile, ratio "
+        f"{clock['alone'] / clock['ours']:.2f}; CPU {cpu['ours']:.1f} / {cpu['alone']:.1f} ms, ratio {cpu['alone'] / cpu['ours']:.2f}"
+    )
+
+
 BENCHMARKS = {
+    "reading": benchmark_reading,
+    "encoding": benchmark_encoding,
     "stage1-memory": benchmark_stage1_memory,
     "llama": benchmark_llama,
     "int8": benchmark_int8,

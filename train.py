@@ -109,8 +109,11 @@ class Rows:
         return sorted({entry["slide"] for entry in self.index})
 
 
-def load_rows(data, split, skip_missing=False):
-    """data/qa/<split>.jsonl -> Rows, whose slides all have features. Raises UserError where some have none."""
+def load_rows(data, split, skip_missing=False, tokens=False):
+    """data/qa/<split>.jsonl -> Rows, whose slides all have features (tokens: or imported visual tokens).
+
+    Raises UserError where some have none.
+    """
     path = data / "qa" / f"{split}.jsonl"
     if not path.exists():
         raise UserError(f"{path}: no such file; run python prepare.py --qa FILE... first")
@@ -129,6 +132,8 @@ def load_rows(data, split, skip_missing=False):
     rows = Rows(path, index)
     have = {p.stem for p in (data / "features").glob("*.safetensors")} & set(rows.slides())
     tiles = {slide: len(read_features(data, slide)[1]) for slide in have}
+    if tokens and wsi_llava.read_meta(data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS:
+        tiles |= {p.stem: 1 for p in (data / "visual_tokens").glob("*.safetensors")}
     missing = [slide for slide in rows.slides() if not tiles.get(slide)]  # without tissue there is nothing to learn
     if missing and not skip_missing:
         raise UserError(
@@ -420,7 +425,7 @@ def language_task(args, recipe, meta, stage):
             p.data = p.data.float()
     model.to(args.device).llama.checkpointing = recipe.checkpointing
 
-    rows = load_rows(args.data, "train", args.skip_missing)
+    rows = load_rows(args.data, "train", args.skip_missing, tokens=True)
     if stage == 2:
         rows = rows.where(is_report)
         if not len(rows):

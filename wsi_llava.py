@@ -64,6 +64,7 @@ except ImportError:  # macOS, Windows: the torch path serves
     triton = None
 
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
+IMPORTED_TOKENS = "imported: visual tokens"  # the tile encoder in meta.json, where only tokens were imported
 
 
 class UserError(Exception):
@@ -2033,7 +2034,7 @@ def assemble(args, meta, stage, dtype=None, int8=False):
         projector, origin = next((pair for pair in found if pair[0] is not None), (None, folder))
     if stage > 1 and projector is None:
         cfg, tensors, source = read_stage(args, stage)
-    if not cfg.no_slide_encoder:
+    if not cfg.no_slide_encoder and meta["encoder"]["source"] != IMPORTED_TOKENS:  # those have been through one
         slide_encoder = pick_slide_encoder(args, meta, prints)
         prints["slide_encoder"] = fingerprint(slide_encoder)
     if tensors is None:
@@ -2132,7 +2133,7 @@ def cache_visual_tokens(model, data, slides, progress=iter):
         path = visual_tokens_file(data, slide, model.cfg)
         if path.exists():
             with safetensors.safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("slide_encoder") == mark:
+                if (file.metadata() or {}).get("slide_encoder") in (mark, IMPORTED_TOKENS):
                     continue
         with torch.inference_mode():
             tokens = model.encode_slide(*read_features(data, slide, model.cfg.max_tiles))
