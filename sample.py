@@ -43,8 +43,17 @@ import wsi_llava
 from wsi_llava import UserError, is_report, read_features, read_visual_tokens, replacing
 
 # --------------------------------------------------------------------------------------------------------------------
-# Slides: files and names -> visual tokens
+# The model, and the slides that it is asked about: files and names -> visual tokens
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(args, meta):
+    model, tokenizer = wsi_llava.assemble(args, meta, 3, int8=args.int8)
+    return model.to(args.device), tokenizer
+
+
+def gigabytes(args):
+    return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
 
 
 def features_file(data, slide):
@@ -79,17 +88,6 @@ def why_missing(cfg, data, slide):
     return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None
 
 
-def slide_tokens(args, model, slides):
-    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; those of --region on the fly."""
-    for slide in slides:
-        if problem := why_missing(model.cfg, args.data, slide):
-            raise UserError(f"--slide {slide}: {problem}")
-    if args.region:
-        return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
-    wsi_llava.cache_visual_tokens(model, args.data, slides)
-    return torch.stack([read_visual_tokens(args.data, slide, model.cfg) for slide in slides])
-
-
 @torch.inference_mode()
 def region_tokens(model, data, slide, region):
     """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0 pixels."""
@@ -109,6 +107,17 @@ def region_tokens(model, data, slide, region):
             f"between {low[0]:.0f},{low[1]:.0f} and {high[0]:.0f},{high[1]:.0f} (level-0 pixels)"
         )
     return model.encode_slide(features[inside], coords[inside])
+
+
+def slide_tokens(args, model, slides):
+    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; those of --region on the fly."""
+    for slide in slides:
+        if problem := why_missing(model.cfg, args.data, slide):
+            raise UserError(f"--slide {slide}: {problem}")
+    if args.region:
+        return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
+    wsi_llava.cache_visual_tokens(model, args.data, slides)
+    return torch.stack([read_visual_tokens(args.data, slide, model.cfg) for slide in slides])
 
 
 @torch.inference_mode()
@@ -1108,15 +1117,8 @@ def explain(args, model, tokenizer, name, answer):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def load_model(args, meta):
-    model, tokenizer = wsi_llava.assemble(args, meta, 3, int8=args.int8)
-    return model.to(args.device), tokenizer
-
-
-def gigabytes(args):
-    return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
+# Flags, and what they start
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def ask_about_slides(args):

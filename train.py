@@ -81,6 +81,49 @@ TILES_AT_ONCE = 4096  # stage 1: short slides of one length go through the slide
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun starts them, each takes its share of every batch
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(parts):
+    return parts[rank() :: world()]
+
+
+def all_sum(x):
+    """The sum of a tensor over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def join_processes(args):
+    """Joins the processes that torchrun started, one GPU each; does nothing without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if args.device == "auto" and torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()})")
+        torch.cuda.set_device(local)
+        args.device = f"cuda:{local}"
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
+def say(*text):
+    """Prints, above the progress bar; of several processes, one speaks."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, text)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Data: rows of the dataset, the samples made of them, the micro-batches of a step
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -236,49 +279,6 @@ def micro_batches(dataset, parts, args):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Several processes: torchrun starts them, each takes its share of every batch
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mine(parts):
-    return parts[rank() :: world()]
-
-
-def all_sum(x):
-    """The sum of a tensor over all processes, in place."""
-    if world() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def join_processes(args):
-    """Joins the processes that torchrun started, one GPU each; does nothing without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    if args.device == "auto" and torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()})")
-        torch.cuda.set_device(local)
-        args.device = f"cuda:{local}"
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-
-
-def say(*text):
-    """Prints, above the progress bar; of several processes, one speaks."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The three stages. Each is a Task for the one training loop below.
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -309,6 +309,43 @@ class Totals:
 def autocast(args):
     """bfloat16 is for the products. What is trained stays in float32: updates are too small for bfloat16's 8 bits."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
+
+
+def embed(args, model, words, samples):
+    """Samples of Pairs with the same number of tiles -> embeddings of their slides and of their reports, [B,E] each."""
+    dtype = model.logit_scale.dtype  # float32
+    features = torch.stack([s["features"] for s in samples]).to(args.device, dtype)
+    coords = torch.stack([s["coords"] for s in samples]).to(args.device)
+    with autocast(args):
+        slides = model.embed_slides(features, coords)
+        texts = model.embed_words([s["ids"] for s in samples], words)
+    return slides.to(dtype), texts.to(dtype)
+
+
+def places(parts):
+    """This process's parts of a batch -> (number, its rows in the whole batch)."""
+    start = 0
+    for k, part in enumerate(parts):
+        if k % world() == rank():
+            yield k, slice(start, start + len(part))
+        start += len(part)
+
+
+def embed_batch(args, model, words, parts, micro, seed=0):
+    """The whole batch's embeddings, [n,E] twice, on every process: each fills its own rows, the sum gathers them."""
+    n, width = sum(map(len, parts)), model.slide_head.out_features
+    slides, texts = torch.zeros(2, n, width, device=args.device, dtype=model.logit_scale.dtype)
+    for (k, place), samples in zip(places(parts), micro):
+        torch.manual_seed(seed + k)
+        slides[place], texts[place] = embed(args, model, words, samples)
+    return all_sum(slides), all_sum(texts)
+
+
+def recall(similarity):
+    """[n,n] slide-report similarities -> recall@1, 5 and 10, slide to report and back."""
+    own = similarity.diagonal()
+    ranks = {"slide->report": (similarity > own[:, None]).sum(1), "report->slide": (similarity > own).sum(0)}
+    return {f"{name} R@{k}": (r < k).float().mean().item() for name, r in ranks.items() for k in (1, 5, 10)}
 
 
 def stage1(args, recipe, meta):
@@ -370,41 +407,36 @@ def stage1(args, recipe, meta):
     return Task(model, cfg, groups, train, val, backward, validate)
 
 
-def embed(args, model, words, samples):
-    """Samples of Pairs with the same number of tiles -> embeddings of their slides and of their reports, [B,E] each."""
-    dtype = model.logit_scale.dtype  # float32
-    features = torch.stack([s["features"] for s in samples]).to(args.device, dtype)
-    coords = torch.stack([s["coords"] for s in samples]).to(args.device)
-    with autocast(args):
-        slides = model.embed_slides(features, coords)
-        texts = model.embed_words([s["ids"] for s in samples], words)
-    return slides.to(dtype), texts.to(dtype)
+@torch.no_grad()
+def alignment(args, model, samples):
+    """Whether projected slides have come nearer to their own reports than to the others' -> {what: value}, in two measures:
+
+    as vectors (mean over the visual tokens, mean over the embedded words, both less their mean over the slides; cosine), and
+    as the language model sees it (its loss on a report, after the report's own slide and after another's).
+    """
+    slides = torch.stack([model.project(s["visual"][0].to(model.device)).float().mean(0) for s in samples])
+    words = [[i for i, label in zip(s["ids"], s["labels"]) if label >= 0] for s in samples]
+    texts = [model.llama.embed_tokens(torch.tensor(ids, device=model.device)).float().mean(0) for ids in words]
+    slides, texts = (F.normalize(x - x.mean(0), dim=-1) for x in (slides, torch.stack(texts)))
+    cosine = slides @ texts.T
+    own, n = cosine.diagonal(), len(samples)
+    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
+    losses = []
+    for shift in (0, 1):
+        with autocast(args):
+            found = [model([samples[i - shift]["visual"]], [s["ids"]], [s["labels"]]) for i, s in enumerate(samples)]
+        losses.append(torch.stack(found).mean().item())
+    return {
+        "cosine to the own report": own.mean().item(),
+        "to others": others.item(),
+        "loss of a report after its own slide": losses[0],
+        "after another": losses[1],
+    }
 
 
-def places(parts):
-    """This process's parts of a batch -> (number, its rows in the whole batch)."""
-    start = 0
-    for k, part in enumerate(parts):
-        if k % world() == rank():
-            yield k, slice(start, start + len(part))
-        start += len(part)
-
-
-def embed_batch(args, model, words, parts, micro, seed=0):
-    """The whole batch's embeddings, [n,E] twice, on every process: each fills its own rows, the sum gathers them."""
-    n, width = sum(map(len, parts)), model.slide_head.out_features
-    slides, texts = torch.zeros(2, n, width, device=args.device, dtype=model.logit_scale.dtype)
-    for (k, place), samples in zip(places(parts), micro):
-        torch.manual_seed(seed + k)
-        slides[place], texts[place] = embed(args, model, words, samples)
-    return all_sum(slides), all_sum(texts)
-
-
-def recall(similarity):
-    """[n,n] slide-report similarities -> recall@1, 5 and 10, slide to report and back."""
-    own = similarity.diagonal()
-    ranks = {"slide->report": (similarity > own[:, None]).sum(1), "report->slide": (similarity > own).sum(0)}
-    return {f"{name} R@{k}": (r < k).float().mean().item() for name, r in ranks.items() for k in (1, 5, 10)}
+# --------------------------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def language_task(args, recipe, meta, stage):
@@ -490,36 +522,153 @@ def language_task(args, recipe, meta, stage):
     return task
 
 
-@torch.no_grad()
-def alignment(args, model, samples):
-    """Whether projected slides have come nearer to their own reports than to the others' -> {what: value}, in two measures:
+def resume(path, run, model, optimizer):
+    """Loads what an interrupted run saved, on any number of processes -> (steps done, log)."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved_run, first, log = state["run"], state["step"], state["log"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: damaged ({reason}); leave --resume out to start the stage anew") from None
+    if saved_run != run:
+        raise UserError(f"{path} belongs to another run ({saved_run}, not {run}); leave --resume out to start anew")
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+    )
+    say(f"Resuming at step {first} of {run['steps']}.")
+    return first, log
 
-    as vectors (mean over the visual tokens, mean over the embedded words, both less their mean over the slides; cosine), and
-    as the language model sees it (its loss on a report, after the report's own slide and after another's).
-    """
-    slides = torch.stack([model.project(s["visual"][0].to(model.device)).float().mean(0) for s in samples])
-    words = [[i for i, label in zip(s["ids"], s["labels"]) if label >= 0] for s in samples]
-    texts = [model.llama.embed_tokens(torch.tensor(ids, device=model.device)).float().mean(0) for ids in words]
-    slides, texts = (F.normalize(x - x.mean(0), dim=-1) for x in (slides, torch.stack(texts)))
-    cosine = slides @ texts.T
-    own, n = cosine.diagonal(), len(samples)
-    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
-    losses = []
-    for shift in (0, 1):
-        with autocast(args):
-            found = [model([samples[i - shift]["visual"]], [s["ids"]], [s["labels"]]) for i, s in enumerate(samples)]
-        losses.append(torch.stack(found).mean().item())
-    return {
-        "cosine to the own report": own.mean().item(),
-        "to others": others.item(),
-        "loss of a report after its own slide": losses[0],
-        "after another": losses[1],
+
+def summarize(stage, args, recipe, task, steps, batch_size, first, folder):
+    """What will be trained, on what, for how long: timed on one micro-batch, whose gradients are thrown away."""
+    trained = {id(p) for g in task.groups for p in g["params"]}
+    parts = {}
+    for name, p in task.model.named_parameters():
+        if id(p) not in trained:
+            part = name.split(".")[0]
+            parts[part] = parts.get(part, 0) + p.numel()
+    index = task.train.rows.index
+    _, first_parts = next(plan(task.train, batch_size, 1, 0, [args.seed, stage]))
+    rounds = math.ceil(len(first_parts) / world())
+    task.model.train()
+    started = time.time()
+    task.backward(first_parts[: world()], micro_batches(task.train, mine(first_parts[: world()]), args))
+    task.model.zero_grad(set_to_none=True)
+    duration = datetime.timedelta(seconds=round((time.time() - started) * rounds * (steps - first)))
+    lines = {
+        "on": f"{args.device} in {str(args.dtype).removeprefix('torch.')}, {world()} process{'es' * (world() > 1)}",
+        "trains": ", ".join(
+            f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g})" for g in task.groups
+        ),
+        "frozen": ", ".join(f"{name} {count:,}" for name, count in parts.items()) or "nothing",
+        "data": f"{len(index):,} {'reports' if stage < 3 else 'questions'} of {len(task.train.rows.slides()):,} slides, "
+        f"{len(task.val.rows):,} more of {len(task.val.rows.slides()):,} slides to validate on",
+        "plan": f"{steps:,} steps of {batch_size} ({recipe.epochs:g} epochs), about {duration} by the first micro-batch",
+        "writes": f"{folder}/: model.safetensors at the end, train_state.pt every {args.save_every} steps",
     }
+    say(f"Stage {stage}, {TITLES[stage]}")
+    for name, text in lines.items():
+        say(f"  {name:8}{text}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------------------------
+def show_alignment(task, when):
+    if task.before_and_after:
+        found = task.before_and_after()
+        say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+
+
+def gather_gradients(task, weight):
+    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done once after the
+    last micro-batch, and free of its rule that all processes run the same number of backwards."""
+    params = [p for g in task.groups for p in g["params"]]
+    if world() > 1 and not task.sharded:
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            work.wait()
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_((world() if task.sharded else 1) / weight)  # FSDP takes the mean
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: yields a list that then is not empty."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        tqdm.write("Finishing this step, then saving; once more to stop at once.")
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def pick_recipe(stage, args, meta):
+    """The preset's recipe for the stage, with the user's flags on top."""
+    recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage])
+    if stage == 3 and args.full and recipe.full_lr:
+        recipe.lr = recipe.full_lr
+    for f in dataclasses.fields(Recipe):
+        if getattr(args, f.name) is not None:
+            setattr(recipe, f.name, getattr(args, f.name))
+    if stage in args.skip_stage:
+        recipe.epochs = 0
+    return recipe
+
+
+def schedule(step, steps, warmup):
+    """Linear warmup, then half a cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
+
+
+def draw_curves(path, logs):
+    """Training loss (thin: every step; thick: smoothed) and validation loss (dots), one panel a stage, side by side."""
+    width, height, left, top, bottom = 520, 360, 62, 40, 44
+    picture = Image.new("RGB", (width * len(logs), height), "white")
+    draw = ImageDraw.Draw(picture)
+    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    for panel, (title, log) in enumerate(logs.items()):
+        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 18, height - bottom, top
+        losses = np.array([entry["loss"] for entry in log])
+        high = max([*losses, *[e["val_loss"] for e in log if "val_loss" in e]]) * 1.05 + 1e-9
+        last = log[-1]["step"]
+
+        def point(step, loss, x0=x0, x1=x1, y0=y0, y1=y1, last=last, high=high):
+            return x0 + (x1 - x0) * step / last, y0 + (y1 - y0) * loss / high
+
+        for i in range(5):
+            y = y0 + (y1 - y0) * i / 4
+            draw.line((x0, y, x1, y), fill=(226, 226, 226))
+            draw.text((x0 - 8, y), f"{high * i / 4:.2f}", fill=(90, 90, 90), font=small, anchor="rm")
+            x = x0 + (x1 - x0) * i / 4
+            draw.text((x, y0 + 8), f"{last * i / 4:.0f}", fill=(90, 90, 90), font=small, anchor="ma")
+        draw.text(((x0 + x1) / 2, height - 6), "step", fill=(90, 90, 90), font=small, anchor="mb")
+        draw.text((x0, 10), f"{title}: loss", fill="black", font=font)
+        draw.text((x1, 12), "training", fill=(31, 95, 180), font=small, anchor="ra")
+        draw.text((x1 - 60, 12), "validation", fill=(214, 90, 30), font=small, anchor="ra")
+        span = max(1, len(losses) // 25)
+        smooth = np.convolve(np.pad(losses, (span - 1, 0), mode="edge"), np.ones(span) / span, "valid")
+        for values, colour, thick in ((losses, (178, 202, 235), 1), (smooth, (31, 95, 180), 3)):
+            line = [point(entry["step"], value) for entry, value in zip(log, values)]
+            draw.line(line * (2 if len(line) == 1 else 1), fill=colour, width=thick)
+        dots = [point(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
+        if len(dots) > 1:
+            draw.line(dots, fill=(214, 90, 30), width=2)
+        for x, y in dots:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(214, 90, 30))
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def train_stage(stage, args):
@@ -654,155 +803,6 @@ def train_stage(stage, args):
     all_sum(torch.zeros(1, device=args.device))  # nobody goes on before the files are there
 
 
-def pick_recipe(stage, args, meta):
-    """The preset's recipe for the stage, with the user's flags on top."""
-    recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage])
-    if stage == 3 and args.full and recipe.full_lr:
-        recipe.lr = recipe.full_lr
-    for f in dataclasses.fields(Recipe):
-        if getattr(args, f.name) is not None:
-            setattr(recipe, f.name, getattr(args, f.name))
-    if stage in args.skip_stage:
-        recipe.epochs = 0
-    return recipe
-
-
-def resume(path, run, model, optimizer):
-    """Loads what an interrupted run saved, on any number of processes -> (steps done, log)."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved_run, first, log = state["run"], state["step"], state["log"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged ({reason}); leave --resume out to start the stage anew") from None
-    if saved_run != run:
-        raise UserError(f"{path} belongs to another run ({saved_run}, not {run}); leave --resume out to start anew")
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-    )
-    say(f"Resuming at step {first} of {run['steps']}.")
-    return first, log
-
-
-def summarize(stage, args, recipe, task, steps, batch_size, first, folder):
-    """What will be trained, on what, for how long: timed on one micro-batch, whose gradients are thrown away."""
-    trained = {id(p) for g in task.groups for p in g["params"]}
-    parts = {}
-    for name, p in task.model.named_parameters():
-        if id(p) not in trained:
-            part = name.split(".")[0]
-            parts[part] = parts.get(part, 0) + p.numel()
-    index = task.train.rows.index
-    _, first_parts = next(plan(task.train, batch_size, 1, 0, [args.seed, stage]))
-    rounds = math.ceil(len(first_parts) / world())
-    task.model.train()
-    started = time.time()
-    task.backward(first_parts[: world()], micro_batches(task.train, mine(first_parts[: world()]), args))
-    task.model.zero_grad(set_to_none=True)
-    duration = datetime.timedelta(seconds=round((time.time() - started) * rounds * (steps - first)))
-    lines = {
-        "on": f"{args.device} in {str(args.dtype).removeprefix('torch.')}, {world()} process{'es' * (world() > 1)}",
-        "trains": ", ".join(
-            f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g})" for g in task.groups
-        ),
-        "frozen": ", ".join(f"{name} {count:,}" for name, count in parts.items()) or "nothing",
-        "data": f"{len(index):,} {'reports' if stage < 3 else 'questions'} of {len(task.train.rows.slides()):,} slides, "
-        f"{len(task.val.rows):,} more of {len(task.val.rows.slides()):,} slides to validate on",
-        "plan": f"{steps:,} steps of {batch_size} ({recipe.epochs:g} epochs), about {duration} by the first micro-batch",
-        "writes": f"{folder}/: model.safetensors at the end, train_state.pt every {args.save_every} steps",
-    }
-    say(f"Stage {stage}, {TITLES[stage]}")
-    for name, text in lines.items():
-        say(f"  {name:8}{text}")
-
-
-def show_alignment(task, when):
-    if task.before_and_after:
-        found = task.before_and_after()
-        say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-
-
-def gather_gradients(task, weight):
-    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done once after the
-    last micro-batch, and free of its rule that all processes run the same number of backwards."""
-    params = [p for g in task.groups for p in g["params"]]
-    if world() > 1 and not task.sharded:
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
-            work.wait()
-    for p in params:
-        if p.grad is not None:
-            p.grad.mul_((world() if task.sharded else 1) / weight)  # FSDP takes the mean
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: yields a list that then is not empty."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        tqdm.write("Finishing this step, then saving; once more to stop at once.")
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def schedule(step, steps, warmup):
-    """Linear warmup, then half a cosine to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
-
-
-def draw_curves(path, logs):
-    """Training loss (thin: every step; thick: smoothed) and validation loss (dots), one panel a stage, side by side."""
-    width, height, left, top, bottom = 520, 360, 62, 40, 44
-    picture = Image.new("RGB", (width * len(logs), height), "white")
-    draw = ImageDraw.Draw(picture)
-    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
-    for panel, (title, log) in enumerate(logs.items()):
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 18, height - bottom, top
-        losses = np.array([entry["loss"] for entry in log])
-        high = max([*losses, *[e["val_loss"] for e in log if "val_loss" in e]]) * 1.05 + 1e-9
-        last = log[-1]["step"]
-
-        def point(step, loss, x0=x0, x1=x1, y0=y0, y1=y1, last=last, high=high):
-            return x0 + (x1 - x0) * step / last, y0 + (y1 - y0) * loss / high
-
-        for i in range(5):
-            y = y0 + (y1 - y0) * i / 4
-            draw.line((x0, y, x1, y), fill=(226, 226, 226))
-            draw.text((x0 - 8, y), f"{high * i / 4:.2f}", fill=(90, 90, 90), font=small, anchor="rm")
-            x = x0 + (x1 - x0) * i / 4
-            draw.text((x, y0 + 8), f"{last * i / 4:.0f}", fill=(90, 90, 90), font=small, anchor="ma")
-        draw.text(((x0 + x1) / 2, height - 6), "step", fill=(90, 90, 90), font=small, anchor="mb")
-        draw.text((x0, 10), f"{title}: loss", fill="black", font=font)
-        draw.text((x1, 12), "training", fill=(31, 95, 180), font=small, anchor="ra")
-        draw.text((x1 - 60, 12), "validation", fill=(214, 90, 30), font=small, anchor="ra")
-        span = max(1, len(losses) // 25)
-        smooth = np.convolve(np.pad(losses, (span - 1, 0), mode="edge"), np.ones(span) / span, "valid")
-        for values, colour, thick in ((losses, (178, 202, 235), 1), (smooth, (31, 95, 180), 3)):
-            line = [point(entry["step"], value) for entry, value in zip(log, values)]
-            draw.line(line * (2 if len(line) == 1 else 1), fill=colour, width=thick)
-        dots = [point(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
-        if len(dots) > 1:
-            draw.line(dots, fill=(214, 90, 30), width=2)
-        for x, y in dots:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(214, 90, 30))
-    with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Out again: what the stages trained, in the layouts in which LLaVA's weights are published
 # --------------------------------------------------------------------------------------------------------------------
@@ -842,6 +842,118 @@ def export(args):
 # --------------------------------------------------------------------------------------------------------------------
 # The demo: the three stages on the toy cohort, then questions about slides that it has never seen
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def truth(row):
+    return row["conversations"][1]["value"]
+
+
+def held_out(args):
+    """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these slides."""
+    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
+    model.to(args.device)
+    rows = load_rows(args.data, "test")
+    slides = rows.slides()
+    wsi_llava.cache_visual_tokens(model, args.data, slides)
+    visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
+    return model, tokenizer, visual, [row for row in rows if not is_report(row) and row["task"] != "dialogue"]
+
+
+def accuracies(rows, answers):
+    """{kind of question: (share answered right, count)} of the demo's short questions, in the order of its tables."""
+    right = {}
+    for row, answer in zip(rows, answers):
+        gives_away = row["task"] == "subtype"
+        same = sample.same_answer(answer, truth(row))
+        right.setdefault(f"{row['task']} ({'text gives it away' if gives_away else 'needs the slide'})", []).append(
+            same
+        )
+        right.setdefault("all that need the slide", []).extend([same] * (not gives_away))
+    right["all that need the slide"] = right.pop("all that need the slide")  # comes last
+    return {name: (float(np.mean(same)), len(same)) for name, same in right.items()}
+
+
+def print_retrieval(args):
+    """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
+    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
+    rows = load_rows(args.data, "test")
+    pairs = Pairs(one_report_a_slide(rows), args, tokenizer, cfg.text_encoder.max_length)
+    n = len(pairs.rows)
+    parts = pairs.parts(list(range(n)))
+    with torch.no_grad():
+        slides, texts = embed_batch(args, model, words, parts, micro_batches(pairs, parts, args))
+    found = recall(slides @ texts.T)
+    print(
+        f"\nRetrieval among {n} held-out slides and reports (chance: R@1 {1 / n:.2f}, R@5 {5 / n:.2f}, R@10 {10 / n:.2f})"
+    )
+    for direction in ("slide->report", "report->slide"):
+        print("  " + direction + "".join(f"   R@{k} {found[f'{direction} R@{k}']:.2f}" for k in (1, 5, 10)))
+
+
+def print_relevance(args, model, tokenizer, cases, said):
+    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that hold it? All held-out
+    slides with pigment count, also those about which the model is wrong. The first on which it is right becomes a picture.
+    said: {id: the model's answer}."""
+    planted = {case["slide"]: case["planted"] for case in cases}
+    times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
+    rows = load_rows(args.data, "test")
+    for row in rows.where(lambda entry: entry["task"] == "focus" and planted[entry["slide"]]):
+        slide, question = row["slide"], row["conversations"][0]["value"].replace("<image>\n", "")
+        features, coords = read_features(args.data, slide, args.max_tiles)
+        holds = np.array([corner in planted[slide] for corner in coords.tolist()])
+        if not holds.any():  # --max-tiles left them out
+            continue
+        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(row))
+        relevance = relevance.numpy()
+        if not drawn and sample.same_answer(said[row["id"]], truth(row)):
+            drawn = True
+            lines = [f"{slide}: {question}", f"Answer: {said[row['id']]}"]
+            view = sample.slide_or_grid(args.data, slide)
+            sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
+        hits.append(holds[relevance.argmax()])
+        chance.append(holds.mean())
+        speaking = relevance.clip(min=0)  # below zero: against the answer
+        times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
+    if hits:
+        print(
+            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles that hold it "
+            f"get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most relevant tile is one of them in "
+            f"{np.mean(hits):.0%} (random: {np.mean(chance):.0%})." + f" One of them: {picture}" * drawn
+        )
+
+
+ABLATIONS = {  # name -> what is changed, and the stages that it has in common with the run beside it
+    "nothing (the run above)": ({}, (1, 2, 3)),
+    "no slide encoder": ({"no_slide_encoder": True}, ()),
+    "16 tiles a slide": ({"max_tiles": 16}, ()),
+    "no stage 1": ({"skip_stage": [1]}, ()),
+    "no stage 2": ({"skip_stage": [2]}, (1,)),
+    "no image": ({"no_image": True}, (1, 2)),
+}
+
+
+def ablations(args):
+    """What each piece is worth: the demo again with one thing changed, in out/ablations. Interrupted, --resume goes on."""
+    names, table = None, []
+    for name, (changes, common) in ABLATIONS.items():
+        say(f"\nWithout a piece: {name}")
+        variant = argparse.Namespace(**(vars(args) | changes))
+        variant.out = args.out / "ablations" / name.replace(" ", "-") if changes else args.out
+        for stage in common if changes else ():
+            shutil.copytree(args.out / f"stage{stage}", variant.out / f"stage{stage}", dirs_exist_ok=True)
+        for stage in (1, 2, 3):
+            if stage not in common and not (stage == 1 and variant.no_slide_encoder):
+                train_stage(stage, variant)
+        model, tokenizer, visual, closed = held_out(variant)
+        found = accuracies(closed, sample.answer_rows(model, tokenizer, closed, None if variant.no_image else visual))
+        names = [kind.split(" (")[0] for kind in found]
+        table.append(
+            name.ljust(26)
+            + "".join(f"{share:{max(10, len(n) + 2)}.2f}" for n, (share, _) in zip(names, found.values()))
+        )
+    print("\nAccuracy on the held-out slides with one thing changed")
+    print("changed".ljust(26) + "".join(f"{n:>{max(10, len(n) + 2)}}" for n in names))
+    print("\n".join(table))
 
 
 def demo(args):
@@ -895,118 +1007,8 @@ def demo(args):
         ablations(args)
 
 
-def truth(row):
-    return row["conversations"][1]["value"]
-
-
-def held_out(args):
-    """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these slides."""
-    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
-    model.to(args.device)
-    rows = load_rows(args.data, "test")
-    slides = rows.slides()
-    wsi_llava.cache_visual_tokens(model, args.data, slides)
-    visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
-    return model, tokenizer, visual, [row for row in rows if not is_report(row) and row["task"] != "dialogue"]
-
-
-def accuracies(rows, answers):
-    """{kind of question: (share answered right, count)} of the demo's short questions, in the order of its tables."""
-    right = {}
-    for row, answer in zip(rows, answers):
-        gives_away = row["task"] == "subtype"
-        same = sample.same_answer(answer, truth(row))
-        right.setdefault(f"{row['task']} ({'text gives it away' if gives_away else 'needs the slide'})", []).append(
-            same
-        )
-        right.setdefault("all that need the slide", []).extend([same] * (not gives_away))
-    right["all that need the slide"] = right.pop("all that need the slide")  # comes last
-    return {name: (float(np.mean(same)), len(same)) for name, same in right.items()}
-
-
-ABLATIONS = {  # name -> what is changed, and the stages that it has in common with the run beside it
-    "nothing (the run above)": ({}, (1, 2, 3)),
-    "no slide encoder": ({"no_slide_encoder": True}, ()),
-    "16 tiles a slide": ({"max_tiles": 16}, ()),
-    "no stage 1": ({"skip_stage": [1]}, ()),
-    "no stage 2": ({"skip_stage": [2]}, (1,)),
-    "no image": ({"no_image": True}, (1, 2)),
-}
-
-
-def ablations(args):
-    """What each piece is worth: the demo again with one thing changed, in out/ablations. Interrupted, --resume goes on."""
-    names, table = None, []
-    for name, (changes, common) in ABLATIONS.items():
-        say(f"\nWithout a piece: {name}")
-        variant = argparse.Namespace(**(vars(args) | changes))
-        variant.out = args.out / "ablations" / name.replace(" ", "-") if changes else args.out
-        for stage in common if changes else ():
-            shutil.copytree(args.out / f"stage{stage}", variant.out / f"stage{stage}", dirs_exist_ok=True)
-        for stage in (1, 2, 3):
-            if stage not in common and not (stage == 1 and variant.no_slide_encoder):
-                train_stage(stage, variant)
-        model, tokenizer, visual, closed = held_out(variant)
-        found = accuracies(closed, sample.answer_rows(model, tokenizer, closed, None if variant.no_image else visual))
-        names = [kind.split(" (")[0] for kind in found]
-        table.append(
-            name.ljust(26)
-            + "".join(f"{share:{max(10, len(n) + 2)}.2f}" for n, (share, _) in zip(names, found.values()))
-        )
-    print("\nAccuracy on the held-out slides with one thing changed")
-    print("changed".ljust(26) + "".join(f"{n:>{max(10, len(n) + 2)}}" for n in names))
-    print("\n".join(table))
-
-
-def print_retrieval(args):
-    """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
-    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
-    rows = load_rows(args.data, "test")
-    pairs = Pairs(one_report_a_slide(rows), args, tokenizer, cfg.text_encoder.max_length)
-    n = len(pairs.rows)
-    parts = pairs.parts(list(range(n)))
-    with torch.no_grad():
-        slides, texts = embed_batch(args, model, words, parts, micro_batches(pairs, parts, args))
-    found = recall(slides @ texts.T)
-    print(
-        f"\nRetrieval among {n} held-out slides and reports (chance: R@1 {1 / n:.2f}, R@5 {5 / n:.2f}, R@10 {10 / n:.2f})"
-    )
-    for direction in ("slide->report", "report->slide"):
-        print("  " + direction + "".join(f"   R@{k} {found[f'{direction} R@{k}']:.2f}" for k in (1, 5, 10)))
-
-
-def print_relevance(args, model, tokenizer, cases, said):
-    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that hold it? All held-out
-    slides with pigment count, also those about which the model is wrong. The first on which it is right becomes a picture.
-    said: {id: the model's answer}."""
-    planted = {case["slide"]: case["planted"] for case in cases}
-    times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
-    rows = load_rows(args.data, "test")
-    for row in rows.where(lambda entry: entry["task"] == "focus" and planted[entry["slide"]]):
-        slide, question = row["slide"], row["conversations"][0]["value"].replace("<image>\n", "")
-        features, coords = read_features(args.data, slide, args.max_tiles)
-        holds = np.array([corner in planted[slide] for corner in coords.tolist()])
-        if not holds.any():  # --max-tiles left them out
-            continue
-        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(row))
-        relevance = relevance.numpy()
-        if not drawn and sample.same_answer(said[row["id"]], truth(row)):
-            drawn = True
-            lines = [f"{slide}: {question}", f"Answer: {said[row['id']]}"]
-            view = sample.slide_or_grid(args.data, slide)
-            sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
-        hits.append(holds[relevance.argmax()])
-        chance.append(holds.mean())
-        speaking = relevance.clip(min=0)  # below zero: against the answer
-        times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
-    if hits:
-        print(
-            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles that hold it "
-            f"get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most relevant tile is one of them in "
-            f"{np.mean(hits):.0%} (random: {np.mean(chance):.0%})." + f" One of them: {picture}" * drawn
-        )
-
-
+# --------------------------------------------------------------------------------------------------------------------
+# Flags, and what they start
 # --------------------------------------------------------------------------------------------------------------------
 
 

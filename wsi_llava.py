@@ -328,17 +328,6 @@ def untrained_tile_encoder(cfg=None, seed=0):
     return encoder
 
 
-def fingerprint(module):
-    """A short hash of a module's weights: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so that
-    a copy saved in half precision counts as the same). What one model made carries it, so that it meets only that model.
-    """
-    digest = hashlib.sha256()
-    for name, p in sorted(module.state_dict().items()):
-        sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
-        digest.update(f"{name}{list(p.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Dilated attention (LongNet, arXiv 2307.02486)
 #
@@ -688,14 +677,6 @@ if triton is not None:
         tl.store(dv + place + spread, acc_v.to(dv.dtype.element_ty), inside)
 
 
-def _launch(kernel, tensors, sizes, strides, **constants):
-    """Runs a kernel on the grid that covers every row of every head."""
-    _, L, H, D, step = sizes
-    options = _launch_options(kernel, D, tensors[0].dtype)
-    grid = (step * -(-L // (step * options["BLOCK"])), tensors[0].shape[0] * H)
-    kernel[grid](*tensors, *sizes, *strides, **constants, **options)
-
-
 def _launch_options(kernel, D, dtype):
     """Rows and keys of a block, warps, pipeline stages: the largest that spill no registers on sm_80 to sm_90 (D <= 64)."""
     table = {  # float32; 16 bits
@@ -708,6 +689,14 @@ def _launch_options(kernel, D, dtype):
         rows, keys = rows // 2, 16
     width = max(16, 1 << (D - 1).bit_length())
     return {"BLOCK": rows, "KEYS": keys, "BLOCK_D": width, "num_warps": warps, "num_stages": stages}
+
+
+def _launch(kernel, tensors, sizes, strides, **constants):
+    """Runs a kernel on the grid that covers every row of every head."""
+    _, L, H, D, step = sizes
+    options = _launch_options(kernel, D, tensors[0].dtype)
+    grid = (step * -(-L // (step * options["BLOCK"])), tensors[0].shape[0] * H)
+    kernel[grid](*tensors, *sizes, *strides, **constants, **options)
 
 
 class _TritonDilatedAttention(torch.autograd.Function):
@@ -1320,6 +1309,115 @@ class Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Files: read strictly, written whole or not at all
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path, hint):
+    """The object in a JSON file. Raises UserError; `hint` says there what the file would be part of."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {hint}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object; {hint}")
+    return values
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied. Nothing is ever unpickled."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
+    except (safetensors.SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); copy or download it again") from None
+
+
+def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
+    """Fills `module` (on any device, also meta) from {name: tensor}: every tensor used, every parameter filled.
+
+    table: (pattern, replacement) rows, tried in order by re.fullmatch; a replacement of None drops the key on purpose.
+    only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part of the module.
+    Raises UserError that names the missing and extra keys and the wrong shapes, with `source` first.
+    """
+    expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
+    found, problems = {}, []
+    for key, tensor in tensors.items():
+        name = key
+        for pattern, replacement in table:
+            if re.fullmatch(pattern, key):
+                name = replacement and re.sub(pattern, replacement, key)
+                break
+        if name is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or name not in expected:
+            problems.append(("keys that the model lacks", key))
+        elif name in found:
+            problems.append(("two keys of one parameter", key))
+        elif tensor.shape != expected[name].shape:
+            problems.append(("wrong shapes", f"{key} is {list(tensor.shape)}, not {list(expected[name].shape)}"))
+            found[name] = None
+        else:
+            found[name] = tensor if dtype is None else tensor.to(dtype)
+    problems += [("missing keys", name) for name in expected if name not in found]
+    if problems:
+        kinds = {}
+        for kind, what in problems:
+            kinds.setdefault(kind, []).append(what)
+        text = "; ".join(f"{kind} ({len(x)}): {', '.join(x[:3])}{', ...' * (len(x) > 3)}" for kind, x in kinds.items())
+        raise UserError(f"{source}: does not fit {type(module).__name__}: {text}")
+    module.load_state_dict(found, assign=True, strict=False)  # checked above
+    return module
+
+
+def fingerprint(module):
+    """A short hash of a module's weights: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so that
+    a copy saved in half precision counts as the same). What one model made carries it, so that it meets only that model.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(module.state_dict().items()):
+        sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
+        digest.update(f"{name}{list(p.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_config(folder):
+    """The WSILLaVAConfig in `folder`/config.json, as a training stage or WSILLaVA.save left it."""
+    path = Path(folder) / "config.json"
+    try:
+        return WSILLaVAConfig.from_json(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {folder} holds no trained model") from None
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a config of this project ({error})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The whole model
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -1327,6 +1425,23 @@ class Tokenizer:
 def make_projector(in_width, width):
     """LLaVA-1.5's `mlp2x_gelu`: visual tokens -> the language model's embedding space."""
     return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))
+
+
+def _sample(logits, top_p, top_k, generator):
+    """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
+    logits, order = logits.sort(dim=-1, descending=True)
+    p = logits.softmax(-1)
+    drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already; the first always stays
+    if top_k:
+        drop[:, top_k:] = True
+    choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
+    return order.gather(-1, choice)[:, 0]
+
+
+def _repeating(ids, n):
+    """The tokens that would complete an n-gram which the ids already hold."""
+    last = ids[len(ids) - n + 1 :]
+    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last]
 
 
 class WSILLaVA(nn.Module):
@@ -1461,108 +1576,9 @@ class WSILLaVA(nn.Module):
         return model.eval()
 
 
-def _sample(logits, top_p, top_k, generator):
-    """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
-    logits, order = logits.sort(dim=-1, descending=True)
-    p = logits.softmax(-1)
-    drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already; the first always stays
-    if top_k:
-        drop[:, top_k:] = True
-    choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
-    return order.gather(-1, choice)[:, 0]
-
-
-def _repeating(ids, n):
-    """The tokens that would complete an n-gram which the ids already hold."""
-    last = ids[len(ids) - n + 1 :]
-    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last]
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# Files: weights in, weights out
+# Published weights, in and out: GigaPath's, Llama's, LLaVA's, LoRA adapters
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_tensors(path):
-    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied. Nothing is ever unpickled."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
-    except (safetensors.SafetensorError, OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); copy or download it again") from None
-
-
-def read_json(path, hint):
-    """The object in a JSON file. Raises UserError; `hint` says there what the file would be part of."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {hint}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no JSON object; {hint}")
-    return values
-
-
-def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
-    """Fills `module` (on any device, also meta) from {name: tensor}: every tensor used, every parameter filled.
-
-    table: (pattern, replacement) rows, tried in order by re.fullmatch; a replacement of None drops the key on purpose.
-    only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part of the module.
-    Raises UserError that names the missing and extra keys and the wrong shapes, with `source` first.
-    """
-    expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
-    found, problems = {}, []
-    for key, tensor in tensors.items():
-        name = key
-        for pattern, replacement in table:
-            if re.fullmatch(pattern, key):
-                name = replacement and re.sub(pattern, replacement, key)
-                break
-        if name is None:
-            continue
-        if not isinstance(tensor, torch.Tensor) or name not in expected:
-            problems.append(("keys that the model lacks", key))
-        elif name in found:
-            problems.append(("two keys of one parameter", key))
-        elif tensor.shape != expected[name].shape:
-            problems.append(("wrong shapes", f"{key} is {list(tensor.shape)}, not {list(expected[name].shape)}"))
-            found[name] = None
-        else:
-            found[name] = tensor if dtype is None else tensor.to(dtype)
-    problems += [("missing keys", name) for name in expected if name not in found]
-    if problems:
-        kinds = {}
-        for kind, what in problems:
-            kinds.setdefault(kind, []).append(what)
-        text = "; ".join(f"{kind} ({len(x)}): {', '.join(x[:3])}{', ...' * (len(x) > 3)}" for kind, x in kinds.items())
-        raise UserError(f"{source}: does not fit {type(module).__name__}: {text}")
-    module.load_state_dict(found, assign=True, strict=False)  # checked above
-    return module
 
 
 def _depth(tensors, pattern, source):
@@ -1708,31 +1724,13 @@ def read_folder(folder):
     return tensors
 
 
-def load_llama(folder, dtype=None, lora=None):
-    """A Hugging Face Llama or LLaVA folder -> Llama: `config.json` beside (sharded) safetensors or `pytorch_model*.bin`.
-
-    lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype, memory is
-    filled as pages are touched. Raises UserError, strict both ways.
-    """
-    folder = Path(folder)
-    with torch.device("meta"):
-        llama = Llama(read_llama_config(folder))
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} holds LoRA adapters: name it with --lora, and the model that they stand on with --llm"
-        )
-    load_strict(llama, read_folder(folder), folder, LLAMA_KEYS)
-    if lora:
-        load_lora(llama, Path(lora))
-        merge_lora(llama, dtype)
-    return llama.to(dtype or llama.lm_head.weight.dtype).eval()
-
-
 # What adapter_config.json may say: read here, or without effect on the numbers. Whatever else is set is refused.
 LORA_OPTIONS = (
     "r lora_alpha use_rslora target_modules modules_to_save base_model_name_or_path task_type inference_mode lora_dropout "
     "peft_version revision auto_mapping megatron_core qalora_group_size layers_pattern runtime_config"
 ).split()
+
+
 LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal"]}
 
 
@@ -1759,6 +1757,26 @@ def load_lora(llama, folder):
     load_strict(llama, tensors, folder, LLAMA_KEYS, only=r".+\.lora_[ab]")
 
 
+def load_llama(folder, dtype=None, lora=None):
+    """A Hugging Face Llama or LLaVA folder -> Llama: `config.json` beside (sharded) safetensors or `pytorch_model*.bin`.
+
+    lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype, memory is
+    filled as pages are touched. Raises UserError, strict both ways.
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        llama = Llama(read_llama_config(folder))
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds LoRA adapters: name it with --lora, and the model that they stand on with --llm"
+        )
+    load_strict(llama, read_folder(folder), folder, LLAMA_KEYS)
+    if lora:
+        load_lora(llama, Path(lora))
+        merge_lora(llama, dtype)
+    return llama.to(dtype or llama.lm_head.weight.dtype).eval()
+
+
 def load_projector(folder, dtype=None):
     """The projector in a LLaVA folder, merged or LoRA -> (Linear, GELU, Linear), its widths read off the shapes; or None."""
     patterns = [pattern for pattern, _ in PROJECTOR_KEYS]
@@ -1771,6 +1789,34 @@ def load_projector(folder, dtype=None):
     with torch.device("meta"):
         projector = make_projector(*reversed(widths[0]))
     return load_strict(projector, tensors, folder, PROJECTOR_KEYS, dtype)
+
+
+def write_llama_config(llama, folder, projector=None):
+    """config.json of a Llama, or with its projector of a LLaVA."""
+    cfg = llama.cfg
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": cfg.vocab,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "intermediate_size": cfg.mlp_hidden,
+        "rms_norm_eps": cfg.eps,
+        "rope_theta": cfg.rope_theta,
+        "max_position_embeddings": cfg.context,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": str(llama.lm_head.weight.dtype).removeprefix("torch."),
+    }
+    if projector is not None:
+        config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+        config |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": projector[0].in_features}
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2))
 
 
 SHARD = 5 * 10**9  # bytes of a file of weights, as Hugging Face cuts them
@@ -1807,34 +1853,6 @@ def save_llama(llama, folder, projector=None):
     write_llama_config(llama, folder, projector)
 
 
-def write_llama_config(llama, folder, projector=None):
-    """config.json of a Llama, or with its projector of a LLaVA."""
-    cfg = llama.cfg
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": cfg.vocab,
-        "hidden_size": cfg.width,
-        "num_hidden_layers": cfg.depth,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "intermediate_size": cfg.mlp_hidden,
-        "rms_norm_eps": cfg.eps,
-        "rope_theta": cfg.rope_theta,
-        "max_position_embeddings": cfg.context,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": str(llama.lm_head.weight.dtype).removeprefix("torch."),
-    }
-    if projector is not None:
-        config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
-        config |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": projector[0].in_features}
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2))
-
-
 def save_lora(model, folder, base):
     """Writes a WSILLaVA's adapters and projector as a LLaVA LoRA folder, which load_llama(base, lora=folder) and PEFT read."""
     folder, cfg = Path(folder), model.cfg
@@ -1857,15 +1875,78 @@ def save_lora(model, folder, base):
         path.write_text(json.dumps(config, indent=2))
 
 
-def load_config(folder):
-    """The WSILLaVAConfig in `folder`/config.json, as a training stage or WSILLaVA.save left it."""
-    path = Path(folder) / "config.json"
+# --------------------------------------------------------------------------------------------------------------------
+# What the scripts share: the data on disk
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_meta(data):
+    """data/meta.json, as prepare.py wrote it."""
+    path = Path(data) / "meta.json"
     try:
-        return WSILLaVAConfig.from_json(path.read_text())
+        meta = json.loads(path.read_text())
+        if meta["version"] != VERSION:
+            raise UserError(
+                f"{path}: made by version {meta['version']} of this project, not {VERSION}; prepare the data again"
+            )
+        return meta
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {folder} holds no trained model") from None
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a config of this project ({error})") from None
+        raise UserError(f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not what prepare.py writes ({error}); prepare the data again") from None
+
+
+def is_report(row):
+    """Whether a row of the dataset is a slide's report: what stages 1 and 2 train on."""
+    return "report" in row["task"].lower()
+
+
+def read_features(data, slide, max_tiles=0):
+    """data/features of one slide -> features float16 [N,C], coords int32 [N,2].
+
+    max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
+    """
+    tensors = read_tensors(Path(data) / "features" / f"{slide}.safetensors")
+    features, coords = tensors["features"], tensors["coords"]
+    if max_tiles and len(features) > max_tiles:
+        rng = np.random.default_rng(zlib.crc32(slide.encode()))
+        chosen = torch.from_numpy(np.sort(rng.choice(len(features), max_tiles, replace=False)))
+        features, coords = features[chosen], coords[chosen]
+    return features, coords
+
+
+def visual_tokens_file(data, slide, cfg):
+    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
+    variant = "no-slide-encoder" * cfg.no_slide_encoder + f"max-tiles-{cfg.max_tiles}" * bool(cfg.max_tiles)
+    return Path(data) / "visual_tokens" / variant / f"{slide}.safetensors"
+
+
+def read_visual_tokens(data, slide, cfg):
+    """What cache_visual_tokens wrote of one slide -> float16 [V,C]."""
+    return read_tensors(visual_tokens_file(data, slide, cfg))["visual_tokens"]
+
+
+def cache_visual_tokens(model, data, slides, progress=iter):
+    """Writes data/visual_tokens for the slides that lack them or have another slide encoder's. -> how many it wrote.
+
+    The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
+    """
+    written, mark = 0, model.cfg.fingerprints.get("slide_encoder", "none")
+    for slide in progress(slides):
+        path = visual_tokens_file(data, slide, model.cfg)
+        if path.exists():
+            with safetensors.safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("slide_encoder") in (mark, IMPORTED_TOKENS):
+                    continue
+        with torch.inference_mode():
+            tokens = model.encode_slide(*read_features(data, slide, model.cfg.max_tiles))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file(
+                {"visual_tokens": tokens.to("cpu", torch.float16).contiguous()}, temporary, {"slide_encoder": mark}
+            )
+        written += 1
+    return written
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1920,22 +2001,6 @@ def run(main, on_interrupt="interrupted"):
         sys.exit(130)
 
 
-def read_meta(data):
-    """data/meta.json, as prepare.py wrote it."""
-    path = Path(data) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        if meta["version"] != VERSION:
-            raise UserError(
-                f"{path}: made by version {meta['version']} of this project, not {VERSION}; prepare the data again"
-            )
-        return meta
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not what prepare.py writes ({error}); prepare the data again") from None
-
-
 def pick_tile_encoder(args):
     """(TileEncoder, its file); the file is None for the demo's untrained encoder, where no weights are found or named."""
     path = args.tile_encoder or WEIGHTS / "gigapath" / "pytorch_model.bin"
@@ -1974,9 +2039,23 @@ def read_stage(args, stage):
     return load_config(folder), read_tensors(folder / "model.safetensors"), folder / "model.safetensors"
 
 
-def trained_names(cfg):
-    """The parameters that stages 2 and 3 train and save, as a pattern."""
-    return r"mm_projector\..*|llama\..*\.lora_[ab]" if cfg.lora_rank else r"mm_projector\..*"
+def check_fingerprints(cfg, present, source):
+    """Weights trained beside one tile encoder, slide encoder or LLM mean nothing beside another."""
+    for part, value in cfg.fingerprints.items():
+        if part in present and present[part] != value:
+            raise UserError(
+                f"{source} was trained with another {part.replace('_', ' ')} ({value}) than the one here ({present[part]}): "
+                f"name the one that it fits, or train this stage again"
+            )
+
+
+def check_tile_width(cfg, meta, data):
+    """A SlideEncoderConfig against the features in data/: the first mismatch that a user with several encoders meets."""
+    if cfg.in_width != meta["encoder"]["width"]:
+        raise UserError(
+            f"the slide encoder takes tile features of width {cfg.in_width}, {data} holds {meta['encoder']['width']}: "
+            f"made by another tile encoder; prepare the slides with the one that fits"
+        )
 
 
 def pick_slide_encoder(args, meta, prints):
@@ -2011,6 +2090,11 @@ def fitting_projector(projector, origin, width, llm_width, stage):
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(f"Projector: {news}.", file=sys.stderr)
     return projector
+
+
+def trained_names(cfg):
+    """The parameters that stages 2 and 3 train and save, as a pattern."""
+    return r"mm_projector\..*|llama\..*\.lora_[ab]" if cfg.lora_rank else r"mm_projector\..*"
 
 
 def assemble(args, meta, stage, dtype=None, int8=False):
@@ -2074,76 +2158,33 @@ def load_alignment(args, meta):
     return cfg, model, words.to(args.device, torch.float32), tokenizer
 
 
-def check_fingerprints(cfg, present, source):
-    """Weights trained beside one tile encoder, slide encoder or LLM mean nothing beside another."""
-    for part, value in cfg.fingerprints.items():
-        if part in present and present[part] != value:
-            raise UserError(
-                f"{source} was trained with another {part.replace('_', ' ')} ({value}) than the one here ({present[part]}): "
-                f"name the one that it fits, or train this stage again"
-            )
+# --------------------------------------------------------------------------------------------------------------------
+# Self-check: python wsi_llava.py
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def check_tile_width(cfg, meta, data):
-    """A SlideEncoderConfig against the features in data/: the first mismatch that a user with several encoders meets."""
-    if cfg.in_width != meta["encoder"]["width"]:
-        raise UserError(
-            f"the slide encoder takes tile features of width {cfg.in_width}, {data} holds {meta['encoder']['width']}: "
-            f"made by another tile encoder; prepare the slides with the one that fits"
-        )
+def peak_memory(device=None):
+    """The most memory that this process has held so far, in bytes: a GPU's, or else (not a number on Windows) the CPU's."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def is_report(row):
-    """Whether a row of the dataset is a slide's report: what stages 1 and 2 train on."""
-    return "report" in row["task"].lower()
-
-
-def read_features(data, slide, max_tiles=0):
-    """data/features of one slide -> features float16 [N,C], coords int32 [N,2].
-
-    max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
-    """
-    tensors = read_tensors(Path(data) / "features" / f"{slide}.safetensors")
-    features, coords = tensors["features"], tensors["coords"]
-    if max_tiles and len(features) > max_tiles:
-        rng = np.random.default_rng(zlib.crc32(slide.encode()))
-        chosen = torch.from_numpy(np.sort(rng.choice(len(features), max_tiles, replace=False)))
-        features, coords = features[chosen], coords[chosen]
-    return features, coords
-
-
-def visual_tokens_file(data, slide, cfg):
-    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
-    variant = "no-slide-encoder" * cfg.no_slide_encoder + f"max-tiles-{cfg.max_tiles}" * bool(cfg.max_tiles)
-    return Path(data) / "visual_tokens" / variant / f"{slide}.safetensors"
-
-
-def read_visual_tokens(data, slide, cfg):
-    """What cache_visual_tokens wrote of one slide -> float16 [V,C]."""
-    return read_tensors(visual_tokens_file(data, slide, cfg))["visual_tokens"]
-
-
-def cache_visual_tokens(model, data, slides, progress=iter):
-    """Writes data/visual_tokens for the slides that lack them or have another slide encoder's. -> how many it wrote.
-
-    The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
-    """
-    written, mark = 0, model.cfg.fingerprints.get("slide_encoder", "none")
-    for slide in progress(slides):
-        path = visual_tokens_file(data, slide, model.cfg)
-        if path.exists():
-            with safetensors.safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("slide_encoder") in (mark, IMPORTED_TOKENS):
-                    continue
-        with torch.inference_mode():
-            tokens = model.encode_slide(*read_features(data, slide, model.cfg.max_tiles))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file(
-                {"visual_tokens": tokens.to("cpu", torch.float16).contiguous()}, temporary, {"slide_encoder": mark}
-            )
-        written += 1
-    return written
+def seconds(work, device, repeats=2):
+    """Wall time of work(), the last of the repeats."""
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def parameter_table():
@@ -2159,10 +2200,6 @@ def parameter_table():
         rows.append([name] + [f"{sum(p.numel() for p in part.parameters()):,}" for part in parts])
     return ["".join(cell.ljust(24) if i == 0 else cell.rjust(16) for i, cell in enumerate(row)) for row in rows]
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Self-check: python wsi_llava.py
-# --------------------------------------------------------------------------------------------------------------------
 
 # Bytes of shared memory that a block may use, by compute capability.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -2304,30 +2341,6 @@ def slide_encoder_cost(n_tiles, training, device, dtype):
         "share": flop / took / matmul,
         "peak_bytes": peak_memory(device),
     }
-
-
-def peak_memory(device=None):
-    """The most memory that this process has held so far, in bytes: a GPU's, or else (not a number on Windows) the CPU's."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def seconds(work, device, repeats=2):
-    """Wall time of work(), the last of the repeats."""
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def kernel_error(device, dtype):
