@@ -1001,8 +1001,8 @@ class BareGrid:
     def thumbnail(self, pixel):
         return Image.new("RGB", (max(1, round(self.width / pixel)), max(1, round(self.height / pixel))), "white")
 
-    def tile(self, x, y):
-        return np.full((TILE, TILE, 3), 255, np.uint8)
+    def tiles(self, coords, out):
+        out[:] = 255
 
 
 def slide_or_grid(data, name, path=None, mpp=None):
@@ -1010,7 +1010,7 @@ def slide_or_grid(data, name, path=None, mpp=None):
     import prepare  # here, so that asking about prepared slides needs no OpenSlide
 
     path = path or next(iter(sorted((data / "slides").glob(f"{name}.*"))), None)
-    return prepare.Slide(path, mpp) if path else BareGrid(data, name)
+    return prepare.Slide(path, wsi_llava.read_meta(data)["mpp"], mpp) if path else BareGrid(data, name)
 
 
 def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
@@ -1041,11 +1041,12 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
     for share in np.linspace(0, 1, 5):
         y = top + (1 - share) * (picture.height - 1)
         draw.text((middle + wide + 30, y), f"{share * high:.2g}", grey, small, "lm")
+    tile = np.empty((1, TILE, TILE, 3), np.uint8)
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
         x, y = right + i % 3 * cell, top + i // 3 * cell
         draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(colours(relevance[n].clip(0) / high).tolist()))
-        tile = Image.fromarray(slide.tile(*coords[n].tolist()))
-        canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
+        slide.tiles(coords[n : n + 1], tile)
+        canvas.paste(Image.fromarray(tile[0]).resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
         draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
     with wsi_llava.replacing(path) as temporary:
