@@ -12,8 +12,14 @@ Follows WSI-LLaVA (arXiv 2412.02141) on top of Prov-GigaPath (Nature 2024; tile 
       -> mm_projector          [V,4096]               into the language model's embedding space
       -> Llama                 [T+V,32000]            spliced where the prompt says <image>; next-token logits
 
+Words. A whole slide image is a glass slide of tissue, scanned at about 0.25 um a pixel: up to 100,000 pixels a side, in
+a file that holds it at several resolutions, level 0 the finest. The tiled resolution is the 0.5 um/px at which tiles are
+cut, and the unit of all coords unless they say level 0. A CLS is a learned token put before the others, to sum them up.
+
 Glossary of the shape comments, here and everywhere: B batch, N tiles of a slide, L sequence length (N + 1 with the
-CLS), T text tokens, V visual tokens, H heads, D head dim, C channels, W segment length, R dilation.
+CLS), T text tokens, V visual tokens, H heads, D head dim, C channels (C_tile, C_llm: those of another part), E channels
+of the space that slides and reports share, S slides of a case (in dilated attention: segments), W segment length,
+R dilation.
 """
 
 import argparse
@@ -166,6 +172,8 @@ class LlamaConfig(Config):
 
 @dataclass
 class WSILLaVAConfig(Config):
+    """The whole model. The defaults are the paper's, with Vicuna-7b-v1.5."""
+
     tile_encoder: TileEncoderConfig = field(default_factory=TileEncoderConfig)
     slide_encoder: SlideEncoderConfig = field(default_factory=SlideEncoderConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -206,18 +214,21 @@ PRESETS = {
 def preprocess_tiles(tiles):
     """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std.
 
-    This is Prov-GigaPath's preprocessing. Its resize to 256 is the identity here: tiles are cut at 256 px.
+    This is Prov-GigaPath's preprocessing. Its resize to 256 is the identity here: tiles are cut at 256 px. Raises
+    ValueError for anything but such tiles.
     """
-    B, height, width, channels = tiles.shape
+    _, height, width, channels = tiles.shape
     if tiles.dtype != torch.uint8 or (height, width, channels) != (256, 256, 3):
         raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
-    x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255
+    x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255  # [B,3,224,224]
     mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], device=x.device).view(3, 1, 1)
     return (x - mean) / std
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: [B,T,C] -> [B,T,C]. mask: broadcast to [B,H,T,T], True where a query may look."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -228,7 +239,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each [B,H,T,D]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).reshape(B, T, C))
+        return self.proj(x.transpose(1, 2).reshape(B, T, C))  # the heads side by side again
 
 
 class SwiGLU(nn.Module):
@@ -240,11 +251,13 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        gate, value = self.fc1(x).chunk(2, dim=-1)
+        gate, value = self.fc1(x).chunk(2, dim=-1)  # [B,T,hidden] each
         return self.fc2(F.silu(gate) * value)
 
 
 class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (arXiv 2103.17239). It starts small: deep networks train."""
+
     def __init__(self, width, value):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), float(value)))
@@ -271,12 +284,14 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Images [B,3,224,224] -> one token a patch, [B,196,C]."""
+
     def __init__(self, patch_size, width):
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch_size, patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,196,C]
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,C,196] -> [B,196,C]
 
 
 class TileEncoder(nn.Module):
@@ -298,8 +313,9 @@ class TileEncoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     def forward(self, images):
+        B, _, _, _ = images.shape
         x = self.patch_embed(images)  # [B,196,C]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 0]
@@ -428,9 +444,10 @@ class _DilatedAttention(torch.autograd.Function):
         lse = torch.full((B, H, L), -math.inf, dtype=accumulate, device=q.device).transpose(1, 2)
         for view, padded in _branch_views(L, H, segments, dilations):
             qv, kv, vv = (view(x).flatten(0, 1).transpose(1, 2) for x in (q, k, v))  # [B*S,h,n,D]
-            o, l = _attend(qv, kv, vv)
+            o, l = _attend(qv, kv, vv)  # [B*S,h,n,D], [B*S,h,n]
             old, total = view(lse), view(out)  # [B,S,n,h], [B,S,n,h,D]
-            o, l = o.transpose(1, 2).view_as(total), l.transpose(1, 2).reshape(old.shape).to(accumulate)
+            o = o.transpose(1, 2).view_as(total)  # [B,S,n,h,D]
+            l = l.transpose(1, 2).reshape(old.shape).to(accumulate)  # [B,S,n,h]
             new = torch.logaddexp(old, l)
             if pad_keys and padded:
                 new = torch.logaddexp(new, torch.full_like(new, math.log(padded)))
@@ -449,11 +466,11 @@ class _DilatedAttention(torch.autograd.Function):
         grads = [torch.zeros(B, L, H, D, dtype=lse.dtype, device=q.device) for _ in range(3)]
         for view, _ in _branch_views(L, H, *ctx.branches):
             # The zero keys of the padding add to the denominator alone, which is in lse already.
-            gv, qv, kv, vv, ov = (view(x).flatten(0, 1).transpose(1, 2) for x in (grad, q, k, v, out))
+            gv, qv, kv, vv, ov = (view(x).flatten(0, 1).transpose(1, 2) for x in (grad, q, k, v, out))  # [B*S,h,n,D]
             lv = view(lse).flatten(0, 1).transpose(1, 2).contiguous()  # [B*S,h,n]
             for total, part in zip(grads, _attend_backward(gv, qv, kv, vv, ov, lv)):
                 total = view(total)
-                total += part.transpose(1, 2).view_as(total)
+                total += part.transpose(1, 2).view_as(total)  # [B,S,n,h,D]
         return *(g.to(q.dtype) for g in grads), None, None, None
 
 
@@ -792,12 +809,13 @@ def position_embedding(coords, width, tile_size=256, grid=1000):
         )
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
     angle = cells.cpu().double().flip(-1).unsqueeze(-1) * frequency  # [...,2 (y, x),C/4]
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(coords.device, torch.float32)
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [...,2,C/2] -> [...,C]
+    return embedding.to(coords.device, torch.float32)
 
 
 def pool_tokens(tokens, n):
     """Average [B,N,C] along the raster-ordered sequence into n visual tokens [B,n,C]; fewer than n tokens repeat."""
-    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)
+    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)  # [B,C,N] -> [B,C,n] -> [B,n,C]
 
 
 def in_parts(function, *tensors):
@@ -835,10 +853,13 @@ class SlideAttention(nn.Module):
 
     def merge(self, attended):
         """[B,H,L,D] -> [B,L,C]."""
-        return self.out_proj(self.inner_attn_ln(attended.transpose(1, 2).flatten(2)))
+        x = attended.transpose(1, 2).flatten(2)  # [B,L,H,D] -> [B,L,C]
+        return self.out_proj(self.inner_attn_ln(x))
 
 
 class SlideFFN(nn.Module):
+    """LongNet's feed-forward layer, [B,L,C] -> [B,L,C], with the sub-LN between its two matrices."""
+
     def __init__(self, cfg):
         super().__init__()
         self.fc1 = nn.Linear(cfg.width, cfg.mlp_hidden)
@@ -850,6 +871,8 @@ class SlideFFN(nn.Module):
 
 
 class SlideLayer(nn.Module):
+    """A LongNet layer, [B,L,C] -> [B,L,C]. All but the attention is done token by token, a part of a slide at a time."""
+
     def __init__(self, cfg, drop_path):
         super().__init__()
         self.cfg, self.drop_path = cfg, drop_path
@@ -863,21 +886,23 @@ class SlideLayer(nn.Module):
         """x + update, with dropout, and in training now and then without the update at all (stochastic depth)."""
         update = self.dropout(update)
         if self.training and self.drop_path > 0:
-            keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+            keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path  # [B,1,1]: whole slides
             update = update * keep / (1 - self.drop_path)
         return x + update
 
     def before(self, x):
+        """[B,L,C] -> q, k, v, each [B,H,L,D]."""
         return self.self_attn.heads(self.self_attn_layer_norm(x))
 
     def after(self, x, attended):
+        """The layer's input [B,L,C], what attention made of it [B,H,L,D] -> the layer's output [B,L,C]."""
         x = self.residual(x, self.self_attn.merge(attended))
         return self.residual(x, self.ffn(self.final_layer_norm(x)))
 
     def forward(self, x):
         q, k, v = (y.transpose(1, 2) for y in in_parts(self.before, x))  # [B,L,H,D]
         attended = dilated_attention(q, k, v, self.cfg.segments, self.cfg.dilations, self.cfg.pad_keys)
-        return in_parts(self.after, x, attended.transpose(1, 2))
+        return in_parts(self.after, x, attended.transpose(1, 2))  # attended: [B,L,H,D] -> [B,H,L,D]
 
 
 class SlideEncoder(nn.Module):
@@ -901,11 +926,11 @@ class SlideEncoder(nn.Module):
 
     def encode(self, features, coords):
         """-> [B,1+N,C] before the final norm, the CLS first."""
+        B, _, _ = features.shape
         x = self.patch_embed["proj"](features)  # [B,N,C]
         x = x + position_embedding(coords, self.cfg.width, self.cfg.tile_size, self.cfg.grid).to(x.dtype)
-        x = self.dropout(
-            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        )  # [B,1+N,C]; CLS at position zero
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # [B,1+N,C]; the CLS has no position
+        x = self.dropout(x)
         recompute = self.checkpointing and torch.is_grad_enabled()
         for layer in self.encoder["layers"]:
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
@@ -917,13 +942,13 @@ class SlideEncoder(nn.Module):
 
         What all tiles have in common is many times what tells them apart; untreated, it stalls the training of stage 1.
         """
-        std, mean = torch.std_mean(features.float(), dim=0)
+        std, mean = torch.std_mean(features.float(), dim=0)  # [C_tile] each
         proj = self.patch_embed["proj"]
         proj.weight /= std.clamp(min=1e-4)
         proj.bias -= proj.weight @ mean
 
     def forward(self, features, coords):
-        x = self.norm(self.encode(features, coords))
+        x = self.norm(self.encode(features, coords))  # [B,1+N,C]
         return x[:, 0], x[:, 1:]
 
     def visual_tokens(self, features, coords, n):
@@ -950,13 +975,13 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     def forward(self, token_embeds, mask):
-        B, T, C = token_embeds.shape
+        _, T, C = token_embeds.shape
         # An LLM's embeddings are small, and differ in size from one LLM to the next: normed, or the words drown.
-        x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]
+        x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]  # [B,T,C_llm] -> [B,T,C]
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
-        x = self.norm(x) * mask.unsqueeze(-1)
-        return x.sum(1) / mask.sum(1, keepdim=True)
+        x = self.norm(x) * mask.unsqueeze(-1)  # [B,T,C], zero at the padding
+        return x.sum(1) / mask.sum(1, keepdim=True)  # [B,C] / [B,1]
 
 
 class WSITextAlignment(nn.Module):
@@ -976,23 +1001,23 @@ class WSITextAlignment(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_slides(self, features, coords):
-        """-> [B,E] of unit length."""
+        """features [B,N,C_tile], coords [B,N,2] -> [B,E] of unit length."""
         tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens)
         return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
 
     def embed_texts(self, token_embeds, mask):
-        """-> [B,E] of unit length."""
+        """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
         return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
 
     def embed_words(self, ids, words):
         """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
         ids = [torch.tensor(row, device=words.device) for row in ids]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [B,T]
         return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
 
     def loss(self, slides, texts):
         """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its slide."""
-        logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T
+        logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T  # [B slides,B texts]
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -1003,6 +1028,8 @@ class WSITextAlignment(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """[...,C] divided by its root mean square (arXiv 1910.07467), in float32 whatever the dtype."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.eps = eps
@@ -1010,21 +1037,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)  # [...,C] * [...,1]
         return self.weight * y.to(x.dtype)
 
 
 def rotary_tables(start, T, D, theta, device, dtype):
     """cos and sin [T,D] for positions start..start+T-1, in the half-split layout: channel i turns with i + D/2."""
     frequency = theta ** -(torch.arange(0, D, 2, device=device).float() / D)  # [D/2]
-    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.arange(start, start + T, device=device).float()[:, None] * frequency  # [T,D/2]
+    angle = torch.cat([angle, angle], dim=-1)  # [T,D]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
     """x [B,H,T,D] turned by its position. Not the interleaved layout of the paper: the weights are permuted for this one."""
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # [B,H,T,D/2] each
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
@@ -1047,6 +1074,12 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
+    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]. A key head may serve a group of query heads.
+
+    cos, sin: rotary_tables of the T positions. cache: the KVCache that holds the positions before them in its `layer`,
+    or None: there are none.
+    """
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.head_dim = cfg, cfg.width // cfg.heads
@@ -1056,23 +1089,25 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(cfg.heads * self.head_dim, cfg.width, bias=False)
 
     def forward(self, x, cos, sin, cache, layer):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H,T,D]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H_kv,T,D]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B,H_kv,T,D]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
+            k, v = cache.append(layer, k, v)  # [B,H_kv,past+T,D]
         past, mask = k.shape[2] - T, None
         if past and T > 1:  # a later turn of a chat: row t sees everything before it, and itself
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         causal = past == 0 and T > 1
         grouped = self.cfg.kv_heads != self.cfg.heads
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # [B,H,T,D] -> [B,T,H*D]
 
 
 class LlamaMLP(nn.Module):
+    """SwiGLU, [B,T,C] -> [B,T,C], its gate and value in separate matrices, unlike the ViT's."""
+
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.width, cfg.mlp_hidden, bias=False)
@@ -1131,9 +1166,9 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += T
         if last_only:
-            x = x[:, -1:]
+            x = x[:, -1:]  # [B,1,C]
         elif only is not None:
-            x = x[only]
+            x = x[only]  # [n,C]
         return self.lm_head(self.norm(x))
 
 
@@ -1148,7 +1183,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x):
-        update = self.scale * F.linear(self.dropout(x), self.lora_a)  # scaled here, where it is narrow
+        update = self.scale * F.linear(self.dropout(x), self.lora_a)  # [...,r]: scaled here, where it is narrow
         return self.base(x) + F.linear(update, self.lora_b)
 
     @torch.no_grad()
@@ -1207,7 +1242,7 @@ class _Int8Product(torch.autograd.Function):
         # every dtype.
         if x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale.bfloat16())
-            return y.view(*x.shape[:-1], -1).to(x.dtype)
+            return y.view(*x.shape[:-1], -1).to(x.dtype)  # [rows,out] -> [...,out]
         return x @ weight.to(x.dtype).T * scale.to(x.dtype)
 
     @staticmethod
@@ -1227,8 +1262,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
-        self.register_buffer("weight", (weight / scale.float()[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (weight / scale.float()[:, None]).round().to(torch.int8))  # [out,in]
+        self.register_buffer("scale", scale)  # [out]
 
     def forward(self, x):
         return _Int8Product.apply(x, self.weight, self.scale)
@@ -1502,7 +1537,7 @@ class WSILLaVA(nn.Module):
             row_labels.append(torch.cat(part_labels + [label[start:]]))
         # Padding on the right needs no mask: attention is causal, and IGNORE keeps it out of the loss.
         pad = nn.utils.rnn.pad_sequence
-        return pad(rows, batch_first=True), pad(row_labels, batch_first=True, padding_value=IGNORE)
+        return pad(rows, batch_first=True), pad(row_labels, batch_first=True, padding_value=IGNORE)  # [B,T,C], [B,T]
 
     def forward(self, visual, ids, labels, reduction="mean"):
         """Next-token loss, the mean over the labelled tokens or their "sum". Arguments as for splice."""
@@ -1534,7 +1569,7 @@ class WSILLaVA(nn.Module):
         row twice (0: it may). Raises UserError where the prompt exceeds the context.
         """
         embeds, _ = self.splice(visual, ids)
-        B, T, C = embeds.shape
+        B, T, _ = embeds.shape
         if len({len(row) for row in ids}) != 1:
             raise ValueError("generate: rows must be of equal length")
         cache = cache or KVCache(self.cfg.llama, B, T + max_new_tokens, embeds.device, embeds.dtype)
@@ -1551,7 +1586,7 @@ class WSILLaVA(nn.Module):
             said = [row + [t] for row, t in zip(said, token.tolist())]
             if all(ended) or cache.length >= self.cfg.llama.context:
                 return
-            embeds = self.llama.embed_tokens(token)[:, None]
+            embeds = self.llama.embed_tokens(token)[:, None]  # [B,1,C]
 
     def save(self, folder, prefixes=("",)):
         """Writes config.json and model.safetensors: all weights, or only those whose names start with a prefix."""
@@ -2259,7 +2294,7 @@ def attention_flops(L, cfg):
     """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that meet."""
     pairs = 0
     for view, _ in _branch_views(L, cfg.heads, cfg.segments, cfg.dilations):
-        B, S, n, h = view(torch.empty(1, L, cfg.heads, device="meta")).shape
+        _, S, n, h = view(torch.empty(1, L, cfg.heads, device="meta")).shape
         pairs += S * h * n * n
     return 4 * pairs * (cfg.width // cfg.heads)
 
