@@ -438,7 +438,7 @@ def test_pooling_repeats_few_tiles_and_averages_many():
 
 def test_standardized_inputs_have_mean_0_and_deviation_1():
     encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
-    features = torch.randn(500, 128) * torch.rand(128) + 5 * torch.randn(128)
+    features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
     before = {n: p.clone() for n, p in encoder.named_parameters() if "proj" in n}
     encoder.standardize_inputs(features)
     standard = (features - features.mean(0)) / features.std(0)
