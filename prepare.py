@@ -59,9 +59,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, UserError, replacing
+from wsi_llava import PRESETS, SYSTEM, TILE, UserError, feature_metadata, replacing
 
-TILE = 256  # pixels at the tiled resolution
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
@@ -396,10 +395,7 @@ def write_geojson(path, slide, mask, coords):
     """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the tiles tile objects."""
 
     def feature(kind, rings, name, scale):
-        rings = [[[round(x * scale, 2), round(y * scale, 2)] for x, y in [*ring, ring[0]]] for ring in rings]
-        properties = {"objectType": kind, "classification": {"name": name}, "isLocked": True}
-        geometry = {"type": "Polygon", "coordinates": rings}
-        return json.dumps({"type": "Feature", "geometry": geometry, "properties": properties})
+        return json.dumps(wsi_llava.geojson_feature(kind, rings, scale, classification={"name": name}, isLocked=True))
 
     with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
@@ -408,8 +404,7 @@ def write_geojson(path, slide, mask, coords):
             file.write(comma + feature("annotation", rings, "Tissue", MASK * slide.scale))
             comma = ",\n"
         for x, y in coords.tolist():
-            square = [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
-            file.write(comma + feature("tile", [square], "Tile", slide.scale))
+            file.write(comma + feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale))
             comma = ",\n"
         file.write("\n]}\n")
 
@@ -608,15 +603,6 @@ def save_features(path, features, coords, metadata):
     # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
     with replacing(path) as temporary:
         save_file({"features": features, "coords": coords}, temporary, {"wsi_llava": json.dumps(metadata)})
-
-
-def feature_metadata(path):
-    """What prepare.py noted of a file of features; with "tiles", their number."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return json.loads(file.metadata()["wsi_llava"]) | {"tiles": file.get_slice("coords").get_shape()[0]}
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of features ({error}); delete it and run again") from None
 
 
 def check_same(path, params):
@@ -1533,7 +1519,7 @@ def stand_in_llm(args):
     if (folder / "texts").exists() and (folder / "texts").read_text() == mark:
         return
     talks = [
-        [{**turn, "value": turn["value"].replace("<image>\n", "")} for turn in row["conversations"]] for row in rows
+        [{**turn, "value": wsi_llava.without_image(turn["value"])} for turn in row["conversations"]] for row in rows
     ]
     train_tokenizer(args.data / "tokenizer.model", talks)
     tokenizer = wsi_llava.Tokenizer(args.data / "tokenizer.model")

@@ -34,13 +34,12 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import UserError, is_report, read_features, read_visual_tokens, replacing
+from wsi_llava import TILE, UserError, read_features, read_visual_tokens, replacing, without_image, write_text
 
 # --------------------------------------------------------------------------------------------------------------------
 # The model, and the slides that it is asked about: files and names -> visual tokens
@@ -56,13 +55,9 @@ def gigabytes(args):
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
 
 
-def features_file(data, slide):
-    return data / "features" / f"{slide}.safetensors"
-
-
 def prepare_raw(args, names):
     """--slide's files and names -> names of slides in data/. Files are prepared first, like any other slide."""
-    raw = [name for name in names if Path(name).exists() and not features_file(args.data, name).exists()]
+    raw = [name for name in names if Path(name).exists() and not wsi_llava.features_file(args.data, name).exists()]
     if not raw:
         return names
     import prepare  # here, so that asking about prepared slides needs no OpenSlide
@@ -78,7 +73,7 @@ def prepare_raw(args, names):
 
 def why_missing(cfg, data, slide):
     """What keeps a slide from being asked about, in words; None where nothing does."""
-    if not features_file(data, slide).exists():
+    if not wsi_llava.features_file(data, slide).exists():
         imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
     try:
@@ -91,11 +86,11 @@ def why_missing(cfg, data, slide):
 @torch.inference_mode()
 def region_tokens(model, data, slide, region):
     """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0 pixels."""
+    path = wsi_llava.features_file(data, slide)
     try:
-        with safetensors.safe_open(features_file(data, slide), framework="pt") as file:
-            scale = json.loads(file.metadata()["wsi_llava"])["scale"]  # level-0 pixels per pixel of the coordinates
-    except (OSError, KeyError, TypeError, ValueError):
-        raise UserError(f"--region: {features_file(data, slide)} does not tell its scale to level 0") from None
+        scale = wsi_llava.feature_metadata(path)["scale"]  # level-0 pixels per tiled pixel
+    except (UserError, KeyError):
+        raise UserError(f"--region: {path} does not tell its scale to level 0") from None
     features, coords = read_features(data, slide, model.cfg.max_tiles)
     centres = (coords + model.cfg.slide_encoder.tile_size / 2) * scale  # [N,2]
     x, y, width, height = region
@@ -211,8 +206,7 @@ def chat_loop(args, open_chat, names, chat):
                 print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens.")
             elif command == "/save" and len(rest) == 1:
                 row = {"id": "chat", "slide": names[0], "task": "chat", "conversations": chat.turns}
-                with replacing(rest[0]) as path:
-                    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_text(rest[0], json.dumps(row, ensure_ascii=False) + "\n")
                 print(f"Wrote {len(chat.turns) // 2} turns to {rest[0]}.")
             elif command:
                 raise UserError(f"{line}: not a command; {HELP}")
@@ -225,10 +219,6 @@ def chat_loop(args, open_chat, names, chat):
 # --------------------------------------------------------------------------------------------------------------------
 # Many questions
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def without_image(text):
-    return re.sub(r"\n?<image>\n?", "", text)
 
 
 def by_length(prompts, batch):
@@ -303,8 +293,7 @@ def open_predictions(path, settings):
     lines, end = whole_lines(path)
     if not lines:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
+        write_text(path, json.dumps({"settings": settings}) + "\n")
         return open(path, "a", encoding="utf-8"), {}
     old, rows = read_predictions(path)
     for name, value in settings.items():
@@ -765,7 +754,7 @@ def tabulate(rows, fields, rarity, seed):
     """Scored rows -> lines {**COLUMNS, field: [mean, low, high], "published"}, a line for each group and metric."""
     groups = collections.defaultdict(list)
     for row in rows:
-        capability = "report" if is_report(row) else CAPABILITY.get(row["task"], "other")
+        capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
         for key in zip(KINDS, ("all", capability, rarity.get(row["cancer"]), row["task"], row["cancer"])):
             groups[key].append(row)
     lines = []
@@ -826,8 +815,7 @@ def write_tables(path, result, fields):
         writer.writerow([*(line[column] for column in COLUMNS), *values, line["published"]])
     texts["csv"] = cells.getvalue()
     for ending, text in texts.items():
-        with replacing(path.with_name(f"evaluation.{ending}")) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path.with_name(f"evaluation.{ending}"), text)
 
 
 def evaluate(args, path):
@@ -895,7 +883,6 @@ def evaluate(args, path):
 # --------------------------------------------------------------------------------------------------------------------
 
 PASSES = 16  # forward and backward, at points between the average tile and the real ones
-TILE = wsi_llava.SlideEncoderConfig.tile_size
 PANEL = 560  # pixels of a panel's longer side
 BEST = 9  # tiles shown
 VEIL = 170  # opacity of the colours, of 255: the tissue shows through
@@ -989,9 +976,8 @@ class BareGrid:
     """In the place of a prepare.Slide whose file is not at hand: its size and scale, and nothing to see."""
 
     def __init__(self, data, name):
-        path = data / "features" / f"{name}.safetensors"
-        with safetensors.safe_open(path, framework="np") as file:
-            found = json.loads((file.metadata() or {}).get("wsi_llava", "{}"))
+        path = wsi_llava.features_file(data, name)
+        found = wsi_llava.feature_metadata(path)
         try:
             self.scale = found["scale"]
             self.width, self.height = found["width"] / self.scale, found["height"] / self.scale
@@ -1049,7 +1035,7 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
         canvas.paste(Image.fromarray(tile[0]).resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
         draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
-    with wsi_llava.replacing(path) as temporary:
+    with replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
 
@@ -1063,15 +1049,13 @@ def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
     """The tiles for QuPath: squares in level-0 pixels, counted from `corner` (see scanned_corner), the relevance as a
     measurement (Measure > Show measurement maps). scale: level-0 pixels per tiled pixel."""
     shades = colours((relevance / relevance.max().clip(1e-12)).clip(0)).tolist()
-    features = []
-    for (x, y), value, shade in zip((coords * scale - corner).tolist(), relevance.tolist(), shades):
-        a, b = x + TILE * scale, y + TILE * scale
-        corners = [[round(p, 2) for p in corner] for corner in ((x, y), (a, y), (a, b), (x, b), (x, y))]
-        properties = {"objectType": "tile", "color": shade, "measurements": {"relevance": value}}
-        geometry = {"type": "Polygon", "coordinates": [corners]}
-        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
-    with wsi_llava.replacing(path) as temporary:
-        temporary.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    features = [
+        wsi_llava.geojson_feature(
+            "tile", [wsi_llava.tile_corners(x, y)], scale, corner, color=shade, measurements={"relevance": value}
+        )
+        for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), shades)
+    ]
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
 
 
 def check_heatmap_flags(args):

@@ -31,14 +31,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import prepare
 import sample
 import wsi_llava
-from wsi_llava import IMAGE_TOKEN, PRESETS, UserError, is_report, read_features, read_visual_tokens, replacing
+from wsi_llava import IMAGE_TOKEN, PRESETS, UserError, read_features, read_visual_tokens, replacing, without_image
 
 
 @dataclass
@@ -202,7 +201,7 @@ def split_validation(rows, share):
 
 def one_report_a_slide(rows):
     """Two reports of a slide in one batch would be each other's false negatives."""
-    last = {entry["slide"]: entry for entry in rows.index if is_report(entry)}
+    last = {entry["slide"]: entry for entry in rows.index if wsi_llava.is_report(entry)}
     return Rows(rows.path, list(last.values()))
 
 
@@ -244,7 +243,7 @@ class Conversations(torch.utils.data.Dataset):
         row = self.rows[i]
         talk = row["conversations"]
         if self.no_image:
-            talk = [{**turn, "value": turn["value"].replace("<image>\n", "")} for turn in talk]
+            talk = [{**turn, "value": without_image(turn["value"])} for turn in talk]
         ids, labels = self.tokenizer.encode_plain(talk[1]["value"]) if self.plain else self.tokenizer.encode_chat(talk)
         images = ids.count(IMAGE_TOKEN)
         room = self.longest - images * (self.cfg.n_visual_tokens - 1)
@@ -459,7 +458,7 @@ def language_task(args, recipe, meta, stage):
 
     rows = load_rows(args.data, "train", args.skip_missing, tokens=True)
     if stage == 2:
-        rows = rows.where(is_report)
+        rows = rows.where(wsi_llava.is_report)
         if not len(rows):
             raise UserError(
                 f"{args.data}/qa/train.jsonl holds no reports (tasks with 'report' in the name): stage 2 needs them"
@@ -713,8 +712,7 @@ def train_stage(stage, args):
         if args.keep == "best" and step and log[-1].get("val_loss") == min(e.get("val_loss", math.inf) for e in log):
             write_weights(folder / "best.safetensors", weights)
         if step == steps:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
-            with replacing(folder / "config.json") as path:
-                path.write_text(task.cfg.to_json())
+            wsi_llava.write_text(folder / "config.json", task.cfg.to_json())
             if (folder / "best.safetensors").exists():
                 os.replace(folder / "best.safetensors", folder / "model.safetensors")
             else:
@@ -722,8 +720,7 @@ def train_stage(stage, args):
 
     def write_weights(path, weights):
         kind = args.dtype if stage == 3 and args.full else torch.float32  # 7B in float32 would be 27 GB
-        with replacing(path) as temporary:
-            save_file({k: v.to(kind).contiguous() for k, v in weights.items()}, temporary)
+        wsi_llava.write_tensors(path, {name: x.to(kind) for name, x in weights.items()})
 
     if not first:
         for name in ("model.safetensors", "best.safetensors"):
@@ -856,7 +853,7 @@ def held_out(args):
     slides = rows.slides()
     wsi_llava.cache_visual_tokens(model, args.data, slides)
     visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
-    return model, tokenizer, visual, [row for row in rows if not is_report(row) and row["task"] != "dialogue"]
+    return model, tokenizer, visual, [row for row in rows if not wsi_llava.is_report(row) and row["task"] != "dialogue"]
 
 
 def accuracies(rows, answers):
@@ -898,7 +895,7 @@ def print_relevance(args, model, tokenizer, cases, said):
     times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
     rows = load_rows(args.data, "test")
     for row in rows.where(lambda entry: entry["task"] == "focus" and planted[entry["slide"]]):
-        slide, question = row["slide"], row["conversations"][0]["value"].replace("<image>\n", "")
+        slide, question = row["slide"], without_image(row["conversations"][0]["value"])
         features, coords = read_features(args.data, slide, args.max_tiles)
         holds = np.array([corner in planted[slide] for corner in coords.tolist()])
         if not holds.any():  # --max-tiles left them out
@@ -991,7 +988,7 @@ def demo(args):
     print(f"\nA dialogue about {slide}, a held-out slide (in brackets: the truth):")
     chat = sample.Chat(model, tokenizer, visual[slide], max_new_tokens=64)
     for question, answer in zip(talk["conversations"][::2], talk["conversations"][1::2]):
-        question = question["value"].replace("<image>\n", "")
+        question = without_image(question["value"])
         print(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
     if not args.no_image:
         said = dict(zip((row["id"] for row in closed), answers["model"]))

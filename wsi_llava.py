@@ -69,6 +69,7 @@ try:
 except ImportError:  # macOS, Windows: the torch path serves
     triton = None
 
+TILE = 256  # pixels of a tile's side at the tiled resolution
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
 IMPORTED_TOKENS = "imported: visual tokens"  # the tile encoder in meta.json, where only tokens were imported
 
@@ -136,7 +137,7 @@ class SlideEncoderConfig(Config):
     segments: tuple = (1024, 5792, 32768, 185363, 1048576)
     dilations: tuple = (1, 2, 4, 8, 16)
     pad_keys: bool = True  # the released weights were trained with it, see dilated_attention
-    tile_size: int = 256  # pixels of the tiled resolution that one cell of the position grid covers
+    tile_size: int = TILE  # pixels of the tiled resolution that one cell of the position grid covers
     grid: int = 1000  # cells along each side of the position grid
     dropout: float = 0.25
     drop_path: float = 0.1
@@ -218,7 +219,7 @@ def preprocess_tiles(tiles):
     ValueError for anything but such tiles.
     """
     _, height, width, channels = tiles.shape
-    if tiles.dtype != torch.uint8 or (height, width, channels) != (256, 256, 3):
+    if tiles.dtype != torch.uint8 or (height, width, channels) != (TILE, TILE, 3):
         raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
     x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255  # [B,3,224,224]
     mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).view(3, 1, 1)
@@ -794,7 +795,7 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def position_embedding(coords, width, tile_size=256, grid=1000):
+def position_embedding(coords, width, tile_size=TILE, grid=1000):
     """Fixed 2-D sin-cos embedding of tile positions: coords [...,2] (x, y) in pixels at the tiled resolution -> [...,C].
 
     The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of
@@ -1293,6 +1294,11 @@ SYSTEM = (
 )
 
 
+def without_image(text):
+    """A question without the mark for the slide, which stands on a line of its own before or after it."""
+    return re.sub(r"\n?<image>\n?", "", text)
+
+
 class Tokenizer:
     """SentencePiece with Llama's conventions (BOS 1, EOS 2) and LLaVA's prompts (`vicuna_v1` and plain)."""
 
@@ -1358,6 +1364,17 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path, tensors, metadata=None):
+    """{name: tensor}, on whatever device, -> a .safetensors file. metadata: {text: text}."""
+    with replacing(path) as temporary:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata)
 
 
 def read_json(path, hint):
@@ -1592,13 +1609,9 @@ class WSILLaVA(nn.Module):
         """Writes config.json and model.safetensors: all weights, or only those whose names start with a prefix."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if k.startswith(tuple(prefixes))
-        }
-        with replacing(folder / "model.safetensors") as path:
-            save_file(state, path)
-        with replacing(folder / "config.json") as path:
-            path.write_text(self.cfg.to_json())
+        state = {name: p for name, p in self.state_dict().items() if name.startswith(tuple(prefixes))}
+        write_tensors(folder / "model.safetensors", state)
+        write_text(folder / "config.json", self.cfg.to_json())
 
     @classmethod
     def load(cls, folder):
@@ -1673,9 +1686,7 @@ def load_slide_encoder(path):
 
 def save_slide_encoder(encoder, path):
     """One file under GigaPath's names, with the config that shapes do not tell: heads, segments, dilations."""
-    state = {name: p.detach().cpu().contiguous() for name, p in encoder.state_dict().items()}
-    with replacing(path) as temporary:
-        save_file(state, temporary, {"config": encoder.cfg.to_json()})
+    write_tensors(path, encoder.state_dict(), {"config": encoder.cfg.to_json()})
 
 
 # The published layouts of the language model -> the names here. Their names begin with `model.` (Llama, LLaVA), with
@@ -1850,8 +1861,7 @@ def write_llama_config(llama, folder, projector=None):
     if projector is not None:
         config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
         config |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": projector[0].in_features}
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2))
+    write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
 SHARD = 5 * 10**9  # bytes of a file of weights, as Hugging Face cuts them
@@ -1879,12 +1889,10 @@ def save_llama(llama, folder, projector=None):
     for i, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         places |= dict.fromkeys(names, file)
-        with replacing(folder / file) as path:
-            save_file({name: state[name].cpu().contiguous() for name in names}, path, metadata={"format": "pt"})
+        write_tensors(folder / file, {name: state[name] for name in names}, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(p.nbytes for p in state.values())}, "weight_map": places}
-        with replacing(folder / "model.safetensors.index.json") as path:
-            path.write_text(json.dumps(index, indent=2))
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
     write_llama_config(llama, folder, projector)
 
 
@@ -1897,17 +1905,15 @@ def save_lora(model, folder, base):
         if isinstance(module, LoRALinear):
             targets.add(name.split(".")[-1])
             for kind, p in (("A", module.lora_a), ("B", module.lora_b)):
-                adapters[f"{prefix}{name}.lora_{kind}.weight"] = p.detach().cpu().contiguous()
+                adapters[f"{prefix}{name}.lora_{kind}.weight"] = p
     projector = {f"{prefix}mm_projector.{k}": p.cpu() for k, p in model.mm_projector.state_dict().items()}
-    with replacing(folder / "adapter_model.safetensors") as path:
-        save_file(adapters, path, metadata={"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", adapters, {"format": "pt"})
     with replacing(folder / "non_lora_trainables.bin") as path:
         torch.save(projector, path)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none"}
     config |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": sorted(targets)}
     write_llama_config(model.llama, folder, model.mm_projector)
-    with replacing(folder / "adapter_config.json") as path:
-        path.write_text(json.dumps(config, indent=2))
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1936,18 +1942,46 @@ def is_report(row):
     return "report" in row["task"].lower()
 
 
+def features_file(data, slide):
+    return Path(data) / "features" / f"{slide}.safetensors"
+
+
+def feature_metadata(path):
+    """What prepare.py noted of a file of features; with "tiles", their number. Raises UserError where it noted nothing."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return json.loads(file.metadata()["wsi_llava"]) | {"tiles": file.get_slice("coords").get_shape()[0]}
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a file of features ({error}); delete it and run again") from None
+
+
 def read_features(data, slide, max_tiles=0):
     """data/features of one slide -> features float16 [N,C], coords int32 [N,2].
 
     max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
     """
-    tensors = read_tensors(Path(data) / "features" / f"{slide}.safetensors")
+    tensors = read_tensors(features_file(data, slide))
     features, coords = tensors["features"], tensors["coords"]
     if max_tiles and len(features) > max_tiles:
         rng = np.random.default_rng(zlib.crc32(slide.encode()))
         chosen = torch.from_numpy(np.sort(rng.choice(len(features), max_tiles, replace=False)))
         features, coords = features[chosen], coords[chosen]
     return features, coords
+
+
+def tile_corners(x, y):
+    return [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
+
+
+def geojson_feature(kind, rings, scale, origin=(0, 0), **properties):
+    """A polygon for QuPath: rings of corners (x, y) times `scale` -> in level-0 pixels counted from `origin`, closed.
+
+    kind: "tile" or "annotation". properties: what else QuPath is to know of it.
+    """
+    x0, y0 = origin
+    rings = [[[round(x * scale - x0, 2), round(y * scale - y0, 2)] for x, y in [*ring, ring[0]]] for ring in rings]
+    geometry = {"type": "Polygon", "coordinates": rings}
+    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": kind, **properties}}
 
 
 def visual_tokens_file(data, slide, cfg):
@@ -1976,10 +2010,7 @@ def cache_visual_tokens(model, data, slides, progress=iter):
         with torch.inference_mode():
             tokens = model.encode_slide(*read_features(data, slide, model.cfg.max_tiles))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file(
-                {"visual_tokens": tokens.to("cpu", torch.float16).contiguous()}, temporary, {"slide_encoder": mark}
-            )
+        write_tensors(path, {"visual_tokens": tokens.half()}, {"slide_encoder": mark})
         written += 1
     return written
 
