@@ -40,26 +40,38 @@ import wsi_llava
 from wsi_llava import IMAGE_TOKEN, PRESETS, UserError, read_features, read_visual_tokens, replacing, without_image
 
 
+def setting(help, **default):
+    """A field of Recipe; `help` is what --help says of its flag."""
+    return dataclasses.field(metadata={"help": help}, **default)
+
+
 @dataclass
 class Recipe:
     """Hyperparameters of one stage. Every field is also a flag, which overrides it."""
 
-    lr: float
-    batch_size: int  # of all processes together
-    epochs: float
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.0
-    projector_lr: float = 0.0  # stage 3 (0: lr)
-    full_lr: float = 0.0  # stage 3 with --full (0: lr)
-    lora_rank: int = 0  # stage 3
-    lora_alpha: float = 0.0
-    lora_dropout: float = 0.0
-    lora_target: str = (
-        ".*"  # the decoder's linear layers that get adapters, a pattern: "q_proj|v_proj" is LoRA's own choice
+    lr: float = setting("the learning rate at its highest, after the warmup")
+    batch_size: int = setting("rows of the dataset a step, of all processes together")
+    epochs: float = setting("how often every row is seen")
+    warmup: float = setting("the share of the steps in which the learning rate rises", default=0.03)
+    weight_decay: float = setting("AdamW's", default=0.0)
+    projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", default=0.0)
+    full_lr: float = setting("stage 3 with --full: takes the place of --lr (0: it does not)", default=0.0)
+    lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM's matrices", default=0)
+    lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
+    lora_dropout: float = setting("stage 3: dropout of what enters the adapters", default=0.0)
+    lora_target: str = setting(
+        "stage 3: which of the decoder's linear layers get adapters, a pattern; q_proj|v_proj is LoRA's own choice",
+        default=".*",
     )
-    micro_batch: int = 8  # samples that go through the model at once; gradients add up to the batch
-    max_length: int = 2048  # positions, text and visual tokens together; longer samples are cut, and counted
-    checkpointing: bool = True  # recompute activations in the backward: a third more time, a fraction of the memory
+    micro_batch: int = setting(
+        "stages 2 and 3: rows that go through the model at once; their gradients add up to the batch's", default=8
+    )
+    max_length: int = setting(
+        "stages 2 and 3: positions, text and visual tokens together; longer rows are cut, and counted", default=2048
+    )
+    checkpointing: bool = setting(
+        "recompute activations in the backward pass: a third more time, a fraction of the memory", default=True
+    )
 
 
 RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
@@ -357,9 +369,8 @@ def stage1(args, recipe, meta):
     if args.no_slide_encoder:
         raise UserError("--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2")
     folder, tokenizer = wsi_llava.pick_llm(args, meta)
-    words = (
-        wsi_llava.load_llama(folder).embed_tokens.weight.detach().to(args.device, torch.float32)
-    )  # [vocab,C], frozen
+    words = wsi_llava.load_llama(folder).embed_tokens.weight.detach()  # [vocab,C_llm], frozen
+    words = words.to(args.device, torch.float32)
     cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
     cfg.max_tiles = args.max_tiles
     slide_encoder = None
@@ -612,12 +623,10 @@ def stop_signals():
 
 def pick_recipe(stage, args, meta):
     """The preset's recipe for the stage, with the user's flags on top."""
-    recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage])
-    if stage == 3 and args.full and recipe.full_lr:
-        recipe.lr = recipe.full_lr
-    for f in dataclasses.fields(Recipe):
-        if getattr(args, f.name) is not None:
-            setattr(recipe, f.name, getattr(args, f.name))
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None}
+    recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage], **given)
+    if stage == 3 and args.full and args.lr is None:
+        recipe.lr = recipe.full_lr or recipe.lr
     if stage in args.skip_stage:
         recipe.epochs = 0
     return recipe
@@ -1009,58 +1018,47 @@ def demo(args):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def add_recipe_flags(parser):
+    """A flag for each field of Recipe, whose help ends in the values of the recipes."""
+    group = parser.add_argument_group("the recipe", "Defaults by preset, of stages 1, 2 and 3; 13b has those of 7b.")
+    for f in dataclasses.fields(Recipe):
+        values = (", ".join(str(getattr(r, f.name)) for r in RECIPES[preset].values()) for preset in ("7b", "demo"))
+        extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
+        text = f.metadata["help"] + " (7b: {}; demo: {})".format(*values)
+        group.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=text, **extra)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("what to do").add_argument
     add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
     add(
-        "--demo",
-        action="store_true",
-        help="prepare the toy cohort if needed, train all stages, answer held-out questions",
+        "--demo", action="store_true", help="draw the toy slides if needed, train all stages, answer held-out questions"
     )
     add("--ablations", action="store_true", help="after the demo, train it again without one piece at a time")
     add("--export", type=Path, metavar="DIR", help="write out/stage3 as a LLaVA folder, its adapters merged, and stop")
     add("--export-adapter", type=Path, metavar="DIR", help="the same as a LLaVA LoRA folder, to stand on --llm")
     add("--resume", action="store_true", help="go on where an interrupted run of the stage saved last")
+    add = parser.add_argument_group("what is trained, and on what").add_argument
     add("--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters")
     add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")
     add("--skip-missing", action="store_true", help="leave out questions about slides that have no features")
-    add(
-        "--skip-stage",
-        type=int,
-        choices=[1, 2],
-        nargs="*",
-        default=[],
-        help="leave these stages' weights as they start",
-    )
-    add(
-        "--no-slide-encoder",
-        action="store_true",
-        help="ablation: tile features go straight to the pool (stages 2 and 3)",
-    )
-    add(
-        "--max-tiles",
-        type=int,
-        default=0,
-        help="ablation: at most so many tiles of a slide, drawn at random (default: all)",
-    )
-    add("--no-image", action="store_true", help="ablation: the language model gets the questions without the slide")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1)")
-    add(
-        "--keep",
-        choices=["last", "best"],
-        default="last",
-        help="the stage's result: the last weights, or those of lowest validation loss",
-    )
     add("--val", type=float, default=0.05, help="share of the training slides to validate on (default: 0.05)")
     add("--val-rows", type=int, default=256, help="validate on at most so many rows (default: 256)")
-    add("--log-every", type=int, default=1, help="steps between lines of the log (default: 1; the demo: 20)")
+    keep = "the stage's result: the last weights (default), or those of lowest validation loss"
+    add("--keep", choices=["last", "best"], default="last", help=keep)
+    add("--clip", type=float, default=1.0, help="a gradient of larger norm is scaled down to it (default: 1)")
+    add("--log-every", type=int, default=1, help="steps between lines on the screen (default: 1; the demo: 20)")
     add("--eval-every", type=int, help="steps between validations (default: an eighth of the run)")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
-    for f in dataclasses.fields(Recipe):
-        kind = f.type if f.type is not bool else argparse.BooleanOptionalAction
-        extra = {"action": kind} if f.type is bool else {"type": kind}
-        add(f"--{f.name.replace('_', '-')}", default=None, help="default: the recipe of the preset and stage", **extra)
+    group = parser.add_argument_group("ablations", "What is a piece worth? Train without it.")
+    add = group.add_argument
+    skipped = "leave these stages' weights as they start"
+    add("--skip-stage", type=int, choices=[1, 2], nargs="*", default=[], help=skipped)
+    add("--no-slide-encoder", action="store_true", help="tile features go straight to the pool (stages 2 and 3)")
+    add("--max-tiles", type=int, default=0, help="at most so many tiles of a slide, drawn at random (default: all)")
+    add("--no-image", action="store_true", help="the language model gets the questions without the slide")
+    add_recipe_flags(parser)
     wsi_llava.add_shared_flags(parser)
     prepare.add_demo_flags(parser)
     return parser.parse_args(argv)

@@ -2024,22 +2024,21 @@ WEIGHTS = Path("weights")
 
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
-    add = parser.add_argument
+    add = parser.add_argument_group("shared by all scripts").add_argument
     add("--data", metavar="DIR", type=Path, default=Path("data"), help="prepared slides and questions (default: data)")
-    add("--out", metavar="DIR", type=Path, default=Path("out"), help="what training leaves (default: out)")
+    add("--out", metavar="DIR", type=Path, default=Path("out"), help="what training leaves, by stage (default: out)")
     add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="default: bfloat16 on CUDA, else float32",
-    )
-    add("--seed", type=int, default=0, help="of everything random (default: 0)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="readers (default: the cores, 8 at most)")
-    add("--tile-encoder", metavar="FILE", type=Path, help=f"default: {WEIGHTS}/gigapath/pytorch_model.bin")
-    add("--slide-encoder", metavar="FILE", type=Path, help=f"default: {WEIGHTS}/gigapath/slide_encoder.pth")
-    add("--llm", metavar="DIR", type=Path, help=f"default: {WEIGHTS}/vicuna-7b-v1.5, or {WEIGHTS}/llava-v1.5-7b")
+    kinds = ["auto", "float32", "bfloat16"]
+    add("--dtype", default="auto", choices=kinds, help="of the products (default: bfloat16 on CUDA, else float32)")
+    add("--seed", type=int, default=0, help="of all that is drawn at random; the same gives the same run (default: 0)")
+    readers = "processes that read ahead of the model (default: one a core, 8 at most)"
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help=readers)
+    tile, slide = f"{WEIGHTS}/gigapath/pytorch_model.bin", f"{WEIGHTS}/gigapath/slide_encoder.pth"
+    add("--tile-encoder", metavar="FILE", type=Path, help=f"Prov-GigaPath's, published (default: {tile})")
+    add("--slide-encoder", metavar="FILE", type=Path, help=f"the same (default: out/stage1's, or {slide})")
+    llms = f"{WEIGHTS}/vicuna-7b-v1.5, or {WEIGHTS}/llava-v1.5-7b; the demo has its own"
+    add("--llm", metavar="DIR", type=Path, help=f"the language model, a Hugging Face folder (default: {llms})")
     add("--lora", metavar="DIR", type=Path, help="adapters to merge into the language model, a PEFT or LLaVA folder")
 
 
