@@ -305,6 +305,7 @@ class Task:
     validate: object  # (parts, micro-batches) -> {metric: value}
     before_and_after: object = None  # () -> {metric: value}, shown before the first step and after the last
     sharded: bool = False  # FSDP: gradients are averaged over the processes already
+    saved_dtype: torch.dtype = torch.float32  # of the weights in model.safetensors
 
 
 @dataclass
@@ -449,10 +450,12 @@ def alignment(args, model, samples):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def language_task(args, recipe, meta, stage):
-    """Stages 2 and 3: next-token loss on the answers, given the slide's visual tokens."""
+def model_to_train(args, recipe, meta, stage):
+    """The model of stage 2 or 3 on its device, frozen but for what the stage trains -> (WSILLaVA, Tokenizer).
+
+    What is trained is kept in float32; of a language model trained whole, that is all of it.
+    """
     full = stage == 3 and args.full
-    # What is trained is kept in float32; of a language model trained whole, that is all of it.
     model, tokenizer = wsi_llava.assemble(args, meta, stage - 1, torch.float32 if full else args.dtype)
     cfg = model.cfg
     model.requires_grad_(False)
@@ -466,7 +469,34 @@ def language_task(args, recipe, meta, stage):
         if p.requires_grad:
             p.data = p.data.float()
     model.to(args.device).llama.checkpointing = recipe.checkpointing
+    return model, tokenizer
 
+
+def write_visual_tokens(args, model, slides):
+    """Runs the frozen slide encoder once over every slide that lacks its visual tokens, each process over a share."""
+    with autocast(args):
+        written = wsi_llava.cache_visual_tokens(
+            model, args.data, mine(slides), lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0)
+        )
+    written = int(all_sum(torch.tensor(written, device=args.device)))  # also waits for the others
+    say(f"Visual tokens of {len(slides)} slides: {written} computed, {len(slides) - written} were there.")
+
+
+def shard(model, dtype):
+    """FSDP2: each process keeps a share of every layer's weights, gradients and optimizer state."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model.slide_encoder = None  # it has done its work
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.llama.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def language_task(args, recipe, meta, stage):
+    """Stages 2 and 3: next-token loss on the answers, given the slide's visual tokens."""
+    model, tokenizer = model_to_train(args, recipe, meta, stage)
+    cfg, full = model.cfg, stage == 3 and args.full
     rows = load_rows(args.data, "train", args.skip_missing, tokens=True)
     if stage == 2:
         rows = rows.where(wsi_llava.is_report)
@@ -474,22 +504,10 @@ def language_task(args, recipe, meta, stage):
             raise UserError(
                 f"{args.data}/qa/train.jsonl holds no reports (tasks with 'report' in the name): stage 2 needs them"
             )
-    slides = rows.slides()
-    with autocast(args):
-        written = wsi_llava.cache_visual_tokens(
-            model, args.data, mine(slides), lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0)
-        )
-    written = int(all_sum(torch.tensor(written, device=args.device)))  # also waits for the others
-    say(f"Visual tokens of {len(slides)} slides: {written} computed, {len(slides) - written} were there.")
+    write_visual_tokens(args, model, rows.slides())
     train, val = (Conversations(r, args, tokenizer, cfg, stage, recipe) for r in split_validation(rows, args.val))
     if full and world() > 1:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        model.slide_encoder = None  # it has done its work
-        policy = MixedPrecisionPolicy(param_dtype=args.dtype, reduce_dtype=torch.float32)
-        for layer in model.llama.layers:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+        shard(model, args.dtype)
 
     def run(samples):
         """-> (summed loss, labelled tokens, positions, cut samples)"""
@@ -526,6 +544,8 @@ def language_task(args, recipe, meta, stage):
         params = [p for p in model.llama.parameters() if p.requires_grad]
         groups.append({"name": name, "params": params, "lr": recipe.lr})
     task = Task(model, cfg, groups, train, val, backward, validate, sharded=full and world() > 1)
+    if full:
+        task.saved_dtype = args.dtype  # 7B in float32 would be 27 GB
     if stage == 2 and not args.no_image:
         some = val if len(val.rows) > 1 else train
         task.before_and_after = lambda: alignment(args, model, [some[i] for i in range(min(256, len(some.rows)))])
@@ -679,12 +699,8 @@ def draw_curves(path, logs):
         picture.save(temporary, "PNG")
 
 
-def train_stage(stage, args):
-    meta = wsi_llava.read_meta(args.data)
-    recipe = pick_recipe(stage, args, meta)
-    torch.manual_seed(args.seed)
-    task = stage1(args, recipe, meta) if stage == 1 else language_task(args, recipe, meta, stage)
-    model, n = task.model, len(task.train.rows)
+def size_of_run(stage, recipe, n):
+    """How many rows of n a batch has, and how many batches the run -> (batch_size, steps)."""
     if stage == 1 and n < 2:
         raise UserError(f"stage 1 contrasts slides with one another and needs at least 2 with a report; found {n}")
     batch_size = min(recipe.batch_size, n)
@@ -693,60 +709,89 @@ def train_stage(stage, args):
             f"a batch of {batch_size} is too small for {world()} processes; raise --batch-size or start fewer"
         )
     steps = round(recipe.epochs * (n // batch_size))
-    if recipe.epochs > 0:
-        steps = max(1, steps)
+    return batch_size, max(1, steps) if recipe.epochs > 0 else steps
+
+
+def save_stage(args, task, folder, run, step, optimizer, log):
+    """Everything that the next stage or --resume needs, each file written aside and renamed."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights, optimizer_state = get_state_dict(task.model, optimizer, options=options)  # sharded or not; all take part
+    if rank():
+        return
+    state = {"run": run, "step": step, "model": weights, "optimizer": optimizer_state, "log": log}
+    with replacing(folder / "train_state.pt") as path:
+        torch.save(state, path)
+
+    def write(path):
+        wsi_llava.write_tensors(path, {name: x.to(task.saved_dtype) for name, x in weights.items()})
+
+    best = folder / "best.safetensors"
+    if args.keep == "best" and step and log[-1].get("val_loss") == min(e.get("val_loss", math.inf) for e in log):
+        write(best)
+    if step == run["steps"]:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
+        wsi_llava.write_text(folder / "config.json", task.cfg.to_json())
+        if best.exists():
+            os.replace(best, folder / "model.safetensors")
+        else:
+            write(folder / "model.safetensors")
+
+
+def not_finite(stage, step, loss, norm, task, parts, folder, log_file):
+    """The end of a run whose loss or gradient is not finite: its batch goes into the log -> the UserError to raise."""
+    ids = [task.train.rows[i]["id"] for part in parts for i in part]
+    log_file.write(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}) + "\n")
+    return UserError(
+        f"stage {stage}, step {step}: the loss is {loss}, the norm of its gradient {norm}; the batch was "
+        f"{', '.join(ids[:8])}{', ...' * (len(ids) > 8)} (all in {folder}/log.jsonl); "
+        f"try a lower --lr or --dtype float32"
+    )
+
+
+def say_step(where, entry, seconds_left, device):
+    """The line of a step, made to be grepped."""
+    eta = datetime.timedelta(seconds=round(seconds_left))
+    say(
+        f"{where} loss {entry['loss']:.4f} lr {entry['lr']:.2e} grad_norm {entry['grad_norm']:.3f} tokens/s "
+        f"{entry['tokens_per_s']:,.0f} eta {eta} memory {wsi_llava.peak_memory(device) / 1e9:.2f} GB"
+    )
+
+
+def train_stage(stage, args):
+    """Trains a stage and writes out/stageN. Raises UserError where it cannot start, or was asked to stop (and saved)."""
+    meta = wsi_llava.read_meta(args.data)
+    recipe = pick_recipe(stage, args, meta)
+    torch.manual_seed(args.seed)
+    task = stage1(args, recipe, meta) if stage == 1 else language_task(args, recipe, meta, stage)
+    model = task.model
+    batch_size, steps = size_of_run(stage, recipe, len(task.train.rows))
     folder = args.out / f"stage{stage}"
     folder.mkdir(parents=True, exist_ok=True)
     beta2 = 0.98 if stage == 1 else 0.999
     optimizer = torch.optim.AdamW(task.groups, betas=(0.9, beta2), weight_decay=recipe.weight_decay)
     peaks = [group["lr"] for group in task.groups]
+    run = {"steps": steps, "batch_size": batch_size, "items": len(task.train.rows), "seed": args.seed}
     first, log = 0, []
-    run = {"steps": steps, "batch_size": batch_size, "items": n, "seed": args.seed}
     if args.resume and (folder / "train_state.pt").exists():
         first, log = resume(folder / "train_state.pt", run, model, optimizer)
-    seed = [args.seed, stage]
     summarize(stage, args, recipe, task, steps, batch_size, first, folder)
     validating = len(task.val.rows) >= max(world(), 2 if stage == 1 else 1)
     val_parts = task.val.parts(list(range(min(len(task.val.rows), args.val_rows)))) if validating else []
-
-    def save(step):
-        """Everything that the next stage or --resume needs, each file written aside and renamed."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        weights, optimizer_state = get_state_dict(model, optimizer, options=options)  # sharded or not; all take part
-        if rank():
-            return
-        state = {"run": run, "step": step, "model": weights, "optimizer": optimizer_state, "log": log}
-        with replacing(folder / "train_state.pt") as path:
-            torch.save(state, path)
-        if args.keep == "best" and step and log[-1].get("val_loss") == min(e.get("val_loss", math.inf) for e in log):
-            write_weights(folder / "best.safetensors", weights)
-        if step == steps:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
-            wsi_llava.write_text(folder / "config.json", task.cfg.to_json())
-            if (folder / "best.safetensors").exists():
-                os.replace(folder / "best.safetensors", folder / "model.safetensors")
-            else:
-                write_weights(folder / "model.safetensors", weights)
-
-    def write_weights(path, weights):
-        kind = args.dtype if stage == 3 and args.full else torch.float32  # 7B in float32 would be 27 GB
-        wsi_llava.write_tensors(path, {name: x.to(kind) for name, x in weights.items()})
-
+    eval_every = args.eval_every or max(1, steps // 8)
     if not first:
         for name in ("model.safetensors", "best.safetensors"):
             (folder / name).unlink(missing_ok=True) if rank() == 0 else None
         show_alignment(task, "before")
     log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")  # noqa: SIM115 (closed by the loop's with)
     log_file.writelines(json.dumps(entry) + "\n" for entry in log)
-    eval_every = args.eval_every or max(1, steps // 8)
-    schedule_of_parts = plan(task.train, batch_size, steps, first, seed)
-    ahead = (part for _, parts in plan(task.train, batch_size, steps, first, seed) for part in mine(parts))
-    loader = micro_batches(task.train, ahead, args)
-    model.train()
-    began, cut = time.time(), 0
+    batches = plan(task.train, batch_size, steps, first, [args.seed, stage])
+    ahead = plan(task.train, batch_size, steps, first, [args.seed, stage])  # the same, for the readers to run ahead in
+    loader = micro_batches(task.train, (part for _, parts in ahead for part in mine(parts)), args)
     bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=rank() > 0)
+    began, cut = time.time(), 0
+    model.train()
     with log_file, bar, stop_signals() as asked:
-        for step, parts in schedule_of_parts:
-            started = time.time()
+        for step, parts in batches:
+            started, done = time.time(), step + 1
             torch.manual_seed(args.seed * 1_000_003 + stage * 100_000_007 + step * 1009)
             height = schedule(step, steps, recipe.warmup)
             for group, peak in zip(optimizer.param_groups, peaks):
@@ -757,51 +802,40 @@ def train_stage(stage, args):
             norm = float(norm.full_tensor() if task.sharded else norm)
             loss = found.loss / found.weight
             if not math.isfinite(loss + norm):
-                ids = [task.train.rows[i]["id"] for part in parts for i in part]
-                log_file.write(
-                    json.dumps({"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "ids": ids}) + "\n"
-                )
-                raise UserError(
-                    f"stage {stage}, step {step + 1}: the loss is {loss}, the norm of its gradient {norm}; the batch was "
-                    f"{', '.join(ids[:8])}{', ...' * (len(ids) > 8)} (all in {folder}/log.jsonl); "
-                    f"try a lower --lr or --dtype float32"
-                )
+                raise not_finite(stage, done, loss, norm, task, parts, folder, log_file)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
             cut += found.cut
-            entry = {"step": step + 1, "loss": round(loss, 5), "lr": optimizer.param_groups[-1]["lr"]}
+            entry = {"step": done, "loss": round(loss, 5), "lr": optimizer.param_groups[-1]["lr"]}
             entry |= {"grad_norm": round(norm, 4), "tokens_per_s": round(found.tokens / (time.time() - started), 1)}
             entry |= {"cut": found.cut} if found.cut else {}
             log.append(entry)
-            if (step + 1) % args.log_every == 0:
-                eta = datetime.timedelta(seconds=round((time.time() - began) / (step + 1 - first) * (steps - step - 1)))
-                say(
-                    f"stage {stage} step {step + 1}/{steps} loss {loss:.4f} lr {entry['lr']:.2e} grad_norm {norm:.3f} "
-                    f"tokens/s {entry['tokens_per_s']:,.0f} eta {eta} memory {wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
-                )
+            where = f"stage {stage} step {done}/{steps}"
+            if done % args.log_every == 0:
+                say_step(where, entry, (time.time() - began) / (done - first) * (steps - done), args.device)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}")
-            last = step + 1 == steps
-            evaluated = validating and (last or (step + 1) % eval_every == 0)
+
+            last = done == steps
+            evaluated = validating and (last or done % eval_every == 0)
             if evaluated:
                 model.eval()
                 metrics = task.validate(val_parts, micro_batches(task.val, mine(val_parts), args))
                 model.train()
                 entry |= {f"val_{name}": round(value, 5) for name, value in metrics.items()}
-                say(
-                    f"stage {stage} step {step + 1}/{steps} "
-                    + "  ".join(f"val {k} {v:.4g}" for k, v in metrics.items())
-                )
+                say(f"{where} " + "  ".join(f"val {name} {value:.4g}" for name, value in metrics.items()))
             print(json.dumps(entry), file=log_file, flush=True)
             if rank() == 0 and (evaluated or last):
                 draw_curves(folder / "loss.png", {f"stage {stage}, {TITLES[stage]}": log})
+
             stopping = all_sum(torch.tensor(float(bool(asked)), device=args.device)) > 0
-            if last or stopping or (step + 1) % args.save_every == 0 or (evaluated and args.keep == "best"):
-                save(step + 1)
+            if last or stopping or done % args.save_every == 0 or (evaluated and args.keep == "best"):
+                save_stage(args, task, folder, run, done, optimizer, log)
             if stopping and not last:
-                raise UserError(f"interrupted after step {step + 1} of {steps}, saved; --resume goes on from there")
+                raise UserError(f"interrupted after step {done} of {steps}, saved; --resume goes on from there")
     if not steps:
-        save(0)
+        save_stage(args, task, folder, run, 0, optimizer, log)
     show_alignment(task, "after")
     if cut:
         say(f"{cut} samples were longer than --max-length {recipe.max_length} and were cut.")
@@ -1020,21 +1054,22 @@ def demo(args):
 
 def add_recipe_flags(parser):
     """A flag for each field of Recipe, whose help ends in the values of the recipes."""
-    group = parser.add_argument_group("the recipe", "Defaults by preset, of stages 1, 2 and 3; 13b has those of 7b.")
+    brackets = "In brackets: the defaults by preset, of stages 1, 2 and 3 where they differ; 13b has those of 7b."
+    group = parser.add_argument_group("the recipe", brackets)
     for f in dataclasses.fields(Recipe):
-        values = (", ".join(str(getattr(r, f.name)) for r in RECIPES[preset].values()) for preset in ("7b", "demo"))
+        text = []
+        for preset in ("7b", "demo"):
+            values = [str(getattr(recipe, f.name)) for recipe in RECIPES[preset].values()]
+            text.append(f"{preset}: {', '.join(values if len(set(values)) > 1 else values[:1])}")
         extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
-        text = f.metadata["help"] + " (7b: {}; demo: {})".format(*values)
-        group.add_argument(f"--{f.name.replace('_', '-')}", default=None, help=text, **extra)
+        group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({'; '.join(text)})", **extra)
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
-    add(
-        "--demo", action="store_true", help="draw the toy slides if needed, train all stages, answer held-out questions"
-    )
+    add("--demo", action="store_true", help="draw toy slides if needed, train all stages, answer held-out questions")
     add("--ablations", action="store_true", help="after the demo, train it again without one piece at a time")
     add("--export", type=Path, metavar="DIR", help="write out/stage3 as a LLaVA folder, its adapters merged, and stop")
     add("--export-adapter", type=Path, metavar="DIR", help="the same as a LLaVA LoRA folder, to stand on --llm")
