@@ -996,14 +996,8 @@ def ablations(args):
     print("\n".join(table))
 
 
-def demo(args):
-    started = time.time()
-    args.preset, args.log_every = "demo", args.log_every * 20
-    cases = prepare.prepare_demo(prepare.with_defaults(args))
-    stages = (2, 3) if args.no_slide_encoder else (1, 2, 3)
-    for stage in stages:
-        train_stage(stage, args)
-    model, tokenizer, visual, closed = held_out(args)
+def print_accuracies(args, model, tokenizer, visual, closed):
+    """Answers to the short questions with the slide, with another's, without: the table -> the answers with the slide."""
     slides = sorted(visual)
     other = dict(zip(slides, slides[1:] + slides[:1]))  # the slides are in random order of findings
     answers = {
@@ -1011,30 +1005,44 @@ def demo(args):
         "other slide": sample.answer_rows(model, tokenizer, closed, {s: visual[other[s]] for s in slides}),
         "no slide": sample.answer_rows(model, tokenizer, closed, None),
     }
-    train_rows = load_rows(args.data, "train")
-    tasks = [task for task in dict.fromkeys(row["task"] for row in closed)]
-    common = {
-        task: collections.Counter(truth(row) for row in train_rows if row["task"] == task).most_common(1)[0][0]
-        for task in tasks
-    }
-    answers["majority"] = [common[row["task"]] for row in closed]
+    counts = collections.defaultdict(collections.Counter)  # of the answers to each kind of question, in training
+    for row in load_rows(args.data, "train"):
+        counts[row["task"]][truth(row)] += 1
+    answers["majority"] = [counts[row["task"]].most_common(1)[0][0] for row in closed]
     print(f"\nAccuracy on {len(closed)} questions about {len(slides)} held-out slides")
     print("question kind".ljust(32) + "count".rjust(6) + "".join(name.rjust(13) for name in answers))
     found = [accuracies(closed, got) for got in answers.values()]
     for name, (_, count) in found[0].items():
         print(name.ljust(32) + f"{count:6d}" + "".join(f"{shares[name][0]:13.2f}" for shares in found))
-    if 1 in stages:
-        print_retrieval(args)
+    return answers["model"]
 
+
+def print_dialogue(args, model, tokenizer, visual):
+    """A chat about the first held-out slide that has one, beside the truth -> the slide."""
     talk = next(row for row in load_rows(args.data, "test") if row["task"] == "dialogue")
-    slide = talk["slide"]
-    print(f"\nA dialogue about {slide}, a held-out slide (in brackets: the truth):")
-    chat = sample.Chat(model, tokenizer, visual[slide], max_new_tokens=64)
+    print(f"\nA dialogue about {talk['slide']}, a held-out slide (in brackets: the truth):")
+    chat = sample.Chat(model, tokenizer, visual[talk["slide"]], max_new_tokens=64)
     for question, answer in zip(talk["conversations"][::2], talk["conversations"][1::2]):
         question = without_image(question["value"])
         print(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
+    return talk["slide"]
+
+
+def demo(args):
+    """--demo: the toy cohort, the three stages, and what they are worth on slides that were held out."""
+    started = time.time()
+    args.preset, args.log_every = "demo", args.log_every * 20
+    cases = prepare.prepare_demo(prepare.with_defaults(args))
+    stages = (2, 3) if args.no_slide_encoder else (1, 2, 3)
+    for stage in stages:
+        train_stage(stage, args)
+    model, tokenizer, visual, closed = held_out(args)
+    answers = print_accuracies(args, model, tokenizer, visual, closed)
+    if 1 in stages:
+        print_retrieval(args)
+    slide = print_dialogue(args, model, tokenizer, visual)
     if not args.no_image:
-        said = dict(zip((row["id"] for row in closed), answers["model"]))
+        said = dict(zip((row["id"] for row in closed), answers))
         print_relevance(args, model, tokenizer, cases, said)
     logs = {}
     for stage in stages:
