@@ -47,11 +47,13 @@ from wsi_llava import TILE, UserError, read_features, read_visual_tokens, replac
 
 
 def load_model(args, meta):
+    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError as assemble does."""
     model, tokenizer = wsi_llava.assemble(args, meta, 3, int8=args.int8)
     return model.to(args.device), tokenizer
 
 
 def gigabytes(args):
+    """The peak of memory so far, in words."""
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
 
 
@@ -167,7 +169,7 @@ class Chat:
         self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
 
 
-def answer(args, names, chat, question):
+def stream_answer(args, names, chat, question):
     """Streams one answer, or with --json prints one object -> (tokens, seconds)."""
     started = time.time()
     for piece in chat.reply(question):
@@ -211,7 +213,7 @@ def chat_loop(args, open_chat, names, chat):
             elif command:
                 raise UserError(f"{line}: not a command; {HELP}")
             elif line:
-                spent = [a + b for a, b in zip(spent, answer(args, names, chat, line))]
+                spent = [a + b for a, b in zip(spent, stream_answer(args, names, chat, line))]
         except (UserError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -323,6 +325,13 @@ def ask_three_ways(model, tokenizer, rows, visual, other, args):
     return [dict(zip(views, answers)) for answers in zip(*texts)]
 
 
+def write_prediction(file, row, **answers):
+    """A line of --predictions: the row, less its conversation, and what was answered."""
+    row = {k: v for k, v in row.items() if k != "conversations"} | answers
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
 def answer_file(args, meta):
     """--qa: every question of the files -> --predictions, a line each, after a line of settings. Resumes by itself.
 
@@ -354,15 +363,9 @@ def answer_file(args, meta):
     other = dict(zip(order, order[1:] + order[:1]))  # everyone gets another's slide, unless there is only one
     started, failed = time.time(), []
     with file, tqdm(total=len(todo), unit="question", disable=not todo) as bar:
-
-        def write(row, **answers):
-            row = {k: v for k, v in row.items() if k != "conversations"} | answers
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-
         for row in lacking:
             if row["n"] not in done:
-                write(row, answer=None, missing=problems[row["slide"]])
+                write_prediction(file, row, answer=None, missing=problems[row["slide"]])
         for k in range(0, len(order), AT_ONCE):
             near = order[k : k + AT_ONCE]
             part = [row for row in todo if row["slide"] in set(near)]
@@ -371,13 +374,12 @@ def answer_file(args, meta):
             for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
                 group = [part[i] for i in group]
                 for row, answers in zip(group, ask_three_ways(model, tokenizer, group, visual, other, args)):
-                    write(row, **answers)
+                    write_prediction(file, row, **answers)
                     failed += [row] * ("error" in answers)
                 bar.update(len(group))
     seconds = time.time() - started
-    print(
-        f"Answered {len(todo) - len(failed):,} questions, {len(todo) / max(seconds, 1e-9):.1f}/s, peak memory {gigabytes(args)}."
-    )
+    rate = len(todo) / max(seconds, 1e-9)
+    print(f"Answered {len(todo) - len(failed):,} questions, {rate:.1f}/s, peak memory {gigabytes(args)}.")
     for what, bad in (("were too long to ask", failed), ("are about slides that are missing", lacking)):
         if bad:
             names = list(dict.fromkeys(row["slide"] for row in bad))
@@ -535,6 +537,7 @@ SCALE = (1, 0.7, 0.3, 0)
 
 
 def check_claims(reply, least):
+    """The judge's claims, at least so many. Raises KeyError, TypeError or ValueError for a reply of another form."""
     claims = reply["claims"]
     if not isinstance(claims, list) or len(claims) < least or not all(isinstance(c, str) and c.strip() for c in claims):
         raise ValueError(f'"claims" must be a list of {least} texts or more')
@@ -542,6 +545,7 @@ def check_claims(reply, least):
 
 
 def check_scores(reply, n):
+    """The judge's scores of n claims. Raises KeyError, TypeError or ValueError for a reply of another form."""
     scores = reply["scores"]
     if not isinstance(scores, list) or len(scores) != n:
         raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
@@ -1134,7 +1138,9 @@ def ask_about_slides(args):
         f"{f'model of {trained}' if trained.exists() else 'published model'} on {args.device} in {dtype}, "
         f"{time.time() - started:.1f} s."
     )
-    tokens, seconds = answer(args, names, chat, args.ask) if args.ask else chat_loop(args, open_chat, names, chat)
+    tokens, seconds = (
+        stream_answer(args, names, chat, args.ask) if args.ask else chat_loop(args, open_chat, names, chat)
+    )
     if args.heatmap or args.heatmap_geojson:
         explain(args, model, tokenizer, names[0], chat.turns[-1]["value"])
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
@@ -1162,7 +1168,8 @@ def rectangle(text):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, share = parser.add_argument, at_least(0, float)
+    share = at_least(0, float)
+    add = parser.add_argument_group("one slide, or one case").add_argument
     add("--slide", nargs="+", metavar="S", help="a slide file, or the name of a prepared slide; several: one case")
     add("--ask", metavar="Q", help="one question; without it, a chat")
     add("--region", metavar="X,Y,W,H", type=rectangle, help="only this part of the slide, in level-0 pixels")
@@ -1170,25 +1177,22 @@ def parse(argv=None):
     add("--heatmap", metavar="PNG", type=Path, help="with --ask: a picture of which tiles made the answer what it is")
     add("--heatmap-geojson", metavar="FILE", type=Path, help="with --ask: the same for QuPath, a square a tile")
     add("--word", help="of --heatmap: explain this word of the answer alone")
-    add("--int8", action="store_true", help="the language model's weights rounded to int8: half of bfloat16's memory")
     add("--mpp", type=float, help="um per pixel at level 0, for a raw slide whose metadata lack it")
     add("--json", action="store_true", help="for programs: one JSON object an answer on stdout, nothing else there")
+    add = parser.add_argument_group("how it answers").add_argument
+    add("--int8", action="store_true", help="the language model's weights rounded to int8: half of bfloat16's memory")
     add("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
     add("--temperature", type=share, default=0.0, help="0 (default): the most likely token, always; above: sampled")
     add("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)")
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens (default: 0, all)")
     add("--no-repeat-ngram", type=at_least(0), default=0, help="no answer says so many tokens twice (default: 0, off)")
+    add = parser.add_argument_group("many questions, and their evaluation").add_argument
     add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
     add("--predictions", metavar="FILE", type=Path, help="default: predictions.jsonl in --out")
     add("--baselines", action="store_true", help="also answer without the slide, and with another's")
     add("--batch-size", type=at_least(1), default=8, help="questions at once (default: 8)")
-    add(
-        "--evaluate",
-        metavar="FILE",
-        nargs="?",
-        const="",
-        help="tables of a file of predictions (default: --predictions)",
-    )
+    tables = "tables of a file of predictions (default: --predictions)"
+    add("--evaluate", metavar="FILE", nargs="?", const="", help=tables)
     add("--judge-model", metavar="M", help="grade open answers by this model: WSI-Precision, WSI-Relevance")
     add("--judge-url", metavar="URL", default="https://api.openai.com/v1", help="OpenAI-compatible (default: OpenAI's)")
     add("--judge-workers", type=at_least(1), default=8, help="requests to the judge at once (default: 8)")

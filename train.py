@@ -105,6 +105,7 @@ def world():
 
 
 def mine(parts):
+    """Of a list that all processes hold, this one's share."""
     return parts[rank() :: world()]
 
 
@@ -296,6 +297,8 @@ def micro_batches(dataset, parts, args):
 
 @dataclass
 class Task:
+    """What the loop needs to know of a stage."""
+
     model: torch.nn.Module
     cfg: wsi_llava.WSILLaVAConfig
     groups: list  # optimizer groups: {"name", "params", "lr"}
@@ -603,6 +606,7 @@ def summarize(stage, args, recipe, task, steps, batch_size, first, folder):
 
 
 def show_alignment(task, when):
+    """Prints, of the stages that have it, what before_and_after measures."""
     if task.before_and_after:
         found = task.before_and_after()
         say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
@@ -885,6 +889,7 @@ def export(args):
 
 
 def truth(row):
+    """The true answer of a row of one question."""
     return row["conversations"][1]["value"]
 
 

@@ -436,6 +436,8 @@ def _branch_views(L, H, segments, dilations):
 
 
 class _DilatedAttention(torch.autograd.Function):
+    """The torch path, and the specification of the kernels: branch by branch, through views of q, k, v [B,L,H,D]."""
+
     @staticmethod
     def forward(ctx, q, k, v, segments, dilations, pad_keys):
         B, L, H, D = q.shape
@@ -549,6 +551,7 @@ if triton is not None:
         q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
         N_BRANCHES: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
+        """out [B,L,H,D] and lse [B,L,H] (in powers of 2) of a block of queries."""
         head, batch = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
         start, rows = _block_rows(STEP, BLOCK)
         channels = (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -606,6 +609,7 @@ if triton is not None:
         q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
         N_BRANCHES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
+        """dq [B,L,H,D] and delta [B,L,H] of a block of queries."""
         head, batch = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
         start, rows = _block_rows(STEP, BLOCK)
         channels = (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -652,7 +656,7 @@ if triton is not None:
         q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
         N_BRANCHES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, BLOCK_D: tl.constexpr,
     ):  # fmt: skip
-        # The rows are keys here, and the queries that ask them are those that the same segments keep: S transposed.
+        """dk and dv [B,L,H,D] of a block of keys. The queries that ask them are those that the same segments keep."""
         head, batch = tl.program_id(1) % H, (tl.program_id(1) // H).to(tl.int64)
         start, rows = _block_rows(STEP, BLOCK)
         channels = (tl.arange(0, BLOCK_D) < D)[None, :]
@@ -718,6 +722,8 @@ def _launch(kernel, tensors, sizes, strides, **constants):
 
 
 class _TritonDilatedAttention(torch.autograd.Function):
+    """The same by the Triton kernels: one forward, two backward."""
+
     @staticmethod
     def forward(ctx, q, k, v, segments, dilations, pad_keys):
         B, L, H, D = q.shape
@@ -1120,6 +1126,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
+    """Pre-norm decoder layer, [B,T,C] -> [B,T,C]. Arguments as for LlamaAttention."""
+
     def __init__(self, cfg):
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
@@ -1314,9 +1322,11 @@ class Tokenizer:
         self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
 
     def encode(self, text, bos=False):
+        """-> ids, a list; bos: with the BOS before them."""
         return [self.bos] * bos + self.sp.encode(text)
 
     def decode(self, ids):
+        """ids -> text; the places of images are left out."""
         return self.sp.decode([i for i in ids if i >= 0])
 
     def encode_chat(self, turns):
@@ -1391,7 +1401,10 @@ def read_json(path, hint):
 
 
 def read_tensors(path):
-    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied. Nothing is ever unpickled."""
+    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied. Nothing is ever unpickled.
+
+    Raises UserError for a file that is missing or damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file of weights")
@@ -1638,6 +1651,7 @@ def _depth(tensors, pattern, source):
 
 
 def _require(tensors, keys, source):
+    """Raises UserError where a checkpoint lacks the keys off whose shapes the model's size is read."""
     missing = [key for key in keys if key not in tensors]
     if missing:
         raise UserError(f"{source}: missing keys ({len(missing)}): {', '.join(missing)}")
@@ -2439,13 +2453,31 @@ def benchmark(args):
         print(json.dumps(rows))
 
 
+def show_resources(show):
+    """Where there is no GPU: what the Triton kernels need, by arithmetic and off the machine code -> kernel_resources'."""
+    cfg = PRESETS["7b"].slide_encoder
+    show("\nNo GPU here. What the Triton kernels need, by arithmetic (estimates) and as compiled for GPUs:")
+    for n in (1000, 10000, 100000):
+        gflop, megabytes = attention_flops(n + 1, cfg) / 1e9, 4 * (n + 1) * cfg.width * 2 / 1e6
+        show(f"  {n:>7} tiles  {gflop:9,.1f} GFLOP  {megabytes:9,.1f} MB read and written (bf16)")
+    resources = kernel_resources()
+    table = [list(resources[0])] + [list(map(str, row.values())) for row in resources]
+    for row in table:
+        show("  " + "  ".join(cell.ljust(max(len(r[i]) for r in table)) for i, cell in enumerate(row)))
+    return resources
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Checks this machine: versions, sizes, shapes, the attention kernel.")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--tiles", type=int, nargs="*", default=[1000, 10000, 100000], help="slide sizes to time")
-    parser.add_argument("--benchmark", action="store_true", help="time the whole 7b slide encoder instead")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser = argparse.ArgumentParser(
+        description="Checks this machine: versions, the model's sizes and shapes, the attention kernels' error and speed."
+    )
+    add = parser.add_argument
+    add("--json", action="store_true", help="one JSON object instead of tables")
+    add("--tiles", type=int, nargs="*", default=[1000, 10000, 100000], help="slide sizes to time, in tiles")
+    add("--benchmark", action="store_true", help="time the whole 7b slide encoder instead")
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    kinds = ["auto", "float32", "bfloat16"]
+    add("--dtype", default="auto", choices=kinds, help="of what is timed (default: bfloat16 on CUDA, else float32)")
     args = parser.parse_args()
     resolve_device(args)
     if args.benchmark:
@@ -2479,17 +2511,7 @@ def main():
                 f"with backward {row['forward_backward_s']:8.3f} s   (one layer of the 7b slide encoder)"
             )
     if args.device.type != "cuda" and triton is not None:
-        cfg = PRESETS["7b"].slide_encoder
-        show("\nNo GPU here. What the Triton kernels need, by arithmetic (estimates) and as compiled for GPUs:")
-        for n in (1000, 10000, 100000):
-            traffic = 4 * (n + 1) * cfg.width * 2
-            show(
-                f"  {n:>7} tiles  {attention_flops(n + 1, cfg) / 1e9:9,.1f} GFLOP  {traffic / 1e6:9,.1f} MB read and written (bf16)"
-            )
-        report["resources"] = kernel_resources()
-        table = [list(report["resources"][0])] + [list(map(str, row.values())) for row in report["resources"]]
-        for row in table:
-            show("  " + "  ".join(cell.ljust(max(len(r[i]) for r in table)) for i, cell in enumerate(row)))
+        report["resources"] = show_resources(show)
     if args.json:
         print(json.dumps(report))
 
