@@ -1,11 +1,11 @@
 """Asks WSI-LLaVA about slides: one question, a chat, or a whole benchmark and its evaluation.
 
-    python sample.py --slide S --ask Q                  one answer, streamed; S is a slide file or the name of a prepared slide
-    python sample.py --slide S                          a chat about it
+    python sample.py --slide S --ask Q          one answer, streamed; S is a slide file, or a prepared slide's name
+    python sample.py --slide S                  a chat about it
     python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
-    python sample.py --slide S --zero-shot TEXT TEXT    which of the texts fits the slide, by stage 1 alone
-    python sample.py --qa FILE --baselines --evaluate   answers to all questions (out/predictions.jsonl), then the tables
-    python sample.py --evaluate out/predictions.jsonl --judge-model M    the tables, open answers graded by a language model
+    python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1 alone
+    python sample.py --qa FILE --baselines --evaluate       answers to all questions, then their tables, in out/
+    python sample.py --evaluate FILE --judge-model M        the tables, open answers graded by a language model
 
 Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of a slide.
 """
@@ -119,7 +119,7 @@ def slide_tokens(args, model, slides):
 
 @torch.inference_mode()
 def zero_shot(args, meta, slide, texts):
-    """Probability of each text: softmax of its scaled similarity to the slide in the space that stage 1 made for both."""
+    """Probability of each text: softmax of its scaled similarity to the slide, in the space of stage 1."""
     cfg, model, words, tokenizer = wsi_llava.load_alignment(args, meta)
     if problem := why_missing(cfg, args.data, slide):
         raise UserError(f"--slide {slide}: {problem}")
@@ -135,7 +135,7 @@ def zero_shot(args, meta, slide, texts):
 
 
 class Chat:
-    """A conversation about a slide, visual tokens [V,C], or several, [S,V,C]. The key-value cache is kept between turns."""
+    """A conversation about slides, visual tokens [V,C] or [S,V,C]. The key-value cache is kept between turns."""
 
     def __init__(self, model, tokenizer, visual, **options):
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -224,7 +224,7 @@ def chat_loop(args, open_chat, names, chat):
 
 
 def by_length(prompts, batch):
-    """Indices of the prompts, in groups of one length: so a batch holds no padding, and every answer is what it is alone."""
+    """Indices of the prompts, in groups of one length: no batch holds padding, and every answer is what it is alone."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while order:
         group = [i for i in order[:batch] if len(prompts[i]) == len(prompts[order[0]])]
@@ -273,7 +273,7 @@ def read_questions(files):
 
 
 def whole_lines(path):
-    """The lines of a JSON lines file, if there is one; half a last line, which a kill left, is out -> (objects, their bytes)."""
+    """A JSON lines file, if there is one, less half a last line that a kill left -> (its objects, their bytes)."""
     data = path.read_bytes() if path.exists() else b""
     end = data.rfind(b"\n") + 1
     try:
@@ -291,7 +291,7 @@ def read_predictions(path):
 
 
 def open_predictions(path, settings):
-    """A file to append to, begun or to be gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
+    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
     lines, end = whole_lines(path)
     if not lines:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +306,7 @@ def open_predictions(path, settings):
 
 
 def ask_three_ways(model, tokenizer, rows, visual, other, args):
-    """Rows of equally long prompts -> one {field: answer} a row: with the slide and, with --baselines, without and with another."""
+    """Rows of equally long prompts -> {field: answer} of each; with --baselines also without the slide or with another."""
     views = {"answer": visual}
     if args.baselines:
         views |= {
@@ -397,7 +397,7 @@ def same_answer(answer, truth):
 
 
 def choices(question):
-    """The options that a question offers: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B": "Sarcoma"}."""
+    """The options of a question: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B": "Sarcoma"}."""
     found = []  # matches of A, B, C, ... in this order; a stray "protein B." inside an option is passed over
     for match in re.finditer(r"(?<![^\s(])\(?([A-H])\s?[).:](?=\s|$|\w)", question):
         if match[1] == "ABCDEFGH"[len(found)]:
@@ -409,7 +409,7 @@ def choices(question):
 
 
 def parse_choice(text, options):
-    """The letter that an answer chooses, None where it names none or several: "B", "(b)", "B. Sarcoma", "It is sarcoma."."""
+    """The letter that an answer chooses: "B", "(b)", "B. Sarcoma", "It is sarcoma."; None for none or several."""
     text, letters = text.strip(), "".join(options)
     either = f"[{letters}{letters.lower()}]"
     says = r".*\b(?i:answer|option|choice)(?:\s+(?:is|would be|should be))?\W*"
@@ -497,7 +497,7 @@ def common_words(x, y):
 
 
 def rouge_l(reference, candidate):
-    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, the union of each sentence's subsequences."""
+    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, all sentences' subsequences united."""
     sides = []
     for tokens in (reference, candidate):
         sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
@@ -574,7 +574,7 @@ class Judge:
         self.problems = collections.Counter()  # why replies stayed unusable
 
     def post(self, messages):
-        """One reply's text. Failures that pass are tried again, after Retry-After or ever longer; then raises OSError."""
+        """One reply's text. Failures that pass are tried again, after Retry-After or ever longer. Raises OSError."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -707,7 +707,7 @@ COLUMNS = ("kind", "group", "metric", "questions", "missing", "unusable")
 
 
 def score_row(row, fields, meteor):
-    """Adds "scores" {field: {metric: value}} to a row, and "unusable" {field: metrics that could not be had and count as 0}."""
+    """Adds "scores" {field: {metric: value}} to a row, and "unusable" {field: metrics without value, which count 0}."""
     row["scores"], row["unusable"], parser = {}, {}, row["parser"]
     for field in fields:
         if parser:
@@ -743,7 +743,7 @@ def spearman(x, y):
 
 
 def common_and_rare(rows, training):
-    """{cancer type: "common ..." or "rare ..."}: rare has fewer slides than the median type, in training if that is known."""
+    """{cancer type: "common ..." or "rare ..."}: rare has fewer slides (in training, if known) than the median type."""
     slides, known = collections.defaultdict(set), training.exists()
     with open(training, encoding="utf-8") if known else contextlib.nullcontext([]) as file:
         for row in map(json.loads, file) if known else rows:
@@ -823,7 +823,7 @@ def write_tables(path, result, fields):
 
 
 def evaluate(args, path):
-    """--evaluate: a file of predictions -> tables on the screen, and whole in evaluation.md, .csv and .json beside it."""
+    """--evaluate: a file of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json beside it."""
     settings, rows = read_predictions(path)
     rows = [{**rows[n], "parser": closed_parser(rows[n]["question"], rows[n]["truth"])} for n in sorted(rows)]
     here = [row for row in rows if row["answer"] is not None]
@@ -871,14 +871,16 @@ def evaluate(args, path):
 # --------------------------------------------------------------------------------------------------------------------
 # Where the answer comes from
 #
-# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the way from
-# a slide on which every tile is the average tile to the real one, the gradient with respect to the tiles' features, through
-# the language model, projector, pool and slide encoder, times the change of the features. The shares of all tiles add up to
-# what the slide does for the answer: log p(answer | slide) - log p(answer | average tiles), in nats.
+# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the way
+# from a slide on which every tile is the average tile to the real one, the gradient with respect to the tiles'
+# features, through the language model, projector, pool and slide encoder, times the change of the features. The shares
+# of all tiles add up to what the slide does for the answer: log p(answer | slide) - log p(answer | average tiles), in
+# nats.
 #
-# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is read need
-# not be where the evidence lies. train.py --demo measures it on the held-out slides where the evidence was planted; there
-# (50 slides), of the ways tried, how often the hottest tile holds the evidence, and its relevance over the mean tile's:
+# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is read
+# need not be where the evidence lies. train.py --demo measures it on the held-out slides where the evidence was
+# planted; there (50 slides), of the ways tried, how often the hottest tile holds the evidence, and its relevance over
+# the mean tile's:
 #
 #     chance                                                                      3%     1.0
 #     attention; attention times its gradient, rolled out (arXiv 2103.15679)      2%     1.0
@@ -911,8 +913,8 @@ def spelling(tokenizer, answer, word):
 def tile_relevance(model, tokenizer, features, coords, question, answer, word=None, progress=iter):
     """What each tile adds to log p(answer), or to that of one word of it -> float32 [N], in nats (below zero: it speaks
     against), and what the slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in
-    data/features. The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and one
-    layer's.
+    data/features. The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and
+    one layer's.
     """
     talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
@@ -1004,7 +1006,7 @@ def slide_or_grid(data, name, path=None, mpp=None):
 
 
 def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
-    """One picture: the slide with its tiles, the tiles in the colour of their relevance, the most relevant ones enlarged.
+    """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones enlarged.
 
     slide: a prepare.Slide or BareGrid. coords [N,2], relevance [N]: numpy. lines: the title. what: is explained.
     """
@@ -1044,7 +1046,7 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
 
 
 def scanned_corner(slide):
-    """Level-0 (x, y) where the scanned area of a slide begins, for formats that tell (MRXS): QuPath counts from there."""
+    """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from there."""
     properties = {} if isinstance(slide, BareGrid) else slide.file.properties
     return [int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 

@@ -1,12 +1,12 @@
 """Trains WSI-LLaVA in the paper's three stages, each on what the one before it left.
 
-    python train.py --stage 1    WSI-text alignment: slides and their reports meet in one space (trains the slide encoder)
-    python train.py --stage 2    feature space alignment: slide -> report (trains the projector)
-    python train.py --stage 3    instruction tuning on all tasks (trains the projector, and the LLM by LoRA or --full)
-    python train.py --demo       all of it on a cohort of toy slides, then questions about slides it has not seen
+    python train.py --stage 1   WSI-text alignment: slides meet their reports in one space (trains the slide encoder)
+    python train.py --stage 2   feature space alignment: slide -> report (trains the projector)
+    python train.py --stage 3   instruction tuning on all tasks (trains the projector, and the LLM by LoRA or --full)
+    python train.py --demo      all of it on a cohort of toy slides, then questions about slides it has not seen
 
 Reads data/ (made by prepare.py); writes out/stageN: model.safetensors (what the stage trained), config.json,
-train_state.pt (to resume from), log.jsonl and loss.png. Several GPUs or machines: torchrun --nproc-per-node 8 train.py ...
+train_state.pt (to resume from), log.jsonl and loss.png. Several GPUs: torchrun --nproc-per-node 8 train.py ...
 """
 
 import argparse
@@ -141,8 +141,8 @@ def say(*text):
 
 
 class Rows:
-    """Rows of data/qa/<split>.jsonl. Of each, `index` keeps where it starts, its slide, task, length in bytes and number of
-    tiles; the row itself is read when it is asked for. So 175,000 questions open in seconds.
+    """Rows of data/qa/<split>.jsonl. Of each, `index` keeps where it starts, its slide, task, length in bytes and
+    number of tiles; the row itself is read when it is asked for. So 175,000 questions open in seconds.
     """
 
     def __init__(self, path, index):
@@ -232,7 +232,7 @@ class Pairs(torch.utils.data.Dataset):
         return {"id": row["id"], "features": features, "coords": coords, "ids": ids}
 
     def parts(self, chosen):
-        """A batch's micro-batches, over all processes: slides of one length, since the slide encoder knows no padding."""
+        """A batch's micro-batches, over all processes: slides of one length, as the slide encoder knows no padding."""
         by_length = {}
         for i in chosen:
             tiles = self.rows.index[i]["tiles"]
@@ -267,7 +267,8 @@ class Conversations(torch.utils.data.Dataset):
     def parts(self, chosen):
         """A batch's micro-batches, as many for each process: samples of like length together, so that little is padded.
 
-        Sorted inside the batch only: batches stay random draws, which batches of one length, hence of one task, are not.
+        Sorted inside the batch only: batches stay random draws, which batches of one length, hence of one task, are
+        not.
         """
         chosen = sorted(chosen, key=lambda i: self.rows.index[i]["length"])
         rounds = min(math.ceil(len(chosen) / (self.micro_batch * world())), len(chosen) // world())
@@ -275,7 +276,7 @@ class Conversations(torch.utils.data.Dataset):
 
 
 def plan(dataset, batch_size, steps, first, seed):
-    """Yields (step, its micro-batches, each a list of indices). It follows from (seed, step): resuming needs no state."""
+    """Yields (step, its micro-batches: lists of indices). It follows from (seed, step), so resuming needs no state."""
     per_epoch = len(dataset.rows) // batch_size
     for step in range(first, steps):
         epoch, k = divmod(step, per_epoch)
@@ -285,7 +286,7 @@ def plan(dataset, batch_size, steps, first, seed):
 
 
 def micro_batches(dataset, parts, args):
-    """This process's samples of each part in turn. On a GPU, readers load ahead; on a CPU they would take the model's cores."""
+    """This process's samples, part by part. On a GPU, readers load ahead; on a CPU they'd take the model's cores."""
     workers = args.workers if args.device.type == "cuda" else 0
     return iter(torch.utils.data.DataLoader(dataset, batch_sampler=parts, num_workers=workers, collate_fn=list))
 
@@ -304,7 +305,7 @@ class Task:
     groups: list  # optimizer groups: {"name", "params", "lr"}
     train: torch.utils.data.Dataset
     val: torch.utils.data.Dataset
-    backward: object  # (parts of a batch, this process's micro-batches) -> Totals; adds the gradients of `loss` to the parameters
+    backward: object  # (parts of a batch, this process's micro-batches) -> Totals; adds to the parameters' gradients
     validate: object  # (parts, micro-batches) -> {metric: value}
     before_and_after: object = None  # () -> {metric: value}, shown before the first step and after the last
     sharded: bool = False  # FSDP: gradients are averaged over the processes already
@@ -367,8 +368,9 @@ def stage1(args, recipe, meta):
     """WSI-text alignment by symmetric InfoNCE with the gradient-cache method (arXiv 2101.06983).
 
     A contrastive loss needs a large batch, and slides are long. So: embed everything without grad; take the loss's
-    gradient with respect to the embeddings; embed again, micro-batch by micro-batch, and carry that gradient back. Memory
-    is one micro-batch's, and the gradient is exactly that of the whole batch. Several processes embed a share each.
+    gradient with respect to the embeddings; embed again, micro-batch by micro-batch, and carry that gradient back.
+    Memory is one micro-batch's, and the gradient is exactly that of the whole batch. Several processes embed a share
+    each.
     """
     if args.no_slide_encoder:
         raise UserError("--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2")
@@ -423,10 +425,10 @@ def stage1(args, recipe, meta):
 
 @torch.no_grad()
 def alignment(args, model, samples):
-    """Whether projected slides have come nearer to their own reports than to the others' -> {what: value}, in two measures:
+    """Whether projected slides are nearer to their own reports than to others' -> {what: value}, in two measures:
 
-    as vectors (mean over the visual tokens, mean over the embedded words, both less their mean over the slides; cosine), and
-    as the language model sees it (its loss on a report, after the report's own slide and after another's).
+    as vectors (mean over the visual tokens, mean over the embedded words, both less their mean over the slides;
+    cosine), and as the language model sees it (its loss on a report, after the report's own slide and after another's).
     """
     slides = torch.stack([model.project(s["visual"][0].to(model.device)).float().mean(0) for s in samples])
     words = [[i for i, label in zip(s["ids"], s["labels"]) if label >= 0] for s in samples]
@@ -613,8 +615,8 @@ def show_alignment(task, when):
 
 
 def gather_gradients(task, weight):
-    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done once after the
-    last micro-batch, and free of its rule that all processes run the same number of backwards."""
+    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done once after
+    the last micro-batch, and free of its rule that all processes run the same number of backwards."""
     params = [p for g in task.groups for p in g["params"]]
     if world() > 1 and not task.sharded:
         for p in params:
@@ -628,7 +630,7 @@ def gather_gradients(task, weight):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: yields a list that then is not empty."""
+    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list yielded then fills."""
     asked = []
 
     def ask(number, frame):
@@ -761,7 +763,7 @@ def say_step(where, entry, seconds_left, device):
 
 
 def train_stage(stage, args):
-    """Trains a stage and writes out/stageN. Raises UserError where it cannot start, or was asked to stop (and saved)."""
+    """Trains a stage and writes out/stageN. Raises UserError where it cannot start, or was stopped, and has saved."""
     meta = wsi_llava.read_meta(args.data)
     recipe = pick_recipe(stage, args, meta)
     torch.manual_seed(args.seed)
@@ -853,8 +855,8 @@ def train_stage(stage, args):
 
 
 def export(args):
-    """out/stage3 -> a LLaVA folder: the language model with its adapters merged and the projector, or the adapters and the
-    projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
+    """out/stage3 -> a LLaVA folder: the language model with its adapters merged and the projector, or the adapters and
+    the projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
     folder = args.export or args.export_adapter
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder to export to")
@@ -894,7 +896,7 @@ def truth(row):
 
 
 def held_out(args):
-    """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these slides."""
+    """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these."""
     model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
     model.to(args.device)
     rows = load_rows(args.data, "test")
@@ -936,9 +938,9 @@ def print_retrieval(args):
 
 
 def print_relevance(args, model, tokenizer, cases, said):
-    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that hold it? All held-out
-    slides with pigment count, also those about which the model is wrong. The first on which it is right becomes a picture.
-    said: {id: the model's answer}."""
+    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that hold it? All
+    held-out slides with pigment count, also those about which the model is wrong. The first on which it is right
+    becomes a picture. said: {id: the model's answer}."""
     planted = {case["slide"]: case["planted"] for case in cases}
     times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
     rows = load_rows(args.data, "test")
@@ -978,7 +980,7 @@ ABLATIONS = {  # name -> what is changed, and the stages that it has in common w
 
 
 def ablations(args):
-    """What each piece is worth: the demo again with one thing changed, in out/ablations. Interrupted, --resume goes on."""
+    """What each piece is worth: the demo with one thing changed, in out/ablations. Interrupted, --resume goes on."""
     names, table = None, []
     for name, (changes, common) in ABLATIONS.items():
         say(f"\nWithout a piece: {name}")
@@ -1002,7 +1004,7 @@ def ablations(args):
 
 
 def print_accuracies(args, model, tokenizer, visual, closed):
-    """Answers to the short questions with the slide, with another's, without: the table -> the answers with the slide."""
+    """The table of the short questions, answered with the slide, another's, or none -> the answers with the slide."""
     slides = sorted(visual)
     other = dict(zip(slides, slides[1:] + slides[:1]))  # the slides are in random order of findings
     answers = {

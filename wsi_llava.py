@@ -13,8 +13,9 @@ Follows WSI-LLaVA (arXiv 2412.02141) on top of Prov-GigaPath (Nature 2024; tile 
       -> Llama                 [T+V,32000]            spliced where the prompt says <image>; next-token logits
 
 Words. A whole slide image is a glass slide of tissue, scanned at about 0.25 um a pixel: up to 100,000 pixels a side, in
-a file that holds it at several resolutions, level 0 the finest. The tiled resolution is the 0.5 um/px at which tiles are
-cut, and the unit of all coords unless they say level 0. A CLS is a learned token put before the others, to sum them up.
+a file that holds it at several resolutions, level 0 the finest. The tiled resolution is the 0.5 um/px at which tiles
+are cut, and the unit of all coords unless they say level 0. A CLS is a learned token put before the others, to sum
+them up.
 
 Glossary of the shape comments, here and everywhere: B batch, N tiles of a slide, L sequence length (N + 1 with the
 CLS), T text tokens, V visual tokens, H heads, D head dim, C channels (C_tile, C_llm: those of another part), E channels
@@ -257,7 +258,7 @@ class SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch (arXiv 2103.17239). It starts small: deep networks train."""
+    """A learned factor for each channel of a residual branch (arXiv 2103.17239); it starts small."""
 
     def __init__(self, width, value):
         super().__init__()
@@ -362,15 +363,16 @@ def untrained_tile_encoder(cfg=None, seed=0):
 #
 #     sum_j (Z_j / sum_i Z_i) O_j  =  sum_j sum_k e^{s_k} v_k / sum_i Z_i  =  sum_k m_k e^{s_k} v_k / sum_k m_k e^{s_k}
 #
-# The Z_j cancel: it is ONE softmax over the union of the branches' keys, a key that two branches keep counting twice. So
-# a running log-sum-exp is carried through the branches and nothing is stored per branch. The backward follows from the
-# same line. With LSE = log sum_k m_k e^{s_k} and P_k = m_k e^{s_k - LSE}, it is the one of plain attention:
+# The Z_j cancel: it is ONE softmax over the union of the branches' keys, a key that two branches keep counting twice.
+# So a running log-sum-exp is carried through the branches and nothing is stored per branch. The backward follows from
+# the same line. With LSE = log sum_k m_k e^{s_k} and P_k = m_k e^{s_k - LSE}, it is the one of plain attention:
 #
 #     dv_k = P_k dO      dP_k = dO.v_k      ds_k = P_k (dP_k - sum_i P_i dP_i) = P_k (dO.v_k - dO.O)
 #
-# m_k counts branches, so every one of these sums falls apart into one sum per branch, each with the same LSE and the same
-# dO.O: the backward of each branch is that of plain attention with the final output and the final log-sum-exp in place of
-# its own, and they add up. Upstream takes the mixing weights under no_grad and so drops a term; here it is exact.
+# m_k counts branches, so every one of these sums falls apart into one sum per branch, each with the same LSE and the
+# same dO.O: the backward of each branch is that of plain attention with the final output and the final log-sum-exp in
+# place of its own, and they add up. Upstream takes the mixing weights under no_grad and so drops a term; here it is
+# exact.
 #
 # Zero padding counts: upstream pads segments with zero keys and values and does not mask them, so each padded slot adds
 # e^0 = 1 to the denominators of its segment. The released weights were trained so (`pad_keys=True`).
@@ -498,15 +500,15 @@ class _DilatedAttention(torch.autograd.Function):
 # (Keys are read once per block of queries; those further reads hit the L2 cache as in any flash attention.)
 #
 # How. A program owns BLOCK rows of one head, every STEP-th position, STEP being the largest dilation: so a branch keeps
-# all of a program's rows or none, and does no work for rows that it drops. It walks through the branches, in each through
-# the segments that its rows touch, in each through the kept keys at segment start + offset + R t. In the backward the same
-# walk serves twice: rows as queries (dq), rows as keys (dk, dv: who asks a key is whom it asks). No atomics, so the same
-# input gives the same bits. The kernels repeat some lines of one another: with their masked loads in a
-# shared function, one of them spilled registers.
+# all of a program's rows or none, and does no work for rows that it drops. It walks through the branches, in each
+# through the segments that its rows touch, in each through the kept keys at segment start + offset + R t. In the
+# backward the same walk serves twice: rows as queries (dq), rows as keys (dk, dv: who asks a key is whom it asks). No
+# atomics, so the same input gives the same bits. The kernels repeat some lines of one another: with their masked loads
+# in a shared function, one of them spilled registers.
 #
-# Limits, asserted by the wrapper: NVIDIA GPUs from sm_80 on; float32, bfloat16, float16 (accumulation in float32; float32
-# products in full precision, without tensor cores); D from 16 to 128, padded to a power of 2 inside; B * H < 65536; L below
-# 2^31 / 16, the strides of a block's rows within 32 bits (L itself is addressed with 64).
+# Limits, asserted by the wrapper: NVIDIA GPUs from sm_80 on; float32, bfloat16, float16 (accumulation in float32;
+# float32 products in full precision, without tensor cores); D from 16 to 128, padded to a power of 2 inside; B * H <
+# 65536; L below 2^31 / 16, the strides of a block's rows within 32 bits (L itself is addressed with 64).
 # --------------------------------------------------------------------------------------------------------------------
 
 if triton is not None:
@@ -530,7 +532,7 @@ if triton is not None:
 
     @triton.jit
     def _segment(branches, j, s, head, H, L, rows):
-        """Segment s of branch j -> its first kept position, R, how many it keeps, its padded slots, which rows it keeps."""
+        """Segment s of branch j -> first kept position, R, how many it keeps, its padded slots, which rows it keeps."""
         W = tl.minimum(tl.load(branches + 2 * j), L)
         R = tl.load(branches + 2 * j + 1)
         offset = head // ((H + R - 1) // R)
@@ -542,7 +544,7 @@ if triton is not None:
 
     @triton.jit
     def _spread(N: tl.constexpr, stride, BLOCK_D: tl.constexpr):
-        """Offsets [N,BLOCK_D] of N rows that lie `stride` apart. 32 bits are enough inside a block, and half the registers."""
+        """Offsets [N,BLOCK_D] of N rows `stride` apart. 32 bits do inside a block, and take half the registers."""
         return (tl.arange(0, N) * stride)[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
     @triton.jit
@@ -700,7 +702,7 @@ if triton is not None:
 
 
 def _launch_options(kernel, D, dtype):
-    """Rows and keys of a block, warps, pipeline stages: the largest that spill no registers on sm_80 to sm_90 (D <= 64)."""
+    """Rows and keys of a block, warps, pipeline stages: the largest that spill nothing on sm_80 to sm_90 (D <= 64)."""
     table = {  # float32; 16 bits
         _forward_kernel: ((32, 32, 8, 2), (64, 64, 4, 1)),
         _dq_kernel: ((64, 32, 8, 2), (64, 32, 4, 1)),
@@ -779,8 +781,8 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 
     segments, dilations: the branches' W and R, one each. pad_keys: count upstream's zero padding (see above); False is
     the clean variant for training from scratch. A query that no branch keeps gets zeros. impl: "torch", "triton", or
-    "auto": Triton on a GPU that it can serve, torch elsewhere. Raises ValueError where "triton" is named and cannot serve.
-    Source: torchscale's DilatedAttention as Prov-GigaPath uses it.
+    "auto": Triton on a GPU that it can serve, torch elsewhere. Raises ValueError where "triton" is named and cannot
+    serve. Source: torchscale's DilatedAttention as Prov-GigaPath uses it.
     """
     if len(segments) != len(dilations) or q.shape != k.shape or q.shape != v.shape or q.dim() != 4:
         raise ValueError(
@@ -802,7 +804,7 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 
 
 def position_embedding(coords, width, tile_size=TILE, grid=1000):
-    """Fixed 2-D sin-cos embedding of tile positions: coords [...,2] (x, y) in pixels at the tiled resolution -> [...,C].
+    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in pixels at the tiled resolution -> [...,C].
 
     The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of
     cell / 10000^(i / (C/4)). Computed from the cells: upstream looks them up in a table of grid^2 rows, 3 GB at 768.
@@ -829,7 +831,8 @@ def in_parts(function, *tensors):
     """function(*tensors), tensors [...,L,C] that it treats token by token, a part of the sequence at a time.
 
     On a CPU, what lies between two matmuls then stays in the cache, a tenth of the time of a slide of 10,000 tiles;
-    everywhere, the 4 times wider rows of an FFN add up on long slides. With gradients, they are kept anyway: in one piece.
+    everywhere, the 4 times wider rows of an FFN add up on long slides. With gradients, they are kept anyway: in one
+    piece.
     """
     rows = 512 if tensors[0].device.type == "cpu" else 16384
     if torch.is_grad_enabled() or tensors[0].shape[-2] <= rows:
@@ -878,7 +881,7 @@ class SlideFFN(nn.Module):
 
 
 class SlideLayer(nn.Module):
-    """A LongNet layer, [B,L,C] -> [B,L,C]. All but the attention is done token by token, a part of a slide at a time."""
+    """A LongNet layer, [B,L,C] -> [B,L,C]. All but the attention is done token by token, in parts."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
@@ -945,7 +948,7 @@ class SlideEncoder(nn.Module):
 
     @torch.no_grad()
     def standardize_inputs(self, features):
-        """Sets the first layer of an untrained encoder so that these features [N,C_tile] enter with mean 0, deviation 1.
+        """Sets an untrained encoder's first layer so that these features [N,C_tile] enter with mean 0 and deviation 1.
 
         What all tiles have in common is many times what tells them apart; untreated, it stalls the training of stage 1.
         """
@@ -1057,7 +1060,7 @@ def rotary_tables(start, T, D, theta, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """x [B,H,T,D] turned by its position. Not the interleaved layout of the paper: the weights are permuted for this one."""
+    """x [B,H,T,D] turned by its position. Its halves make the pairs, as the weights want it, not neighbours as in the paper."""
     a, b = x.chunk(2, dim=-1)  # [B,H,T,D/2] each
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
@@ -1144,8 +1147,8 @@ class Llama(nn.Module):
     """A Llama decoder: ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
 
     cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last position
-    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises UserError where the
-    positions exceed the context that the weights were trained for.
+    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises UserError where
+    the positions exceed the context that the weights were trained for.
     """
 
     def __init__(self, cfg):
@@ -1231,7 +1234,7 @@ def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
 
 
 def merge_lora(llama, dtype=None):
-    """Takes the adapters out again, their sum with the weights in their place -> the llama. dtype: see LoRALinear.merged."""
+    """Takes the adapters out again, their sum with the weights in their place -> the llama. dtype: as for merged."""
     for part, name, child in decoder_linears(llama):
         if isinstance(child, LoRALinear):
             setattr(part, name, child.merged(dtype))
@@ -1246,9 +1249,9 @@ class _Int8Product(torch.autograd.Function):
     def forward(ctx, x, weight, scale):
         ctx.save_for_backward(weight, scale)
         rows = x.numel() // x.shape[-1]
-        # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It takes bfloat16, and
-        # reads past the end of rows that are no multiple of 32. Many rows are worth a real matmul; |int8| < 2^8 is exact in
-        # every dtype.
+        # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It takes
+        # bfloat16, and reads past the end of rows that are no multiple of 32. Many rows are worth a real matmul; |int8|
+        # < 2^8 is exact in every dtype.
         if x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
             y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight, scale.bfloat16())
             return y.view(*x.shape[:-1], -1).to(x.dtype)  # [rows,out] -> [...,out]
@@ -1279,11 +1282,11 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first, one layer at a time -> the llama.
+    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first, layer by layer -> the llama.
 
     So memory holds one layer twice, not the model (what is mapped from a file is read a layer at a time as well). The
-    embedding and the lm_head stay: 4% of a 7B model, one of them only looked up, and the other's error would go straight
-    into the logits.
+    embedding and the lm_head stay: 4% of a 7B model, one of them only looked up, and the other's error would go
+    straight into the logits.
     """
     for part, name, child in decoder_linears(llama):
         setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
@@ -1461,8 +1464,9 @@ def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
 
 
 def fingerprint(module):
-    """A short hash of a module's weights: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so that
-    a copy saved in half precision counts as the same). What one model made carries it, so that it meets only that model.
+    """A short hash of a module's weights: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so
+    that a copy saved in half precision counts as the same). What one model made carries it, so that it meets only that
+    model.
     """
     digest = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
@@ -1542,9 +1546,9 @@ class WSILLaVA(nn.Module):
     def splice(self, visual, ids, labels=None):
         """Puts projected visual tokens where the ids say IMAGE_TOKEN.
 
-        visual: [B,V,C], one slide a row, or a list of B tensors [slides,V,C] (or None: no slide), or None. ids: a list of B
-        lists. labels: the same, or None. -> embeds [B,T,C], labels [B,T], both padded on the right to the longest row.
-        Raises ValueError where a row holds another number of IMAGE_TOKENs than of slides.
+        visual: [B,V,C], one slide a row, or a list of B tensors [slides,V,C] (or None: no slide), or None. ids: a list
+        of B lists. labels: the same, or None. -> embeds [B,T,C], labels [B,T], both padded on the right to the longest
+        row. Raises ValueError where a row holds another number of IMAGE_TOKENs than of slides.
         """
         rows, row_labels = [], []
         for b, row in enumerate(ids):
@@ -1595,8 +1599,8 @@ class WSILLaVA(nn.Module):
 
         Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled from the
         top_k most likely (0: all) and the smallest set of probability top_p. cache: a KVCache of an earlier turn, which
-        is then continued; it ends up holding all but the last token. no_repeat_ngram: no answer says so many tokens in a
-        row twice (0: it may). Raises UserError where the prompt exceeds the context.
+        is then continued; it ends up holding all but the last token. no_repeat_ngram: no answer says so many tokens in
+        a row twice (0: it may). Raises UserError where the prompt exceeds the context.
         """
         embeds, _ = self.splice(visual, ids)
         B, T, _ = embeds.shape
@@ -1628,7 +1632,7 @@ class WSILLaVA(nn.Module):
 
     @classmethod
     def load(cls, folder):
-        """The model that save() wrote whole. Raises UserError that names whatever is missing, extra or of another shape."""
+        """The model that save() wrote whole. Raises UserError that names what is missing, extra or of another shape."""
         cfg = load_config(folder)
         with torch.device("meta"):
             model = cls(cfg)
@@ -1658,7 +1662,7 @@ def _require(tensors, keys, source):
 
 
 def load_tile_encoder(path):
-    """Prov-GigaPath's `pytorch_model.bin` (timm's names; safetensors too) -> TileEncoder, its size read off the shapes."""
+    """Prov-GigaPath's `pytorch_model.bin` (or safetensors; timm's names) -> TileEncoder, sized by the shapes."""
     tensors = read_tensors(path)
     _require(tensors, ["patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc2.weight"], path)
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
@@ -1677,8 +1681,8 @@ def load_tile_encoder(path):
 
 
 def load_slide_encoder(path):
-    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off the shapes;
-    or save_slide_encoder's file, which holds its own config."""
+    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off the
+    shapes; or save_slide_encoder's file, which holds its own config."""
     tensors = read_tensors(path)
     tensors = tensors.get("model", tensors)
     _require(tensors, ["patch_embed.proj.weight", "encoder.layers.0.ffn.fc1.weight"], path)
@@ -1704,7 +1708,8 @@ def save_slide_encoder(encoder, path):
 
 
 # The published layouts of the language model -> the names here. Their names begin with `model.` (Llama, LLaVA), with
-# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT puts `base_model.model.` before.
+# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT puts `base_model.model.`
+# before.
 PROJECTOR_KEYS = [
     (r"(?:.+\.)?mm_projector\.(.+)", r"\1"),
     (r"(?:.+\.)?multi_modal_projector\.linear_1\.(.+)", r"0.\1"),
@@ -1818,7 +1823,7 @@ def load_lora(llama, folder):
 
 
 def load_llama(folder, dtype=None, lora=None):
-    """A Hugging Face Llama or LLaVA folder -> Llama: `config.json` beside (sharded) safetensors or `pytorch_model*.bin`.
+    """A Hugging Face folder of a Llama or LLaVA (safetensors or `pytorch_model*.bin`, in shards or not) -> Llama.
 
     lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype, memory is
     filled as pages are touched. Raises UserError, strict both ways.
@@ -1838,7 +1843,7 @@ def load_llama(folder, dtype=None, lora=None):
 
 
 def load_projector(folder, dtype=None):
-    """The projector in a LLaVA folder, merged or LoRA -> (Linear, GELU, Linear), its widths read off the shapes; or None."""
+    """The projector in a LLaVA folder, merged or LoRA -> (Linear, GELU, Linear), sized by its shapes; or None."""
     patterns = [pattern for pattern, _ in PROJECTOR_KEYS]
     tensors = {k: v for k, v in read_folder(Path(folder)).items() if any(re.fullmatch(p, k) for p in patterns)}
     if not tensors:
@@ -1882,7 +1887,7 @@ SHARD = 5 * 10**9  # bytes of a file of weights, as Hugging Face cuts them
 
 
 def save_llama(llama, folder, projector=None):
-    """Writes a folder that load_llama and transformers read (less the tokenizer): a Llama's, or with its projector a LLaVA's.
+    """Writes a folder for load_llama and transformers, less the tokenizer: a Llama's, or with its projector a LLaVA's.
 
     Adapters are merged. config.json comes last, without which the folder is none.
     """
@@ -1911,7 +1916,7 @@ def save_llama(llama, folder, projector=None):
 
 
 def save_lora(model, folder, base):
-    """Writes a WSILLaVA's adapters and projector as a LLaVA LoRA folder, which load_llama(base, lora=folder) and PEFT read."""
+    """Writes a WSILLaVA's adapters and projector as a LLaVA LoRA folder, for load_llama(base, lora=folder) and PEFT."""
     folder, cfg = Path(folder), model.cfg
     folder.mkdir(parents=True, exist_ok=True)
     prefix, adapters, targets = "base_model.model.model.", {}, set()
@@ -1961,7 +1966,7 @@ def features_file(data, slide):
 
 
 def feature_metadata(path):
-    """What prepare.py noted of a file of features; with "tiles", their number. Raises UserError where it noted nothing."""
+    """What prepare.py noted of a file of features, and "tiles", their number. Raises UserError where nothing is."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return json.loads(file.metadata()["wsi_llava"]) | {"tiles": file.get_slice("coords").get_shape()[0]}
@@ -2081,7 +2086,7 @@ def run(main, on_interrupt="interrupted"):
 
 
 def pick_tile_encoder(args):
-    """(TileEncoder, its file); the file is None for the demo's untrained encoder, where no weights are found or named."""
+    """(TileEncoder, its file); None for a file is the demo's untrained encoder, where no weights are found or named."""
     path = args.tile_encoder or WEIGHTS / "gigapath" / "pytorch_model.bin"
     if args.tile_encoder is None and (args.preset == "demo" or not path.exists()):
         if args.preset not in (None, "demo"):
@@ -2129,7 +2134,7 @@ def check_fingerprints(cfg, present, source):
 
 
 def check_tile_width(cfg, meta, data):
-    """A SlideEncoderConfig against the features in data/: the first mismatch that a user with several encoders meets."""
+    """A SlideEncoderConfig against the features in data/: the first mismatch that a user of several encoders meets."""
     if cfg.in_width != meta["encoder"]["width"]:
         raise UserError(
             f"the slide encoder takes tile features of width {cfg.in_width}, {data} holds {meta['encoder']['width']}: "
@@ -2155,8 +2160,8 @@ def pick_slide_encoder(args, meta, prints):
 
 
 def fitting_projector(projector, origin, width, llm_width, stage):
-    """A published projector, if it takes visual tokens of `width` (zero-padded to its own) and gives the language model's;
-    else None, for a new one before stage 2, and later a UserError. Says which."""
+    """A published projector, if it takes visual tokens of `width` (zero-padded to its own) and gives the language
+    model's; else None, for a new one before stage 2, and later a UserError. Says which."""
     if projector is None:
         news = f"a new one, since {origin} holds none"
     elif width <= projector[0].in_features and projector[2].out_features == llm_width:
@@ -2180,9 +2185,10 @@ def assemble(args, meta, stage, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). dtype: --dtype.
     int8: with the language model's weights rounded, see quantize_int8.
 
-    The slide encoder: pick_slide_encoder. The language model: --llm's with --lora merged, and out/stage3's adapters. The
-    projector: that of out/stage2 or 3; where there is neither, the one published in --lora's folder or --llm's, so that
-    weights trained elsewhere answer at once. Raises UserError where a piece is missing or was trained beside other pieces.
+    The slide encoder: pick_slide_encoder. The language model: --llm's with --lora merged, and out/stage3's adapters.
+    The projector: that of out/stage2 or 3; where there is neither, the one published in --lora's folder or --llm's, so
+    that weights trained elsewhere answer at once. Raises UserError where a piece is missing or was trained beside other
+    pieces.
     """
     folder, tokenizer = pick_llm(args, meta)
     # int8: mapped in its own dtype, and rounded below a layer at a time.
@@ -2228,7 +2234,7 @@ def assemble(args, meta, stage, dtype=None, int8=False):
 
 
 def load_alignment(args, meta):
-    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C] that it reads, Tokenizer)."""
+    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm], Tokenizer)."""
     cfg, tensors, source = read_stage(args, 1)
     check_fingerprints(cfg, {"tile_encoder": meta["encoder"]["fingerprint"]}, source)
     model = load_strict(WSITextAlignment(cfg), tensors, source).to(args.device).eval()
@@ -2243,7 +2249,7 @@ def load_alignment(args, meta):
 
 
 def peak_memory(device=None):
-    """The most memory that this process has held so far, in bytes: a GPU's, or else (not a number on Windows) the CPU's."""
+    """The most memory this process has held so far, in bytes: a GPU's, or else the CPU's (not a number on Windows)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -2364,7 +2370,7 @@ def shape_trace():
 
 
 def measure_attention(n_tiles, impl, device, dtype):
-    """Seconds of one layer's dilated attention of the 7b slide encoder, forward and forward + backward; FLOP/s forward."""
+    """Seconds of a layer of the 7b slide encoder's dilated attention, forward, and with backward; FLOP/s forward."""
     cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
     q, k, v = (torch.randn(1, L, cfg.heads, cfg.width // cfg.heads, device=device, dtype=dtype) for _ in range(3))
 
@@ -2386,8 +2392,9 @@ def measure_attention(n_tiles, impl, device, dtype):
 def slide_encoder_cost(n_tiles, training, device, dtype):
     """What one slide costs the 7b slide encoder: seconds, FLOP, the share of this machine's matmul rate, peak bytes.
 
-    training: forward and backward with activation checkpointing, counted as 4 forwards. The rate that it is held against is
-    that of a square matmul, the better of one before and one after. For a process of its own: peaks never fall.
+    training: forward and backward with activation checkpointing, counted as 4 forwards. The rate that it is held
+    against is that of a square matmul, the better of one before and one after. For a process of its own: peaks never
+    fall.
     """
     cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
     encoder = SlideEncoder(cfg).to(device, dtype).train(training)
@@ -2423,7 +2430,7 @@ def slide_encoder_cost(n_tiles, training, device, dtype):
 
 
 def kernel_error(device, dtype):
-    """Largest error of each path here against float64, as a share of the largest value, at the 7b slide encoder's shape."""
+    """Largest error of each path against float64, as a share of the largest value, at the 7b slide encoder's size."""
     cfg, L = PRESETS["7b"].slide_encoder, 1501
     q, k, v = (torch.randn(1, L, 16, 48, dtype=torch.float64) for _ in range(3))
     want = dilated_attention(q, k, v, cfg.segments, cfg.dilations, impl="torch")
@@ -2454,7 +2461,7 @@ def benchmark(args):
 
 
 def show_resources(show):
-    """Where there is no GPU: what the Triton kernels need, by arithmetic and off the machine code -> kernel_resources'."""
+    """For want of a GPU: what the Triton kernels need, by arithmetic and off the machine code -> kernel_resources'."""
     cfg = PRESETS["7b"].slide_encoder
     show("\nNo GPU here. What the Triton kernels need, by arithmetic (estimates) and as compiled for GPUs:")
     for n in (1000, 10000, 100000):
@@ -2469,7 +2476,7 @@ def show_resources(show):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Checks this machine: versions, the model's sizes and shapes, the attention kernels' error and speed."
+        description="Checks this machine: versions, the model's sizes and shapes, the attention's error and speed."
     )
     add = parser.add_argument
     add("--json", action="store_true", help="one JSON object instead of tables")
