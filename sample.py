@@ -306,7 +306,7 @@ def open_predictions(path, settings):
 
 
 def ask_three_ways(model, tokenizer, rows, visual, other, args):
-    """Rows of equally long prompts -> {field: answer} of each; with --baselines also without the slide or with another."""
+    """Rows of equally long prompts -> {field: answer} of each, with --baselines also without the slide, or another."""
     views = {"answer": visual}
     if args.baselines:
         views |= {

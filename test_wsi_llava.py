@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
@@ -46,6 +47,8 @@ HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 GOLDEN = SHARED / "golden"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs the reference outputs in ../shared/golden")
+with warnings.catch_warnings(action="ignore"):  # a mark without a configuration file to register it in
+    slow = pytest.mark.slow  # starts whole programs, or trains: pytest -m "not slow" leaves these tests out
 torch.manual_seed(0)
 
 
@@ -366,6 +369,7 @@ def test_kernel_names_its_limits(monkeypatch):
     assert wsi_llava.dilated_attention(x, x, x, (4,), (1,)).shape == x.shape  # auto: the torch path, silently
 
 
+@slow
 @needs_triton
 def test_kernels_compile_for_real_gpus_without_spills():
     """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward and backward."""
@@ -395,6 +399,7 @@ def test_position_embedding_equals_the_table():
         wsi_llava.position_embedding(torch.tensor([[1000 * 256, 0]]), 32)
 
 
+@slow
 def test_slide_encoder_of_7b_is_small_in_memory():
     """86 M parameters and 1,000 tiles: below 1 GB over a bare torch process (upstream's table alone takes 3)."""
     code = """
@@ -1307,6 +1312,7 @@ def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch)
     assert contents(tmp_path / "data") == contents(whole)
 
 
+@slow
 def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(archive, tmp_path):
     slides, whole = archive
     data = tmp_path / "data"
@@ -1345,6 +1351,7 @@ sys.stdin.read()
 """
 
 
+@slow
 def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     slides, whole = archive
     command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", tmp_path, "--workers", "1", *FEW]
@@ -1620,6 +1627,7 @@ def test_real_questions_are_read():
     )
 
 
+@slow
 @pytest.mark.skipif(not (SHARED / "slides").exists(), reason="needs the slides in ../shared/slides")
 def test_real_slide_beside_a_broken_one(tmp_path):
     done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path / "data")
@@ -1756,6 +1764,7 @@ def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
     assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith("USER: Which type of tumor is this? ASSISTANT:")
 
 
+@slow
 def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     """Grouped, with baselines, cut short by a kill and resumed; a slide that is not there is reported, then answered."""
     folder, _ = demo
@@ -1814,6 +1823,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         sample_with(demo, *flags, "--temperature", 1, data=data)
 
 
+@slow
 def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
     lines = ["Which type of tumor is this?", "What is its grade?", "/dance", f"/save '{tmp_path / 'talk.json'}'"]
     lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
@@ -1826,6 +1836,7 @@ def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
     assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
 
 
+@slow
 def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
     """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
     flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json"]
@@ -1844,6 +1855,7 @@ def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
 
 
+@slow
 def test_zero_shot_equals_stage_one(demo, capsys):
     """The probabilities are the softmax over what training would embed."""
     texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
@@ -2175,6 +2187,7 @@ def demo(tmp_path_factory):
     return folder, done.stdout
 
 
+@slow
 def test_demo_runs_end_to_end(demo):
     folder, printed = demo
     for task in ("type", "grade", "position", "focus", "subtype"):
@@ -2191,6 +2204,7 @@ def test_demo_runs_end_to_end(demo):
     assert not {row["slide"] for row in train_rows} & {row["slide"] for row in test_rows}
 
 
+@slow
 def test_prepare_skips_what_is_done_and_refuses_other_parameters(demo):
     folder, _ = demo
     before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
@@ -2202,6 +2216,7 @@ def test_prepare_skips_what_is_done_and_refuses_other_parameters(demo):
     assert done.returncode == 1 and "min_tissue 0.25, not 0.5; --overwrite" in done.stderr
 
 
+@slow
 def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
     folder, _ = demo
     places = ["--data", folder / "data", "--out", folder / "out", "--max-new-tokens", 8]
@@ -2212,6 +2227,7 @@ def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
     (folder / "data" / "features" / "toy.safetensors").unlink()
 
 
+@slow
 @pytest.mark.parametrize("kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str)
 def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys, kind, flags):
     """To transformers, to our loader, and to sample.py, which then needs no out/ any more; in one file or in shards."""
@@ -2248,6 +2264,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
             train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
 
 
+@slow
 def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
     """With the slide's file and without, the language model in int8: gradients pass."""
     folder, _ = demo
@@ -2282,6 +2299,7 @@ def same_weights(a, b, tolerance=0.0):
     return all(torch.equal(a[k], b[k]) if not tolerance else relative(a[k], b[k]) < tolerance for k in a)
 
 
+@slow
 @pytest.mark.parametrize("stage, flags", [(1, ["--epochs", 5]), (2, ["--epochs", 3, "--batch-size", 4]), (3, [])])
 def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, stage, flags):
     """Bit for bit; and the same command twice gives the same weights."""
@@ -2313,6 +2331,7 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
     assert steps == list(range(1, len(steps) + 1))
 
 
+@slow
 def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(demo[0] / "out" / "stage1", out / "stage1")
@@ -2343,6 +2362,7 @@ def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
     assert same_weights(tmp_path / "killed", out / "stage2" / "model.safetensors")
 
 
+@slow
 def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
     shutil.copytree(demo[0] / "out", tmp_path / "out")
     with pytest.raises(UserError, match="train_state.pt belongs to another run"):
@@ -2359,6 +2379,7 @@ def torchrun(processes, *arguments):
     return list(map(str, [*run, HERE / "train.py", *arguments]))
 
 
+@slow
 @pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
 def test_two_processes_equal_one(demo, tmp_path, flags):
     """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
@@ -2377,6 +2398,7 @@ def test_two_processes_equal_one(demo, tmp_path, flags):
     assert same_weights(*(tmp_path / n / stage / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
+@slow
 def test_what_two_processes_began_one_finishes(demo, tmp_path):
     """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from the start."""
     flags = ["--stage", 3, "--full", "--batch-size", 8, "--micro-batch", 4]
@@ -2393,6 +2415,7 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
+@slow
 def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
     names = ("nothing (the run above)", "no slide encoder", "16 tiles a slide", "no stage 2")
     monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
@@ -2411,6 +2434,7 @@ def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out" / "ablations" / "no-stage-2" / "stage2" / "log.jsonl").read_text()
 
 
+@slow
 def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "out" / "stage1")
     with pytest.raises(UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"):
@@ -2419,6 +2443,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
     assert bad["step"] == 2 and len(bad["ids"]) == 4
 
 
+@slow
 def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
     shutil.copytree(demo[0] / "out", tmp_path / "out")
     train_with(demo, tmp_path / "out", "--stage", 3, "--epochs", 0.2, "--max-length", 110)
@@ -2426,6 +2451,7 @@ def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
     assert re.search(r"\d+ samples were longer than --max-length 110 and were cut", printed), printed
 
 
+@slow
 def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
     """With a learning rate that ruins the model in the end, the best are not the last."""
     shutil.copytree(demo[0] / "out", tmp_path / "out")
@@ -2441,6 +2467,7 @@ def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
     assert not torch.equal(kept["mm_projector.0.weight"], last["mm_projector.0.weight"])
 
 
+@slow
 def test_gradient_cache_equals_the_full_batch(demo):
     """Stage 1's embed, cache, embed again gives the gradients of one big batch."""
     args = train.parse(["--data", str(demo[0] / "data"), "--stage", "1"])
@@ -2459,6 +2486,7 @@ def test_gradient_cache_equals_the_full_batch(demo):
         assert relative(cached[name], p.grad) < 1e-5 or p.grad.abs().max() < 1e-7, name
 
 
+@slow
 def test_many_questions_are_held_as_an_index(demo, tmp_path):
     """175,000 questions open in seconds: of each, the place in the file is kept, not the text."""
     data = tmp_path / "data"
@@ -2474,6 +2502,7 @@ def test_many_questions_are_held_as_an_index(demo, tmp_path):
     assert found[123456] == rows[123456] and found.where(lambda entry: entry["slide"] == "demo_0003")[7]["id"] == "108"
 
 
+@slow
 def test_bad_input_is_one_line(demo, tmp_path):
     """Each a non-zero exit and one line that names the file or flag and what to do."""
     folder, _ = demo
@@ -2512,6 +2541,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
         assert "Traceback" not in done.stderr
 
 
+@slow
 def test_questions_about_slides_without_features(demo, tmp_path):
     data = tmp_path / "data"
     (data / "qa").mkdir(parents=True)
@@ -2524,6 +2554,7 @@ def test_questions_about_slides_without_features(demo, tmp_path):
         train.load_rows(data, "train", skip_missing=True)
 
 
+@slow
 def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
     """The authors' published tokens: no tiles, no slide encoder, and stages 2 and 3 take them as they are."""
     tokens = torch.randn(576, 1024)
@@ -2551,6 +2582,7 @@ def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
 
 
+@slow
 def test_features_of_another_encoder_are_refused(demo, tmp_path):
     """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
     folder, _ = demo

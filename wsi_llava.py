@@ -1060,7 +1060,7 @@ def rotary_tables(start, T, D, theta, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """x [B,H,T,D] turned by its position. Its halves make the pairs, as the weights want it, not neighbours as in the paper."""
+    """x [B,H,T,D] turned by its position. Channels pair up by halves, as the weights want it, not as neighbours."""
     a, b = x.chunk(2, dim=-1)  # [B,H,T,D/2] each
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
