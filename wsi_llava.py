@@ -2290,7 +2290,7 @@ def parameter_table():
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-def kernel_resources(gpus=(80, 86, 89, 90), dtypes=(torch.bfloat16, torch.float32), head_dims=(48, 64)):
+def kernel_resources():
     """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list of dicts.
 
     spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core instructions.
@@ -2299,15 +2299,16 @@ def kernel_resources(gpus=(80, 86, 89, 90), dtypes=(torch.bfloat16, torch.float3
     from triton.compiler import ASTSource
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    kernels, types = (_forward_kernel, _dq_kernel, _dkv_kernel), {torch.bfloat16: "bf16", torch.float32: "fp32"}
     rows = []
-    for kernel, gpu, dtype, D in itertools.product((_forward_kernel, _dq_kernel, _dkv_kernel), gpus, dtypes, head_dims):
+    for kernel, gpu, dtype, D in itertools.product(kernels, SHARED_LIMIT, types, (48, 64)):
         options = _launch_options(kernel, D, dtype)
         constants = {"N_BRANCHES": 5, "PAD": True, **options}
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         kinds = {"lse": "*fp32", "delta": "*fp32", "branches": "*i32", "scale": "fp32"}
         kinds |= dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), f"*{types[dtype]}")
         signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
+        # Pointers, strides and D are multiples of 16 in a real launch, and Triton compiles for that.
         aligned = [
             i for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*" or name == "D" or "_" in name
         ]
