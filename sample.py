@@ -255,6 +255,7 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **o
     return answers
 
 
+# Of a line of --predictions, the fields that hold answers -> their columns in the tables.
 FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
 AT_ONCE = 64  # slides whose visual tokens are in memory together; with more, more questions of one length meet
 
@@ -692,8 +693,8 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
     "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
-JUDGED = ("WSI-Precision", "WSI-Relevance")
-NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")
+JUDGED = ("WSI-Precision", "WSI-Relevance")  # of open answers, by the judge
+NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
 METRICS = (*JUDGED, "accuracy", *NLU, "exact match")
 PUBLISHED = {  # of WSI-LLaVA, December 2024, in the order of METRICS
     "morphology": (0.488, 0.610, 0.951),
@@ -702,6 +703,7 @@ PUBLISHED = {  # of WSI-LLaVA, December 2024, in the order of METRICS
     "report": (0.380, 0.429, None, 0.3531, 0.1859, 0.1058, 0.0665, 0.2626, 0.3072),
 }
 AVERAGE = 0.754  # of the nine figures of the three capabilities
+# Of what a line of the tables is about, and what it says before the means.
 KINDS = ("all", "capability", "common or rare", "task", "cancer type")
 COLUMNS = ("kind", "group", "metric", "questions", "missing", "unusable")
 

@@ -137,6 +137,9 @@ def say(*text):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Data: rows of the dataset, the samples made of them, the micro-batches of a step
+#
+# Words, here and in the stages below: a row is a line of data/qa, a sample what the model takes of it. `parts` are a
+# batch's micro-batches over all processes, each a list of indices of rows; `micro` are the samples of this process's.
 # --------------------------------------------------------------------------------------------------------------------
 
 
