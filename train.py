@@ -546,7 +546,8 @@ def language_task(args, recipe, meta, stage):
         return {"loss": found.loss / found.weight}
 
     projector = list(model.mm_projector.parameters())
-    groups = [{"name": "projector", "params": projector, "lr": stage == 3 and recipe.projector_lr or recipe.lr}]
+    lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
+    groups = [{"name": "projector", "params": projector, "lr": lr}]
     if stage == 3:
         name = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
         params = [p for p in model.llama.parameters() if p.requires_grad]
