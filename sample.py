@@ -1001,7 +1001,7 @@ def slide_or_grid(data, name, path=None, mpp=None):
     import prepare  # here, so that asking about prepared slides needs no OpenSlide
 
     path = path or next(iter(sorted((data / "slides").glob(f"{name}.*"))), None)
-    return prepare.Slide(path, mpp) if path else BareGrid(data, name)
+    return prepare.Slide(path, wsi_llava.read_meta(data)["mpp"], mpp) if path else BareGrid(data, name)
 
 
 def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
