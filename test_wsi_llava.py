@@ -2499,11 +2499,16 @@ def test_bad_input_is_one_line(demo, tmp_path):
         ),
         (["sample.py", "--slide", "demo_0015", *data, "--llm", tmp_path / "no"], "no such"),
     ]
-    for command, message in cases:
-        done = script(*command)
-        errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
-        assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (command, done.stderr)
-        assert "Traceback" not in done.stderr
+    for number, ((name, *flags), message) in enumerate(cases):
+        flags = list(map(str, flags))
+        with pytest.raises(UserError) as caught:
+            {"prepare.py": prepare, "train.py": train, "sample.py": sample}[name].main(flags)
+        assert message in str(caught.value) and "\n" not in str(caught.value), (name, flags)
+        if number % 6 == 0:  # as a user sees it
+            done = script(name, *flags)
+            errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
+            assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (name, flags, done.stderr)
+            assert "Traceback" not in done.stderr
 
 
 def test_questions_about_slides_without_features(demo, tmp_path):
