@@ -165,6 +165,12 @@ class Slide:
                 box = (x, y, x + span, y + span)
                 tile[:] = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
 
+    def tile(self, x, y):
+        """The tile whose upper left corner is (x, y), in tiled pixels -> uint8 [256,256,3]."""
+        out = np.empty((1, TILE, TILE, 3), np.uint8)
+        self.tiles(np.array([[x, y]]), out)
+        return out[0]
+
     def thumbnail(self, pixel):
         """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
         and not memory."""

@@ -1062,18 +1062,12 @@ def toy_slide(tmp_path_factory):
     return path, image, planted
 
 
-def one_tile(slide, x, y):
-    out = np.empty((1, 256, 256, 3), np.uint8)
-    slide.tiles(np.array([[x, y]]), out)
-    return out[0].astype(int)
-
-
 def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
     path, image, _ = toy_slide
     slide = prepare.Slide(path)
     assert slide.file.properties["openslide.vendor"] == "generic-tiff" and slide.mpp == 0.5
     assert slide.file.level_dimensions == ((2048, 2048), (1024, 1024), (512, 512))
-    got = one_tile(slide, 512, 768)
+    got = slide.tile(512, 768).astype(int)
     want = np.asarray(image.crop((512, 768, 768, 1024))).astype(int)
     assert np.abs(got - want).mean() < 6  # JPEG
     small = np.asarray(slide.thumbnail(32)).astype(int)
@@ -1134,7 +1128,7 @@ def test_tiles_far_to_the_right_lie_where_the_exact_scale_puts_them(tmp_path, mp
     scan = Image.new("RGB", (round(6500 * scale), 300), (255, 255, 255))
     scan.paste((0, 0, 0), (at, 0, at + max(1, round(scale)), 300))
     scan.save(tmp_path / "wide.png")
-    tile = one_tile(prepare.Slide(tmp_path / "wide.png", mpp=mpp), 24 * 256, 0)
+    tile = prepare.Slide(tmp_path / "wide.png", mpp=mpp).tile(24 * 256, 0).astype(int)
     assert abs(int(tile[100, :, 0].argmin()) - 128) <= 1
 
 
@@ -2534,11 +2528,16 @@ def test_bad_input_is_one_line(demo, tmp_path):
         ),
         (["sample.py", "--slide", "demo_0015", *data, "--llm", tmp_path / "no"], "no such"),
     ]
-    for command, message in cases:
-        done = script(*command)
-        errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
-        assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (command, done.stderr)
-        assert "Traceback" not in done.stderr
+    for number, ((name, *flags), message) in enumerate(cases):
+        flags = list(map(str, flags))
+        with pytest.raises(UserError) as caught:
+            {"prepare.py": prepare, "train.py": train, "sample.py": sample}[name].main(flags)
+        assert message in str(caught.value) and "\n" not in str(caught.value), (name, flags)
+        if number % 6 == 0:  # as a user sees it
+            done = script(name, *flags)
+            errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
+            assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (name, flags, done.stderr)
+            assert "Traceback" not in done.stderr
 
 
 @slow
@@ -2566,19 +2565,12 @@ def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
     assert len(train.load_rows(data, "train", tokens=True)) == 1
     with pytest.raises(UserError, match="names 1 slides without features"):
         train.load_rows(data, "train")
-    args = train.parse(["--data", str(data), "--llm", str(demo[0] / "data" / "llm")])
-    shutil.copy(demo[0] / "data" / "tokenizer.model", data)
+    args = sample.parse(["--slide", "T.1", "--data", str(data), "--llm", str(demo[0] / "data" / "llm")])
     wsi_llava.resolve_device(args)
-    args.llm = demo[0] / "data" / "llm"
-    if not (args.llm / "tokenizer.model").exists():
-        shutil.copytree(args.llm, tmp_path / "llm")
-        shutil.copy(demo[0] / "data" / "tokenizer.model", tmp_path / "llm")
-        args.llm = tmp_path / "llm"
-    meta = wsi_llava.read_meta(data)
-    model, _ = wsi_llava.assemble(args, meta, 1)
+    args.max_tiles, args.no_slide_encoder = 0, False
+    model, _ = wsi_llava.assemble(args, wsi_llava.read_meta(data), 1)
     assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == 0
-    args.slide = "T.1"
-    visual = sample.slide_tokens(args, meta, model)
+    (visual,) = sample.slide_tokens(args, model, ["T.1"])
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
 
 
