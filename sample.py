@@ -995,8 +995,8 @@ class BareGrid:
     def thumbnail(self, pixel):
         return Image.new("RGB", (max(1, round(self.width / pixel)), max(1, round(self.height / pixel))), "white")
 
-    def tiles(self, coords, out):
-        out[:] = 255
+    def tile(self, x, y):
+        return np.full((TILE, TILE, 3), 255, np.uint8)
 
 
 def slide_or_grid(data, name, path=None, mpp=None):
@@ -1035,12 +1035,11 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
     for share in np.linspace(0, 1, 5):
         y = top + (1 - share) * (picture.height - 1)
         draw.text((middle + wide + 30, y), f"{share * high:.2g}", grey, small, "lm")
-    tile = np.empty((1, TILE, TILE, 3), np.uint8)
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
         x, y = right + i % 3 * cell, top + i // 3 * cell
         draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(colours(relevance[n].clip(0) / high).tolist()))
-        slide.tiles(coords[n : n + 1], tile)
-        canvas.paste(Image.fromarray(tile[0]).resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
+        tile = Image.fromarray(slide.tile(*coords[n].tolist()))
+        canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
         draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
     with replacing(path) as temporary:
