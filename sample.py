@@ -1184,14 +1184,14 @@ def parse(argv=None):
     add("--json", action="store_true", help="for programs: one JSON object an answer on stdout, nothing else there")
     add = parser.add_argument_group("how it answers").add_argument
     add("--int8", action="store_true", help="the language model's weights rounded to int8: half of bfloat16's memory")
-    add("--max-new-tokens", type=at_least(1), default=512, help="longest answer (default: 512)")
+    add("--max-new-tokens", type=at_least(1), default=512, help="longest answer, in tokens (default: 512)")
     add("--temperature", type=share, default=0.0, help="0 (default): the most likely token, always; above: sampled")
     add("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)")
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens (default: 0, all)")
     add("--no-repeat-ngram", type=at_least(0), default=0, help="no answer says so many tokens twice (default: 0, off)")
     add = parser.add_argument_group("many questions, and their evaluation").add_argument
     add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
-    add("--predictions", metavar="FILE", type=Path, help="default: predictions.jsonl in --out")
+    add("--predictions", metavar="FILE", type=Path, help="the answers' file (default: predictions.jsonl in --out)")
     add("--baselines", action="store_true", help="also answer without the slide, and with another's")
     add("--batch-size", type=at_least(1), default=8, help="questions at once (default: 8)")
     tables = "tables of a file of predictions (default: --predictions)"

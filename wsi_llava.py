@@ -2049,7 +2049,7 @@ def add_shared_flags(parser):
     add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     kinds = ["auto", "float32", "bfloat16"]
-    add("--dtype", default="auto", choices=kinds, help="of the products (default: bfloat16 on CUDA, else float32)")
+    add("--dtype", default="auto", choices=kinds, help="of matrix products (default: bfloat16 on CUDA, else float32)")
     add("--seed", type=int, default=0, help="of all that is drawn at random; the same gives the same run (default: 0)")
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help=readers)
