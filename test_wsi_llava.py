@@ -2602,6 +2602,16 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
         wsi_llava.assemble(args, meta, 3)
 
 
+def test_the_readme_says_how_long_each_file_is():
+    """Its rows | `file` | lines | ..., to within 3%: of a guide that promises short files, this is the first to go stale."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    for name in ("wsi_llava.py", "prepare.py", "train.py", "sample.py", "test_wsi_llava.py"):
+        row = re.search(rf"^\| `{re.escape(name)}` \| ([\d,]+) \|", readme, re.M)
+        assert row, f"README.md has no row for {name}"
+        lines = len((HERE / name).read_text(encoding="utf-8").splitlines())
+        assert int(row[1].replace(",", "")) == pytest.approx(lines, rel=0.03), f"{name} has {lines} lines"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, on the same threads, and their ratio
 # --------------------------------------------------------------------------------------------------------------------
