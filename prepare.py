@@ -21,7 +21,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import ctypes
 import datetime
 import functools
 import hashlib
@@ -66,8 +65,8 @@ TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
-BLOCK = 4  # tiles along each side of what is read at once
-REGION = 1024  # level pixels along each side of what is read at once: 4 MB, which the caches of a core still hold
+BLOCK = 4  # tiles along each side of what one reader is given at a time
+PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
 DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
@@ -85,10 +84,9 @@ class Slide:
     pixels per tiled pixel, exactly target / mpp. Raises UserError where the file is no slide or its um/px are unknown.
     """
 
-    def __init__(self, path, target=TARGET_MPP, mpp=None):
-        real = os.path.realpath(
-            path
-        )  # the folder of an MRXS or DICOM slide lies beside the file, not beside a link to it
+    def __init__(self, path, mpp=None, target=TARGET_MPP):
+        # The folder of an MRXS or DICOM slide lies beside the file, not beside a link to it.
+        real = os.path.realpath(path)
         self.path = path if Path(real).suffix != Path(path).suffix else real
         try:
             self.file = openslide.open_slide(self.path)
@@ -98,12 +96,12 @@ class Slide:
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
-        downsamples = self.file.level_downsamples
-        fine = [level for level, d in enumerate(downsamples) if d <= self.scale * (1 + NATIVE)]
+        self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
+        fine = [level for level, d in enumerate(self.downsamples) if d <= self.scale * (1 + NATIVE)]
         self.level = fine[-1] if fine else 0
-        self.zoom = self.scale / downsamples[self.level]  # level pixels per tiled pixel
+        self.zoom = self.scale / self.downsamples[self.level]  # level pixels per tiled pixel
         whole = max(1, round(self.zoom))
-        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # level pixels per tiled pixel, if whole
+        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # the same, if a whole number
 
     def _recorded_mpp(self, path):
         get = self.file.properties.get
@@ -128,59 +126,51 @@ class Slide:
             f"{path}: its metadata has no um/px; give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
         )
 
-    def region(self, level, start, end):
-        """Pixels of a level from start to end, both (x, y) -> image, opaque. What lies beyond the slide is white."""
-        downsample = self.file.level_downsamples[level]
-        place = tuple(round(v * downsample) for v in start)
-        region = self.file.read_region(place, level, (int(end[0] - start[0]), int(end[1] - start[1])))
-        if region.getchannel("A").getextrema()[0] == 255:
+    def region(self, level, x, y, width, height):
+        """Pixels of a level, from its pixel (x, y) on -> opaque RGB or RGBA image. What lies beyond the slide is white."""
+        place = round(x * self.downsamples[level]), round(y * self.downsamples[level])
+        region = self.file.read_region(place, level, (width, height))
+        if np.frombuffer(region.tobytes("raw", "A"), np.uint8).min() == 255:
             return region
         white = Image.new("RGB", region.size, (255, 255, 255))  # scanners leave what they did not scan transparent
         white.paste(region, mask=region.getchannel("A"))
         return white
 
-    def tiles(self, coords, out):
-        """Neighbouring tiles, from one region that holds them all. coords [n,2] in tiled pixels; out: uint8 [n,256,256,3].
+    def tile(self, x, y):
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,3].
 
-        Every tile lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
+        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
         Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one: as scanned);
         otherwise the tile is resampled with Lanczos' filter, whose margins are read along, to exactly the target.
         """
-        exact = np.asarray(coords) * self.zoom  # corners in level pixels
+        x, y = x * self.zoom, y * self.zoom  # from here on in level pixels
         if self.average:
-            k, corners = self.average, np.rint(exact).astype(int)
-            start = corners.min(0)
-            region = self.region(self.level, start, corners.max(0) + TILE * k)
-            if k == 1:  # the fast way out of Pillow; it drops the alpha along the way
-                pixels = np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(*region.size[::-1], 3)
-            else:
-                region = region.convert("RGB")
-            for tile, (x, y) in zip(out, corners - start):
-                square = x, y, x + TILE * k, y + TILE * k
-                tile[:] = pixels[y : y + TILE, x : x + TILE] if k == 1 else region.reduce(k, square)
+            side = TILE * self.average
+            region = self.region(self.level, round(x), round(y), side, side)
+            if self.average > 1:
+                region = region.convert("RGB").reduce(self.average)
         else:
             span, margin = TILE * self.zoom, math.ceil(3 * max(1, self.zoom))
-            start = np.floor(exact.min(0)).astype(int) - margin
-            region = self.region(self.level, start, np.ceil(exact.max(0) + span).astype(int) + margin).convert("RGB")
-            for tile, (x, y) in zip(out, exact - start):
-                box = (x, y, x + span, y + span)
-                tile[:] = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
+            left, top, side = math.floor(x) - margin, math.floor(y) - margin, math.ceil(span) + 1 + 2 * margin
+            region = self.region(self.level, left, top, side, side).convert("RGB")
+            box = (x - left, y - top, x - left + span, y - top + span)
+            region = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
+        return np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(TILE, TILE, 3)
 
     def thumbnail(self, pixel):
         """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
         and not memory."""
         width, height = (max(1, int(side / pixel)) for side in (self.width, self.height))
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        zoom = self.scale * pixel / self.file.level_downsamples[level]  # level pixels per pixel
-        picture, side = Image.new("RGB", (width, height)), max(1, int(REGION / zoom))
+        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
+        picture, side = Image.new("RGB", (width, height)), max(1, int(PART / zoom))
         for y, x in itertools.product(range(0, height, side), range(0, width, side)):
             size = min(side, width - x), min(side, height - y)
-            box = np.array([x, y, x + size[0], y + size[1]]) * zoom
-            start = np.floor(box[:2])
-            part = self.region(level, start, np.ceil(box[2:]))
-            picture.paste(
-                part.convert("RGB").resize(size, Image.Resampling.BOX, tuple(box - np.tile(start, 2))), (x, y)
-            )
+            left, top = math.floor(x * zoom), math.floor(y * zoom)
+            right, bottom = (x + size[0]) * zoom, (y + size[1]) * zoom
+            part = self.region(level, left, top, math.ceil(right) - left, math.ceil(bottom) - top).convert("RGB")
+            box = (x * zoom - left, y * zoom - top, right - left, bottom - top)
+            picture.paste(part.resize(size, Image.Resampling.BOX, box), (x, y))
         return picture
 
 
@@ -307,24 +297,14 @@ def draw_tiles(coords, name, max_tiles, seed):
     return coords[np.sort(rng.choice(len(coords), max_tiles, replace=False))]
 
 
-def blocks(coords, step, zoom):
-    """Tiles [N,2] -> arrays of indices: neighbours, up to 4 x 4, to be read as one region, so that no JPEG tile of the slide
-    is decoded for each of the tiles that share it. Where tissue is sparse, a block is halved until it is mostly tiles."""
-    side = int(np.clip((REGION / zoom - TILE) // step + 1, 1, BLOCK))
-
-    def compact(group):
-        low = coords[group].min(0)
-        span = (coords[group].max(0) - low) // step + 1
-        if len(group) >= 0.6 * span.prod():
-            return [group]
-        axis = span.argmax()
-        first = coords[group, axis] < low[axis] + span[axis] // 2 * step
-        return compact(group[first]) + compact(group[~first])
-
+def blocks(coords, step):
+    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the other decodes the
+    JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of these."""
+    side = int(np.clip((BLOCK - 1) * TILE // step + 1, 1, BLOCK))
     cells = coords // (step * side)
     order = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
     borders = np.flatnonzero((np.diff(cells[order], axis=0) != 0).any(1)) + 1
-    return [part for group in np.split(order, borders) if len(group) for part in compact(group)]
+    return np.split(order, borders) if len(order) else []
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -431,11 +411,6 @@ def start_reader(memory):
     global slots
     slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    if (
-        sys.platform == "linux"
-    ):  # keep freed memory: each block's megabytes would come from the system anew, page by page
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
 
@@ -445,7 +420,7 @@ def survey(name, path, params, data, geojson):
 
     data None: no pictures. Raises SlideError, whatever the file does to its reader; OSError where the pictures cannot be written.
     """
-    step, source = "open", (str(path), params["target_mpp"], params["mpp"])
+    step, source = "open", (str(path), params["mpp"], params["target_mpp"])
     try:
         slide = open_slide(*source)
         step = "tissue"
@@ -473,26 +448,18 @@ def survey(name, path, params, data, geojson):
 
 
 def read_block(source, coords, slot):
-    """Tiles that lie together -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot.
-
-    OpenSlide refuses everything after an error: so the slide is opened anew, the block read again, then tile by tile.
-    """
-    failed = None
-
-    def attempt(part):
-        nonlocal failed
-        for _ in range(2):
+    """Neighbouring tiles -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot."""
+    read, failed = np.zeros(len(coords), bool), None
+    for i, (x, y) in enumerate(coords.tolist()):
+        for _ in range(2):  # OpenSlide refuses everything after an error: so the slide is opened anew
             try:
-                open_slide(*source).tiles(coords[part], slots[slot, part])
-                return True
+                slots[slot, i] = open_slide(*source).tile(x, y)
+                read[i] = True
+                break
             except Exception as error:
                 failed = str(error)
                 open_slide.cache_clear()
-        return False
-
-    if not len(coords) or attempt(slice(0, len(coords))):
-        return np.ones(len(coords), bool), None
-    return np.array([attempt(slice(i, i + 1)) for i in range(len(coords))]), failed
+    return read, failed
 
 
 def ahead(pool, function, jobs, depth):
@@ -535,12 +502,12 @@ class Readers:
 
         def jobs():
             for plan in plans:
-                for part in blocks(plan["coords"], plan["step"], plan["zoom"]):
+                for part in blocks(plan["coords"], plan["step"]):
                     if plan["dropped"] > DROPPED * len(plan["coords"]):
                         break  # it has failed
                     slot = next(slots)
                     yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
-                yield (plan, None, 0), (plan["reader"], (), 0)  # reads nothing: the end of the slide
+                yield (plan, None, 0), (plan["reader"], plan["coords"][:0], 0)  # reads nothing: the end of the slide
 
         for (plan, part, slot), future in ahead(self.pool, read_block, jobs(), self.depth):
             read, error = future.result()
