@@ -332,43 +332,40 @@ def draw_qc(path, picture, pixel, mask, coords):
 def contours(mask):
     """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of corners (x, y).
 
-    Every edge between inside and outside is an arrow with the inside on its right. A ring follows the arrows and turns
-    right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise on the screen, holes do not.
+    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A ring follows
+    the arrows and turns right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise.
     """
     padded = np.pad(mask, 1)
-    arrows = set()
-    for dx, dy in ((1, 0), (0, 1), (-1, 0), (0, -1)):  # along the top, right, bottom and left edges of pixels
-        y, x = np.nonzero(
-            padded & ~np.roll(padded, (dx, -dy), (0, 1))
-        )  # whose neighbour on the left of the arrow is outside
-        x, y = x - 1 + (dx - dy < 0) * 1, y - 1 + (dx + dy < 0) * 1
-        arrows |= {(int(a), int(b), dx, dy) for a, b in zip(x, y)}
-    todo, outer, holes = set(arrows), [], []
-    for arrow in sorted(arrows):
-        x, y, dx, dy = arrow
-        inside, ring = (x + (dx - dy) / 2, y + (dx + dy) / 2), []
-        while arrow in todo:
-            todo.remove(arrow)
-            x, y, dx, dy = arrow
-            x, y = x + dx, y + dy
-            turn = next(t for t in ((-dy, dx), (dx, dy), (dy, -dx)) if (x, y, *t) in arrows)
-            if turn != (dx, dy):
-                ring.append((x, y))
-            arrow = (x, y, *turn)
-        if ring:
-            a, b = np.array(ring), np.roll(ring, -1, axis=0)
-            area = (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum() / 2
-            upright = a[:, 0] == b[:, 0]  # of its edges, those that a ray to the left can cross
-            lines = a[upright, 0], np.minimum(a, b)[upright, 1], np.maximum(a, b)[upright, 1]
-            (outer if area > 0 else holes).append((abs(area), ring, lines, inside))
-    polygons = [[ring] for _, ring, _, _ in outer]
-    for _, ring, _, (x, y) in holes:  # a hole belongs to the smallest outline around the pixel beside it
-        around = [
-            (area, i)
-            for i, (area, _, (at, low, high), _) in enumerate(outer)
-            if ((at < x) & (low < y) & (y < high)).sum() % 2
-        ]
-        polygons[min(around)[1]].append(ring)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # the pixels around each corner
+    rightward, down, leftward, up = se & ~ne, sw & ~se, nw & ~sw, ne & ~nw  # whether such an arrow starts there
+    arrows = np.packbits([rightward, down, leftward, up], axis=0, bitorder="little")[0]  # one bit a direction
+    width = arrows.shape[1]
+    bits, todo, steps = arrows.tobytes(), bytearray(arrows.tobytes()), (1, width, -1, -width)
+    polygons, owner = [], {}  # owner: the polygon of an upward arrow
+    for start in np.flatnonzero(rightward | down).tolist():
+        first = 0 if bits[start] & 1 else 1
+        if not todo[start] >> first & 1:
+            continue
+        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right and a hole
+        # down: the hole lies in the polygon of the next upward arrow to the left, which borders on the same pixels.
+        if first == 0:
+            n = len(polygons)
+            polygons.append([])
+        else:
+            n = owner[next(i for i in range(start, -1, -1) if bits[i] & 8)]
+        ring, at, direction = [], start, first
+        while todo[at] >> direction & 1:
+            todo[at] ^= 1 << direction
+            if direction == 3:
+                owner[at] = n
+            at += steps[direction]
+            turn = next(
+                turn for turn in (1, 0, 3) if bits[at] >> (direction + turn) % 4 & 1
+            )  # right, straight on, left
+            if turn:
+                ring.append((at % width, at // width))
+            direction = (direction + turn) % 4
+        polygons[n].append(ring)
     return polygons
 
 
@@ -381,17 +378,14 @@ def write_geojson(path, slide, mask, coords):
         geometry = {"type": "Polygon", "coordinates": rings}
         return json.dumps({"type": "Feature", "geometry": geometry, "properties": properties})
 
+    tissue = (feature("annotation", rings, "Tissue", MASK * slide.scale) for rings in contours(mask))
+    squares = ([(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)] for x, y in coords.tolist())
+    tiles = (feature("tile", [square], "Tile", slide.scale) for square in squares)
     with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
-        comma = "\n"
-        for rings in contours(mask):
-            file.write(comma + feature("annotation", rings, "Tissue", MASK * slide.scale))
-            comma = ",\n"
-        for x, y in coords.tolist():
-            square = [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
-            file.write(comma + feature("tile", [square], "Tile", slide.scale))
-            comma = ",\n"
-        file.write("\n]}\n")
+        for i, text in enumerate(itertools.chain(tissue, tiles)):
+            file.write(",\n" * (i > 0) + text)
+        file.write("]}\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------

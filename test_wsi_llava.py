@@ -2947,7 +2947,7 @@ def benchmark_reading(n=256, rounds=3):
         buffer = np.empty((16, 256, 256, 3), np.uint8)
         with prepare.Readers(workers) as readers:
 
-            def ours():
+            def ours(plan=plan, readers=readers, buffer=buffer):
                 for _, places, tiles, _ in readers.tiles([plan]):
                     if places is not None:
                         buffer[: len(tiles)] = tiles
