@@ -242,6 +242,11 @@ def read_mpp_csv(path):
     return found
 
 
+def given_mpp(args, table, name, path):
+    """What --mpp-csv and --mpp say of a slide, or None."""
+    return table.get(name, table.get(path.name, args.mpp))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tissue and tiles
 # --------------------------------------------------------------------------------------------------------------------
@@ -436,7 +441,7 @@ def survey(name, path, params, data, geojson):
         draw_qc(data / "qc" / f"{name}.jpg", picture, pixel, mask, coords)
         if geojson:
             write_geojson(data / "qc" / f"{name}.geojson", slide, mask, coords)
-    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "zoom", "level")}
+    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "level")}
     about = {"name": name, "path": path, "coords": coords, "size": slide.file.dimensions, "dropped": 0}
     return about | facts | {"reader": source, "step": params["step"]}
 
@@ -593,40 +598,34 @@ def claims_file(data):
     return open(data / ".claims", "ab")  # for good: closing it would give up every lock that this process has on it
 
 
-def claim(data, name, wait=False):
-    """Whether this process alone may work on `name` in the folder from now on, until release() or its death, however it dies.
+def claim(data, name, how="try"):
+    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies, however it dies.
 
-    A lock on one byte of data/.claims, at a place that follows from the name: nothing is left to clean up.
+    how: "try", "wait" or "give up". A lock on one byte of data/.claims, at a place that follows from the name: nothing is
+    left to clean up.
     """
     file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            modes = {"try": fcntl.LOCK_EX | fcntl.LOCK_NB, "wait": fcntl.LOCK_EX, "give up": fcntl.LOCK_UN}
+            fcntl.lockf(file, modes[how], 1, place)
         else:
+            modes = {"try": msvcrt.LK_NBLCK, "wait": msvcrt.LK_LOCK, "give up": msvcrt.LK_UNLCK}
             os.lseek(file.fileno(), place, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), modes[how], 1)
     except (BlockingIOError, PermissionError):  # which of the two depends on the system
         return False
     return True
 
 
-def release(data, name):
-    file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-    if fcntl:
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
-    else:
-        os.lseek(file.fileno(), place, os.SEEK_SET)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-
-
 @contextlib.contextmanager
 def alone(data, what):
     """Waits until no other process is at `what`."""
-    claim(data, f"/{what}", wait=True)  # no slide is called so
+    claim(data, f"/{what}", "wait")  # no slide is called so
     try:
         yield
     finally:
-        release(data, f"/{what}")
+        claim(data, f"/{what}", "give up")
 
 
 def sweep(data):
@@ -640,7 +639,7 @@ def sweep(data):
             name = "/sheets" if re.fullmatch(r"index(-\d+)?\.jpg", name) else name.rsplit(".", 1)[0]
         if claim(data, name):
             path.unlink(missing_ok=True)
-            release(data, name)
+            claim(data, name, "give up")
 
 
 def read_failures(data):
@@ -675,32 +674,29 @@ def open_data(args):
         if old["encoder"]["source"] != "untrained" and not old["encoder"]["source"].startswith("imported"):
             args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
     encoder, source = wsi_llava.pick_tile_encoder(args)
-    info = {"source": str(source) if source else "untrained", "fingerprint": wsi_llava.fingerprint(encoder)}
-    preset = args.preset or ("demo" if source is None else "7b")
+    info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
+    preset = args.preset or ("7b" if source else "demo")
     return {"encoder": info} if args.dry_run else write_meta(data, preset, args.target_mpp, info), encoder
 
 
 def write_meta(data, preset, mpp, encoder):
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
+    """Makes the folder and its meta.json, or checks them -> what meta.json holds."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
     with alone(data, "meta.json"):
-        if (data / "meta.json").exists():
-            old = wsi_llava.read_meta(data)
-            if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
-                raise UserError(
-                    f"{data} holds features of another tile encoder ({old['encoder']['source']}, not "
-                    f"{encoder['source']}); name a new folder with --data"
-                )
-            if old["mpp"] != mpp:
-                raise UserError(
-                    f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
-                )
-            return old
-        with replacing(data / "meta.json") as path:
-            path.write_text(json.dumps(meta, indent=2))
-    return meta
+        if not (data / "meta.json").exists():
+            with replacing(data / "meta.json") as path:
+                path.write_text(json.dumps(meta, indent=2))
+        old = wsi_llava.read_meta(data)
+    if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
+        clash = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
+    elif old["mpp"] != mpp:
+        clash = f"at {old['mpp']} um/px, not {mpp}"
+    else:
+        return old
+    raise UserError(f"{data} holds features {clash}; name a new folder with --data")
 
 
 @contextlib.contextmanager
@@ -721,7 +717,7 @@ class Preparation:
         self.args, self.data, self.slides, self.started = args, Path(args.data), slides, time.time()
         self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
         self.meta, self.encoder = open_data(args)
-        self.at_hand, self.settled = {}, set()  # slides that are claimed; slides that this run is through with
+        self.at_hand, self.settled = set(), set()  # slides that are claimed; slides that this run is through with
         self.failures, self.busy, self.notes = [], [], {}
         self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
         self.todo = []
@@ -733,11 +729,11 @@ class Preparation:
 
     def params(self, name):
         """What a slide's features depend on, beside the slide."""
-        args, path = self.args, self.slides[name]
+        args = self.args
         return {
             "tile": TILE,
             "target_mpp": args.target_mpp,
-            "mpp": self.given.get(name, self.given.get(path.name, args.mpp)),
+            "mpp": given_mpp(args, self.given, name, self.slides[name]),
             "min_tissue": args.min_tissue,
             "step": args.step,
             "max_tiles": args.max_tiles,
@@ -753,24 +749,23 @@ class Preparation:
         file = self.file(name)
         return file.exists() and not (self.args.overwrite and file.stat().st_mtime < self.started)
 
-    def surveys(self, readers, names):
-        """Yields the plans of the slides that can be opened, in order; the others are failures."""
+    def take(self, names):
+        """Claims one slide after the other, for as long as it is in hand; yields those that are left to do."""
+        for name in names:
+            if not claim(self.data, name):
+                self.busy.append(name)
+                self.settle(name)
+                continue
+            self.at_hand.add(name)
+            if self.is_done(name):  # another process was faster
+                self.settle(name)
+            else:
+                yield name
 
-        def jobs():
-            for name in names:
-                if not self.args.dry_run:
-                    if not claim(self.data, name):
-                        self.busy.append(name)
-                        self.settle(name)
-                        continue
-                    self.at_hand[name] = True
-                    if self.is_done(name):  # another process was faster
-                        self.settle(name)
-                        continue
-                data = None if self.args.dry_run else self.data
-                yield name, (name, self.slides[name], self.params(name), data, self.args.geojson)
-
-        for name, future in readers.surveys(jobs()):
+    def surveys(self, readers, names, data):
+        """Yields the plans of the slides that can be opened, in order; the others are failures. data: see survey."""
+        jobs = ((n, (n, self.slides[n], self.params(n), data, self.args.geojson)) for n in names)
+        for name, future in readers.surveys(jobs):
             try:
                 yield future.result()
             except SlideError as error:
@@ -778,30 +773,14 @@ class Preparation:
 
     def run(self, names):
         """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know which it was."""
-        batches = Batches(self.encoder, self.args.batch, self.args.device)
         try:
             with Readers(self.args.workers) as readers:
-                for plan, places, tiles, error in readers.tiles(self.surveys(readers, names)):
-                    if plan["name"] in self.settled:
-                        continue  # it has failed
-                    if plan["dropped"] > DROPPED * len(plan["coords"]):
-                        batches.clear()
-                        lost = f"{plan['path']}: over {DROPPED:.0%} of its {len(plan['coords'])} tiles cannot be decoded ({error})"
-                        self.fail(plan["name"], "read", lost)
-                    elif places is None:
-                        self.finish(plan, *batches.finish())
-                    else:
-                        batches.add(places, tiles)
-                        self.tiles += len(places)
-                        self.bar.set_postfix_str(
-                            f"{self.tiles / (time.time() - self.started):.0f} tiles/s, {plan['name'][:24]}"
-                        )
+                self.encode(readers.tiles(self.surveys(readers, self.take(names), self.data)))
         except BrokenProcessPool:
             suspects = list(self.at_hand)
             if not suspects:
-                raise UserError(
-                    "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
-                ) from None
+                message = "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
+                raise UserError(message) from None
             if len(names) == 1:
                 message = f"{self.slides[names[0]]}: the process that read it died (a damaged file, or no memory left)"
                 self.fail(names[0], "read", message)
@@ -810,27 +789,42 @@ class Preparation:
                 self.run([name])
             self.run([name for name in names if name not in self.settled])
 
+    def encode(self, stream):
+        """Takes the tiles of all slides, block by block, to their features. stream: of Readers.tiles."""
+        batches = Batches(self.encoder, self.args.batch, self.args.device)
+        for plan, places, tiles, error in stream:
+            name, n = plan["name"], len(plan["coords"])
+            if name in self.settled:
+                continue  # it has failed
+            if plan["dropped"] > DROPPED * n:
+                batches.clear()
+                self.fail(
+                    name, "read", f"{plan['path']}: over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
+                )
+            elif places is None:
+                self.finish(plan, *batches.finish())
+            else:
+                batches.add(places, tiles)
+                self.tiles += len(places)
+                speed = self.tiles / (time.time() - self.started)
+                self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
+
     def finish(self, plan, places, features):
-        name = plan["name"]
+        name, facts = plan["name"], {key: plan[key] for key in ("mpp", "scale")}
         if not features.isfinite().all():
             self.fail(name, "encode", f"{plan['path']}: its features are not finite; try --dtype float32")
             return
-        metadata = {
-            "width": plan["size"][0],
-            "height": plan["size"][1],
-            "mpp": plan["mpp"],
-            "mpp_source": plan["source"],
-        }
-        metadata |= {"scale": plan["scale"], "dropped": int(plan["dropped"]), "params": self.params(name)}
-        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), metadata)
+        facts |= {"mpp_source": plan["source"], "dropped": int(plan["dropped"]), "params": self.params(name)}
+        facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
+        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), facts)
         note_failure(self.data, name)
         self.written.append(len(places))
-        for what, holds in [
+        for what, holds in (
             ("um/px taken from the objective power", plan["source"] == "objective power"),
             ("coarser than the target, enlarged", plan["scale"] < 1 - NATIVE),
             (f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded", plan["dropped"]),
             ("no tissue found", not len(plan["coords"])),
-        ]:
+        ):
             if holds:
                 self.notes.setdefault(what, []).append(name)
         self.settle(name)
@@ -842,17 +836,19 @@ class Preparation:
         self.settle(name)
 
     def settle(self, name):
+        """This run is through with the slide."""
         self.settled.add(name)
         self.bar.update()
-        if self.at_hand.pop(name, None):
-            release(self.data, name)
+        if name in self.at_hand:
+            self.at_hand.remove(name)
+            claim(self.data, name, "give up")
 
     def summary(self):
-        spent = time.time() - self.started
+        spent = datetime.timedelta(seconds=round(time.time() - self.started))
+        speed = self.tiles / (time.time() - self.started)
         print(
-            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to "
-            f"{self.data}/features in {datetime.timedelta(seconds=round(spent))} ({self.tiles / spent:.0f} tiles/s), "
-            f"pictures to {self.data}/qc."
+            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to {self.data}/features in {spent} "
+            f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
         )
         if self.busy:
             self.notes["left to another run that is at work on them"] = self.busy
@@ -862,59 +858,53 @@ class Preparation:
     def estimate(self):
         """--dry-run: what there is and how long it would take, by the speed of a first few batches."""
         with Readers(self.args.workers) as readers:
-            plans = list(self.surveys(readers, self.todo))
+            plans = list(self.surveys(readers, self.todo, None))
             seconds, batches = 0.0, Batches(self.encoder, self.args.batch, self.args.device)
-            if any(len(plan["coords"]) for plan in plans):
-                plan = max(plans, key=lambda plan: len(plan["coords"]))
-                coords = plan["coords"][: 3 * self.args.batch]
-                for _ in range(2):  # the first time warms up
-                    started = time.time()
-                    for _, places, tiles, _ in readers.tiles([plan | {"coords": coords}]):
-                        if places is not None:
-                            batches.add(places, tiles)
-                    batches.finish()
-                    seconds = (time.time() - started) / len(coords)
+            largest = max((plan for plan in plans if len(plan["coords"])), key=lambda p: len(p["coords"]), default=None)
+            for _ in range(2 if largest else 0):  # the first time warms up
+                started, coords = time.time(), largest["coords"][: 3 * self.args.batch]
+                for _, places, tiles, _ in readers.tiles([largest | {"coords": coords}]):
+                    if places is not None:
+                        batches.add(places, tiles)
+                batches.finish()
+                seconds = (time.time() - started) / len(coords)
         self.bar.close()
         width = max([5, *(len(plan["name"]) for plan in plans)])
-        print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  level  {'tiles':>8}  {'time':>8}")
-        plans.append({"name": "all", "tiles": sum(len(plan["coords"]) for plan in plans)})
+
+        def line(name, size, mpp, source, level, n, took):
+            print(f"{name:{width}}  {size:>15}  {mpp:>7}  {source:15}  {level:>5}  {n:>8}  {took!s:>8}")
+
+        line("slide", "level-0 size", "um/px", "from", "level", "tiles", "time")
+        plans.append({"name": "all", "coords": range(sum(len(plan["coords"]) for plan in plans))})
         for plan in plans:
-            tiles = plan.get("tiles", len(plan.get("coords", ())))
-            size = "{} x {}".format(*plan["size"]) if "size" in plan else ""
-            print(
-                f"{plan['name']:{width}}  {size:>15}  {plan.get('mpp', ''):>7.6}  {plan.get('source', ''):15}  "
-                f"{plan.get('level', ''):>5}  {tiles:>8,}  {datetime.timedelta(seconds=round(tiles * seconds))!s:>8}"
-            )
+            n, size = len(plan["coords"]), "{} x {}".format(*plan.get("size", "  "))
+            mpp, source, level = (plan.get(key, "") for key in ("mpp", "source", "level"))
+            line(plan["name"], size, f"{mpp:.6}", source, level, n, datetime.timedelta(seconds=round(n * seconds)))
 
 
 def prepare_slides(args, slides):
     """All slides of {id: path}, resuming where an earlier run stopped. Returns the failures, [(path, message)]."""
-    data = Path(args.data)
-    with disk_errors(data):
+    with disk_errors(args.data):
         work = Preparation(args, slides)
         if work.meta["encoder"]["source"] == "untrained":
-            print(
-                "No GigaPath weights found or named: tiles go through a small untrained encoder, for trying the pipeline only."
-            )
+            print("No GigaPath weights found or named: a small untrained encoder serves, for trying the pipeline only.")
         print(
             f"Found {len(slides)} slides, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
-            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {data}/features, with "
+            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {args.data}/features, with "
             f"{args.workers} readers."
         )
         work.encoder.to(args.device, args.dtype)
         with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
             if args.dry_run:
                 work.estimate()
-            else:
-                sweep(data)
-                try:
-                    work.run(work.todo)
-                except torch.OutOfMemoryError:
-                    raise UserError(
-                        f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
-                    ) from None
-        if not args.dry_run:
-            work.summary()
+                return work.failures
+            sweep(args.data)
+            try:
+                work.run(work.todo)
+            except torch.OutOfMemoryError:
+                message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
+                raise UserError(message) from None
+        work.summary()
     return work.failures
 
 
@@ -922,39 +912,41 @@ def contact_sheets(data, columns=10, rows=10, cell=192):
     """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
     failures = read_failures(data)
     counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
-    names = sorted({*counts, *failures})
-    font, pages = (
-        ImageFont.load_default(13),
-        [names[i : i + columns * rows] for i in range(0, len(names), columns * rows)],
-    )
-    wanted = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
-    for path, page in zip(wanted, pages):
-        size = min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)
-        sheet = Image.new("RGB", size, (255, 255, 255))
-        draw = ImageDraw.Draw(sheet)
+    names, n = sorted({*counts, *failures}), columns * rows
+    pages = [names[i : i + n] for i in range(0, len(names), n)]
+    paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
+    for path, page in zip(paths, pages):
+        sheet = Image.new(
+            "RGB", (min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)), "white"
+        )
         for i, name in enumerate(page):
-            x, y = i % columns * cell, i // columns * (cell + 36)
-            picture = data / "qc" / f"{name}.jpg"
-            if picture.exists():
-                small = Image.open(picture)
-                small.draft("RGB", (cell, cell))
-                small.thumbnail((cell - 12, cell - 12))
-                sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-            text, colour = f"{counts.get(name, 0):,} tiles", (90, 90, 90)
+            text, colour = f"{counts.get(name, 0):,} tiles", None
             if name in failures:
                 text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
             elif not counts[name]:
                 text, colour = "NO TISSUE", (210, 120, 0)
-            if colour != (90, 90, 90):
-                draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
-            shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
-            draw.text((x + cell / 2, y + cell + 2), shown, (0, 0, 0), font, anchor="ma")
-            draw.text((x + cell / 2, y + cell + 17), text, colour, font, anchor="ma")
+            corner = i % columns * cell, i // columns * (cell + 36)
+            draw_cell(sheet, corner, cell, data / "qc" / f"{name}.jpg", name, text, colour)
         with replacing(path) as temporary:
             sheet.save(temporary, "JPEG", quality=85)
     for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
-        if re.fullmatch(r"index-\d+", path.stem) and path not in wanted:
+        if re.fullmatch(r"index-\d+", path.stem) and path not in paths:
             path.unlink()
+
+
+def draw_cell(sheet, corner, cell, picture, name, text, colour):
+    """One slide's place on a sheet; with a colour, in a frame of it."""
+    (x, y), draw, font = corner, ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    if picture.exists():
+        small = Image.open(picture)
+        small.draft("RGB", (cell, cell))
+        small.thumbnail((cell - 12, cell - 12))
+        sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
+    if colour:
+        draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
+    shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
+    draw.text((x + cell / 2, y + cell + 2), shown, "black", font, anchor="ma")
+    draw.text((x + cell / 2, y + cell + 17), text, colour or (90, 90, 90), font, anchor="ma")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -963,125 +955,134 @@ def contact_sheets(data, columns=10, rows=10, cell=192):
 
 
 def read_foreign(path):
-    """One file of features -> (kind, features [N,C], coords [N,2] at level 0 or None, what else it says of them).
+    """One file of features -> (kind, features float16 [N,C], coords [N,2] at level 0 or None, what else it says of them).
 
     The authors' .pt (visual tokens [576,1024], without coords), GigaPath's dict {"tile_embeds", "coords"}, and the .h5 of
     TRIDENT (whose coords have attributes) and of CLAM (whose have none). Raises UserError for anything else.
     """
     about = {}
     if path.suffix.lower() in (".h5", ".hdf5"):
-        try:
-            import h5py
-        except ImportError:
-            raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
-        try:
-            with h5py.File(path) as file:
-                features, coords = (torch.from_numpy(file[key][()]) for key in ("features", "coords"))
-                about = dict(file["coords"].attrs)
-        except (OSError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not an HDF5 file with datasets features and coords ({error})") from None
+        features, coords, about = read_hdf5(path)
         kind = "TRIDENT" if "patch_size_level0" in about else "CLAM"
     else:
-        tensors = wsi_llava.read_tensors(path)
-        if isinstance(tensors, torch.Tensor) and tensors.dim() == 2 and tensors.shape == (576, 1024):
-            kind, features, coords = "visual tokens", tensors, None
-        elif isinstance(tensors, dict) and {"tile_embeds", "coords"} <= set(tensors):
-            kind, features, coords = "GigaPath", tensors["tile_embeds"], tensors["coords"]
+        found = wsi_llava.read_tensors(path)
+        if isinstance(found, torch.Tensor):
+            kind, features, coords, what = "visual tokens", found, None, f"a tensor {list(found.shape)}"
         else:
-            what = (
-                f"a tensor {list(tensors.shape)}" if isinstance(tensors, torch.Tensor) else f"keys {list(tensors)[:5]}"
-            )
-            raise UserError(
-                f"{path}: holds {what}, neither visual tokens [576,1024] nor GigaPath's tile_embeds and coords"
-            )
+            kind, what = "GigaPath", f"keys {list(found)[:5]}"
+            features, coords = found.get("tile_embeds"), found.get("coords")
+        if features is None or (coords is None and (kind == "GigaPath" or features.shape != (576, 1024))):
+            expected = "neither visual tokens [576,1024] nor GigaPath's tile_embeds and coords"
+            raise UserError(f"{path}: holds {what}, {expected}")
+    finite = True
     if coords is not None:
         features, coords = (x[0] if x.dim() == 3 and len(x) == 1 else x for x in (features, coords))
         if features.dim() != 2 or coords.shape != (len(features), 2):
-            raise UserError(
-                f"{path}: features {list(features.shape)} and coords {list(coords.shape)} are not [N,C] and [N,2]"
-            )
+            shapes = f"features {list(features.shape)} and coords {list(coords.shape)}"
+            raise UserError(f"{path}: {shapes} are not [N,C] and [N,2]")
+        finite = (coords.double().isfinite() & (coords >= 0)).all()
     features = features.to(torch.float16)
-    if not features.isfinite().all() or (coords is not None and not (coords.double().isfinite() & (coords >= 0)).all()):
-        raise UserError(
-            f"{path}: some of its features or coordinates are not finite in half precision, or are negative"
-        )
+    if not (finite and features.isfinite().all()):
+        raise UserError(f"{path}: some features or coordinates are not finite in half precision, or are negative")
     return kind, features, coords, about
 
 
+def read_hdf5(path):
+    """-> features, coords, the attributes of the coords."""
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
+    try:
+        with h5py.File(path) as file:
+            return *(torch.from_numpy(file[key][()]) for key in ("features", "coords")), dict(file["coords"].attrs)
+    except (OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an HDF5 file with datasets features and coords ({error})") from None
+
+
 def tiled_coords(path, coords, about, mpp, args):
-    """Level-0 coordinates -> int32 [N,2] in pixels at the tiled resolution. Raises UserError where the scale is not known,
-    or where it makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution."""
+    """Level-0 coordinates -> (their raster order [N], int32 [N,2] in that order, in pixels at the tiled resolution).
+
+    Raises UserError where the scale is not known, or where it makes tiles that do not lie --step apart: then the scale is
+    wrong, or the tiles are of another resolution.
+    """
     if mpp:
         scale = args.target_mpp / mpp
     elif "patch_size_level0" in about and about.get("target_magnification"):  # 20x is 0.5 um/px there
         magnified = float(about["patch_size_level0"]) / float(about["patch_size"])
         scale = magnified * args.target_mpp * float(about["target_magnification"]) / 10
     else:
-        raise UserError(
-            f"{path}: does not say the um/px of its coordinates (level 0); give them with --mpp or --mpp-csv"
-        )
-    order = np.lexsort(coords.double().numpy().T)  # raster order: y, then x
+        raise UserError(f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
+    order = np.lexsort(coords.double().numpy().T)  # y, then x
     coords = coords[torch.from_numpy(order)].double() / scale
     steps = coords.diff(dim=0)
-    steps = steps[(steps[:, 1] == 0), 0].round()
-    if len(steps):
-        step = steps.mode().values.item()
-        if abs(step / args.step - 1) > NATIVE:
-            raise UserError(
-                f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: the wrong --mpp, or "
-                f"tiles of another size; --step {step:.0f} takes them as they are"
-            )
+    steps = steps[(steps[:, 1] == 0), 0].round()  # from tile to tile within the rows
+    step = steps.mode().values.item() if len(steps) else args.step
+    if abs(step / args.step - 1) > NATIVE:
+        raise UserError(
+            f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: the wrong --mpp, or "
+            f"tiles of another size; --step {step:.0f} takes them as they are"
+        )
     return order, coords.round().int()
+
+
+def find_features(inputs):
+    """Files, and folders to search -> {slide id: path}, sorted."""
+    files = {}
+    for entry in map(Path, inputs):
+        if not entry.exists():
+            raise UserError(f"{entry}: no such file or folder (--features)")
+        inside = [path for _, found in walk(entry) for path in found]
+        wanted = [path for path in inside if path.suffix.lower() in (".pt", ".pth", ".h5", ".hdf5")]
+        for path in wanted if entry.is_dir() else [entry]:
+            if files.setdefault(path.stem, path) != path:
+                raise UserError(f"{files[path.stem]} and {path} have the same name; rename one: it is the slide's id")
+    if not files:
+        raise UserError(f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
+    return dict(sorted(files.items()))
 
 
 def import_features(args):
     """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens. Returns the failures."""
     data, failures, counts = Path(args.data), [], collections.Counter()
-    files = {}
-    for entry in map(Path, args.features):
-        if not entry.exists():
-            raise UserError(f"{entry}: no such file or folder (--features)")
-        for path in [entry] if entry.is_file() else [p for _, found in walk(entry) for p in found]:
-            if entry.is_file() or path.suffix.lower() in (".pt", ".pth", ".h5", ".hdf5"):
-                if files.setdefault(path.stem, path) != path:
-                    raise UserError(
-                        f"{files[path.stem]} and {path} have the same name; rename one: it is the slide's id"
-                    )
-    if not files:
-        raise UserError(f"no .pt or .h5 files below {', '.join(map(str, args.features))}")
-    given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    files = find_features(args.features)
+    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
     for folder in ("qc", "visual_tokens"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
     print(f"Found {len(files)} files of features to import into {data}.")
     with disk_errors(data):
-        for name, path in tqdm(sorted(files.items()), unit="file"):
+        for name, path in tqdm(files.items(), unit="file"):
             try:
-                kind, features, coords, about = read_foreign(path)
-                source, mark = f"imported: {kind}", f"imported:{kind}:{features.shape[1]}"
-                if encoder and coords is not None:  # the user says that this one made them
-                    source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
-                info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
-                mpp = given.get(name, given.get(path.name, args.mpp))
-                params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
-                file = data / "features" / f"{name}.safetensors"
-                if coords is not None:
-                    order, coords = tiled_coords(path, coords, about, mpp, args)
-                write_meta(data, args.preset or "7b", args.target_mpp, info)
-                if coords is None:
-                    with replacing(data / "visual_tokens" / file.name) as temporary:
-                        save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
-                elif file.exists() and not args.overwrite:
-                    check_same(file, params)
-                else:
-                    save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
-                counts[kind] += 1
+                counts[import_file(args, name, path, given_mpp(args, table, name, path), encoder)] += 1
                 note_failure(data, name)
             except UserError as error:
                 note_failure(data, name, "import", str(error))
                 failures.append((path, str(error)))
     print(f"Imported {', '.join(f'{n} slides of {kind}' for kind, n in counts.items()) or 'nothing'}.")
     return failures
+
+
+def import_file(args, name, path, mpp, encoder):
+    """One slide's features from elsewhere -> their kind. encoder: the one that the user says made them, or None."""
+    kind, features, coords, about = read_foreign(path)
+    source, mark = f"imported: {kind}", f"imported:{kind}:{features.shape[1]}"
+    if encoder and coords is not None:
+        source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
+    if coords is not None:
+        order, coords = tiled_coords(path, coords, about, mpp, args)
+    info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
+    write_meta(args.data, args.preset or "7b", args.target_mpp, info)
+    params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
+    file = args.data / "features" / f"{name}.safetensors"
+    if coords is None:
+        with replacing(args.data / "visual_tokens" / file.name) as temporary:
+            save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
+    elif file.exists() and not args.overwrite:
+        check_same(file, params)
+    else:
+        save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
+    return kind
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1105,19 +1106,15 @@ def read_qa(path):
         raise UserError(f"{path}: not a text file that can be read ({error})") from None
     if not text.strip():
         raise UserError(f"{path}: empty; expected WSI-Bench questions, a JSON list or JSON lines")
-    if text.lstrip().startswith("["):
-        try:
+    entries, number = [], 0
+    try:
+        if text.lstrip().startswith("["):
             entries = [(f"item {i}", entry) for i, entry in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    else:
-        entries = []
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                if line.strip():
-                    entries.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        else:
+            for number, line in enumerate(text.splitlines()):
+                entries += [(f"line {number + 1}", json.loads(line))] if line.strip() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number + error.lineno}: not JSON ({error.msg})") from None
     task = re.sub(r"^\d+_|_(test|train)$", "", path.stem)
     rows = []
     for where, entry in entries:
@@ -1160,26 +1157,21 @@ def import_qa(files, data, split):
     (data / "qa").mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         write_qa(data / "qa" / f"{name}.jsonl", rows)
-        slides = {row["slide"] for row in rows}
+        slides, tasks = {row["slide"] for row in rows}, {row["task"] for row in rows}
         print(
-            f"Wrote {len(rows)} questions of {len({r['task'] for r in rows})} tasks about {len(slides)} slides to "
-            f"{data}/qa/{name}.jsonl; {len(slides & have)} of these slides have features."
+            f"Wrote {len(rows)} questions of {len(tasks)} tasks about {len(slides)} slides to {data}/qa/{name}.jsonl; "
+            f"{len(slides & have)} of these slides have features."
         )
         for kind in ("task", "cancer"):
-            total, matched = (
-                collections.Counter(r[kind] or "none" for r in rows if r["slide"] in s) for s in (slides, have)
-            )
-            print(
-                f"  by {kind}: " + ", ".join(f"{value} {matched[value]} of {n}" for value, n in sorted(total.items()))
-            )
-        missing = sorted(slides - have)
-        with replacing(data / "qa" / f"{name}.unmatched.txt") as path:
-            path.write_text("".join(f"{slide}\n" for slide in missing), encoding="utf-8")
+            total = collections.Counter(row[kind] or "none" for row in rows)
+            matched = collections.Counter(row[kind] or "none" for row in rows if row["slide"] in have)
+            print(f"  by {kind}: " + ", ".join(f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())))
+        missing, path = sorted(slides - have), data / "qa" / f"{name}.unmatched.txt"
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{slide}\n" for slide in missing), encoding="utf-8")
         if missing:
-            print(
-                f"  {len(missing)} slides without features, all in {data}/qa/{name}.unmatched.txt: "
-                f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-            )
+            few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+            print(f"  {len(missing)} slides without features, all in {path}: {few}")
 
 
 def write_qa(path, rows):
