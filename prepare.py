@@ -342,12 +342,13 @@ def contours(mask):
     """
     padded = np.pad(mask, 1)
     nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # the pixels around each corner
-    rightward, down, leftward, up = se & ~ne, sw & ~se, nw & ~sw, ne & ~nw  # whether such an arrow starts there
-    arrows = np.packbits([rightward, down, leftward, up], axis=0, bitorder="little")[0]  # one bit a direction
+    arrows = np.zeros(se.shape, np.uint8)  # of each corner, one bit a direction: right, down, left, up
+    for bit, (inside, outside) in enumerate(((se, ne), (sw, se), (nw, sw), (ne, nw))):
+        arrows |= (inside & ~outside).view(np.uint8) << bit
     width = arrows.shape[1]
     bits, todo, steps = arrows.tobytes(), bytearray(arrows.tobytes()), (1, width, -1, -width)
     polygons, owner = [], {}  # owner: the polygon of an upward arrow
-    for start in np.flatnonzero(rightward | down).tolist():
+    for start in map(int, np.flatnonzero(arrows & 3)):
         first = 0 if bits[start] & 1 else 1
         if not todo[start] >> first & 1:
             continue
