@@ -21,7 +21,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import ctypes
 import datetime
 import functools
 import hashlib
@@ -65,8 +64,8 @@ TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
-BLOCK = 4  # tiles along each side of what is read at once
-REGION = 1024  # level pixels along each side of what is read at once: 4 MB, which the caches of a core still hold
+BLOCK = 4  # tiles along each side of what one reader is given at a time
+PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
 DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
@@ -84,10 +83,9 @@ class Slide:
     pixels per tiled pixel, exactly target / mpp. Raises UserError where the file is no slide or its um/px are unknown.
     """
 
-    def __init__(self, path, target=TARGET_MPP, mpp=None):
-        real = os.path.realpath(
-            path
-        )  # the folder of an MRXS or DICOM slide lies beside the file, not beside a link to it
+    def __init__(self, path, mpp=None, target=TARGET_MPP):
+        # The folder of an MRXS or DICOM slide lies beside the file, not beside a link to it.
+        real = os.path.realpath(path)
         self.path = path if Path(real).suffix != Path(path).suffix else real
         try:
             self.file = openslide.open_slide(self.path)
@@ -97,12 +95,17 @@ class Slide:
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
-        downsamples = self.file.level_downsamples
-        fine = [level for level, d in enumerate(downsamples) if d <= self.scale * (1 + NATIVE)]
+        self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
+        fine = [level for level, d in enumerate(self.downsamples) if d <= self.scale * (1 + NATIVE)]
         self.level = fine[-1] if fine else 0
-        self.zoom = self.scale / downsamples[self.level]  # level pixels per tiled pixel
+        self.zoom = self.scale / self.downsamples[self.level]  # level pixels per tiled pixel
         whole = max(1, round(self.zoom))
-        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # level pixels per tiled pixel, if whole
+        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # the same, if a whole number
+
+    @property
+    def corner(self):
+        """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from there."""
+        return [int(self.file.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
     def _recorded_mpp(self, path):
         get = self.file.properties.get
@@ -127,65 +130,51 @@ class Slide:
             f"{path}: its metadata has no um/px; give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
         )
 
-    def region(self, level, start, end):
-        """Pixels of a level from start to end, both (x, y) -> image, opaque. What lies beyond the slide is white."""
-        downsample = self.file.level_downsamples[level]
-        place = tuple(round(v * downsample) for v in start)
-        region = self.file.read_region(place, level, (int(end[0] - start[0]), int(end[1] - start[1])))
-        if region.getchannel("A").getextrema()[0] == 255:
+    def region(self, level, x, y, width, height):
+        """Pixels of a level, from its pixel (x, y) on -> opaque RGB or RGBA image. What lies beyond the slide is white."""
+        place = round(x * self.downsamples[level]), round(y * self.downsamples[level])
+        region = self.file.read_region(place, level, (width, height))
+        if np.frombuffer(region.tobytes("raw", "A"), np.uint8).min() == 255:
             return region
         white = Image.new("RGB", region.size, (255, 255, 255))  # scanners leave what they did not scan transparent
         white.paste(region, mask=region.getchannel("A"))
         return white
 
-    def tiles(self, coords, out):
-        """Neighbouring tiles, from one region that holds them all. coords [n,2] in tiled pixels; out: uint8 [n,256,256,3].
+    def tile(self, x, y):
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,3].
 
-        Every tile lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
+        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
         Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one: as scanned);
         otherwise the tile is resampled with Lanczos' filter, whose margins are read along, to exactly the target.
         """
-        exact = np.asarray(coords) * self.zoom  # corners in level pixels
+        x, y = x * self.zoom, y * self.zoom  # from here on in level pixels
         if self.average:
-            k, corners = self.average, np.rint(exact).astype(int)
-            start = corners.min(0)
-            region = self.region(self.level, start, corners.max(0) + TILE * k)
-            if k == 1:  # the fast way out of Pillow; it drops the alpha along the way
-                pixels = np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(*region.size[::-1], 3)
-            else:
-                region = region.convert("RGB")
-            for tile, (x, y) in zip(out, corners - start):
-                square = x, y, x + TILE * k, y + TILE * k
-                tile[:] = pixels[y : y + TILE, x : x + TILE] if k == 1 else region.reduce(k, square)
+            side = TILE * self.average
+            region = self.region(self.level, round(x), round(y), side, side)
+            if self.average > 1:
+                region = region.convert("RGB").reduce(self.average)
         else:
             span, margin = TILE * self.zoom, math.ceil(3 * max(1, self.zoom))
-            start = np.floor(exact.min(0)).astype(int) - margin
-            region = self.region(self.level, start, np.ceil(exact.max(0) + span).astype(int) + margin).convert("RGB")
-            for tile, (x, y) in zip(out, exact - start):
-                box = (x, y, x + span, y + span)
-                tile[:] = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
-
-    def tile(self, x, y):
-        """The tile whose upper left corner is (x, y), in tiled pixels -> uint8 [256,256,3]."""
-        out = np.empty((1, TILE, TILE, 3), np.uint8)
-        self.tiles(np.array([[x, y]]), out)
-        return out[0]
+            left, top, side = math.floor(x) - margin, math.floor(y) - margin, math.ceil(span) + 1 + 2 * margin
+            region = self.region(self.level, left, top, side, side).convert("RGB")
+            box = (x - left, y - top, x - left + span, y - top + span)
+            region = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
+        return np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(TILE, TILE, 3)
 
     def thumbnail(self, pixel):
         """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
         and not memory."""
         width, height = (max(1, int(side / pixel)) for side in (self.width, self.height))
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        zoom = self.scale * pixel / self.file.level_downsamples[level]  # level pixels per pixel
-        picture, side = Image.new("RGB", (width, height)), max(1, int(REGION / zoom))
+        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
+        picture, side = Image.new("RGB", (width, height)), max(1, int(PART / zoom))
         for y, x in itertools.product(range(0, height, side), range(0, width, side)):
             size = min(side, width - x), min(side, height - y)
-            box = np.array([x, y, x + size[0], y + size[1]]) * zoom
-            start = np.floor(box[:2])
-            part = self.region(level, start, np.ceil(box[2:]))
-            picture.paste(
-                part.convert("RGB").resize(size, Image.Resampling.BOX, tuple(box - np.tile(start, 2))), (x, y)
-            )
+            left, top = math.floor(x * zoom), math.floor(y * zoom)
+            right, bottom = (x + size[0]) * zoom, (y + size[1]) * zoom
+            part = self.region(level, left, top, math.ceil(right) - left, math.ceil(bottom) - top).convert("RGB")
+            box = (x * zoom - left, y * zoom - top, right - left, bottom - top)
+            picture.paste(part.resize(size, Image.Resampling.BOX, box), (x, y))
         return picture
 
 
@@ -257,6 +246,11 @@ def read_mpp_csv(path):
     return found
 
 
+def given_mpp(args, table, name, path):
+    """What --mpp-csv and --mpp say of a slide, or None."""
+    return table.get(name, table.get(path.name, args.mpp))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tissue and tiles
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,24 +306,14 @@ def draw_tiles(coords, name, max_tiles, seed):
     return coords[np.sort(rng.choice(len(coords), max_tiles, replace=False))]
 
 
-def blocks(coords, step, zoom):
-    """Tiles [N,2] -> arrays of indices: neighbours, up to 4 x 4, to be read as one region, so that no JPEG tile of the slide
-    is decoded for each of the tiles that share it. Where tissue is sparse, a block is halved until it is mostly tiles."""
-    side = int(np.clip((REGION / zoom - TILE) // step + 1, 1, BLOCK))
-
-    def compact(group):
-        low = coords[group].min(0)
-        span = (coords[group].max(0) - low) // step + 1
-        if len(group) >= 0.6 * span.prod():
-            return [group]
-        axis = span.argmax()
-        first = coords[group, axis] < low[axis] + span[axis] // 2 * step
-        return compact(group[first]) + compact(group[~first])
-
+def blocks(coords, step):
+    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the other decodes the
+    JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of these."""
+    side = int(np.clip((BLOCK - 1) * TILE // step + 1, 1, BLOCK))
     cells = coords // (step * side)
     order = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
     borders = np.flatnonzero((np.diff(cells[order], axis=0) != 0).any(1)) + 1
-    return [part for group in np.split(order, borders) if len(group) for part in compact(group)]
+    return np.split(order, borders) if len(order) else []
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -357,43 +341,41 @@ def draw_qc(path, picture, pixel, mask, coords):
 def contours(mask):
     """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of corners (x, y).
 
-    Every edge between inside and outside is an arrow with the inside on its right. A ring follows the arrows and turns
-    right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise on the screen, holes do not.
+    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A ring follows
+    the arrows and turns right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise.
     """
     padded = np.pad(mask, 1)
-    arrows = set()
-    for dx, dy in ((1, 0), (0, 1), (-1, 0), (0, -1)):  # along the top, right, bottom and left edges of pixels
-        y, x = np.nonzero(
-            padded & ~np.roll(padded, (dx, -dy), (0, 1))
-        )  # whose neighbour on the left of the arrow is outside
-        x, y = x - 1 + (dx - dy < 0) * 1, y - 1 + (dx + dy < 0) * 1
-        arrows |= {(int(a), int(b), dx, dy) for a, b in zip(x, y)}
-    todo, outer, holes = set(arrows), [], []
-    for arrow in sorted(arrows):
-        x, y, dx, dy = arrow
-        inside, ring = (x + (dx - dy) / 2, y + (dx + dy) / 2), []
-        while arrow in todo:
-            todo.remove(arrow)
-            x, y, dx, dy = arrow
-            x, y = x + dx, y + dy
-            turn = next(t for t in ((-dy, dx), (dx, dy), (dy, -dx)) if (x, y, *t) in arrows)
-            if turn != (dx, dy):
-                ring.append((x, y))
-            arrow = (x, y, *turn)
-        if ring:
-            a, b = np.array(ring), np.roll(ring, -1, axis=0)
-            area = (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum() / 2
-            upright = a[:, 0] == b[:, 0]  # of its edges, those that a ray to the left can cross
-            lines = a[upright, 0], np.minimum(a, b)[upright, 1], np.maximum(a, b)[upright, 1]
-            (outer if area > 0 else holes).append((abs(area), ring, lines, inside))
-    polygons = [[ring] for _, ring, _, _ in outer]
-    for _, ring, _, (x, y) in holes:  # a hole belongs to the smallest outline around the pixel beside it
-        around = [
-            (area, i)
-            for i, (area, _, (at, low, high), _) in enumerate(outer)
-            if ((at < x) & (low < y) & (y < high)).sum() % 2
-        ]
-        polygons[min(around)[1]].append(ring)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # the pixels around each corner
+    arrows = np.zeros(se.shape, np.uint8)  # of each corner, one bit a direction: right, down, left, up
+    for bit, (inside, outside) in enumerate(((se, ne), (sw, se), (nw, sw), (ne, nw))):
+        arrows |= (inside & ~outside).view(np.uint8) << bit
+    width = arrows.shape[1]
+    bits, todo, steps = arrows.tobytes(), bytearray(arrows.tobytes()), (1, width, -1, -width)
+    polygons, owner = [], {}  # owner: the polygon of an upward arrow
+    for start in map(int, np.flatnonzero(arrows & 3)):
+        first = 0 if bits[start] & 1 else 1
+        if not todo[start] >> first & 1:
+            continue
+        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right and a hole
+        # down: the hole lies in the polygon of the next upward arrow to the left, which borders on the same pixels.
+        if first == 0:
+            n = len(polygons)
+            polygons.append([])
+        else:
+            n = owner[next(i for i in range(start, -1, -1) if bits[i] & 8)]
+        ring, at, direction = [], start, first
+        while todo[at] >> direction & 1:
+            todo[at] ^= 1 << direction
+            if direction == 3:
+                owner[at] = n
+            at += steps[direction]
+            turn = next(
+                turn for turn in (1, 0, 3) if bits[at] >> (direction + turn) % 4 & 1
+            )  # right, straight on, left
+            if turn:
+                ring.append((at % width, at // width))
+            direction = (direction + turn) % 4
+        polygons[n].append(ring)
     return polygons
 
 
@@ -401,18 +383,16 @@ def write_geojson(path, slide, mask, coords):
     """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the tiles tile objects."""
 
     def feature(kind, rings, name, scale):
-        return json.dumps(wsi_llava.geojson_feature(kind, rings, scale, classification={"name": name}, isLocked=True))
+        about = {"classification": {"name": name}, "isLocked": True}
+        return json.dumps(wsi_llava.geojson_feature(kind, rings, scale, slide.corner, **about))
 
+    tissue = (feature("annotation", rings, "Tissue", MASK * slide.scale) for rings in contours(mask))
+    tiles = (feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale) for x, y in coords.tolist())
     with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
-        comma = "\n"
-        for rings in contours(mask):
-            file.write(comma + feature("annotation", rings, "Tissue", MASK * slide.scale))
-            comma = ",\n"
-        for x, y in coords.tolist():
-            file.write(comma + feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale))
-            comma = ",\n"
-        file.write("\n]}\n")
+        for i, text in enumerate(itertools.chain(tissue, tiles)):
+            file.write(",\n" * (i > 0) + text)
+        file.write("]}\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -432,11 +412,6 @@ def start_reader(memory):
     global slots
     slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    if (
-        sys.platform == "linux"
-    ):  # keep freed memory: each block's megabytes would come from the system anew, page by page
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
 
@@ -446,7 +421,7 @@ def survey(name, path, params, data, geojson):
 
     data None: no pictures. Raises SlideError, whatever the file does to its reader; OSError where the pictures cannot be written.
     """
-    step, source = "open", (str(path), params["target_mpp"], params["mpp"])
+    step, source = "open", (str(path), params["mpp"], params["target_mpp"])
     try:
         slide = open_slide(*source)
         step = "tissue"
@@ -468,32 +443,24 @@ def survey(name, path, params, data, geojson):
         draw_qc(data / "qc" / f"{name}.jpg", picture, pixel, mask, coords)
         if geojson:
             write_geojson(data / "qc" / f"{name}.geojson", slide, mask, coords)
-    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "zoom", "level")}
+    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "level")}
     about = {"name": name, "path": path, "coords": coords, "size": slide.file.dimensions, "dropped": 0}
     return about | facts | {"reader": source, "step": params["step"]}
 
 
 def read_block(source, coords, slot):
-    """Tiles that lie together -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot.
-
-    OpenSlide refuses everything after an error: so the slide is opened anew, the block read again, then tile by tile.
-    """
-    failed = None
-
-    def attempt(part):
-        nonlocal failed
-        for _ in range(2):
+    """Neighbouring tiles -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot."""
+    read, failed = np.zeros(len(coords), bool), None
+    for i, (x, y) in enumerate(coords.tolist()):
+        for _ in range(2):  # OpenSlide refuses everything after an error: so the slide is opened anew
             try:
-                open_slide(*source).tiles(coords[part], slots[slot, part])
-                return True
+                slots[slot, i] = open_slide(*source).tile(x, y)
+                read[i] = True
+                break
             except Exception as error:
                 failed = str(error)
                 open_slide.cache_clear()
-        return False
-
-    if not len(coords) or attempt(slice(0, len(coords))):
-        return np.ones(len(coords), bool), None
-    return np.array([attempt(slice(i, i + 1)) for i in range(len(coords))]), failed
+    return read, failed
 
 
 def ahead(pool, function, jobs, depth):
@@ -536,12 +503,12 @@ class Readers:
 
         def jobs():
             for plan in plans:
-                for part in blocks(plan["coords"], plan["step"], plan["zoom"]):
+                for part in blocks(plan["coords"], plan["step"]):
                     if plan["dropped"] > DROPPED * len(plan["coords"]):
                         break  # it has failed
                     slot = next(slots)
                     yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
-                yield (plan, None, 0), (plan["reader"], (), 0)  # reads nothing: the end of the slide
+                yield (plan, None, 0), (plan["reader"], plan["coords"][:0], 0)  # reads nothing: the end of the slide
 
         for (plan, part, slot), future in ahead(self.pool, read_block, jobs(), self.depth):
             read, error = future.result()
@@ -624,40 +591,34 @@ def claims_file(data):
     return open(data / ".claims", "ab")  # for good: closing it would give up every lock that this process has on it
 
 
-def claim(data, name, wait=False):
-    """Whether this process alone may work on `name` in the folder from now on, until release() or its death, however it dies.
+def claim(data, name, how="try"):
+    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies, however it dies.
 
-    A lock on one byte of data/.claims, at a place that follows from the name: nothing is left to clean up.
+    how: "try", "wait" or "give up". A lock on one byte of data/.claims, at a place that follows from the name: nothing is
+    left to clean up.
     """
     file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            modes = {"try": fcntl.LOCK_EX | fcntl.LOCK_NB, "wait": fcntl.LOCK_EX, "give up": fcntl.LOCK_UN}
+            fcntl.lockf(file, modes[how], 1, place)
         else:
+            modes = {"try": msvcrt.LK_NBLCK, "wait": msvcrt.LK_LOCK, "give up": msvcrt.LK_UNLCK}
             os.lseek(file.fileno(), place, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), modes[how], 1)
     except (BlockingIOError, PermissionError):  # which of the two depends on the system
         return False
     return True
 
 
-def release(data, name):
-    file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-    if fcntl:
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
-    else:
-        os.lseek(file.fileno(), place, os.SEEK_SET)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-
-
 @contextlib.contextmanager
 def alone(data, what):
     """Waits until no other process is at `what`."""
-    claim(data, f"/{what}", wait=True)  # no slide is called so
+    claim(data, f"/{what}", "wait")  # no slide is called so
     try:
         yield
     finally:
-        release(data, f"/{what}")
+        claim(data, f"/{what}", "give up")
 
 
 def sweep(data):
@@ -671,7 +632,7 @@ def sweep(data):
             name = "/sheets" if re.fullmatch(r"index(-\d+)?\.jpg", name) else name.rsplit(".", 1)[0]
         if claim(data, name):
             path.unlink(missing_ok=True)
-            release(data, name)
+            claim(data, name, "give up")
 
 
 def read_failures(data):
@@ -706,32 +667,29 @@ def open_data(args):
         if old["encoder"]["source"] != "untrained" and not old["encoder"]["source"].startswith("imported"):
             args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
     encoder, source = wsi_llava.pick_tile_encoder(args)
-    info = {"source": str(source) if source else "untrained", "fingerprint": wsi_llava.fingerprint(encoder)}
-    preset = args.preset or ("demo" if source is None else "7b")
+    info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
+    preset = args.preset or ("7b" if source else "demo")
     return {"encoder": info} if args.dry_run else write_meta(data, preset, args.target_mpp, info), encoder
 
 
 def write_meta(data, preset, mpp, encoder):
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
+    """Makes the folder and its meta.json, or checks them -> what meta.json holds."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
     with alone(data, "meta.json"):
-        if (data / "meta.json").exists():
-            old = wsi_llava.read_meta(data)
-            if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
-                raise UserError(
-                    f"{data} holds features of another tile encoder ({old['encoder']['source']}, not "
-                    f"{encoder['source']}); name a new folder with --data"
-                )
-            if old["mpp"] != mpp:
-                raise UserError(
-                    f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
-                )
-            return old
-        with replacing(data / "meta.json") as path:
-            path.write_text(json.dumps(meta, indent=2))
-    return meta
+        if not (data / "meta.json").exists():
+            with replacing(data / "meta.json") as path:
+                path.write_text(json.dumps(meta, indent=2))
+        old = wsi_llava.read_meta(data)
+    if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
+        clash = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
+    elif old["mpp"] != mpp:
+        clash = f"at {old['mpp']} um/px, not {mpp}"
+    else:
+        return old
+    raise UserError(f"{data} holds features {clash}; name a new folder with --data")
 
 
 @contextlib.contextmanager
@@ -752,7 +710,7 @@ class Preparation:
         self.args, self.data, self.slides, self.started = args, Path(args.data), slides, time.time()
         self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
         self.meta, self.encoder = open_data(args)
-        self.at_hand, self.settled = {}, set()  # slides that are claimed; slides that this run is through with
+        self.at_hand, self.settled = set(), set()  # slides that are claimed; slides that this run is through with
         self.failures, self.busy, self.notes = [], [], {}
         self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
         self.todo = []
@@ -764,11 +722,11 @@ class Preparation:
 
     def params(self, name):
         """What a slide's features depend on, beside the slide."""
-        args, path = self.args, self.slides[name]
+        args = self.args
         return {
             "tile": TILE,
             "target_mpp": args.target_mpp,
-            "mpp": self.given.get(name, self.given.get(path.name, args.mpp)),
+            "mpp": given_mpp(args, self.given, name, self.slides[name]),
             "min_tissue": args.min_tissue,
             "step": args.step,
             "max_tiles": args.max_tiles,
@@ -784,24 +742,23 @@ class Preparation:
         file = self.file(name)
         return file.exists() and not (self.args.overwrite and file.stat().st_mtime < self.started)
 
-    def surveys(self, readers, names):
-        """Yields the plans of the slides that can be opened, in order; the others are failures."""
+    def take(self, names):
+        """Claims one slide after the other, for as long as it is in hand; yields those that are left to do."""
+        for name in names:
+            if not claim(self.data, name):
+                self.busy.append(name)
+                self.settle(name)
+                continue
+            self.at_hand.add(name)
+            if self.is_done(name):  # another process was faster
+                self.settle(name)
+            else:
+                yield name
 
-        def jobs():
-            for name in names:
-                if not self.args.dry_run:
-                    if not claim(self.data, name):
-                        self.busy.append(name)
-                        self.settle(name)
-                        continue
-                    self.at_hand[name] = True
-                    if self.is_done(name):  # another process was faster
-                        self.settle(name)
-                        continue
-                data = None if self.args.dry_run else self.data
-                yield name, (name, self.slides[name], self.params(name), data, self.args.geojson)
-
-        for name, future in readers.surveys(jobs()):
+    def surveys(self, readers, names, data):
+        """Yields the plans of the slides that can be opened, in order; the others are failures. data: see survey."""
+        jobs = ((n, (n, self.slides[n], self.params(n), data, self.args.geojson)) for n in names)
+        for name, future in readers.surveys(jobs):
             try:
                 yield future.result()
             except SlideError as error:
@@ -809,30 +766,14 @@ class Preparation:
 
     def run(self, names):
         """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know which it was."""
-        batches = Batches(self.encoder, self.args.batch, self.args.device)
         try:
             with Readers(self.args.workers) as readers:
-                for plan, places, tiles, error in readers.tiles(self.surveys(readers, names)):
-                    if plan["name"] in self.settled:
-                        continue  # it has failed
-                    if plan["dropped"] > DROPPED * len(plan["coords"]):
-                        batches.clear()
-                        lost = f"{plan['path']}: over {DROPPED:.0%} of its {len(plan['coords'])} tiles cannot be decoded ({error})"
-                        self.fail(plan["name"], "read", lost)
-                    elif places is None:
-                        self.finish(plan, *batches.finish())
-                    else:
-                        batches.add(places, tiles)
-                        self.tiles += len(places)
-                        self.bar.set_postfix_str(
-                            f"{self.tiles / (time.time() - self.started):.0f} tiles/s, {plan['name'][:24]}"
-                        )
+                self.encode(readers.tiles(self.surveys(readers, self.take(names), self.data)))
         except BrokenProcessPool:
             suspects = list(self.at_hand)
             if not suspects:
-                raise UserError(
-                    "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
-                ) from None
+                message = "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
+                raise UserError(message) from None
             if len(names) == 1:
                 message = f"{self.slides[names[0]]}: the process that read it died (a damaged file, or no memory left)"
                 self.fail(names[0], "read", message)
@@ -841,27 +782,42 @@ class Preparation:
                 self.run([name])
             self.run([name for name in names if name not in self.settled])
 
+    def encode(self, stream):
+        """Takes the tiles of all slides, block by block, to their features. stream: of Readers.tiles."""
+        batches = Batches(self.encoder, self.args.batch, self.args.device)
+        for plan, places, tiles, error in stream:
+            name, n = plan["name"], len(plan["coords"])
+            if name in self.settled:
+                continue  # it has failed
+            if plan["dropped"] > DROPPED * n:
+                batches.clear()
+                self.fail(
+                    name, "read", f"{plan['path']}: over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
+                )
+            elif places is None:
+                self.finish(plan, *batches.finish())
+            else:
+                batches.add(places, tiles)
+                self.tiles += len(places)
+                speed = self.tiles / (time.time() - self.started)
+                self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
+
     def finish(self, plan, places, features):
-        name = plan["name"]
+        name, facts = plan["name"], {key: plan[key] for key in ("mpp", "scale")}
         if not features.isfinite().all():
             self.fail(name, "encode", f"{plan['path']}: its features are not finite; try --dtype float32")
             return
-        metadata = {
-            "width": plan["size"][0],
-            "height": plan["size"][1],
-            "mpp": plan["mpp"],
-            "mpp_source": plan["source"],
-        }
-        metadata |= {"scale": plan["scale"], "dropped": int(plan["dropped"]), "params": self.params(name)}
-        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), metadata)
+        facts |= {"mpp_source": plan["source"], "dropped": int(plan["dropped"]), "params": self.params(name)}
+        facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
+        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), facts)
         note_failure(self.data, name)
         self.written.append(len(places))
-        for what, holds in [
+        for what, holds in (
             ("um/px taken from the objective power", plan["source"] == "objective power"),
             ("coarser than the target, enlarged", plan["scale"] < 1 - NATIVE),
             (f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded", plan["dropped"]),
             ("no tissue found", not len(plan["coords"])),
-        ]:
+        ):
             if holds:
                 self.notes.setdefault(what, []).append(name)
         self.settle(name)
@@ -873,17 +829,19 @@ class Preparation:
         self.settle(name)
 
     def settle(self, name):
+        """This run is through with the slide."""
         self.settled.add(name)
         self.bar.update()
-        if self.at_hand.pop(name, None):
-            release(self.data, name)
+        if name in self.at_hand:
+            self.at_hand.remove(name)
+            claim(self.data, name, "give up")
 
     def summary(self):
-        spent = time.time() - self.started
+        spent = datetime.timedelta(seconds=round(time.time() - self.started))
+        speed = self.tiles / (time.time() - self.started)
         print(
-            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to "
-            f"{self.data}/features in {datetime.timedelta(seconds=round(spent))} ({self.tiles / spent:.0f} tiles/s), "
-            f"pictures to {self.data}/qc."
+            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to {self.data}/features in {spent} "
+            f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
         )
         if self.busy:
             self.notes["left to another run that is at work on them"] = self.busy
@@ -893,59 +851,53 @@ class Preparation:
     def estimate(self):
         """--dry-run: what there is and how long it would take, by the speed of a first few batches."""
         with Readers(self.args.workers) as readers:
-            plans = list(self.surveys(readers, self.todo))
+            plans = list(self.surveys(readers, self.todo, None))
             seconds, batches = 0.0, Batches(self.encoder, self.args.batch, self.args.device)
-            if any(len(plan["coords"]) for plan in plans):
-                plan = max(plans, key=lambda plan: len(plan["coords"]))
-                coords = plan["coords"][: 3 * self.args.batch]
-                for _ in range(2):  # the first time warms up
-                    started = time.time()
-                    for _, places, tiles, _ in readers.tiles([plan | {"coords": coords}]):
-                        if places is not None:
-                            batches.add(places, tiles)
-                    batches.finish()
-                    seconds = (time.time() - started) / len(coords)
+            largest = max((plan for plan in plans if len(plan["coords"])), key=lambda p: len(p["coords"]), default=None)
+            for _ in range(2 if largest else 0):  # the first time warms up
+                started, coords = time.time(), largest["coords"][: 3 * self.args.batch]
+                for _, places, tiles, _ in readers.tiles([largest | {"coords": coords}]):
+                    if places is not None:
+                        batches.add(places, tiles)
+                batches.finish()
+                seconds = (time.time() - started) / len(coords)
         self.bar.close()
         width = max([5, *(len(plan["name"]) for plan in plans)])
-        print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  level  {'tiles':>8}  {'time':>8}")
-        plans.append({"name": "all", "tiles": sum(len(plan["coords"]) for plan in plans)})
+
+        def line(name, size, mpp, source, level, n, took):
+            print(f"{name:{width}}  {size:>15}  {mpp:>7}  {source:15}  {level:>5}  {n:>8}  {took!s:>8}")
+
+        line("slide", "level-0 size", "um/px", "from", "level", "tiles", "time")
+        plans.append({"name": "all", "coords": range(sum(len(plan["coords"]) for plan in plans))})
         for plan in plans:
-            tiles = plan.get("tiles", len(plan.get("coords", ())))
-            size = "{} x {}".format(*plan["size"]) if "size" in plan else ""
-            print(
-                f"{plan['name']:{width}}  {size:>15}  {plan.get('mpp', ''):>7.6}  {plan.get('source', ''):15}  "
-                f"{plan.get('level', ''):>5}  {tiles:>8,}  {datetime.timedelta(seconds=round(tiles * seconds))!s:>8}"
-            )
+            n, size = len(plan["coords"]), "{} x {}".format(*plan.get("size", "  "))
+            mpp, source, level = (plan.get(key, "") for key in ("mpp", "source", "level"))
+            line(plan["name"], size, f"{mpp:.6}", source, level, n, datetime.timedelta(seconds=round(n * seconds)))
 
 
 def prepare_slides(args, slides):
     """All slides of {id: path}, resuming where an earlier run stopped. Returns the failures, [(path, message)]."""
-    data = Path(args.data)
-    with disk_errors(data):
+    with disk_errors(args.data):
         work = Preparation(args, slides)
         if work.meta["encoder"]["source"] == "untrained":
-            print(
-                "No GigaPath weights found or named: tiles go through a small untrained encoder, for trying the pipeline only."
-            )
+            print("No GigaPath weights found or named: a small untrained encoder serves, for trying the pipeline only.")
         print(
             f"Found {len(slides)} slides, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
-            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {data}/features, with "
+            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {args.data}/features, with "
             f"{args.workers} readers."
         )
         work.encoder.to(args.device, args.dtype)
         with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
             if args.dry_run:
                 work.estimate()
-            else:
-                sweep(data)
-                try:
-                    work.run(work.todo)
-                except torch.OutOfMemoryError:
-                    raise UserError(
-                        f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
-                    ) from None
-        if not args.dry_run:
-            work.summary()
+                return work.failures
+            sweep(args.data)
+            try:
+                work.run(work.todo)
+            except torch.OutOfMemoryError:
+                message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
+                raise UserError(message) from None
+        work.summary()
     return work.failures
 
 
@@ -953,39 +905,41 @@ def contact_sheets(data, columns=10, rows=10, cell=192):
     """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
     failures = read_failures(data)
     counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
-    names = sorted({*counts, *failures})
-    font, pages = (
-        ImageFont.load_default(13),
-        [names[i : i + columns * rows] for i in range(0, len(names), columns * rows)],
-    )
-    wanted = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
-    for path, page in zip(wanted, pages):
-        size = min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)
-        sheet = Image.new("RGB", size, (255, 255, 255))
-        draw = ImageDraw.Draw(sheet)
+    names, n = sorted({*counts, *failures}), columns * rows
+    pages = [names[i : i + n] for i in range(0, len(names), n)]
+    paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
+    for path, page in zip(paths, pages):
+        sheet = Image.new(
+            "RGB", (min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)), "white"
+        )
         for i, name in enumerate(page):
-            x, y = i % columns * cell, i // columns * (cell + 36)
-            picture = data / "qc" / f"{name}.jpg"
-            if picture.exists():
-                small = Image.open(picture)
-                small.draft("RGB", (cell, cell))
-                small.thumbnail((cell - 12, cell - 12))
-                sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-            text, colour = f"{counts.get(name, 0):,} tiles", (90, 90, 90)
+            text, colour = f"{counts.get(name, 0):,} tiles", None
             if name in failures:
                 text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
             elif not counts[name]:
                 text, colour = "NO TISSUE", (210, 120, 0)
-            if colour != (90, 90, 90):
-                draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
-            shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
-            draw.text((x + cell / 2, y + cell + 2), shown, (0, 0, 0), font, anchor="ma")
-            draw.text((x + cell / 2, y + cell + 17), text, colour, font, anchor="ma")
+            corner = i % columns * cell, i // columns * (cell + 36)
+            draw_cell(sheet, corner, cell, data / "qc" / f"{name}.jpg", name, text, colour)
         with replacing(path) as temporary:
             sheet.save(temporary, "JPEG", quality=85)
     for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
-        if re.fullmatch(r"index-\d+", path.stem) and path not in wanted:
+        if re.fullmatch(r"index-\d+", path.stem) and path not in paths:
             path.unlink()
+
+
+def draw_cell(sheet, corner, cell, picture, name, text, colour):
+    """One slide's place on a sheet; with a colour, in a frame of it."""
+    (x, y), draw, font = corner, ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    if picture.exists():
+        small = Image.open(picture)
+        small.draft("RGB", (cell, cell))
+        small.thumbnail((cell - 12, cell - 12))
+        sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
+    if colour:
+        draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
+    shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
+    draw.text((x + cell / 2, y + cell + 2), shown, "black", font, anchor="ma")
+    draw.text((x + cell / 2, y + cell + 17), text, colour or (90, 90, 90), font, anchor="ma")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -994,125 +948,134 @@ def contact_sheets(data, columns=10, rows=10, cell=192):
 
 
 def read_foreign(path):
-    """One file of features -> (kind, features [N,C], coords [N,2] at level 0 or None, what else it says of them).
+    """One file of features -> (kind, features float16 [N,C], coords [N,2] at level 0 or None, what else it says of them).
 
     The authors' .pt (visual tokens [576,1024], without coords), GigaPath's dict {"tile_embeds", "coords"}, and the .h5 of
     TRIDENT (whose coords have attributes) and of CLAM (whose have none). Raises UserError for anything else.
     """
     about = {}
     if path.suffix.lower() in (".h5", ".hdf5"):
-        try:
-            import h5py
-        except ImportError:
-            raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
-        try:
-            with h5py.File(path) as file:
-                features, coords = (torch.from_numpy(file[key][()]) for key in ("features", "coords"))
-                about = dict(file["coords"].attrs)
-        except (OSError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not an HDF5 file with datasets features and coords ({error})") from None
+        features, coords, about = read_hdf5(path)
         kind = "TRIDENT" if "patch_size_level0" in about else "CLAM"
     else:
-        tensors = wsi_llava.read_tensors(path)
-        if isinstance(tensors, torch.Tensor) and tensors.dim() == 2 and tensors.shape == (576, 1024):
-            kind, features, coords = "visual tokens", tensors, None
-        elif isinstance(tensors, dict) and {"tile_embeds", "coords"} <= set(tensors):
-            kind, features, coords = "GigaPath", tensors["tile_embeds"], tensors["coords"]
+        found = wsi_llava.read_tensors(path)
+        if isinstance(found, torch.Tensor):
+            kind, features, coords, what = "visual tokens", found, None, f"a tensor {list(found.shape)}"
         else:
-            what = (
-                f"a tensor {list(tensors.shape)}" if isinstance(tensors, torch.Tensor) else f"keys {list(tensors)[:5]}"
-            )
-            raise UserError(
-                f"{path}: holds {what}, neither visual tokens [576,1024] nor GigaPath's tile_embeds and coords"
-            )
+            kind, what = "GigaPath", f"keys {list(found)[:5]}"
+            features, coords = found.get("tile_embeds"), found.get("coords")
+        if features is None or (coords is None and (kind == "GigaPath" or features.shape != (576, 1024))):
+            expected = "neither visual tokens [576,1024] nor GigaPath's tile_embeds and coords"
+            raise UserError(f"{path}: holds {what}, {expected}")
+    finite = True
     if coords is not None:
         features, coords = (x[0] if x.dim() == 3 and len(x) == 1 else x for x in (features, coords))
         if features.dim() != 2 or coords.shape != (len(features), 2):
-            raise UserError(
-                f"{path}: features {list(features.shape)} and coords {list(coords.shape)} are not [N,C] and [N,2]"
-            )
+            shapes = f"features {list(features.shape)} and coords {list(coords.shape)}"
+            raise UserError(f"{path}: {shapes} are not [N,C] and [N,2]")
+        finite = (coords.double().isfinite() & (coords >= 0)).all()
     features = features.to(torch.float16)
-    if not features.isfinite().all() or (coords is not None and not (coords.double().isfinite() & (coords >= 0)).all()):
-        raise UserError(
-            f"{path}: some of its features or coordinates are not finite in half precision, or are negative"
-        )
+    if not (finite and features.isfinite().all()):
+        raise UserError(f"{path}: some features or coordinates are not finite in half precision, or are negative")
     return kind, features, coords, about
 
 
+def read_hdf5(path):
+    """-> features, coords, the attributes of the coords."""
+    try:
+        import h5py
+    except ImportError:
+        raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
+    try:
+        with h5py.File(path) as file:
+            return *(torch.from_numpy(file[key][()]) for key in ("features", "coords")), dict(file["coords"].attrs)
+    except (OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an HDF5 file with datasets features and coords ({error})") from None
+
+
 def tiled_coords(path, coords, about, mpp, args):
-    """Level-0 coordinates -> int32 [N,2] in pixels at the tiled resolution. Raises UserError where the scale is not known,
-    or where it makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution."""
+    """Level-0 coordinates -> (their raster order [N], int32 [N,2] in that order, in pixels at the tiled resolution).
+
+    Raises UserError where the scale is not known, or where it makes tiles that do not lie --step apart: then the scale is
+    wrong, or the tiles are of another resolution.
+    """
     if mpp:
         scale = args.target_mpp / mpp
     elif "patch_size_level0" in about and about.get("target_magnification"):  # 20x is 0.5 um/px there
         magnified = float(about["patch_size_level0"]) / float(about["patch_size"])
         scale = magnified * args.target_mpp * float(about["target_magnification"]) / 10
     else:
-        raise UserError(
-            f"{path}: does not say the um/px of its coordinates (level 0); give them with --mpp or --mpp-csv"
-        )
-    order = np.lexsort(coords.double().numpy().T)  # raster order: y, then x
+        raise UserError(f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
+    order = np.lexsort(coords.double().numpy().T)  # y, then x
     coords = coords[torch.from_numpy(order)].double() / scale
     steps = coords.diff(dim=0)
-    steps = steps[(steps[:, 1] == 0), 0].round()
-    if len(steps):
-        step = steps.mode().values.item()
-        if abs(step / args.step - 1) > NATIVE:
-            raise UserError(
-                f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: the wrong --mpp, or "
-                f"tiles of another size; --step {step:.0f} takes them as they are"
-            )
+    steps = steps[(steps[:, 1] == 0), 0].round()  # from tile to tile within the rows
+    step = steps.mode().values.item() if len(steps) else args.step
+    if abs(step / args.step - 1) > NATIVE:
+        raise UserError(
+            f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: the wrong --mpp, or "
+            f"tiles of another size; --step {step:.0f} takes them as they are"
+        )
     return order, coords.round().int()
+
+
+def find_features(inputs):
+    """Files, and folders to search -> {slide id: path}, sorted."""
+    files = {}
+    for entry in map(Path, inputs):
+        if not entry.exists():
+            raise UserError(f"{entry}: no such file or folder (--features)")
+        inside = [path for _, found in walk(entry) for path in found]
+        wanted = [path for path in inside if path.suffix.lower() in (".pt", ".pth", ".h5", ".hdf5")]
+        for path in wanted if entry.is_dir() else [entry]:
+            if files.setdefault(path.stem, path) != path:
+                raise UserError(f"{files[path.stem]} and {path} have the same name; rename one: it is the slide's id")
+    if not files:
+        raise UserError(f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
+    return dict(sorted(files.items()))
 
 
 def import_features(args):
     """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens. Returns the failures."""
     data, failures, counts = Path(args.data), [], collections.Counter()
-    files = {}
-    for entry in map(Path, args.features):
-        if not entry.exists():
-            raise UserError(f"{entry}: no such file or folder (--features)")
-        for path in [entry] if entry.is_file() else [p for _, found in walk(entry) for p in found]:
-            if entry.is_file() or path.suffix.lower() in (".pt", ".pth", ".h5", ".hdf5"):
-                if files.setdefault(path.stem, path) != path:
-                    raise UserError(
-                        f"{files[path.stem]} and {path} have the same name; rename one: it is the slide's id"
-                    )
-    if not files:
-        raise UserError(f"no .pt or .h5 files below {', '.join(map(str, args.features))}")
-    given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    files = find_features(args.features)
+    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
     for folder in ("qc", "visual_tokens"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
     print(f"Found {len(files)} files of features to import into {data}.")
     with disk_errors(data):
-        for name, path in tqdm(sorted(files.items()), unit="file"):
+        for name, path in tqdm(files.items(), unit="file"):
             try:
-                kind, features, coords, about = read_foreign(path)
-                source, mark = f"imported: {kind}", f"imported:{kind}:{features.shape[1]}"
-                if encoder and coords is not None:  # the user says that this one made them
-                    source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
-                info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
-                mpp = given.get(name, given.get(path.name, args.mpp))
-                params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
-                file = data / "features" / f"{name}.safetensors"
-                if coords is not None:
-                    order, coords = tiled_coords(path, coords, about, mpp, args)
-                write_meta(data, args.preset or "7b", args.target_mpp, info)
-                if coords is None:
-                    with replacing(data / "visual_tokens" / file.name) as temporary:
-                        save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
-                elif file.exists() and not args.overwrite:
-                    check_same(file, params)
-                else:
-                    save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
-                counts[kind] += 1
+                counts[import_file(args, name, path, given_mpp(args, table, name, path), encoder)] += 1
                 note_failure(data, name)
             except UserError as error:
                 note_failure(data, name, "import", str(error))
                 failures.append((path, str(error)))
     print(f"Imported {', '.join(f'{n} slides of {kind}' for kind, n in counts.items()) or 'nothing'}.")
     return failures
+
+
+def import_file(args, name, path, mpp, encoder):
+    """One slide's features from elsewhere -> their kind. encoder: the one that the user says made them, or None."""
+    kind, features, coords, about = read_foreign(path)
+    source, mark = f"imported: {kind}", f"imported:{kind}:{features.shape[1]}"
+    if encoder and coords is not None:
+        source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
+    if coords is not None:
+        order, coords = tiled_coords(path, coords, about, mpp, args)
+    info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
+    write_meta(args.data, args.preset or "7b", args.target_mpp, info)
+    params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
+    file = args.data / "features" / f"{name}.safetensors"
+    if coords is None:
+        with replacing(args.data / "visual_tokens" / file.name) as temporary:
+            save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
+    elif file.exists() and not args.overwrite:
+        check_same(file, params)
+    else:
+        save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
+    return kind
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1136,19 +1099,15 @@ def read_qa(path):
         raise UserError(f"{path}: not a text file that can be read ({error})") from None
     if not text.strip():
         raise UserError(f"{path}: empty; expected WSI-Bench questions, a JSON list or JSON lines")
-    if text.lstrip().startswith("["):
-        try:
+    entries, number = [], 0
+    try:
+        if text.lstrip().startswith("["):
             entries = [(f"item {i}", entry) for i, entry in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    else:
-        entries = []
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                if line.strip():
-                    entries.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        else:
+            for number, line in enumerate(text.splitlines()):
+                entries += [(f"line {number + 1}", json.loads(line))] if line.strip() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number + error.lineno}: not JSON ({error.msg})") from None
     task = re.sub(r"^\d+_|_(test|train)$", "", path.stem)
     rows = []
     for where, entry in entries:
@@ -1191,26 +1150,21 @@ def import_qa(files, data, split):
     (data / "qa").mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         write_qa(data / "qa" / f"{name}.jsonl", rows)
-        slides = {row["slide"] for row in rows}
+        slides, tasks = {row["slide"] for row in rows}, {row["task"] for row in rows}
         print(
-            f"Wrote {len(rows)} questions of {len({r['task'] for r in rows})} tasks about {len(slides)} slides to "
-            f"{data}/qa/{name}.jsonl; {len(slides & have)} of these slides have features."
+            f"Wrote {len(rows)} questions of {len(tasks)} tasks about {len(slides)} slides to {data}/qa/{name}.jsonl; "
+            f"{len(slides & have)} of these slides have features."
         )
         for kind in ("task", "cancer"):
-            total, matched = (
-                collections.Counter(r[kind] or "none" for r in rows if r["slide"] in s) for s in (slides, have)
-            )
-            print(
-                f"  by {kind}: " + ", ".join(f"{value} {matched[value]} of {n}" for value, n in sorted(total.items()))
-            )
-        missing = sorted(slides - have)
-        with replacing(data / "qa" / f"{name}.unmatched.txt") as path:
-            path.write_text("".join(f"{slide}\n" for slide in missing), encoding="utf-8")
+            total = collections.Counter(row[kind] or "none" for row in rows)
+            matched = collections.Counter(row[kind] or "none" for row in rows if row["slide"] in have)
+            print(f"  by {kind}: " + ", ".join(f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())))
+        missing, path = sorted(slides - have), data / "qa" / f"{name}.unmatched.txt"
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{slide}\n" for slide in missing), encoding="utf-8")
         if missing:
-            print(
-                f"  {len(missing)} slides without features, all in {data}/qa/{name}.unmatched.txt: "
-                f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-            )
+            few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+            print(f"  {len(missing)} slides without features, all in {path}: {few}")
 
 
 def write_qa(path, rows):
@@ -1667,9 +1621,7 @@ def main(argv=None):
     check_flags(args)
     number, shares = share(args)
     together = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if (
-        together
-    ):  # by torchrun, which ends all processes as soon as one of them fails: so they wait for one another below
+    if together:  # by torchrun, which ends all as soon as one of them fails: so they wait for one another below
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         if args.device == "auto" and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"

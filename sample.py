@@ -983,6 +983,8 @@ def outlined(picture, pixel, coords):
 class BareGrid:
     """In the place of a prepare.Slide whose file is not at hand: its size and scale, and nothing to see."""
 
+    corner = (0, 0)
+
     def __init__(self, data, name):
         path = wsi_llava.features_file(data, name)
         found = wsi_llava.feature_metadata(path)
@@ -1004,7 +1006,7 @@ def slide_or_grid(data, name, path=None, mpp=None):
     import prepare  # here, so that asking about prepared slides needs no OpenSlide
 
     path = path or next(iter(sorted((data / "slides").glob(f"{name}.*"))), None)
-    return prepare.Slide(path, wsi_llava.read_meta(data)["mpp"], mpp) if path else BareGrid(data, name)
+    return prepare.Slide(path, mpp, wsi_llava.read_meta(data)["mpp"]) if path else BareGrid(data, name)
 
 
 def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
@@ -1046,14 +1048,8 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
         canvas.save(temporary, "PNG")
 
 
-def scanned_corner(slide):
-    """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from there."""
-    properties = {} if isinstance(slide, BareGrid) else slide.file.properties
-    return [int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
-
-
 def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
-    """The tiles for QuPath: squares in level-0 pixels, counted from `corner` (see scanned_corner), the relevance as a
+    """The tiles for QuPath: squares in level-0 pixels, counted from `corner` (a Slide's), the relevance as a
     measurement (Measure > Show measurement maps). scale: level-0 pixels per tiled pixel."""
     shades = colours((relevance / relevance.max().clip(1e-12)).clip(0)).tolist()
     features = [
@@ -1104,7 +1100,7 @@ def explain(args, model, tokenizer, name, answer):
     if args.heatmap:
         draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"], what)
     if args.heatmap_geojson:
-        save_geojson(args.heatmap_geojson, coords, relevance, slide.scale, scanned_corner(slide))
+        save_geojson(args.heatmap_geojson, coords, relevance, slide.scale, slide.corner)
     print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
 
 

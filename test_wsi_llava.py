@@ -771,14 +771,14 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
 def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
     slide = prepare.Slide(toy_slide[0], mpp=0.25)
-    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, sample.scanned_corner(slide))
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
     first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
     slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})  # as MRXS
-    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, sample.scanned_corner(slide))
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
     first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
@@ -1249,7 +1249,7 @@ def test_blocks_hold_every_tile_once_and_are_small(step):
     rng = np.random.default_rng(0)
     y, x = np.nonzero(rng.random((30, 20)) < np.linspace(0, 1, 20))
     coords = np.stack([x, y], 1).astype(np.int32) * step
-    parts = prepare.blocks(coords, step, zoom=2.0)
+    parts = prepare.blocks(coords, step)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(coords)))
     for part in parts:
         assert len(part) <= 16 and ((np.ptp(coords[part], axis=0) + 256) * 2 <= 2048).all()
@@ -2516,7 +2516,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
             "1 slides could not be prepared",
         ),
         (["prepare.py", "--qa", tmp_path / "missing.json"], "no such file (--qa)"),
-        (["prepare.py", "--slides", HERE, "--tile-encoder", tmp_path / "no.bin"], "no slides below"),
+        (["prepare.py", "--slides", tmp_path / "empty", "--tile-encoder", tmp_path / "no.bin"], "no slides below"),
         (["train.py", "--stage", 1, "--data", tmp_path / "none"], "run python prepare.py"),
         (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
         (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 2 first"),
@@ -2922,25 +2922,31 @@ def write_giant(path, side=100_000, mpp=0.5):
             out.write(tiles, **shape, **jpeg, **resolution, subfiletype=int(downsample > 1))
 
 
-def naive_tile(slide, x, y):
-    """What a plain loop does for each tile: read, drop the alpha, resize."""
+def bare_tile(slide, x, y):
+    """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and checks no alpha."""
+    slide.file.read_region((x, y), 0, (256, 256))
+
+
+def naive_tile(slide, x, y, filter="lanczos"):
+    """What a plain loop does for each tile of another resolution: read, flatten onto white, resize."""
     side = math.ceil(256 * slide.zoom)
     region = slide.file.read_region((round(x * slide.scale), round(y * slide.scale)), slide.level, (side, side))
-    region = region.convert("RGB")
-    return np.asarray(region if side == 256 else region.resize((256, 256), Image.Resampling.LANCZOS))
+    white = Image.new("RGB", region.size, (255, 255, 255))
+    white.paste(region, mask=region.getchannel("A"))
+    if filter == "mean":
+        return np.asarray(white.reduce(slide.average))
+    return np.asarray(white.resize((256, 256), Image.Resampling.LANCZOS))
+
+
+def mean_tile(slide, x, y):
+    """The same loop with our own filter for whole zooms."""
+    return naive_tile(slide, x, y, "mean")
 
 
 def reading_plan(path, mpp=None):
     """What survey returns of a slide, less its pictures."""
-    args = prepare.parse(["--workers", "2"])
-    params = {
-        "target_mpp": args.target_mpp,
-        "mpp": mpp,
-        "min_tissue": args.min_tissue,
-        "step": args.step,
-        "max_tiles": 0,
-    }
-    return prepare.survey(path.stem, path, params | {"seed": 0}, None, False)
+    params = {"target_mpp": 0.5, "mpp": mpp, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+    return prepare.survey(path.stem, path, params, None, False)
 
 
 def cpu_seconds(readers):
@@ -2957,59 +2963,58 @@ def peak_of_readers(readers):
     return max(int(re.search(r"VmHWM:\s+(\d+)", text)[1]) * 1024 for text in status)
 
 
-def benchmark_reading(n=1536, rounds=3):
-    """The readers, without an encoder, against one plain loop over the same tiles, in turns: by the clock, and by CPU time. The slide is 100,000 px wide; whole rows of 4 tiles' height from its middle."""
+def benchmark_reading(n=256, rounds=3):
+    """The readers, without an encoder, against plain loops over the same tiles in raster order, turn by turn, by the clock and
+    by CPU time. Whole rows from the middle of a slide 20,000 px wide; then the survey of one of 100,000 px, with geojson."""
     folder = Path("/tmp/wsi-llava-benchmark")
-    folder.mkdir(exist_ok=True)
-    if not (folder / "giant.tif").exists():
-        with wsi_llava.replacing(folder / "giant.tif") as path:
-            write_giant(path)
-    for what, mpp, workers in (
-        ("as it is, 2 readers / bare read_region loop", 0.5, 2),
-        ("averaged 2x2, 1 reader / loop with Lanczos", 0.25, 1),
-        ("resampled 1.67x, 1 reader / loop with Lanczos", 0.3, 1),
+    (folder / "qc").mkdir(parents=True, exist_ok=True)
+    for name, side in (("wide", 20_000), ("giant", 100_000)):
+        if not (folder / f"{name}.tif").exists():
+            with wsi_llava.replacing(folder / f"{name}.tif") as path:
+                write_giant(path, side)
+    for what, mpp, workers, peers in (
+        ("as it is", 0.5, 2, {"read_region alone": bare_tile}),
+        ("2x2 mean", 0.25, 1, {"loop with Lanczos": naive_tile, "loop with the mean": mean_tile}),
+        ("Lanczos, 1.67x", 0.3, 1, {"loop with Lanczos": naive_tile}),
     ):
-        plan = reading_plan(folder / "giant.tif", mpp)
+        plan, slide = reading_plan(folder / "wide.tif", mpp), prepare.Slide(folder / "wide.tif", mpp)
         rows = plan["coords"][:, 1] // 256
-        plan["coords"] = plan["coords"][rows >= rows.max() // 8 * 4][:n]
-        clock, cpu, peak = {"ours": [], "loop": []}, {"ours": [], "loop": []}, 0
-        for _ in range(rounds):
-            slide = prepare.Slide(folder / "giant.tif", mpp=mpp)
-            started, spent = time.perf_counter(), time.process_time()
-            for x, y in plan["coords"].tolist():
-                if mpp == 0.5:
-                    slide.file.read_region((x, y), 0, (256, 256))
-                else:
-                    naive_tile(slide, x, y)
-            clock["loop"].append(time.perf_counter() - started)
-            cpu["loop"].append(time.process_time() - spent)
-            with prepare.Readers(workers) as readers:
-                list(readers.tiles([plan | {"coords": plan["coords"][:64]}]))  # the processes start
-                started, spent, buffer = (
-                    time.perf_counter(),
-                    cpu_seconds(readers),
-                    np.empty((64, 256, 256, 3), np.uint8),
-                )
+        plan["coords"] = coords = plan["coords"][rows >= rows.max() // 8 * 4][:n]
+        buffer = np.empty((16, 256, 256, 3), np.uint8)
+        with prepare.Readers(workers) as readers:
+
+            def ours(plan=plan, readers=readers, buffer=buffer):
                 for _, places, tiles, _ in readers.tiles([plan]):
                     if places is not None:
                         buffer[: len(tiles)] = tiles
-                clock["ours"].append(time.perf_counter() - started)
-                cpu["ours"].append(cpu_seconds(readers) - spent)
-                peak = max(peak, peak_of_readers(readers))
-        clock, cpu = ({k: np.median(v) / len(plan["coords"]) * 1e3 for k, v in x.items()} for x in (clock, cpu))
-        print(
-            f"{what:46} by the clock {clock['ours']:5.2f} / {clock['loop']:5.2f} ms a tile, ratio per reader "
-            f"{clock['loop'] / clock['ours'] / workers:.2f}; CPU {cpu['ours']:5.2f} / {cpu['loop']:5.2f} ms, ratio "
-            f"{cpu['loop'] / cpu['ours']:.2f}; peak memory of a reader {peak / 1e6:.0f} MB"
-        )
-    with prepare.Readers(1) as readers:  # the survey too, by itself
+
+            ours()  # the processes start
+            took = {name: [] for name in ("ours", *peers)}
+            for _ in range(rounds):
+                for name in took:
+                    started, spent = time.perf_counter(), cpu_seconds(readers)
+                    if name == "ours":
+                        ours()
+                    else:
+                        for x, y in coords.tolist():
+                            peers[name](slide, x, y)
+                    took[name].append((time.perf_counter() - started, cpu_seconds(readers) - spent))
+            peak = peak_of_readers(readers)
+        clock, cpu = ({k: np.median(v, 0)[i] / len(coords) * 1e3 for k, v in took.items()} for i in (0, 1))
+        print(f"{what}: {len(coords)} tiles, {workers} readers, peak memory of a reader {peak / 1e6:.0f} MB")
+        for peer in peers:
+            print(
+                f"  ours / {peer:18} by the clock {clock['ours']:.2f} / {clock[peer]:.2f} ms a tile, ratio per reader "
+                f"{clock[peer] / clock['ours'] / workers:.2f}; CPU {cpu['ours']:.2f} / {cpu[peer]:.2f} ms, ratio "
+                f"{cpu[peer] / cpu['ours']:.2f}"
+            )
+    with prepare.Readers(1) as readers:
         params = {"target_mpp": 0.5, "mpp": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-        job = ("giant", folder / "giant.tif", params, None, False)
         started = time.perf_counter()
-        ((_, future),) = readers.surveys([("giant", job)])
-        tiles = len(future.result()["coords"])
+        ((_, future),) = readers.surveys([("giant", ("giant", folder / "giant.tif", params, folder, True))])
         print(
-            f"survey of {tiles:,} tiles: {time.perf_counter() - started:.1f} s, peak memory {peak_of_readers(readers) / 1e6:.0f} MB"
+            f"survey: {len(future.result()['coords']):,} tiles, {time.perf_counter() - started:.1f} s, peak memory "
+            f"{peak_of_readers(readers) / 1e6:.0f} MB"
         )
 
 
