@@ -2966,7 +2966,7 @@ def peak_of_readers(readers):
 def benchmark_reading(n=256, rounds=3):
     """The readers, without an encoder, against plain loops over the same tiles in raster order, turn by turn, by the clock and
     by CPU time. Whole rows from the middle of a slide 20,000 px wide; then the survey of one of 100,000 px, with geojson."""
-    folder = Path("/tmp/wsi-llava-benchmark")
+    folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
     (folder / "qc").mkdir(parents=True, exist_ok=True)
     for name, side in (("wide", 20_000), ("giant", 100_000)):
         if not (folder / f"{name}.tif").exists():
@@ -3023,7 +3023,7 @@ def benchmark_encoding(rounds=2):
     enough that reading takes a small share of the cores, which the two have to share here."""
     cfg = wsi_llava.TileEncoderConfig(width=768, depth=3, heads=12, mlp_hidden=2048)
     encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
-    folder = Path("/tmp/wsi-llava-benchmark")
+    folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
     folder.mkdir(exist_ok=True)
     prepare.write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
     plan = reading_plan(folder / "toy.tif")
