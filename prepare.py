@@ -654,8 +654,7 @@ def note_failure(data, name, step=None, message=None):
         if step:
             new[name] = {"slide": name, "step": step, "message": message}
         if new != old:
-            with replacing(data / "failures.jsonl") as path:
-                path.write_text("".join(json.dumps(entry) + "\n" for entry in new.values()), encoding="utf-8")
+            wsi_llava.write_text(data / "failures.jsonl", "".join(json.dumps(entry) + "\n" for entry in new.values()))
 
 
 def open_data(args):
@@ -680,8 +679,7 @@ def write_meta(data, preset, mpp, encoder):
     meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
     with alone(data, "meta.json"):
         if not (data / "meta.json").exists():
-            with replacing(data / "meta.json") as path:
-                path.write_text(json.dumps(meta, indent=2))
+            wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
         old = wsi_llava.read_meta(data)
     if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
         clash = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
@@ -1160,16 +1158,14 @@ def import_qa(files, data, split):
             matched = collections.Counter(row[kind] or "none" for row in rows if row["slide"] in have)
             print(f"  by {kind}: " + ", ".join(f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())))
         missing, path = sorted(slides - have), data / "qa" / f"{name}.unmatched.txt"
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{slide}\n" for slide in missing), encoding="utf-8")
+        wsi_llava.write_text(path, "".join(f"{slide}\n" for slide in missing))
         if missing:
             few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
             print(f"  {len(missing)} slides without features, all in {path}: {few}")
 
 
 def write_qa(path, rows):
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    wsi_llava.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1460,8 +1456,7 @@ def draw_cohort(args, recipe, folder):
         rows[case["split"]] += write_questions(case, np.random.default_rng(case["seed"] + 1))
     for split in rows:
         write_qa(args.data / "qa" / f"{split}.jsonl", rows[split])
-    with replacing(args.data / "cohort.json") as path:
-        path.write_text(json.dumps({"recipe": recipe, "cases": cases}, indent=1))
+    wsi_llava.write_text(args.data / "cohort.json", json.dumps({"recipe": recipe, "cases": cases}, indent=1))
     return cases
 
 
@@ -1515,8 +1510,7 @@ def stand_in_llm(args):
             optimizer.step()
             progress.set_postfix_str(f"loss {loss.item():.3f}")
     wsi_llava.save_llama(llama, folder)
-    with replacing(folder / "texts") as path:
-        path.write_text(mark)
+    wsi_llava.write_text(folder / "texts", mark)
 
 
 def train_tokenizer(path, talks):

@@ -377,9 +377,7 @@ def stage1(args, recipe, meta):
     """
     if args.no_slide_encoder:
         raise UserError("--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2")
-    folder, tokenizer = wsi_llava.pick_llm(args, meta)
-    words = wsi_llava.load_llama(folder).embed_tokens.weight.detach()  # [vocab,C_llm], frozen
-    words = words.to(args.device, torch.float32)
+    words, tokenizer = wsi_llava.token_embeddings(args, meta)  # [vocab,C_llm]
     cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
     cfg.max_tiles = args.max_tiles
     slide_encoder = None

@@ -2233,14 +2233,19 @@ def assemble(args, meta, stage, dtype=None, int8=False):
     return model.to(dtype or args.dtype).eval(), tokenizer
 
 
+def token_embeddings(args, meta):
+    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen, and its Tokenizer."""
+    folder, tokenizer = pick_llm(args, meta)
+    words = load_llama(folder).embed_tokens.weight.detach()
+    return words.to(args.device, torch.float32), tokenizer
+
+
 def load_alignment(args, meta):
     """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm], Tokenizer)."""
     cfg, tensors, source = read_stage(args, 1)
     check_fingerprints(cfg, {"tile_encoder": meta["encoder"]["fingerprint"]}, source)
     model = load_strict(WSITextAlignment(cfg), tensors, source).to(args.device).eval()
-    folder, tokenizer = pick_llm(args, meta)
-    words = load_llama(folder).embed_tokens.weight.detach()
-    return cfg, model, words.to(args.device, torch.float32), tokenizer
+    return cfg, model, *token_embeddings(args, meta)
 
 
 # --------------------------------------------------------------------------------------------------------------------
