@@ -1130,6 +1130,8 @@ def main(argv=None):
         export(args)
     else:
         raise UserError("nothing to do: give --stage 1, 2 or 3, --export or --demo (--help explains)")
+    if dist.is_initialized():  # gloo's threads may hold tensors, which they cannot free while Python is shutting down
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
