@@ -131,35 +131,33 @@ class Slide:
         )
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> opaque RGB or RGBA image. What lies beyond the slide is white."""
+        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what lies beyond the slide,
+        or was not scanned, is white."""
         place = round(x * self.downsamples[level]), round(y * self.downsamples[level])
         region = self.file.read_region(place, level, (width, height))
-        if np.frombuffer(region.tobytes("raw", "A"), np.uint8).min() == 255:
-            return region
-        white = Image.new("RGB", region.size, (255, 255, 255))  # scanners leave what they did not scan transparent
-        white.paste(region, mask=region.getchannel("A"))
-        return white
+        pixels = np.asarray(region)
+        if pixels.view("<u4").min() >= 0xFF000000:  # the alpha of every pixel is 255
+            return pixels
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,3].
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A out takes a copy.
 
         It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
         Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one: as scanned);
-        otherwise the tile is resampled with Lanczos' filter, whose margins are read along, to exactly the target.
+        otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches into read along.
         """
-        x, y = x * self.zoom, y * self.zoom  # from here on in level pixels
+        margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
+        left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
+        side = self.average * TILE if self.average else math.ceil((TILE + 2 * margin) * self.zoom)
+        pixels = self.region(self.level, left, top, side, side)
+        if self.average == 1:
+            return pixels
         if self.average:
-            side = TILE * self.average
-            region = self.region(self.level, round(x), round(y), side, side)
-            if self.average > 1:
-                region = region.convert("RGB").reduce(self.average)
-        else:
-            span, margin = TILE * self.zoom, math.ceil(3 * max(1, self.zoom))
-            left, top, side = math.floor(x) - margin, math.floor(y) - margin, math.ceil(span) + 1 + 2 * margin
-            region = self.region(self.level, left, top, side, side).convert("RGB")
-            box = (x - left, y - top, x - left + span, y - top + span)
-            region = region.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=1.0)
-        return np.frombuffer(region.tobytes("raw", "RGB"), np.uint8).reshape(TILE, TILE, 3)
+            return np.asarray(Image.fromarray(pixels).convert("RGB").reduce(self.average).convert("RGBA"))
+        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # [1,4,side,side]
+        pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
+        return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
     def thumbnail(self, pixel):
         """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
@@ -172,9 +170,9 @@ class Slide:
             size = min(side, width - x), min(side, height - y)
             left, top = math.floor(x * zoom), math.floor(y * zoom)
             right, bottom = (x + size[0]) * zoom, (y + size[1]) * zoom
-            part = self.region(level, left, top, math.ceil(right) - left, math.ceil(bottom) - top).convert("RGB")
+            part = self.region(level, left, top, math.ceil(right) - left, math.ceil(bottom) - top)
             box = (x * zoom - left, y * zoom - top, right - left, bottom - top)
-            picture.paste(part.resize(size, Image.Resampling.BOX, box), (x, y))
+            picture.paste(Image.fromarray(part).convert("RGB").resize(size, Image.Resampling.BOX, box), (x, y))
         return picture
 
 
@@ -273,21 +271,28 @@ def tissue_mask(thumbnail):
     always finds two groups, also where there is only glass or only tissue: hence the bounds on its threshold. Ink is
     blue or green and far stronger than any stain; around it, where it fades into the glass, nothing counts either.
     """
-    red, green, blue = (np.asarray(band.filter(ImageFilter.GaussianBlur(1))) for band in thumbnail.split())
-    high = np.maximum(np.maximum(red, green), blue)
-    colour = high - np.minimum(np.minimum(red, green), blue)
-    black = (high < 25) | (high < 75) & (colour < high // 2)
-    ink = (green > red) & (colour > high // 2 + high // 20) & (colour > 40)
-    ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
-    rest = ~(black | ink)
-    counts = Image.fromarray(colour).histogram(Image.fromarray(rest.astype(np.uint8) * 255))
-    return rest & (colour > np.clip(otsu(counts), 8, 30))
+    colour, rest = np.empty((2, thumbnail.height, thumbnail.width), np.uint8)  # rest: neither black nor ink, 255 or 0
+    halo, rows = 8, 256  # strip by strip, for memory's sake; blur and ink reach 6 pixels into the next
+    for top in range(0, thumbnail.height, rows):
+        above = min(top, halo)
+        strip = thumbnail.crop((0, top - above, thumbnail.width, min(thumbnail.height, top + rows + halo)))
+        red, green, blue = (np.asarray(band.filter(ImageFilter.GaussianBlur(1))) for band in strip.split())
+        high = np.maximum(np.maximum(red, green), blue)
+        spread = high - np.minimum(np.minimum(red, green), blue)
+        black = (high < 25) | (high < 75) & (spread < high // 2)
+        ink = (green > red) & (spread > high // 2 + high // 20) & (spread > 40)
+        ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
+        here = slice(above, above + rows)
+        colour[top : top + rows], rest[top : top + rows] = spread[here], ~(black | ink)[here] * np.uint8(255)
+    counts = Image.fromarray(colour).histogram(Image.fromarray(rest))
+    return (rest > 0) & (colour > np.clip(otsu(counts), 8, 30))
 
 
 def tile_grid(mask, min_tissue, step=TILE):
     """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order."""
     total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # of the tissue above and left of each corner
-    mask.cumsum(0, np.int32).cumsum(1, out=total[1:, 1:])
+    total[1:, 1:] = mask
+    total.cumsum(0, out=total).cumsum(1, out=total)
     y, x = (np.arange(0, side * MASK - TILE + 1, step) for side in mask.shape)  # whole tiles only
     top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
     bottom, right = top + TILE // MASK, left + TILE // MASK
@@ -350,7 +355,7 @@ def contours(mask):
     for bit, (inside, outside) in enumerate(((se, ne), (sw, se), (nw, sw), (ne, nw))):
         arrows |= (inside & ~outside).view(np.uint8) << bit
     width = arrows.shape[1]
-    bits, todo, steps = arrows.tobytes(), bytearray(arrows.tobytes()), (1, width, -1, -width)
+    bits, todo, steps = arrows.tobytes(), bytearray(arrows), (1, width, -1, -width)
     polygons, owner = [], {}  # owner: the polygon of an upward arrow
     for start in map(int, np.flatnonzero(arrows & 3)):
         first = 0 if bits[start] & 1 else 1
@@ -369,9 +374,8 @@ def contours(mask):
             if direction == 3:
                 owner[at] = n
             at += steps[direction]
-            turn = next(
-                turn for turn in (1, 0, 3) if bits[at] >> (direction + turn) % 4 & 1
-            )  # right, straight on, left
+            # right, straight on or left
+            turn = next(turn for turn in (1, 0, 3) if bits[at] >> (direction + turn) % 4 & 1)
             if turn:
                 ring.append((at % width, at // width))
             direction = (direction + turn) % 4
@@ -400,7 +404,7 @@ def write_geojson(path, slide, mask, coords):
 # threads). What they read they leave in shared memory; only numbers travel.
 # --------------------------------------------------------------------------------------------------------------------
 
-SLOT = (BLOCK * BLOCK, TILE, TILE, 3)  # the tiles of one block
+SLOT = (BLOCK * BLOCK, TILE, TILE, 4)  # the tiles of one block, RGBA
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
 
 
@@ -412,6 +416,7 @@ def start_reader(memory):
     global slots
     slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    torch.set_num_threads(1)  # a reader is one of many; and a fork has none of its parent's threads
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
 
@@ -476,7 +481,7 @@ def ahead(pool, function, jobs, depth):
 class Readers:
     """A pool of reader processes -> the tiles of many slides, one stream in a fixed order, read ahead across slides.
 
-    On Linux they are forked: they share what is loaded, PyTorch too, and use none of it. Elsewhere they are spawned.
+    On Linux they are forked: they share what is loaded, PyTorch too. Elsewhere they are spawned.
     """
 
     def __init__(self, workers):
@@ -497,7 +502,7 @@ class Readers:
         return ahead(self.pool, survey, jobs, self.workers + 1)
 
     def tiles(self, plans):
-        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,3], last error) block by block; the memory is used
+        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,4], last error) block by block; the memory is used
         again when the next block is asked for. A plan's last block is followed by (plan, None, None, None)."""
         slots = itertools.cycle(range(len(self.slots)))
 
@@ -532,7 +537,7 @@ class Batches:
     def __init__(self, encoder, batch, device):
         self.encoder, self.device, self.dtype = encoder, device, encoder.cls_token.dtype
         pinned = device.type == "cuda"
-        self.buffers = [torch.empty(batch, TILE, TILE, 3, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self.buffers = [torch.empty(batch, TILE, TILE, 4, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self.copied = [torch.cuda.Event() if pinned else None for _ in range(2)]
         self.clear()
 
@@ -540,7 +545,7 @@ class Batches:
         self.filled, self.features, self.places = 0, [], []
 
     def add(self, places, tiles):
-        """tiles: uint8 [n,256,256,3]; places: their rows in the features."""
+        """tiles: uint8 [n,256,256,4], RGBA; places: their rows in the features."""
         self.places.append(places)
         while len(tiles):
             n = min(len(tiles), len(self.buffers[0]) - self.filled)
@@ -554,7 +559,7 @@ class Batches:
         tiles = self.buffers[0][: self.filled].to(self.device, non_blocking=True)
         if self.copied[0]:
             self.copied[0].record()
-        self.features.append(self.encoder(wsi_llava.preprocess_tiles(tiles).to(self.dtype)).half())
+        self.features.append(self.encoder(wsi_llava.preprocess_tiles(tiles[..., :3]).to(self.dtype)).half())
         self.buffers.reverse()
         self.copied.reverse()
         if self.copied[0]:

@@ -1040,7 +1040,7 @@ def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
         x, y = right + i % 3 * cell, top + i // 3 * cell
         draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(colours(relevance[n].clip(0) / high).tolist()))
-        tile = Image.fromarray(slide.tile(*coords[n].tolist()))
+        tile = Image.fromarray(slide.tile(*coords[n].tolist())).convert("RGB")
         canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
         draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
