@@ -176,6 +176,19 @@ class Slide:
         return picture
 
 
+def walk(top):
+    """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
+    seen = set()
+    for folder, folders, files in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            folders.sort()
+            yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+
+
 def find_slides(inputs):
     """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the file's stem.
 
@@ -210,19 +223,6 @@ def find_slides(inputs):
     if not slides:
         raise UserError(f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
     return dict(sorted(slides.items()))
-
-
-def walk(top):
-    """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
-    seen = set()
-    for folder, folders, files in os.walk(top, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-        else:
-            seen.add(real)
-            folders.sort()
-            yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
 
 
 def read_mpp_csv(path):
@@ -435,9 +435,8 @@ def survey(name, path, params, data, geojson):
         coords = tile_grid(mask, params["min_tissue"], params["step"])
         pixel = max(slide.width, slide.height) / 768
         if pixel > MASK:  # not read again: a slide without small levels takes minutes
-            picture = thumbnail.resize(
-                [max(1, round(side * MASK / pixel)) for side in thumbnail.size], Image.Resampling.BOX
-            )
+            size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
+            picture = thumbnail.resize(size, Image.Resampling.BOX)
         else:
             picture = slide.thumbnail(pixel)
     except Exception as error:
@@ -577,12 +576,6 @@ class Batches:
         return places[order], features[torch.from_numpy(order)]
 
 
-def save_features(path, features, coords, metadata):
-    # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
-    with replacing(path) as temporary:
-        save_file({"features": features, "coords": coords}, temporary, {"wsi_llava": json.dumps(metadata)})
-
-
 def check_same(path, params):
     """Raises UserError where a file of features was made with other parameters."""
     old = feature_metadata(path)["params"]
@@ -630,7 +623,7 @@ def sweep(data):
     """Removes half-written files of runs that were killed: those that nobody is at work on, as their lock tells."""
     patterns = ".meta.json.*.part", ".failures.jsonl.*.part", "features/.*.part", "qc/.*.part"
     for path in itertools.chain(*map(data.glob, patterns)):
-        name = re.sub(r"\.\d+\.part$", "", path.name[1:])
+        name = re.sub(r"\.[0-9a-f]+\.part$", "", path.name[1:])
         if path.parent == data:
             name = f"/{name}"
         else:
@@ -662,21 +655,6 @@ def note_failure(data, name, step=None, message=None):
             wsi_llava.write_text(data / "failures.jsonl", "".join(json.dumps(entry) + "\n" for entry in new.values()))
 
 
-def open_data(args):
-    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta, encoder)."""
-    data = Path(args.data)
-    old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
-    if old:  # by default, the encoder that made what is there
-        args.preset = args.preset or old["preset"]
-        if old["encoder"]["source"] != "untrained" and not old["encoder"]["source"].startswith("imported"):
-            args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
-    encoder, source = wsi_llava.pick_tile_encoder(args)
-    info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
-    info["width"] = encoder.cfg.width
-    preset = args.preset or ("7b" if source else "demo")
-    return {"encoder": info} if args.dry_run else write_meta(data, preset, args.target_mpp, info), encoder
-
-
 def write_meta(data, preset, mpp, encoder):
     """Makes the folder and its meta.json, or checks them -> what meta.json holds."""
     for folder in ("features", "qc", "qa"):
@@ -695,6 +673,21 @@ def write_meta(data, preset, mpp, encoder):
     raise UserError(f"{data} holds features {clash}; name a new folder with --data")
 
 
+def open_data(args):
+    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta, encoder)."""
+    data = Path(args.data)
+    old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
+    if old:  # by default, the encoder that made what is there
+        args.preset = args.preset or old["preset"]
+        if old["encoder"]["source"] != "untrained" and not old["encoder"]["source"].startswith("imported"):
+            args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
+    encoder, source = wsi_llava.pick_tile_encoder(args)
+    info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
+    info["width"] = encoder.cfg.width
+    preset = args.preset or ("7b" if source else "demo")
+    return {"encoder": info} if args.dry_run else write_meta(data, preset, args.target_mpp, info), encoder
+
+
 @contextlib.contextmanager
 def disk_errors(data):
     """Slides' own errors stay in the readers: an OSError that comes as far as this is the output folder's."""
@@ -704,6 +697,12 @@ def disk_errors(data):
         raise UserError(
             f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it goes on"
         ) from None
+
+
+def save_features(path, features, coords, metadata):
+    # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
+    with replacing(path) as temporary:
+        save_file({"features": features, "coords": coords}, temporary, {"wsi_llava": json.dumps(metadata)})
 
 
 class Preparation:
@@ -716,7 +715,7 @@ class Preparation:
         self.at_hand, self.settled = set(), set()  # slides that are claimed; slides that this run is through with
         self.failures, self.busy, self.notes = [], [], {}
         self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
-        self.todo = []
+        self.bar, self.todo = None, []  # bar: prepare_slides opens it
         for name in slides:
             if not self.is_done(name):
                 self.todo.append(name)
@@ -794,9 +793,8 @@ class Preparation:
                 continue  # it has failed
             if plan["dropped"] > DROPPED * n:
                 batches.clear()
-                self.fail(
-                    name, "read", f"{plan['path']}: over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
-                )
+                message = f"{plan['path']}: over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
+                self.fail(name, "read", message)
             elif places is None:
                 self.finish(plan, *batches.finish())
             else:
@@ -852,7 +850,7 @@ class Preparation:
             print(f"{len(names)} slides, {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
 
     def estimate(self):
-        """--dry-run: what there is and how long it would take, by the speed of a first few batches."""
+        """--dry-run -> the plans of all slides that can be opened; seconds a tile, by a few batches of the largest."""
         with Readers(self.args.workers) as readers:
             plans = list(self.surveys(readers, self.todo, None))
             seconds, batches = 0.0, Batches(self.encoder, self.args.batch, self.args.device)
@@ -864,18 +862,22 @@ class Preparation:
                         batches.add(places, tiles)
                 batches.finish()
                 seconds = (time.time() - started) / len(coords)
-        self.bar.close()
-        width = max([5, *(len(plan["name"]) for plan in plans)])
+        return plans, seconds
 
-        def line(name, size, mpp, source, level, n, took):
-            print(f"{name:{width}}  {size:>15}  {mpp:>7}  {source:15}  {level:>5}  {n:>8}  {took!s:>8}")
 
-        line("slide", "level-0 size", "um/px", "from", "level", "tiles", "time")
-        plans.append({"name": "all", "coords": range(sum(len(plan["coords"]) for plan in plans))})
-        for plan in plans:
-            n, size = len(plan["coords"]), "{} x {}".format(*plan.get("size", "  "))
-            mpp, source, level = (plan.get(key, "") for key in ("mpp", "source", "level"))
-            line(plan["name"], size, f"{mpp:.6}", source, level, n, datetime.timedelta(seconds=round(n * seconds)))
+def print_table(plans, seconds):
+    """What there is and how long it would take. plans, seconds: of Preparation.estimate."""
+    width = max([5, *(len(plan["name"]) for plan in plans)])
+
+    def line(name, size, mpp, source, level, n, took):
+        print(f"{name:{width}}  {size:>15}  {mpp:>7}  {source:15}  {level:>5}  {n:>8}  {took!s:>8}")
+
+    line("slide", "level-0 size", "um/px", "from", "level", "tiles", "time")
+    everything = {"name": "all", "coords": range(sum(len(plan["coords"]) for plan in plans))}
+    for plan in [*plans, everything]:
+        n, size = len(plan["coords"]), " x ".join(map(str, plan.get("size", ())))
+        mpp, source, level = (plan.get(key, "") for key in ("mpp", "source", "level"))
+        line(plan["name"], size, f"{mpp:.6}", source, level, n, datetime.timedelta(seconds=round(n * seconds)))
 
 
 def prepare_slides(args, slides):
@@ -892,7 +894,9 @@ def prepare_slides(args, slides):
         work.encoder.to(args.device, args.dtype)
         with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
             if args.dry_run:
-                work.estimate()
+                found = work.estimate()
+                work.bar.close()
+                print_table(*found)
                 return work.failures
             sweep(args.data)
             try:
@@ -902,32 +906,6 @@ def prepare_slides(args, slides):
                 raise UserError(message) from None
         work.summary()
     return work.failures
-
-
-def contact_sheets(data, columns=10, rows=10, cell=192):
-    """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
-    failures = read_failures(data)
-    counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
-    names, n = sorted({*counts, *failures}), columns * rows
-    pages = [names[i : i + n] for i in range(0, len(names), n)]
-    paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
-    for path, page in zip(paths, pages):
-        sheet = Image.new(
-            "RGB", (min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)), "white"
-        )
-        for i, name in enumerate(page):
-            text, colour = f"{counts.get(name, 0):,} tiles", None
-            if name in failures:
-                text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
-            elif not counts[name]:
-                text, colour = "NO TISSUE", (210, 120, 0)
-            corner = i % columns * cell, i // columns * (cell + 36)
-            draw_cell(sheet, corner, cell, data / "qc" / f"{name}.jpg", name, text, colour)
-        with replacing(path) as temporary:
-            sheet.save(temporary, "JPEG", quality=85)
-    for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
-        if re.fullmatch(r"index-\d+", path.stem) and path not in paths:
-            path.unlink()
 
 
 def draw_cell(sheet, corner, cell, picture, name, text, colour):
@@ -943,6 +921,31 @@ def draw_cell(sheet, corner, cell, picture, name, text, colour):
     shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
     draw.text((x + cell / 2, y + cell + 2), shown, "black", font, anchor="ma")
     draw.text((x + cell / 2, y + cell + 17), text, colour or (90, 90, 90), font, anchor="ma")
+
+
+def contact_sheets(data, columns=10, rows=10, cell=192):
+    """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
+    failures = read_failures(data)
+    counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
+    names, n = sorted({*counts, *failures}), columns * rows
+    pages = [names[i : i + n] for i in range(0, len(names), n)]
+    paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
+    for path, page in zip(paths, pages):
+        size = min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)
+        sheet = Image.new("RGB", size, "white")
+        for i, name in enumerate(page):
+            text, colour = f"{counts.get(name, 0):,} tiles", None
+            if name in failures:
+                text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
+            elif not counts[name]:
+                text, colour = "NO TISSUE", (210, 120, 0)
+            corner = i % columns * cell, i // columns * (cell + 36)
+            draw_cell(sheet, corner, cell, data / "qc" / f"{name}.jpg", name, text, colour)
+        with replacing(path) as temporary:
+            sheet.save(temporary, "JPEG", quality=85)
+    for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
+        if re.fullmatch(r"index-\d+", path.stem) and path not in paths:
+            path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1038,27 +1041,6 @@ def find_features(inputs):
     return dict(sorted(files.items()))
 
 
-def import_features(args):
-    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens. Returns the failures."""
-    data, failures, counts = Path(args.data), [], collections.Counter()
-    files = find_features(args.features)
-    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
-    for folder in ("qc", "visual_tokens"):
-        (data / folder).mkdir(parents=True, exist_ok=True)
-    encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
-    print(f"Found {len(files)} files of features to import into {data}.")
-    with disk_errors(data):
-        for name, path in tqdm(files.items(), unit="file"):
-            try:
-                counts[import_file(args, name, path, given_mpp(args, table, name, path), encoder)] += 1
-                note_failure(data, name)
-            except UserError as error:
-                note_failure(data, name, "import", str(error))
-                failures.append((path, str(error)))
-    print(f"Imported {', '.join(f'{n} slides of {kind}' for kind, n in counts.items()) or 'nothing'}.")
-    return failures
-
-
 def import_file(args, name, path, mpp, encoder):
     """One slide's features from elsewhere -> their kind. encoder: the one that the user says made them, or None."""
     kind, features, coords, about = read_foreign(path)
@@ -1081,9 +1063,47 @@ def import_file(args, name, path, mpp, encoder):
     return kind
 
 
+def import_features(args):
+    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens. Returns the failures."""
+    data, failures, counts = Path(args.data), [], collections.Counter()
+    files = find_features(args.features)
+    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    for folder in ("qc", "visual_tokens"):
+        (data / folder).mkdir(parents=True, exist_ok=True)
+    encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
+    print(f"Found {len(files)} files of features to import into {data}.")
+    with disk_errors(data):
+        for name, path in tqdm(files.items(), unit="file"):
+            try:
+                counts[import_file(args, name, path, given_mpp(args, table, name, path), encoder)] += 1
+                note_failure(data, name)
+            except UserError as error:
+                note_failure(data, name, "import", str(error))
+                failures.append((path, str(error)))
+    print(f"Imported {', '.join(f'{n} slides of {kind}' for kind, n in counts.items()) or 'nothing'}.")
+    return failures
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Questions
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _qa_row(entry, task):
+    slide = entry["slide"] if "slide" in entry else re.sub(r"\.(pt|h5|svs|tiff?)$", "", entry["image"].split("/")[-1])
+    if "conversations" in entry:
+        turns = [{"from": turn["from"], "value": str(turn["value"])} for turn in entry["conversations"]]
+        task = entry.get("task", task)
+        name = entry["id"]
+    else:
+        question, answer = f"<image>\n{entry['question']}", str(entry["T-answer"])
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        task = str(entry.get("metadata") or task)
+        name = entry["question_id"]
+    if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
+        raise ValueError("conversations must alternate human and gpt")
+    cancer = entry.get("cancer") or (entry["image"].split("/")[0] if "/" in entry.get("image", "") else "")
+    return {"id": str(name), "slide": slide, "task": task, "cancer": cancer, "conversations": turns}
 
 
 def read_qa(path):
@@ -1124,23 +1144,8 @@ def read_qa(path):
     return rows
 
 
-def _qa_row(entry, task):
-    slide = entry["slide"] if "slide" in entry else re.sub(r"\.(pt|h5|svs|tiff?)$", "", entry["image"].split("/")[-1])
-    if "conversations" in entry:
-        turns = [{"from": turn["from"], "value": str(turn["value"])} for turn in entry["conversations"]]
-        task = entry.get("task", task)
-        name = entry["id"]
-    else:
-        turns = [
-            {"from": "human", "value": f"<image>\n{entry['question']}"},
-            {"from": "gpt", "value": str(entry["T-answer"])},
-        ]
-        task = str(entry.get("metadata") or task)
-        name = entry["question_id"]
-    if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        raise ValueError("conversations must alternate human and gpt")
-    cancer = entry.get("cancer") or (entry["image"].split("/")[0] if "/" in entry.get("image", "") else "")
-    return {"id": str(name), "slide": slide, "task": task, "cancer": cancer, "conversations": turns}
+def write_qa(path, rows):
+    wsi_llava.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def import_qa(files, data, split):
@@ -1169,16 +1174,18 @@ def import_qa(files, data, split):
             print(f"  {len(missing)} slides without features, all in {path}: {few}")
 
 
-def write_qa(path, rows):
-    wsi_llava.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The toy cohort: slides whose reports and questions are true of what is drawn
 # --------------------------------------------------------------------------------------------------------------------
 
 SIDE = 2048  # pixels of a toy slide, at 0.5 um/px: 8 x 8 tiles
-TYPES = ["adenocarcinoma", "squamous cell carcinoma", "small cell carcinoma", "mucinous carcinoma"]
+GROUNDS = {  # each type's colour between the nuclei of the tumour
+    "adenocarcinoma": (214, 160, 200),
+    "squamous cell carcinoma": (228, 138, 168),
+    "small cell carcinoma": (186, 160, 206),
+    "mucinous carcinoma": (206, 212, 234),
+}
+TYPES = list(GROUNDS)
 GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}  # tumour's share of the tissue
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 SUBTYPES = {
@@ -1203,88 +1210,98 @@ def scatter(rng, mask, spacing):
     return points[mask[(points[:, 1] // 8).astype(int), (points[:, 0] // 8).astype(int)]]
 
 
-def draw_slide(case):
-    """Draws one toy H&E slide -> (RGB image SIDE x SIDE, the corners of the tiles that hold the pigment)."""
-    rng = np.random.default_rng(case["seed"])
-    size = SIDE // 8  # regions are laid out at an eighth of the resolution
+def lay_out(rng, case):
+    """Where things are, at an eighth of the resolution -> bool masks [256,256]: tissue, necrosis, tumour, stroma."""
+    size = SIDE // 8
     y, x = np.mgrid[:size, :size] / size * 2 - 1
     angle = np.arctan2(y, x)
     radius = 0.86 + sum(rng.uniform(-0.05, 0.05) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, 6))
     tissue = np.hypot(x, y) < radius
-
     dx, dy = QUADRANTS[case["position"]]
     cx, cy = dx * rng.uniform(0.36, 0.46), dy * rng.uniform(0.36, 0.46)
-    necrosis = np.hypot(x - cx, y - cy) < 0.29 + 0.03 * noise(rng, size, 8)
+    necrosis = tissue & (np.hypot(x - cx, y - cy) < 0.29 + 0.03 * noise(rng, size, 8))
     viable = tissue & ~necrosis
     field = noise(rng, size, 5) + 0.25 * noise(rng, size, 16)
     tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
-    stroma = viable & ~tumour
+    return tissue, necrosis, tumour, viable & ~tumour
 
-    ground = {  # what lies between the nuclei
-        "adenocarcinoma": (214, 160, 200),
-        "squamous cell carcinoma": (228, 138, 168),
-        "small cell carcinoma": (186, 160, 206),
-        "mucinous carcinoma": (206, 212, 234),
-    }[case["type"]]
+
+def paint_ground(rng, case, tissue, necrosis, tumour, stroma):
+    """What lies between the nuclei -> RGB image SIDE x SIDE."""
+    size = len(tissue)
     colour = np.empty((size, size, 3), np.float32)
-    colour[:] = (244, 243, 244)
-    for region, rgb in ((stroma, (235, 184, 204)), (tumour, ground), (necrosis & tissue, (216, 190, 178))):
+    colour[:] = (244, 243, 244)  # glass
+    for region, rgb in ((stroma, (235, 184, 204)), (tumour, GROUNDS[case["type"]]), (necrosis, (216, 190, 178))):
         colour[region] = rgb
     colour += (tissue * (5 * noise(rng, size, 12) + 5 * noise(rng, size, 64)))[..., None]
-    colour = np.clip(colour, 0, 255).astype(np.uint8)
-    picture = (
-        Image.fromarray(colour).filter(ImageFilter.GaussianBlur(0.7)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-    )
-    draw = ImageDraw.Draw(picture)
+    picture = Image.fromarray(np.clip(colour, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+    return picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
-    def dot(px, py, rx, ry, fill):
-        draw.ellipse((px - rx, py - ry, px + rx, py + ry), fill=fill)
 
-    def nucleus(px, py, rx, ry, dark=0):
+def dot(draw, x, y, rx, ry, fill):
+    draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
+
+
+def draw_cells(rng, draw, case, necrosis, tumour, stroma):
+    """Each region's nuclei, and what they are arranged in."""
+
+    def nucleus(x, y, rx, ry, dark=0):
         shade = rng.uniform(-14, 14) - dark
-        dot(px, py, rx, ry, (int(112 + shade), int(72 + shade), int(146 + shade)))
+        dot(draw, x, y, rx, ry, (int(112 + shade), int(72 + shade), int(146 + shade)))
 
     ring = np.linspace(0, 2 * math.pi, 9)[:-1]
-    for px, py in scatter(rng, stroma, 46):  # fibroblasts: few, slender
+    for x, y in scatter(rng, stroma, 46):  # fibroblasts: few, slender
         along, across = 10 * np.cos(ring), 2.5 * np.sin(ring)
         c, s = np.cos(a := rng.uniform(0, 3.2)), np.sin(a)
-        draw.polygon(
-            np.stack([px + c * along - s * across, py + s * along + c * across], -1).ravel().tolist(), (118, 76, 150)
-        )
-    for px, py in scatter(rng, necrosis & tissue, 22):  # ghosts and dust, no nuclei
-        dot(px, py, *[rng.uniform(1.5, 3)] * 2, (150, 120, 120))
+        outline = np.stack([x + c * along - s * across, y + s * along + c * across], -1)
+        draw.polygon(outline.ravel().tolist(), (118, 76, 150))
+    for x, y in scatter(rng, necrosis, 22):  # ghosts and dust, no nuclei
+        dot(draw, x, y, *[rng.uniform(1.5, 3)] * 2, (150, 120, 120))
     if case["type"] == "adenocarcinoma":  # glands: a lumen in a ring of nuclei
-        for px, py in scatter(rng, tumour, 84):
+        for x, y in scatter(rng, tumour, 84):
             r = rng.uniform(17, 27)
-            dot(px, py, r, r, (246, 240, 246))
+            dot(draw, x, y, r, r, (246, 240, 246))
             for a in np.arange(0, 2 * math.pi, 11 / r):
-                nucleus(px + (r + 7) * math.cos(a), py + (r + 7) * math.sin(a), 5.5, 5.5)
+                nucleus(x + (r + 7) * math.cos(a), y + (r + 7) * math.sin(a), 5.5, 5.5)
     elif case["type"] == "squamous cell carcinoma":  # sheets with keratin pearls
-        for px, py in scatter(rng, tumour, 34):
-            nucleus(px, py, rng.uniform(6, 8), rng.uniform(6, 8))
-        for px, py in scatter(rng, tumour, 150):
+        for x, y in scatter(rng, tumour, 34):
+            nucleus(x, y, rng.uniform(6, 8), rng.uniform(6, 8))
+        for x, y in scatter(rng, tumour, 150):
             for r, shade in ((34, 0), (26, 22), (18, 0), (10, 22)):
-                dot(px, py, r, r, (240 - shade, 104 + shade, 128))
+                dot(draw, x, y, r, r, (240 - shade, 104 + shade, 128))
     elif case["type"] == "small cell carcinoma":  # crowded, small, dark
-        for px, py in scatter(rng, tumour, 17):
-            nucleus(px, py, rng.uniform(5, 6.5), rng.uniform(5, 6.5), 34)
+        for x, y in scatter(rng, tumour, 17):
+            nucleus(x, y, rng.uniform(5, 6.5), rng.uniform(5, 6.5), 34)
     else:  # clusters that float in pools of mucin
-        for px, py in scatter(rng, tumour, 92):
+        for x, y in scatter(rng, tumour, 92):
             for _ in range(7):
-                nucleus(*(np.array((px, py)) + rng.normal(0, 11, 2)), 6, 6)
+                nucleus(*(np.array((x, y)) + rng.normal(0, 11, 2)), 6, 6)
 
+
+def plant_pigment(rng, draw, tissue):
+    """Brown pigment in the middle of one or two tiles that hold tissue all over -> the corners of these tiles."""
+    side = TILE // 8
+    inside = np.argwhere(tissue.reshape(SIDE // TILE, side, SIDE // TILE, side).mean((1, 3)) > 0.95)
     planted = []
-    if case["focus"] == "present":  # brown pigment in the middle of one or two tiles that hold tissue all over
-        inside = np.argwhere(tissue.reshape(8, size // 8, 8, size // 8).mean((1, 3)) > 0.95)
-        for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
-            centre = (np.array((column, row)) + 0.5) * TILE + rng.uniform(-24, 24, 2)
-            for px, py in centre + rng.normal(0, 26, (46, 2)).clip(-64, 64):
-                dot(px, py, *[rng.uniform(5, 9)] * 2, (int(rng.uniform(96, 122)), int(rng.uniform(58, 74)), 22))
-            planted.append([int(column) * TILE, int(row) * TILE])
-    picture = picture.filter(ImageFilter.SMOOTH)
+    for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
+        centre = (np.array((column, row)) + 0.5) * TILE + rng.uniform(-24, 24, 2)
+        for x, y in centre + rng.normal(0, 26, (46, 2)).clip(-64, 64):
+            dot(draw, x, y, *[rng.uniform(5, 9)] * 2, (int(rng.uniform(96, 122)), int(rng.uniform(58, 74)), 22))
+        planted.append([int(column) * TILE, int(row) * TILE])
+    return planted
+
+
+def draw_slide(case):
+    """Draws one toy H&E slide -> (RGB image SIDE x SIDE, the corners of the tiles that hold the pigment)."""
+    rng = np.random.default_rng(case["seed"])
+    tissue, necrosis, tumour, stroma = lay_out(rng, case)
+    picture = paint_ground(rng, case, tissue, necrosis, tumour, stroma)
+    draw = ImageDraw.Draw(picture)
+    draw_cells(rng, draw, case, necrosis, tumour, stroma)
+    planted = plant_pigment(rng, draw, tissue) if case["focus"] == "present" else []
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     table = [round(255 * (i / 255) ** stain) for i in range(256)]
-    return picture.point(table * 3), planted
+    return picture.filter(ImageFilter.SMOOTH).point(table * 3), planted
 
 
 def write_tiff(path, image, mpp=TARGET_MPP, downsamples=(1, 2, 4)):
@@ -1351,9 +1368,8 @@ def invent_cases(n_train, n_test, seed):
     rng = np.random.default_rng(seed)
     cases = []
     for split, n in (("train", n_train), ("test", n_test)):
-        columns = [
-            balanced(rng, list(values), n) for values in (TYPES, GRADES, QUADRANTS, ("present", "absent"), SUBTYPES)
-        ]
+        findings = TYPES, GRADES, QUADRANTS, ("present", "absent"), SUBTYPES
+        columns = [balanced(rng, list(values), n) for values in findings]
         for row in zip(*columns):
             case = dict(zip(("type", "grade", "position", "focus", "receptors"), row))
             name = f"demo_{len(cases):04d}"
@@ -1417,6 +1433,30 @@ def write_questions(case, rng):
     return rows
 
 
+def draw_cohort(args, recipe, folder):
+    """Slides into the folder, their questions into data/qa, and data/cohort.json, which says what each of them shows."""
+    cases = invent_cases(recipe["train"], recipe["test"], args.seed)
+    print(
+        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
+        f"tiled, pyramidal TIFFs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
+    )
+    for path in (folder, args.data / "qa"):
+        path.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{case['slide']}.tif" for case in cases]
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+        drawn = tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
+        for case, planted in zip(cases, drawn):
+            case["planted"] = planted
+    rows = {"train": [], "test": []}
+    for case in cases:
+        rows[case["split"]] += write_questions(case, np.random.default_rng(case["seed"] + 1))
+    for split in rows:
+        write_qa(args.data / "qa" / f"{split}.jsonl", rows[split])
+    wsi_llava.write_text(args.data / "cohort.json", json.dumps({"recipe": recipe, "cases": cases}, indent=1))
+    return cases
+
+
 def prepare_demo(args):
     """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide shows."""
     args.preset, args.max_tiles = "demo", 0  # train.py's --max-tiles is an ablation of the training alone
@@ -1427,9 +1467,8 @@ def prepare_demo(args):
     if (args.data / "cohort.json").exists():
         cohort = json.loads((args.data / "cohort.json").read_text())
         if cohort["recipe"] != recipe:
-            raise UserError(
-                f"{args.data} holds another demo cohort ({cohort['recipe']}, not {recipe}); name another --data"
-            )
+            clash = f"{cohort['recipe']}, not {recipe}"
+            raise UserError(f"{args.data} holds another demo cohort ({clash}); name another --data")
         cases = cohort["cases"]
     else:
         cases = draw_cohort(args, recipe, folder)
@@ -1441,33 +1480,29 @@ def prepare_demo(args):
     return cases
 
 
-def draw_cohort(args, recipe, folder):
-    cases = invent_cases(recipe["train"], recipe["test"], args.seed)
-    print(
-        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
-        f"tiled, pyramidal TIFFs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
-    )
-    for path in (folder, args.data / "qa"):
-        path.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{case['slide']}.tif" for case in cases]
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        for case, planted in zip(
-            cases, tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
-        ):
-            case["planted"] = planted
-    rows = {"train": [], "test": []}
-    for case in cases:
-        rows[case["split"]] += write_questions(case, np.random.default_rng(case["seed"] + 1))
-    for split in rows:
-        write_qa(args.data / "qa" / f"{split}.jsonl", rows[split])
-    wsi_llava.write_text(args.data / "cohort.json", json.dumps({"recipe": recipe, "cases": cases}, indent=1))
-    return cases
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # A stand-in for Vicuna, where there is none: a tiny Llama that has read the training texts and seen no slide
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(path, talks):
+    """SentencePiece with Llama's conventions, so that the stand-in and Vicuna share every line of code."""
+    texts = [turn["value"] for talk in talks for turn in talk] + [f"{SYSTEM} USER: ASSISTANT:"] * len(talks)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in texts for line in text.split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=1024,
+        hard_vocab_limit=False,  # few texts have fewer pieces
+        byte_fallback=True,  # whatever a user types has a code
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,  # the same model every time
+        minloglevel=2,
+    )
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
 
 
 def stand_in_llm(args):
@@ -1478,9 +1513,8 @@ def stand_in_llm(args):
     folder = args.data / "llm"
     if (folder / "texts").exists() and (folder / "texts").read_text() == mark:
         return
-    talks = [
-        [{**turn, "value": wsi_llava.without_image(turn["value"])} for turn in row["conversations"]] for row in rows
-    ]
+    without = wsi_llava.without_image
+    talks = [[turn | {"value": without(turn["value"])} for turn in row["conversations"]] for row in rows]
     train_tokenizer(args.data / "tokenizer.model", talks)
     tokenizer = wsi_llava.Tokenizer(args.data / "tokenizer.model")
     samples = [tokenizer.encode_chat(talk)[0] for talk in talks]
@@ -1518,39 +1552,20 @@ def stand_in_llm(args):
     wsi_llava.write_text(folder / "texts", mark)
 
 
-def train_tokenizer(path, talks):
-    """SentencePiece with Llama's conventions, so that the stand-in and Vicuna share every line of code."""
-    texts = [turn["value"] for talk in talks for turn in talk] + [f"{SYSTEM} USER: ASSISTANT:"] * len(talks)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in texts for line in text.split("\n")),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=1024,
-        hard_vocab_limit=False,  # few texts have fewer pieces
-        byte_fallback=True,  # whatever a user types has a code
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,  # the same model every time
-        minloglevel=2,
-    )
-    with replacing(path) as temporary:
-        temporary.write_bytes(model.getvalue())
-
-
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def add_demo_flags(parser):
+    add = parser.add_argument
+    add("--demo-slides", type=int, default=500, help="toy slides to train on; a fifth more are held out")
+    add("--llm-steps", type=int, default=250, help="training steps of the stand-in language model")
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
-    add(
-        "--features",
-        nargs="+",
-        metavar="PATH",
-        help="features made elsewhere, and folders to search for them (.pt, .h5)",
-    )
+    add("--features", nargs="+", metavar="PATH", help="features made elsewhere, or folders to search (.pt, .h5)")
     add("--qa", nargs="+", metavar="FILE", help="question files in either of WSI-Bench's shapes")
     add("--split", choices=["train", "test"], help="of --qa (default: test where the file's name says so, else train)")
     add("--demo", action="store_true", help="draw the toy cohort and prepare it")
@@ -1563,12 +1578,7 @@ def parse(argv=None):
     add("--batch", type=int, default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
     add("--dry-run", action="store_true", help="list the slides, their tiles and the time it would take; write nothing")
-    add(
-        "--shard",
-        metavar="I/N",
-        default="1/1",
-        help="prepare the I-th of N shares of the slides, for job arrays: 1/16 to 16/16",
-    )
+    add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
     add("--overwrite", action="store_true", help="make features again that are there already")
     wsi_llava.add_shared_flags(parser)
     add_demo_flags(parser)
@@ -1578,13 +1588,6 @@ def parse(argv=None):
 def with_defaults(args):
     """Another script's flags, completed by the defaults of this one's."""
     return argparse.Namespace(**(vars(parse([])) | vars(args)))
-
-
-def add_demo_flags(parser):
-    parser.add_argument(
-        "--demo-slides", type=int, default=500, help="toy slides to train on; a fifth more are held out"
-    )
-    parser.add_argument("--llm-steps", type=int, default=250, help="training steps of the stand-in language model")
 
 
 def check_flags(args):
@@ -1647,8 +1650,10 @@ def main(argv=None):
     for _, message in failures:
         print(f"failed: {message}", file=sys.stderr)
     if failures:
-        record = "" if args.dry_run else f" and in {args.data}/failures.jsonl"
-        raise UserError(f"{len(failures)} slides could not be prepared (listed above{record}); the others are done")
+        where, rest = f"listed above and in {args.data}/failures.jsonl", "the others are done"
+        if args.dry_run:
+            where, rest = "listed above", "the others can be"
+        raise UserError(f"{len(failures)} slides could not be prepared ({where}); {rest}")
 
 
 if __name__ == "__main__":

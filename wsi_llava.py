@@ -1371,9 +1371,12 @@ class Tokenizer:
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other's, on whatever machine that is
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files that their owner alone can read
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
