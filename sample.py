@@ -924,6 +924,8 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, word=No
     labels = [wsi_llava.IGNORE] * (len(ids) - len(spelled)) + [
         label if spells else wsi_llava.IGNORE for label, spells in zip(labels[-len(spelled) :], spelled)
     ]
+    room = model.llama.cfg.context - model.cfg.n_visual_tokens + 1  # an answer may have filled the context
+    ids, labels = ids[:room], labels[:room]
     model.requires_grad_(False)
     model.llama.checkpointing = True
     if model.slide_encoder:

@@ -803,19 +803,26 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def position_embedding(coords, width, tile_size=TILE, grid=1000):
-    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in pixels at the tiled resolution -> [...,C].
-
-    The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of
-    cell / 10000^(i / (C/4)). Computed from the cells: upstream looks them up in a table of grid^2 rows, 3 GB at 768.
-    Raises ValueError for a cell outside the grid: level-0 coordinates given instead of 0.5 um/px look like this.
-    """
+def grid_cells(coords, tile_size=TILE, grid=1000):
+    """Tiles' coords [...,2] -> their places in the position grid. Raises ValueError for a place outside of it: level-0
+    coordinates given instead of 0.5 um/px look like this."""
     cells = torch.div(coords, tile_size, rounding_mode="floor")
     if cells.numel() and (cells.min() < 0 or cells.max() >= grid):
         raise ValueError(
             f"tile position {cells.min().item():.0f}..{cells.max().item():.0f} is outside the grid 0..{grid - 1}: "
             f"are the coordinates in pixels at the tiled resolution?"
         )
+    return cells
+
+
+def position_embedding(coords, width, tile_size=TILE, grid=1000):
+    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in pixels at the tiled resolution -> [...,C].
+
+    The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of
+    cell / 10000^(i / (C/4)). Computed from the cells: upstream looks them up in a table of grid^2 rows, 3 GB at 768.
+    Raises ValueError for a cell outside the grid.
+    """
+    cells = grid_cells(coords, tile_size, grid)
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
     angle = cells.cpu().double().flip(-1).unsqueeze(-1) * frequency  # [...,2 (y, x),C/4]
     embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [...,2,C/2] -> [...,C]
@@ -1980,10 +1987,16 @@ def feature_metadata(path):
 def read_features(data, slide, max_tiles=0):
     """data/features of one slide -> features float16 [N,C], coords int32 [N,2].
 
-    max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
+    max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all). Raises UserError
+    where there is no such file, or its tiles lie where no slide is that large.
     """
-    tensors = read_tensors(features_file(data, slide))
+    path = features_file(data, slide)
+    tensors = read_tensors(path)
     features, coords = tensors["features"], tensors["coords"]
+    try:
+        grid_cells(coords)
+    except ValueError as error:
+        raise UserError(f"{path}: {error} prepare.py --features brings level-0 coordinates there") from None
     if max_tiles and len(features) > max_tiles:
         rng = np.random.default_rng(zlib.crc32(slide.encode()))
         chosen = torch.from_numpy(np.sort(rng.choice(len(features), max_tiles, replace=False)))
