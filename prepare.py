@@ -58,7 +58,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, TILE, UserError, feature_metadata, replacing
+from wsi_llava import PRESETS, SYSTEM, TILE, UserError, count, feature_metadata, replacing
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -298,8 +298,8 @@ def tile_grid(mask, min_tissue, step=TILE):
     bottom, right = top + TILE // MASK, left + TILE // MASK
     top, bottom = np.minimum([top, bottom], mask.shape[0])
     left, right = np.minimum([left, right], mask.shape[1])
-    count = total[bottom][:, right] - total[bottom][:, left] - total[top][:, right] + total[top][:, left]
-    rows, columns = np.nonzero(count >= min_tissue * (TILE // MASK) ** 2)
+    tissue = total[bottom][:, right] - total[bottom][:, left] - total[top][:, right] + total[top][:, left]
+    rows, columns = np.nonzero(tissue >= min_tissue * (TILE // MASK) ** 2)
     return np.stack([x[columns], y[rows]], axis=1).astype(np.int32)
 
 
@@ -841,13 +841,13 @@ class Preparation:
         spent = datetime.timedelta(seconds=round(time.time() - self.started))
         speed = self.tiles / (time.time() - self.started)
         print(
-            f"Wrote {sum(self.written):,} tiles of {len(self.written)} slides to {self.data}/features in {spent} "
+            f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to {self.data}/features in {spent} "
             f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
         )
         if self.busy:
             self.notes["left to another run that is at work on them"] = self.busy
         for what, names in self.notes.items():
-            print(f"{len(names)} slides, {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
+            print(f"{count(len(names), 'slide')}, {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
 
     def estimate(self):
         """--dry-run -> the plans of all slides that can be opened; seconds a tile, by a few batches of the largest."""
@@ -887,9 +887,9 @@ def prepare_slides(args, slides):
         if work.meta["encoder"]["source"] == "untrained":
             print("No GigaPath weights found or named: a small untrained encoder serves, for trying the pipeline only.")
         print(
-            f"Found {len(slides)} slides, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
+            f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
             f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {args.data}/features, with "
-            f"{args.workers} readers."
+            f"{count(args.workers, 'reader')}."
         )
         work.encoder.to(args.device, args.dtype)
         with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
@@ -1071,7 +1071,7 @@ def import_features(args):
     for folder in ("qc", "visual_tokens"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
-    print(f"Found {len(files)} files of features to import into {data}.")
+    print(f"Found {count(len(files), 'file')} of features to import into {data}.")
     with disk_errors(data):
         for name, path in tqdm(files.items(), unit="file"):
             try:
@@ -1080,7 +1080,7 @@ def import_features(args):
             except UserError as error:
                 note_failure(data, name, "import", str(error))
                 failures.append((path, str(error)))
-    print(f"Imported {', '.join(f'{n} slides of {kind}' for kind, n in counts.items()) or 'nothing'}.")
+    print("Imported", ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing")
     return failures
 
 
@@ -1160,7 +1160,8 @@ def import_qa(files, data, split):
         write_qa(data / "qa" / f"{name}.jsonl", rows)
         slides, tasks = {row["slide"] for row in rows}, {row["task"] for row in rows}
         print(
-            f"Wrote {len(rows)} questions of {len(tasks)} tasks about {len(slides)} slides to {data}/qa/{name}.jsonl; "
+            f"Wrote {count(len(rows), 'question')} of {count(len(tasks), 'task')} about {count(len(slides), 'slide')} to "
+            f"{data}/qa/{name}.jsonl; "
             f"{len(slides & have)} of these slides have features."
         )
         for kind in ("task", "cancer"):
@@ -1171,7 +1172,7 @@ def import_qa(files, data, split):
         wsi_llava.write_text(path, "".join(f"{slide}\n" for slide in missing))
         if missing:
             few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-            print(f"  {len(missing)} slides without features, all in {path}: {few}")
+            print(f"  {count(len(missing), 'slide')} without features, all in {path}: {few}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1653,7 +1654,7 @@ def main(argv=None):
         where, rest = f"listed above and in {args.data}/failures.jsonl", "the others are done"
         if args.dry_run:
             where, rest = "listed above", "the others can be"
-        raise UserError(f"{len(failures)} slides could not be prepared ({where}); {rest}")
+        raise UserError(f"{count(len(failures), 'slide')} could not be prepared ({where}); {rest}")
 
 
 if __name__ == "__main__":

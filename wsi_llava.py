@@ -2090,6 +2090,11 @@ def resolve_device(args):
     args.dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
 
 
+def count(n, thing):
+    """So many of a thing, for people: 1 slide, 2,000 slides."""
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
 def run(main, on_interrupt="interrupted"):
     """Runs a script's main: a UserError becomes one line and exit status 1, Ctrl-C exit status 130."""
     try:
