@@ -54,6 +54,11 @@ with warnings.catch_warnings(action="ignore"):  # a mark without a configuration
 torch.manual_seed(0)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# What several sections use
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def fill(name, shape, seed=0):
     spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
     module = importlib.util.module_from_spec(spec)
@@ -73,8 +78,108 @@ def agrees(what, got, want, tolerance):
     assert error < tolerance, what
 
 
+def same_weights(a, b, tolerance=0.0):
+    """Whether two files of weights hold the same, bit for bit or up to a share of the largest value."""
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) if not tolerance else relative(a[k], b[k]) < tolerance for k in a)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def script(name, *arguments, env=None):
+    """Runs a script as a user would."""
+    command, env = [sys.executable, HERE / name, *map(str, arguments)], os.environ | (env or {})
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL, env=env)
+
+
+def assembled(stage, *arguments):
+    args = train.parse(list(map(str, arguments)))
+    wsi_llava.resolve_device(args)
+    return wsi_llava.assemble(args, wsi_llava.read_meta(args.data), stage)[0]
+
+
+def train_with(demo, out, *arguments):
+    train.main(["--data", str(demo[0] / "data"), "--out", str(out), *map(str, arguments)])
+
+
+def sample_with(demo, *arguments, data=None):
+    sample.main(["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)])
+
+
+TALK = [
+    {"from": "human", "value": "<image>\nWhich type of tumor is this?"},
+    {"from": "gpt", "value": "The tumor is an adenocarcinoma."},
+    {"from": "human", "value": "What is its grade?"},
+    {"from": "gpt", "value": "It is grade 2."},
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    words = "The tumor is an adenocarcinoma. Which type of tumor is this? What is its grade? It is grade 2."
+    prepare.train_tokenizer(path, [[{"from": "human", "value": words}, {"from": "gpt", "value": words}]] * 20)
+    return wsi_llava.Tokenizer(path)
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """The demo's model, smaller still."""
+    cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict())
+    cfg.llama = wsi_llava.LlamaConfig(tokenizer.sp.vocab_size(), 64, 2, 4, 2, 96, context=256)
+    cfg.n_visual_tokens = 9
+    torch.manual_seed(0)
+    return wsi_llava.WSILLaVA(cfg).eval()
+
+
+@torch.no_grad()
+def greedy(llama, ids, n, cached):
+    cache = wsi_llava.KVCache(llama.cfg, len(ids), 4096, "cpu", torch.float32) if cached else None
+    new = ids
+    for _ in range(n):
+        new = llama(new if cached else ids, cache=cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
+def hf_llama(folder, **changes):
+    """A small transformers Llama with random weights, saved to the folder."""
+    transformers = pytest.importorskip("transformers")
+    config = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config |= dict(intermediate_size=112, max_position_embeddings=128, rope_theta=5000.0) | changes
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    model.save_pretrained(folder, max_shard_size="60KB")  # so that there is an index of shards
+    return model
+
+
+CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
+
+
+@pytest.fixture(scope="session")
+def toy_slide(tmp_path_factory):
+    """One toy slide -> (its TIFF, the image it was written from, the corners of the tiles with pigment)."""
+    path = tmp_path_factory.mktemp("slides") / "toy.tif"
+    image, planted = prepare.draw_slide(CASE)
+    prepare.write_tiff(path, image)
+    return path, image, planted
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A demo too short to learn anything -> (its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("demo")
+    places = ["--data", folder / "data", "--out", folder / "out"]
+    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 5, "--epochs", 1, "--val", 0.2, *places)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# Parity with upstream
+# wsi_llava.py: parity with upstream
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -128,27 +233,6 @@ def test_llama_equals_upstream(tmp_path):
         assert torch.equal(greedy(llama, want["greedy"][:, :33], 24, cached), want["greedy"])
 
 
-@torch.no_grad()
-def greedy(llama, ids, n, cached):
-    cache = wsi_llava.KVCache(llama.cfg, len(ids), 4096, "cpu", torch.float32) if cached else None
-    new = ids
-    for _ in range(n):
-        new = llama(new if cached else ids, cache=cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, new], 1)
-    return ids
-
-
-def hf_llama(folder, **changes):
-    """A small transformers Llama with random weights, saved to the folder."""
-    transformers = pytest.importorskip("transformers")
-    config = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config |= dict(intermediate_size=112, max_position_embeddings=128, rope_theta=5000.0) | changes
-    torch.manual_seed(1)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-    model.save_pretrained(folder, max_shard_size="60KB")  # so that there is an index of shards
-    return model
-
-
 def test_llama_equals_transformers(tmp_path):
     """Grouped queries, another rope theta, sharded safetensors; and back: what save_llama writes, transformers reads."""
     theirs = hf_llama(tmp_path)
@@ -195,7 +279,7 @@ def test_vit_equals_dinov2():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Dilated attention against its definition
+# wsi_llava.py: dilated attention against its definition
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +348,7 @@ def test_dilated_attention_gradcheck():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The Triton kernels: in Triton's interpreter on the CPU (on the GPU where there is one), and compiled for real GPUs
+# wsi_llava.py: the Triton kernels, in Triton's interpreter on the CPU (on the GPU where there is one), and compiled for real GPUs
 # --------------------------------------------------------------------------------------------------------------------
 
 needs_triton = pytest.mark.skipif(wsi_llava.triton is None, reason="needs triton")
@@ -286,6 +370,7 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 23, 1, 128, (16, 32), (1, 2)),
     (1, 211, 1, 16, (128, 512), (1, 2)),  # several blocks of rows, and of keys
 ]
+HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roundings of the largest value
 
 
 def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_attention):
@@ -313,9 +398,6 @@ def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_att
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
 def test_kernel_equals_the_definition(shape, pad_keys):
     check_kernel(shape, pad_keys, torch.float32, 3e-6)
-
-
-HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roundings of the largest value
 
 
 @needs_triton
@@ -385,7 +467,7 @@ def test_kernels_compile_for_real_gpus_without_spills():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Slide encoder
+# wsi_llava.py: slide encoder
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +481,36 @@ def test_position_embedding_equals_the_table():
         np.testing.assert_allclose(row.numpy(), want, atol=1e-6)
     with pytest.raises(ValueError, match="outside the grid"):
         wsi_llava.position_embedding(torch.tensor([[1000 * 256, 0]]), 32)
+
+
+def test_pooling_repeats_few_tiles_and_averages_many():
+    tokens = torch.arange(6.0).view(1, 6, 1)
+    assert wsi_llava.pool_tokens(tokens, 3).flatten().tolist() == [0.5, 2.5, 4.5]
+    assert wsi_llava.pool_tokens(tokens[:, :2], 4).flatten().tolist() == [0, 0, 1, 1]
+
+
+def test_long_slides_in_parts_give_the_same_numbers():
+    """Without gradients, what is done token by token is done to a part of the sequence at a time."""
+    torch.manual_seed(0)
+    encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
+    n = 1500
+    features, coords = (
+        torch.randn(1, n, 128),
+        torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256,
+    )
+    whole = encoder(features, coords)[1].detach()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
+
+
+def test_standardized_inputs_have_mean_0_and_deviation_1():
+    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
+    features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
+    before = {n: p.clone() for n, p in encoder.named_parameters() if "proj" in n}
+    encoder.standardize_inputs(features)
+    standard = (features - features.mean(0)) / features.std(0)
+    want = F.linear(standard, before["patch_embed.proj.weight"], before["patch_embed.proj.bias"])
+    torch.testing.assert_close(encoder.patch_embed["proj"](features), want, atol=1e-4, rtol=1e-4)
 
 
 @slow
@@ -423,137 +535,9 @@ print(sum(p.numel() for p in encoder.parameters()), peak() - before)
     assert grown < 1e9
 
 
-def test_long_slides_in_parts_give_the_same_numbers():
-    """Without gradients, what is done token by token is done to a part of the sequence at a time."""
-    torch.manual_seed(0)
-    encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
-    n = 1500
-    features, coords = (
-        torch.randn(1, n, 128),
-        torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256,
-    )
-    whole = encoder(features, coords)[1].detach()
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
-
-
-def test_pooling_repeats_few_tiles_and_averages_many():
-    tokens = torch.arange(6.0).view(1, 6, 1)
-    assert wsi_llava.pool_tokens(tokens, 3).flatten().tolist() == [0.5, 2.5, 4.5]
-    assert wsi_llava.pool_tokens(tokens[:, :2], 4).flatten().tolist() == [0, 0, 1, 1]
-
-
-def test_standardized_inputs_have_mean_0_and_deviation_1():
-    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
-    features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
-    before = {n: p.clone() for n, p in encoder.named_parameters() if "proj" in n}
-    encoder.standardize_inputs(features)
-    standard = (features - features.mean(0)) / features.std(0)
-    want = F.linear(standard, before["patch_embed.proj.weight"], before["patch_embed.proj.bias"])
-    torch.testing.assert_close(encoder.patch_embed["proj"](features), want, atol=1e-4, rtol=1e-4)
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# Llama, prompt, splice
+# wsi_llava.py: Llama, and what changes it after loading: adapters merged, weights in int8
 # --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    words = "The tumor is an adenocarcinoma. Which type of tumor is this? What is its grade? It is grade 2."
-    prepare.train_tokenizer(path, [[{"from": "human", "value": words}, {"from": "gpt", "value": words}]] * 20)
-    return wsi_llava.Tokenizer(path)
-
-
-@pytest.fixture
-def tiny(tokenizer):
-    """The demo's model, smaller still."""
-    cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict())
-    cfg.llama = wsi_llava.LlamaConfig(tokenizer.sp.vocab_size(), 64, 2, 4, 2, 96, context=256)
-    cfg.n_visual_tokens = 9
-    torch.manual_seed(0)
-    return wsi_llava.WSILLaVA(cfg).eval()
-
-
-TALK = [
-    {"from": "human", "value": "<image>\nWhich type of tumor is this?"},
-    {"from": "gpt", "value": "The tumor is an adenocarcinoma."},
-    {"from": "human", "value": "What is its grade?"},
-    {"from": "gpt", "value": "It is grade 2."},
-]
-
-
-def test_labels_of_a_two_turn_dialogue_are_the_answers(tokenizer):
-    ids, labels = tokenizer.encode_chat(TALK)
-    assert len(ids) == len(labels) and ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
-    assert ids.count(IMAGE_TOKEN) == 1
-    kept = [i for i, label in zip(ids, labels) if label != IGNORE]
-    assert all(label in (i, IGNORE) for i, label in zip(ids, labels))
-    answers = [
-        tokenizer.encode(TALK[1]["value"]) + [tokenizer.eos],
-        tokenizer.encode(TALK[3]["value"]) + [tokenizer.eos],
-    ]
-    assert kept == answers[0] + answers[1]
-    # Everything before <image>, and between the turns, is upstream's vicuna_v1 text.
-    image, first_end = ids.index(IMAGE_TOKEN), ids.index(tokenizer.eos)
-    assert tokenizer.decode(ids[:image]) == f"{wsi_llava.SYSTEM} USER:"
-    assert tokenizer.decode(ids[image + 1 : image + 1 + labels[image + 1 :].index(answers[0][0])]).endswith(
-        "this? ASSISTANT:"
-    )
-    assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
-
-
-def test_an_open_dialogue_ends_ready_to_be_answered(tokenizer):
-    whole, _ = tokenizer.encode_chat(TALK)
-    asked, labels = tokenizer.encode_chat(TALK[:3])
-    assert whole[: len(asked)] == asked
-    assert tokenizer.decode(asked).endswith("ASSISTANT:") and labels[-1] == IGNORE
-
-
-def test_plain_form_is_image_then_report(tokenizer):
-    ids, labels = tokenizer.encode_plain("It is grade 2.")
-    assert ids[:2] == [tokenizer.bos, IMAGE_TOKEN] and labels[:2] == [IGNORE, IGNORE]
-    assert ids[2:] == labels[2:] == tokenizer.encode("It is grade 2.") + [tokenizer.eos]
-
-
-def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
-    ids, labels = tokenizer.encode_chat(TALK)
-    short, short_labels = tokenizer.encode_plain("It is grade 2.")
-    visual = torch.randn(2, 9, 128)
-    embeds, spliced = tiny.splice(visual, [ids, short], [labels, short_labels])
-    assert embeds.shape == (2, len(ids) - 1 + 9, 64) and spliced.shape == embeds.shape[:2]
-    place = ids.index(IMAGE_TOKEN)
-    projected = tiny.mm_projector(F.pad(visual, (0, 160 - 128)))
-    torch.testing.assert_close(embeds[0, place : place + 9], projected[0])
-    torch.testing.assert_close(embeds[0, place + 9], tiny.llama.embed_tokens.weight[ids[place + 1]])
-    assert [label for label in spliced[0].tolist() if label != IGNORE] == [label for label in labels if label != IGNORE]
-    assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
-    for wrong in (None, torch.randn(2, 2, 9, 128)):
-        with pytest.raises(ValueError, match="1 <image>"):
-            tiny.splice(wrong, [ids, short])
-
-
-def test_padding_changes_no_loss(tiny, tokenizer):
-    rows = [tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")]
-    visual = torch.randn(2, 9, 128)
-    counts = [sum(label != IGNORE for label in labels) for _, labels in rows]
-    with torch.no_grad():
-        alone = [tiny(visual[i : i + 1], [ids], [labels]).item() for i, (ids, labels) in enumerate(rows)]
-        together = tiny(visual, *zip(*rows)).item()
-    assert together == pytest.approx(np.average(alone, weights=counts), rel=1e-5)
-
-
-def test_loss_is_that_of_all_logits_at_the_labelled_positions(tiny, tokenizer):
-    """Value and gradient: the logits that are left out are those that no label looks at."""
-    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
-    visual, weight = torch.randn(2, 9, 128), tiny.mm_projector[0].weight
-    embeds, spliced = tiny.splice(visual, ids, labels)
-    logits = tiny.llama(embeds=embeds)[:, :-1].transpose(1, 2)
-    want = F.cross_entropy(logits, spliced[:, 1:], ignore_index=IGNORE, reduction="sum")
-    got = tiny(visual, ids, labels, reduction="sum")
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
 
 
 def test_cache_and_no_cache_agree(tiny):
@@ -565,68 +549,9 @@ def test_cache_and_no_cache_agree(tiny):
         torch.testing.assert_close(parts, tiny.llama(ids), atol=1e-5, rtol=1e-4)
 
 
-def test_chat_continues_as_if_read_anew(tiny, tokenizer):
-    """The second turn from the kept cache is the answer that the whole dialogue as a prompt gets."""
-    visual = torch.randn(9, 128)
-    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
-    "".join(chat.reply("Which type of tumor is this?"))
-    seen = list(chat.tail)
-    second = "".join(chat.reply("What is its grade?"))
-    first, _ = tokenizer.encode_chat(TALK[:1])
-    said = [t for (t,) in tiny.generate(visual[None], [first], 6)]
-    ids = (
-        first
-        + said
-        + [tokenizer.eos] * (said[-1] != tokenizer.eos)
-        + tokenizer.encode("USER: What is its grade? ASSISTANT:")
-    )
-    assert seen[0] == said[-1]
-    again = [t for (t,) in tiny.generate(visual[None], [ids], 6)]
-    assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
-
-
-def test_batched_answers_equal_single_ones(tiny, tokenizer):
-    rows = [{"slide": s, "conversations": TALK[i : i + 2]} for s in "ab" for i in (0, 0)]
-    rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
-    visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
-    together = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8)
-    assert together == [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
-    assert len(set(together)) > 1
-
-
-def test_sampling_is_seeded_and_cut(tiny):
-    visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
-
-    def draw(**options):
-        return [t for (t,) in tiny.generate(visual, ids, 12, temperature=1.0, **options)]
-
-    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
-    greedily = [t for (t,) in tiny.generate(visual, ids, 12)]
-    assert draw(top_k=1) == draw(top_p=1e-6) == greedily
-
-
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
     with pytest.raises(UserError, match="300 tokens, the language model's context holds 256"):
         next(tiny.generate(None, [[1] * 300]))
-
-
-def test_one_batch_can_be_overfitted(tiny, tokenizer):
-    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
-    visual = torch.randn(2, 9, 128)
-    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
-    for _ in range(60):
-        loss = tiny(visual, ids, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05
-    answer = [t for (t,) in tiny.generate(visual[:1], [tokenizer.encode_chat(TALK[:1])[0]], 20)]
-    assert tokenizer.decode([t for t in answer if t != tokenizer.eos]) == TALK[1]["value"]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The language model changed after loading: adapters merged, weights in int8
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def with_adapters(llama):
@@ -677,148 +602,45 @@ def test_int8_halves_the_decoder_and_keeps_its_logits(tiny):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Where the answer comes from
+# wsi_llava.py: tokenizer and prompt
 # --------------------------------------------------------------------------------------------------------------------
 
-QUESTION = "What is its grade?"
-GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
 
-
-@pytest.fixture
-def finder(tiny, tokenizer):
-    """A model that has learnt: grade 2 where one tile, anywhere, bears the mark, else grade 3 -> (model, draw).
-
-    draw(n): features [n,20,128] of slides, every other of them with the mark, and the tiles that bear it.
-    """
-    mark = 2 * torch.randn(128, generator=torch.Generator().manual_seed(1))
-
-    def draw(n):
-        features, at = torch.randn(n, 20, 128), torch.randint(20, (n,))
-        features[range(0, n, 2), at[::2]] = mark
-        return features, at
-
-    ids, labels = zip(
-        *[
-            tokenizer.encode_chat(
-                [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
-            )
-            for answer in ("It is grade 2.", "It is grade 3.")
-        ]
+def test_labels_of_a_two_turn_dialogue_are_the_answers(tokenizer):
+    ids, labels = tokenizer.encode_chat(TALK)
+    assert len(ids) == len(labels) and ids[0] == tokenizer.bos and ids.count(tokenizer.bos) == 1
+    assert ids.count(IMAGE_TOKEN) == 1
+    kept = [i for i, label in zip(ids, labels) if label != IGNORE]
+    assert all(label in (i, IGNORE) for i, label in zip(ids, labels))
+    answers = [
+        tokenizer.encode(TALK[1]["value"]) + [tokenizer.eos],
+        tokenizer.encode(TALK[3]["value"]) + [tokenizer.eos],
+    ]
+    assert kept == answers[0] + answers[1]
+    # Everything before <image>, and between the turns, is upstream's vicuna_v1 text.
+    image, first_end = ids.index(IMAGE_TOKEN), ids.index(tokenizer.eos)
+    assert tokenizer.decode(ids[:image]) == f"{wsi_llava.SYSTEM} USER:"
+    assert tokenizer.decode(ids[image + 1 : image + 1 + labels[image + 1 :].index(answers[0][0])]).endswith(
+        "this? ASSISTANT:"
     )
-    optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
-    for _ in range(150):
-        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
-        loss = tiny(visual, ids * 12, labels * 12)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
-        optimizer.step()
-        if loss < 0.03:
-            return tiny, draw
-    raise AssertionError(f"the model has not learnt it: loss {loss.item():.3f}")
+    assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
 
 
-def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
-    """And the shares add up to what the slide does for the answer, against a slide of average tiles."""
-    model, draw = finder
-    features, at = draw(20)
-    ids, labels = tokenizer.encode_chat(
-        [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "It is grade 2."}]
-    )
-    labels[-1] = IGNORE  # the </s>
-    found = []
-    for tiles, place in zip(features[::2], at[::2]):
-        relevance, gain = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
-        with torch.no_grad():
-            real, average = (
-                -model(model.encode_slide(x, GRID)[None], [ids], [labels], "sum").item()
-                for x in (tiles, tiles.mean(0).expand(20, -1))
-            )
-        assert gain == pytest.approx(real - average, abs=1e-4)
-        assert relevance.sum().item() == pytest.approx(gain, rel=0.25, abs=0.1)
-        found.append(relevance.argmax() == place and relevance.max() > 3 * relevance.clamp(min=0).mean())
-    assert sum(found) >= 9, found
+def test_an_open_dialogue_ends_ready_to_be_answered(tokenizer):
+    whole, _ = tokenizer.encode_chat(TALK)
+    asked, labels = tokenizer.encode_chat(TALK[:3])
+    assert whole[: len(asked)] == asked
+    assert tokenizer.decode(asked).endswith("ASSISTANT:") and labels[-1] == IGNORE
 
 
-@pytest.mark.parametrize("n", [4, 9, 20])  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
-def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
-    """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one, not at all."""
-    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
-    features = torch.randn(n, 128)
-    features[1] = features[[i for i in range(n) if i != 1]].mean(0)
-    relevance, _ = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
-    assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
-
-
-def test_relevance_of_one_word_is_of_its_tokens(tokenizer):
-    answer = "Its grade is grade 2."
-    ids, spells = tokenizer.encode(answer), sample.spelling(tokenizer, answer, "GRADE 2")
-    assert tokenizer.decode([t for t, yes in zip(ids, spells) if yes]).strip(" .") == "grade 2"
-    assert all(sample.spelling(tokenizer, answer, None))
-
-
-def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
-    slide = prepare.Slide(toy_slide[0])
-    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
-    relevance = np.linspace(-1, 0.2, len(coords))
-    relevance[7] = 2
-    sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
-    picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
-    assert picture.shape == (70 + 60 + 560 + 24, 152 + 3 * 560 + 10)
-    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
-    light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
-    assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
-
-
-def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
-    coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
-    slide = prepare.Slide(toy_slide[0], mpp=0.25)
-    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
-    first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
-    assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
-    assert second["geometry"]["coordinates"][0][0] == [1024, 0]
-    assert second["properties"]["objectType"] == "tile"
-    assert second["properties"]["measurements"] == {"relevance": -1.0}
-    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})  # as MRXS
-    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
-    first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
-    assert first["geometry"]["coordinates"][0][0] == [-100, 500]
-
-
-def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
-    asked = ["--slide", "s", "--ask", "?"]
-    for flags, message in (
-        (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        ([*asked, "--word", "necrosis"], "give --heatmap FILE with it"),
-        ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
-        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
-    ):
-        with pytest.raises(UserError, match=message):
-            sample.main([*map(str, flags)])
-
-
-def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
-    """Before training neither measure does; after fitting two reports to two slides, the loss does."""
-    args = train.parse([])
-    wsi_llava.resolve_device(args)
-    samples = []
-    for visual, report in zip(torch.randn(2, 1, 9, 128), ("It is grade 2.", "The tumor is an adenocarcinoma.")):
-        ids, labels = tokenizer.encode_plain(report)
-        samples.append({"visual": visual, "ids": ids, "labels": labels})
-    before = train.alignment(args, tiny, samples)
-    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
-    batch = [torch.cat([s["visual"] for s in samples]), [s["ids"] for s in samples], [s["labels"] for s in samples]]
-    for _ in range(40):
-        optimizer.zero_grad()
-        tiny(*batch).backward()
-        optimizer.step()
-    after = train.alignment(args, tiny, samples)
-    own, another = "loss of a report after its own slide", "after another"
-    assert abs(before[own] - before[another]) < 0.1 < 1 < after[another] - after[own]
+def test_plain_form_is_image_then_report(tokenizer):
+    ids, labels = tokenizer.encode_plain("It is grade 2.")
+    assert ids[:2] == [tokenizer.bos, IMAGE_TOKEN] and labels[:2] == [IGNORE, IGNORE]
+    assert ids[2:] == labels[2:] == tokenizer.encode("It is grade 2.") + [tokenizer.eos]
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files
+# wsi_llava.py: files
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -829,6 +651,97 @@ def test_configs_survive_json():
         wsi_llava.LlamaConfig.from_dict({"wide": 3})
 
 
+def test_nothing_half_written_under_a_final_name(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), wsi_llava.replacing(target) as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# wsi_llava.py: the whole model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
+    ids, labels = tokenizer.encode_chat(TALK)
+    short, short_labels = tokenizer.encode_plain("It is grade 2.")
+    visual = torch.randn(2, 9, 128)
+    embeds, spliced = tiny.splice(visual, [ids, short], [labels, short_labels])
+    assert embeds.shape == (2, len(ids) - 1 + 9, 64) and spliced.shape == embeds.shape[:2]
+    place = ids.index(IMAGE_TOKEN)
+    projected = tiny.mm_projector(F.pad(visual, (0, 160 - 128)))
+    torch.testing.assert_close(embeds[0, place : place + 9], projected[0])
+    torch.testing.assert_close(embeds[0, place + 9], tiny.llama.embed_tokens.weight[ids[place + 1]])
+    assert [label for label in spliced[0].tolist() if label != IGNORE] == [label for label in labels if label != IGNORE]
+    assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
+    for wrong in (None, torch.randn(2, 2, 9, 128)):
+        with pytest.raises(ValueError, match="1 <image>"):
+            tiny.splice(wrong, [ids, short])
+
+
+def test_padding_changes_no_loss(tiny, tokenizer):
+    rows = [tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")]
+    visual = torch.randn(2, 9, 128)
+    counts = [sum(label != IGNORE for label in labels) for _, labels in rows]
+    with torch.no_grad():
+        alone = [tiny(visual[i : i + 1], [ids], [labels]).item() for i, (ids, labels) in enumerate(rows)]
+        together = tiny(visual, *zip(*rows)).item()
+    assert together == pytest.approx(np.average(alone, weights=counts), rel=1e-5)
+
+
+def test_loss_is_that_of_all_logits_at_the_labelled_positions(tiny, tokenizer):
+    """Value and gradient: the logits that are left out are those that no label looks at."""
+    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
+    visual, weight = torch.randn(2, 9, 128), tiny.mm_projector[0].weight
+    embeds, spliced = tiny.splice(visual, ids, labels)
+    logits = tiny.llama(embeds=embeds)[:, :-1].transpose(1, 2)
+    want = F.cross_entropy(logits, spliced[:, 1:], ignore_index=IGNORE, reduction="sum")
+    got = tiny(visual, ids, labels, reduction="sum")
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
+
+
+def test_one_batch_can_be_overfitted(tiny, tokenizer):
+    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
+    visual = torch.randn(2, 9, 128)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(60):
+        loss = tiny(visual, ids, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    answer = [t for (t,) in tiny.generate(visual[:1], [tokenizer.encode_chat(TALK[:1])[0]], 20)]
+    assert tokenizer.decode([t for t in answer if t != tokenizer.eos]) == TALK[1]["value"]
+
+
+def test_sampling_is_seeded_and_cut(tiny):
+    visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
+
+    def draw(**options):
+        return [t for (t,) in tiny.generate(visual, ids, 12, temperature=1.0, **options)]
+
+    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
+    greedily = [t for (t,) in tiny.generate(visual, ids, 12)]
+    assert draw(top_k=1) == draw(top_p=1e-6) == greedily
+
+
+def test_no_ngram_is_said_twice(tiny):
+    visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
+
+    def bigrams(**options):
+        said = [t for (t,) in tiny.generate(visual, ids, 60, eos=-1, **options)]
+        return list(zip(said, said[1:]))
+
+    free, held = bigrams(), bigrams(no_repeat_ngram=2)
+    assert len(set(free)) < len(free) and len(set(held)) == len(held) == 59
+    first = next(i for i, pair in enumerate(free) if pair in free[:i])
+    assert held[:first] == free[:first] and held[first] != free[first]
+
+
 def test_save_and_load_round_trip(tiny, tmp_path):
     tiny.save(tmp_path)
     again = wsi_llava.WSILLaVA.load(tmp_path)
@@ -836,6 +749,11 @@ def test_save_and_load_round_trip(tiny, tmp_path):
     for (name, a), (other, b) in zip(tiny.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# wsi_llava.py: published weights, in miniature
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_loaders_are_strict_both_ways(tmp_path):
@@ -1007,10 +925,6 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
         wsi_llava.load_llama(tmp_path / "lora")
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
 def test_damaged_shards_are_named(tmp_path, ending):
     theirs = hf_llama(tmp_path)
@@ -1039,29 +953,395 @@ def test_damaged_shards_are_named(tmp_path, ending):
         wsi_llava.load_llama(tmp_path)
 
 
-def test_nothing_half_written_under_a_final_name(tmp_path):
-    target = tmp_path / "file"
-    target.write_text("old")
-    with pytest.raises(RuntimeError), wsi_llava.replacing(target) as path:
-        path.write_text("half")
-        raise RuntimeError
-    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+# --------------------------------------------------------------------------------------------------------------------
+# wsi_llava.py: the same where a user puts them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, toy_slide, tokenizer):
+    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one prepared slide."""
+    monkeypatch.chdir(tmp_path)
+    gigapath = tmp_path / "weights" / "gigapath"
+    gigapath.mkdir(parents=True)
+    torch.manual_seed(2)
+    tile_encoder = wsi_llava.TileEncoder(wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64))
+    torch.save(tile_encoder.state_dict(), gigapath / "pytorch_model.bin")
+    slide_encoder = wsi_llava.SlideEncoder(wsi_llava.SlideEncoderConfig(64, 128, 1, 16, 128))
+    torch.save({"model": slide_encoder.state_dict()}, gigapath / "slide_encoder.pth")
+    vicuna = tmp_path / "weights" / "vicuna-7b-v1.5"
+    sizes = {"vocab_size": tokenizer.sp.vocab_size(), "max_position_embeddings": 1024}
+    theirs, _ = published_llm(vicuna, "vicuna", **sizes)
+    (vicuna / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    projector = wsi_llava.make_projector(160, 64)
+    merged = published_lora(tmp_path / "WSI-LLaVA", theirs, projector)
+    prepare.main(["--slides", str(toy_slide[0])])
+    return merged, projector
+
+
+def test_published_weights_answer_without_training(published, capsys):
+    merged, projector = published
+    sample.main(["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"])
+    printed = capsys.readouterr()
+    assert "Projector: that of WSI-LLaVA." in printed.err and "576 visual tokens" in printed.out
+    model, ids = assembled(3, "--lora", "WSI-LLaVA"), torch.randint(90, (1, 40))
+    assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
+    with torch.no_grad():
+        assert relative(model.llama(ids), merged(ids).logits) < 1e-5
+    with pytest.raises(UserError, match="out/stage3 holds no trained model: run python train.py --stage 3 first"):
+        assembled(3)  # Vicuna alone has no projector
+
+
+def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_path, capsys, tokenizer):
+    report = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "It is grade 2."}]
+    prepare.write_qa(
+        Path("data/qa/train.jsonl"), [{"id": "1", "slide": "toy", "task": "Report", "conversations": report}]
+    )
+    llava = tmp_path / "weights" / "llava-v1.5-7b"
+    _, projector = published_llm(llava, "llava", vocab_size=tokenizer.sp.vocab_size(), max_position_embeddings=1024)
+    (llava / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    train.main(["--stage", "2", "--llm", str(llava), "--epochs", "0"])
+    assert f"Projector: that of {llava}." in capsys.readouterr().err
+    trained = load_file("out/stage2/model.safetensors")
+    assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
+    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
+    model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
+    assert (
+        "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().err
+    )
+    assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
+
+
+@slow
+def test_features_of_another_encoder_are_refused(demo, tmp_path):
+    """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
+    folder, _ = demo
+    other = wsi_llava.untrained_tile_encoder(seed=1)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    done = script(
+        "prepare.py",
+        "--slides",
+        folder / "data" / "slides",
+        "--data",
+        folder / "data",
+        "--tile-encoder",
+        tmp_path / "other.safetensors",
+    )
+    assert done.returncode == 1 and "features of another tile encoder" in done.stderr
+    args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
+    wsi_llava.resolve_device(args)
+    meta = wsi_llava.read_meta(args.data)
+    meta["encoder"]["fingerprint"] = "0123456789abcdef"
+    with pytest.raises(UserError, match="stage1.* was trained with another tile encoder"):
+        wsi_llava.assemble(args, meta, 3)
+    meta = wsi_llava.read_meta(args.data)
+    meta["encoder"]["width"] = 1536
+    with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
+        wsi_llava.assemble(args, meta, 3)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# prepare.py
+# train.py
 # --------------------------------------------------------------------------------------------------------------------
 
-CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
+
+@slow
+def test_many_questions_are_held_as_an_index(demo, tmp_path):
+    """175,000 questions open in seconds: of each, the place in the file is kept, not the text."""
+    data = tmp_path / "data"
+    (data / "qa").mkdir(parents=True)
+    shutil.copytree(demo[0] / "data" / "features", data / "features")
+    rows = [
+        {"id": str(i), "slide": f"demo_{i % 15:04d}", "task": "Grading", "conversations": TALK[:2]}
+        for i in range(175000)
+    ]
+    prepare.write_qa(data / "qa" / "train.jsonl", rows)
+    found = train.load_rows(data, "train")
+    assert len(found) == 175000 and set(found.index[0]) == {"offset", "slide", "task", "length", "tiles"}
+    assert found[123456] == rows[123456] and found.where(lambda entry: entry["slide"] == "demo_0003")[7]["id"] == "108"
 
 
-@pytest.fixture(scope="session")
-def toy_slide(tmp_path_factory):
-    """One toy slide -> (its TIFF, the image it was written from, the corners of the tiles with pigment)."""
-    path = tmp_path_factory.mktemp("slides") / "toy.tif"
-    image, planted = prepare.draw_slide(CASE)
-    prepare.write_tiff(path, image)
-    return path, image, planted
+@slow
+def test_questions_about_slides_without_features(demo, tmp_path):
+    data = tmp_path / "data"
+    (data / "qa").mkdir(parents=True)
+    (data / "features").mkdir()
+    rows = [{"id": str(i), "slide": f"far{i}", "task": "Report", "conversations": TALK[:2]} for i in (2, 1)]
+    prepare.write_qa(data / "qa" / "train.jsonl", rows)
+    with pytest.raises(UserError, match="names 2 slides without features .* the first: far1"):
+        train.load_rows(data, "train")
+    with pytest.raises(UserError, match="no question is about a slide that has features"):
+        train.load_rows(data, "train", skip_missing=True)
+
+
+@slow
+def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
+    """The authors' published tokens: no tiles, no slide encoder, and stages 2 and 3 take them as they are."""
+    tokens = torch.randn(576, 1024)
+    torch.save(tokens, tmp_path / "T.1.pt")
+    data = tmp_path / "data"
+    prepare.main(["--features", str(tmp_path / "T.1.pt"), "--data", str(data)])
+    rows = [{"id": "1", "slide": "T.1", "task": "Report", "conversations": TALK[:2]}]
+    prepare.write_qa(data / "qa" / "train.jsonl", rows)
+    assert len(train.load_rows(data, "train", tokens=True)) == 1
+    with pytest.raises(UserError, match="names 1 slides without features"):
+        train.load_rows(data, "train")
+    args = sample.parse(["--slide", "T.1", "--data", str(data), "--llm", str(demo[0] / "data" / "llm")])
+    wsi_llava.resolve_device(args)
+    args.max_tiles, args.no_slide_encoder = 0, False
+    model, _ = wsi_llava.assemble(args, wsi_llava.read_meta(data), 1)
+    assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == 0
+    (visual,) = sample.slide_tokens(args, model, ["T.1"])
+    assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
+
+
+@slow
+def test_gradient_cache_equals_the_full_batch(demo):
+    """Stage 1's embed, cache, embed again gives the gradients of one big batch."""
+    args = train.parse(["--data", str(demo[0] / "data"), "--stage", "1"])
+    wsi_llava.resolve_device(args)
+    task = train.stage1(args, train.RECIPES["demo"][1], wsi_llava.read_meta(args.data))
+    model = task.model.double().eval()  # no dropout: the two ways draw it differently
+    parts = task.train.parts(list(range(len(task.train.rows))))
+    assert len(parts) > 1
+    task.backward(parts, train.micro_batches(task.train, parts, args))
+    cached = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    words = wsi_llava.load_llama(args.data / "llm").embed_tokens.weight.detach()
+    embedded = [train.embed(args, model, words, s) for s in train.micro_batches(task.train, parts, args)]
+    model.loss(*(torch.cat(x) for x in zip(*embedded))).backward()
+    for name, p in model.named_parameters():
+        assert relative(cached[name], p.grad) < 1e-5 or p.grad.abs().max() < 1e-7, name
+
+
+def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
+    """Before training neither measure does; after fitting two reports to two slides, the loss does."""
+    args = train.parse([])
+    wsi_llava.resolve_device(args)
+    samples = []
+    for visual, report in zip(torch.randn(2, 1, 9, 128), ("It is grade 2.", "The tumor is an adenocarcinoma.")):
+        ids, labels = tokenizer.encode_plain(report)
+        samples.append({"visual": visual, "ids": ids, "labels": labels})
+    before = train.alignment(args, tiny, samples)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
+    batch = [torch.cat([s["visual"] for s in samples]), [s["ids"] for s in samples], [s["labels"] for s in samples]]
+    for _ in range(40):
+        optimizer.zero_grad()
+        tiny(*batch).backward()
+        optimizer.step()
+    after = train.alignment(args, tiny, samples)
+    own, another = "loss of a report after its own slide", "after another"
+    assert abs(before[own] - before[another]) < 0.1 < 1 < after[another] - after[own]
+
+
+@slow
+@pytest.mark.parametrize("stage, flags", [(1, ["--epochs", 5]), (2, ["--epochs", 3, "--batch-size", 4]), (3, [])])
+def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, stage, flags):
+    """Bit for bit; and the same command twice gives the same weights."""
+    flags = ["--stage", stage, *flags, *["--batch-size", 9, "--lora-dropout", 0.1] * (stage == 3)]
+    for earlier in range(1, stage):
+        shutil.copytree(demo[0] / "out" / f"stage{earlier}", tmp_path / "out" / f"stage{earlier}")
+    result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
+    train_with(demo, tmp_path / "out", *flags)
+    result.rename(tmp_path / "whole")
+    train_with(demo, tmp_path / "out", *flags)
+    result.rename(tmp_path / "again")
+    assert same_weights(tmp_path / "whole", tmp_path / "again")
+
+    real = train.schedule
+
+    def interrupt(step, steps, warmup):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(step, steps, warmup)
+
+    monkeypatch.setattr(train, "schedule", interrupt)
+    with pytest.raises(UserError, match="interrupted after step 4 of .*, saved; --resume"):
+        train_with(demo, tmp_path / "out", *flags)
+    assert not result.exists()
+    monkeypatch.setattr(train, "schedule", real)
+    train_with(demo, tmp_path / "out", *flags, "--resume")
+    assert same_weights(tmp_path / "whole", result)
+    steps = [json.loads(line)["step"] for line in (result.parent / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@slow
+def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(demo[0] / "out" / "stage1", out / "stage1")
+    command = [
+        "train.py",
+        "--stage",
+        2,
+        "--epochs",
+        20,
+        "--batch-size",
+        4,
+        "--save-every",
+        3,
+        "--data",
+        demo[0] / "data",
+    ]
+    command = [sys.executable, HERE / command[0], *map(str, command[1:]), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
+    for line in process.stdout:
+        if line.startswith("stage 2 step 8/"):
+            process.kill()
+    process.wait()
+    assert not (out / "stage2" / "model.safetensors").exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=HERE)
+    assert "Resuming at step 6 of 60" in done.stdout, done.stderr
+    (out / "stage2" / "model.safetensors").rename(tmp_path / "killed")
+    assert subprocess.run(command, capture_output=True, cwd=HERE).returncode == 0
+    assert same_weights(tmp_path / "killed", out / "stage2" / "model.safetensors")
+
+
+@slow
+def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
+    shutil.copytree(demo[0] / "out", tmp_path / "out")
+    with pytest.raises(UserError, match="train_state.pt belongs to another run"):
+        train_with(demo, tmp_path / "out", "--stage", 2, "--epochs", 7, "--resume")
+    state = tmp_path / "out" / "stage2" / "train_state.pt"
+    state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(UserError, match="train_state.pt: damaged .*leave --resume out"):
+        train_with(demo, tmp_path / "out", "--stage", 2, "--resume")
+
+
+@slow
+def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
+    shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "out" / "stage1")
+    with pytest.raises(UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"):
+        train_with(demo, tmp_path / "out", "--stage", 2, "--epochs", 5, "--batch-size", 4, "--lr", 1e30, "--warmup", 0)
+    bad = json.loads((tmp_path / "out" / "stage2" / "log.jsonl").read_text().splitlines()[-1])
+    assert bad["step"] == 2 and len(bad["ids"]) == 4
+
+
+@slow
+def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
+    shutil.copytree(demo[0] / "out", tmp_path / "out")
+    train_with(demo, tmp_path / "out", "--stage", 3, "--epochs", 0.2, "--max-length", 110)
+    printed = capsys.readouterr().out
+    assert re.search(r"\d+ samples were longer than --max-length 110 and were cut", printed), printed
+
+
+@slow
+def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
+    """With a learning rate that ruins the model in the end, the best are not the last."""
+    shutil.copytree(demo[0] / "out", tmp_path / "out")
+    monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1 if step < steps // 2 else 1000)
+    flags = ["--stage", 2, "--epochs", 6, "--val", 0.2, "--eval-every", 1, "--keep", "best"]
+    train_with(demo, tmp_path / "out", *flags)
+    folder = tmp_path / "out" / "stage2"
+    losses = [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    best = losses.index(min(losses)) + 1
+    assert best < len(losses) and not (folder / "best.safetensors").exists()
+    last = torch.load(folder / "train_state.pt", weights_only=True)["model"]
+    kept = load_file(folder / "model.safetensors")
+    assert not torch.equal(kept["mm_projector.0.weight"], last["mm_projector.0.weight"])
+
+
+def torchrun(processes, *arguments):
+    """The command that a user types, as a list."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return list(map(str, [*run, HERE / "train.py", *arguments]))
+
+
+@slow
+@pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
+def test_two_processes_equal_one(demo, tmp_path, flags):
+    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
+    flags = [*flags, "--epochs", 4 if flags[1] == 1 else 1, "--batch-size", 6, "--micro-batch", 2]
+    losses, stage = {}, f"stage{flags[1]}"
+    shutil.copytree(demo[0] / "out", tmp_path / "1")
+    shutil.copytree(demo[0] / "out", tmp_path / "2")
+    train_with(demo, tmp_path / "1", *flags)
+    command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for processes in "12":
+        log = (tmp_path / processes / stage / "log.jsonl").read_text().splitlines()
+        losses[processes] = [json.loads(line)["loss"] for line in log]
+    assert losses["1"] == pytest.approx(losses["2"], rel=1e-5, abs=1.1e-5)  # the log holds five decimals
+    assert same_weights(*(tmp_path / n / stage / "model.safetensors" for n in "12"), tolerance=1e-3)
+
+
+@slow
+def test_what_two_processes_began_one_finishes(demo, tmp_path):
+    """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from the start."""
+    flags = ["--stage", 3, "--full", "--batch-size", 8, "--micro-batch", 4]
+    shutil.copytree(demo[0] / "out", tmp_path / "1")
+    shutil.copytree(demo[0] / "out", tmp_path / "2")
+    train_with(demo, tmp_path / "1", *flags)
+    command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE) as process:
+        for line in process.stdout:
+            if line.startswith("stage 3 step 2/"):
+                process.terminate()  # as a job's time limit does
+    assert not (tmp_path / "2" / "stage3" / "model.safetensors").exists()
+    train_with(demo, tmp_path / "2", *flags, "--resume")
+    assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
+
+
+@slow
+@pytest.mark.parametrize("kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str)
+def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys, kind, flags):
+    """To transformers, to our loader, and to sample.py, which then needs no out/ any more; in one file or in shards."""
+    transformers = pytest.importorskip("transformers")
+    data, out, folder = demo[0] / "data", demo[0] / "out", tmp_path / "exported"
+    if flags:
+        out = tmp_path / "out"
+        shutil.copytree(demo[0] / "out", out)
+        train_with(demo, out, "--stage", 3, *flags)
+    monkeypatch.setattr(wsi_llava, "SHARD", 400_000)
+    train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
+    model = assembled(3, "--data", data, "--out", out)
+    ids = torch.randint(3, 300, (1, 40))
+    if kind == "--export":
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
+        weights = ["--llm", folder]
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
+    else:
+        weights = ["--llm", data / "llm", "--lora", folder]
+    weights += ["--slide-encoder", folder / "slide_encoder.safetensors", "--data", data, "--out", tmp_path / "none"]
+    again = assembled(3, *weights)
+    with torch.no_grad():
+        assert relative(again.llama(ids), model.llama(ids)) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(again.mm_projector.parameters(), model.mm_projector.parameters()))
+    slide = wsi_llava.read_features(data, "demo_0015")
+    assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
+    assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
+    with pytest.raises(UserError, match="exported is not empty; name a new folder"):
+        train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
+    if flags:
+        with pytest.raises(UserError, match="stage 3 trained no adapters; use --export"):
+            train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
+
+
+@slow
+def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
+    names = ("nothing (the run above)", "no slide encoder", "16 tiles a slide", "no stage 2")
+    monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
+    shutil.copytree(demo[0] / "data", tmp_path / "data")
+    shutil.copytree(demo[0] / "out", tmp_path / "out")
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    args = train.parse(["--demo", "--epochs", "1", "--batch-size", "48", *places])
+    wsi_llava.resolve_device(args)
+    train.ablations(args)
+    table = capsys.readouterr().out.split("with one thing changed\n")[1].splitlines()
+    assert [line[:26].rstrip() for line in table] == ["changed", *names]
+    made = {p.name: wsi_llava.load_config(p / "stage3") for p in (tmp_path / "out" / "ablations").iterdir()}
+    assert [made[n.replace(" ", "-")].no_slide_encoder for n in names[1:]] == [True, False, False]
+    assert [made[n.replace(" ", "-")].max_tiles for n in names[1:]] == [0, 16, 0]
+    assert len(list((tmp_path / "data" / "visual_tokens" / "max-tiles-16").iterdir())) == 18
+    assert not (tmp_path / "out" / "ablations" / "no-stage-2" / "stage2" / "log.jsonl").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prepare.py: slides
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
@@ -1088,20 +1368,6 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
     beige = (np.abs(pixels - [216, 190, 178]).max(-1) < 22)[::8, ::8]
     y, x = np.argwhere(beige).mean(0)
     assert x < 118 and y < 118  # of 256: upper left
-
-
-def test_tissue_and_grid(toy_slide):
-    slide = prepare.Slide(toy_slide[0])
-    mask = prepare.tissue_mask(slide.thumbnail(prepare.MASK))
-    assert 0.4 < mask.mean() < 0.75
-    coords = prepare.tile_grid(mask, 0.25)
-    assert 30 < len(coords) < 60 and coords.dtype == np.int32 and (coords % 256 == 0).all()
-    raster = coords[:, 1].astype(int) * 10000 + coords[:, 0]
-    assert (np.diff(raster) > 0).all()  # y, then x
-    glass = Image.fromarray(np.random.default_rng(0).integers(236, 248, (64, 64, 3), dtype=np.uint8))
-    assert len(prepare.tile_grid(prepare.tissue_mask(glass), 0.25)) == 0
-    solid = Image.new("RGB", (64, 64), (220, 150, 190))
-    assert len(prepare.tile_grid(prepare.tissue_mask(solid), 0.25)) == 64
 
 
 def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
@@ -1208,6 +1474,33 @@ def test_slides_are_found_as_an_archive_holds_them(tmp_path):
     assert list(prepare.find_slides([tmp_path / "list.txt"])) == ["b c.d", "v"]
 
 
+def test_two_slides_of_one_name_are_refused(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (300, 300)).save(tmp_path / folder / "s.png")
+    with pytest.raises(UserError, match="a/s.png and .*b/s.png have the same name"):
+        prepare.find_slides([tmp_path])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prepare.py: tissue and tiles
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_tissue_and_grid(toy_slide):
+    slide = prepare.Slide(toy_slide[0])
+    mask = prepare.tissue_mask(slide.thumbnail(prepare.MASK))
+    assert 0.4 < mask.mean() < 0.75
+    coords = prepare.tile_grid(mask, 0.25)
+    assert 30 < len(coords) < 60 and coords.dtype == np.int32 and (coords % 256 == 0).all()
+    raster = coords[:, 1].astype(int) * 10000 + coords[:, 0]
+    assert (np.diff(raster) > 0).all()  # y, then x
+    glass = Image.fromarray(np.random.default_rng(0).integers(236, 248, (64, 64, 3), dtype=np.uint8))
+    assert len(prepare.tile_grid(prepare.tissue_mask(glass), 0.25)) == 0
+    solid = Image.new("RGB", (64, 64), (220, 150, 190))
+    assert len(prepare.tile_grid(prepare.tissue_mask(solid), 0.25)) == 64
+
+
 def painted(background, *spots):
     """A painted thumbnail 96 x 96: ellipses of a colour on a background, with a camera's noise."""
     image = Image.new("RGB", (96, 96), background)
@@ -1292,6 +1585,10 @@ def test_contours_are_the_mask_exactly():
         assert (count == mask).all()
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# prepare.py: many slides, whatever happens
+# --------------------------------------------------------------------------------------------------------------------
+
 FEW = ["--max-tiles", "12", "--geojson"]
 
 
@@ -1325,6 +1622,15 @@ def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch)
     assert contents(tmp_path / "data") == contents(whole)
 
 
+LOCK = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[1])
+import prepare
+print(prepare.claim(pathlib.Path(sys.argv[2]), sys.argv[3]), flush=True)
+sys.stdin.read()
+"""
+
+
 @slow
 def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(archive, tmp_path):
     slides, whole = archive
@@ -1355,15 +1661,6 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
     assert contents(data) == contents(whole)
 
 
-LOCK = """
-import sys, pathlib
-sys.path.insert(0, sys.argv[1])
-import prepare
-print(prepare.claim(pathlib.Path(sys.argv[2]), sys.argv[3]), flush=True)
-sys.stdin.read()
-"""
-
-
 @slow
 def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     slides, whole = archive
@@ -1373,6 +1670,18 @@ def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert sum(int(re.search(r"tiles of (\d) slides", text)[1]) for text in printed) == 5, printed
     assert contents(tmp_path) == contents(whole)
+
+
+@slow
+def test_prepare_skips_what_is_done_and_refuses_other_parameters(demo):
+    folder, _ = demo
+    before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
+    common = ["--slides", folder / "data" / "slides", "--data", folder / "data"]
+    done = script("prepare.py", *common)
+    assert done.returncode == 0 and "18 done already; 0 to tile" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
+    done = script("prepare.py", *common, "--min-tissue", 0.5)
+    assert done.returncode == 1 and "min_tissue 0.25, not 0.5; --overwrite" in done.stderr
 
 
 def test_other_parameters_stop_and_name_both_values(archive):
@@ -1509,6 +1818,24 @@ def test_contact_sheets_show_every_slide_and_mark_what_failed(archive, tmp_path)
     assert not (data / "qc" / "index-2.jpg").exists()
 
 
+@slow
+@pytest.mark.skipif(not (SHARED / "slides").exists(), reason="needs the slides in ../shared/slides")
+def test_real_slide_beside_a_broken_one(tmp_path):
+    done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path / "data")
+    assert done.returncode == 1
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.startswith("failed:")] == [line for line in lines if "broken.svs" in line]
+    assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
+    features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
+    assert features.shape == (len(coords), 128) and 30 < len(coords) < 50 and features.isfinite().all()
+    assert coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prepare.py: features that were made elsewhere
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def test_features_of_others_are_imported(tmp_path):
     """GigaPath's dict, TRIDENT's and CLAM's h5: level-0 coordinates become pixels at the target, in raster order."""
     h5py = pytest.importorskip("h5py")
@@ -1565,6 +1892,11 @@ def test_imports_are_validated(tmp_path):
             prepare.read_foreign(tmp_path / "x.pt")
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# prepare.py: questions, the toy cohort
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def test_qa_in_both_shapes(tmp_path):
     row = {"id": "T-1", "image": "TCGA-LUSC/T.1.pt", "conversations": [
         {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tumor."},
@@ -1607,12 +1939,15 @@ def test_malformed_qa_names_the_line(tmp_path):
             prepare.read_qa(path)
 
 
-def test_two_slides_of_one_name_are_refused(tmp_path):
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (300, 300)).save(tmp_path / folder / "s.png")
-    with pytest.raises(UserError, match="a/s.png and .*b/s.png have the same name"):
-        prepare.find_slides([tmp_path])
+@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
+def test_real_questions_are_read():
+    files = sorted((SHARED / "wsi_bench").glob("*.json*"))
+    rows = {file.name: prepare.read_qa(file) for file in files}
+    assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {"Report"}
+    assert len(rows["test_sample.jsonl"]) == 237
+    assert all(
+        row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-") for part in rows.values() for row in part
+    )
 
 
 def test_demo_cohort_is_balanced_and_disjoint():
@@ -1629,124 +1964,20 @@ def test_demo_cohort_is_balanced_and_disjoint():
         assert test[0][key] in answers[key] and test[0][key] in answers["report"]
 
 
-@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
-def test_real_questions_are_read():
-    files = sorted((SHARED / "wsi_bench").glob("*.json*"))
-    rows = {file.name: prepare.read_qa(file) for file in files}
-    assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {"Report"}
-    assert len(rows["test_sample.jsonl"]) == 237
-    assert all(
-        row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-") for part in rows.values() for row in part
-    )
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: conversations
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @slow
-@pytest.mark.skipif(not (SHARED / "slides").exists(), reason="needs the slides in ../shared/slides")
-def test_real_slide_beside_a_broken_one(tmp_path):
-    done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path / "data")
-    assert done.returncode == 1
-    lines = done.stderr.replace("\r", "\n").splitlines()
-    assert [line for line in lines if line.startswith("failed:")] == [line for line in lines if "broken.svs" in line]
-    assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
-    features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
-    assert features.shape == (len(coords), 128) and 30 < len(coords) < 50 and features.isfinite().all()
-    assert coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Weights that others trained: miniatures of GigaPath, Vicuna, LLaVA and a LoRA folder, where a user puts them
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch, toy_slide, tokenizer):
-    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one prepared slide."""
-    monkeypatch.chdir(tmp_path)
-    gigapath = tmp_path / "weights" / "gigapath"
-    gigapath.mkdir(parents=True)
-    torch.manual_seed(2)
-    tile_encoder = wsi_llava.TileEncoder(wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64))
-    torch.save(tile_encoder.state_dict(), gigapath / "pytorch_model.bin")
-    slide_encoder = wsi_llava.SlideEncoder(wsi_llava.SlideEncoderConfig(64, 128, 1, 16, 128))
-    torch.save({"model": slide_encoder.state_dict()}, gigapath / "slide_encoder.pth")
-    vicuna = tmp_path / "weights" / "vicuna-7b-v1.5"
-    sizes = {"vocab_size": tokenizer.sp.vocab_size(), "max_position_embeddings": 1024}
-    theirs, _ = published_llm(vicuna, "vicuna", **sizes)
-    (vicuna / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
-    projector = wsi_llava.make_projector(160, 64)
-    merged = published_lora(tmp_path / "WSI-LLaVA", theirs, projector)
-    prepare.main(["--slides", str(toy_slide[0])])
-    return merged, projector
-
-
-def assembled(stage, *arguments):
-    args = train.parse(list(map(str, arguments)))
-    wsi_llava.resolve_device(args)
-    return wsi_llava.assemble(args, wsi_llava.read_meta(args.data), stage)[0]
-
-
-def test_published_weights_answer_without_training(published, capsys):
-    merged, projector = published
-    sample.main(["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"])
-    printed = capsys.readouterr()
-    assert "Projector: that of WSI-LLaVA." in printed.err and "576 visual tokens" in printed.out
-    model, ids = assembled(3, "--lora", "WSI-LLaVA"), torch.randint(90, (1, 40))
-    assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
-    with torch.no_grad():
-        assert relative(model.llama(ids), merged(ids).logits) < 1e-5
-    with pytest.raises(UserError, match="out/stage3 holds no trained model: run python train.py --stage 3 first"):
-        assembled(3)  # Vicuna alone has no projector
-
-
-def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_path, capsys, tokenizer):
-    report = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "It is grade 2."}]
-    prepare.write_qa(
-        Path("data/qa/train.jsonl"), [{"id": "1", "slide": "toy", "task": "Report", "conversations": report}]
-    )
-    llava = tmp_path / "weights" / "llava-v1.5-7b"
-    _, projector = published_llm(llava, "llava", vocab_size=tokenizer.sp.vocab_size(), max_position_embeddings=1024)
-    (llava / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
-    train.main(["--stage", "2", "--llm", str(llava), "--epochs", "0"])
-    assert f"Projector: that of {llava}." in capsys.readouterr().err
-    trained = load_file("out/stage2/model.safetensors")
-    assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
-    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
-    model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
-    assert (
-        "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().err
-    )
-    assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
-
-
-# sample.py: questions, batches, metrics, the judge, tables
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def sample_with(demo, *arguments, data=None):
-    sample.main(["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)])
-
-
-def test_no_ngram_is_said_twice(tiny):
-    visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
-
-    def bigrams(**options):
-        said = [t for (t,) in tiny.generate(visual, ids, 60, eos=-1, **options)]
-        return list(zip(said, said[1:]))
-
-    free, held = bigrams(), bigrams(no_repeat_ngram=2)
-    assert len(set(free)) < len(free) and len(set(held)) == len(held) == 59
-    first = next(i for i, pair in enumerate(free) if pair in free[:i])
-    assert held[:first] == free[:first] and held[first] != free[first]
-
-
-def test_slides_of_one_case_are_announced(tiny, tokenizer):
-    visual = torch.randn(2, 9, 128)
-    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
-    got = "".join(chat.reply("Which type of tumor is this?"))
-    question = "Slide 1: <image>\nSlide 2: <image>\nWhich type of tumor is this?"
-    ids, _ = tokenizer.encode_chat([{"from": "human", "value": question}])
-    want = [t for (t,) in tiny.generate([visual], [ids], 6)]
-    assert ids.count(IMAGE_TOKEN) == 2 and got == tokenizer.decode([t for t in want if t != tokenizer.eos])
+def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
+    folder, _ = demo
+    places = ["--data", folder / "data", "--out", folder / "out", "--max-new-tokens", 8]
+    for slide in ("demo_0015", toy_slide[0]):
+        done = script("sample.py", "--slide", slide, "--ask", "Which type of tumor is this?", *places)
+        assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
+    assert (folder / "data" / "features" / "toy.safetensors").exists()
+    (folder / "data" / "features" / "toy.safetensors").unlink()
 
 
 def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
@@ -1768,6 +1999,101 @@ def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
     save_file({"features": features, "coords": coords}, path)
     with pytest.raises(UserError, match="does not tell its scale"):
         sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
+
+
+@slow
+def test_zero_shot_equals_stage_one(demo, capsys):
+    """The probabilities are the softmax over what training would embed."""
+    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
+    sample_with(demo, "--slide", "demo_0015", "--json", "--zero-shot", *texts)
+    found = json.loads(capsys.readouterr().out)["probabilities"]
+    args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
+    wsi_llava.resolve_device(args)
+    _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
+    features, coords = wsi_llava.read_features(args.data, "demo_0015")
+    samples = [{"features": features, "coords": coords, "ids": tokenizer.encode(text)} for text in texts]
+    with torch.no_grad():
+        slides, embedded = train.embed(args, model, words, samples)
+        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
+    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4) and sum(
+        found.values()
+    ) == pytest.approx(1)
+
+
+def test_chat_continues_as_if_read_anew(tiny, tokenizer):
+    """The second turn from the kept cache is the answer that the whole dialogue as a prompt gets."""
+    visual = torch.randn(9, 128)
+    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
+    "".join(chat.reply("Which type of tumor is this?"))
+    seen = list(chat.tail)
+    second = "".join(chat.reply("What is its grade?"))
+    first, _ = tokenizer.encode_chat(TALK[:1])
+    said = [t for (t,) in tiny.generate(visual[None], [first], 6)]
+    ids = (
+        first
+        + said
+        + [tokenizer.eos] * (said[-1] != tokenizer.eos)
+        + tokenizer.encode("USER: What is its grade? ASSISTANT:")
+    )
+    assert seen[0] == said[-1]
+    again = [t for (t,) in tiny.generate(visual[None], [ids], 6)]
+    assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
+
+
+def test_slides_of_one_case_are_announced(tiny, tokenizer):
+    visual = torch.randn(2, 9, 128)
+    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
+    got = "".join(chat.reply("Which type of tumor is this?"))
+    question = "Slide 1: <image>\nSlide 2: <image>\nWhich type of tumor is this?"
+    ids, _ = tokenizer.encode_chat([{"from": "human", "value": question}])
+    want = [t for (t,) in tiny.generate([visual], [ids], 6)]
+    assert ids.count(IMAGE_TOKEN) == 2 and got == tokenizer.decode([t for t in want if t != tokenizer.eos])
+
+
+@slow
+def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
+    lines = ["Which type of tumor is this?", "What is its grade?", "/dance", f"/save '{tmp_path / 'talk.json'}'"]
+    lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    sample_with(demo, "--slide", "demo_0000", "--max-new-tokens", 5)
+    out, err = capsys.readouterr()
+    assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
+    assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
+    (row,) = prepare.read_qa(tmp_path / "talk.json")
+    assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
+
+
+@slow
+def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
+    """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
+    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json"]
+    sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?", *flags, data=tmp_path / "new")
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (
+        found["slides"] == ["toy"]
+        and isinstance(found["answer"], str)
+        and found["tokens"] == 5
+        and not found["finished"]
+    )
+    sample_with(
+        demo, "--slide", "toy", "--ask", "Which type?", *flags, "--region", "0,0,1024,1024", data=tmp_path / "new"
+    )
+    assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: many questions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_batched_answers_equal_single_ones(tiny, tokenizer):
+    rows = [{"slide": s, "conversations": TALK[i : i + 2]} for s in "ab" for i in (0, 0)]
+    rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
+    visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
+    together = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8)
+    assert together == [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
+    assert len(set(together)) > 1
 
 
 def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
@@ -1836,56 +2162,9 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         sample_with(demo, *flags, "--temperature", 1, data=data)
 
 
-@slow
-def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
-    lines = ["Which type of tumor is this?", "What is its grade?", "/dance", f"/save '{tmp_path / 'talk.json'}'"]
-    lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    sample_with(demo, "--slide", "demo_0000", "--max-new-tokens", 5)
-    out, err = capsys.readouterr()
-    assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
-    assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
-    (row,) = prepare.read_qa(tmp_path / "talk.json")
-    assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
-
-
-@slow
-def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
-    """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
-    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json"]
-    sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?", *flags, data=tmp_path / "new")
-    (line,) = capsys.readouterr().out.splitlines()
-    found = json.loads(line)
-    assert (
-        found["slides"] == ["toy"]
-        and isinstance(found["answer"], str)
-        and found["tokens"] == 5
-        and not found["finished"]
-    )
-    sample_with(
-        demo, "--slide", "toy", "--ask", "Which type?", *flags, "--region", "0,0,1024,1024", data=tmp_path / "new"
-    )
-    assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
-
-
-@slow
-def test_zero_shot_equals_stage_one(demo, capsys):
-    """The probabilities are the softmax over what training would embed."""
-    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
-    sample_with(demo, "--slide", "demo_0015", "--json", "--zero-shot", *texts)
-    found = json.loads(capsys.readouterr().out)["probabilities"]
-    args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
-    wsi_llava.resolve_device(args)
-    _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
-    features, coords = wsi_llava.read_features(args.data, "demo_0015")
-    samples = [{"features": features, "coords": coords, "ids": tokenizer.encode(text)} for text in texts]
-    with torch.no_grad():
-        slides, embedded = train.embed(args, model, words, samples)
-        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
-    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4) and sum(
-        found.values()
-    ) == pytest.approx(1)
-
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: closed answers and text metrics
+# --------------------------------------------------------------------------------------------------------------------
 
 OPTIONS = (
     "Which type is it? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
@@ -1974,6 +2253,11 @@ def test_text_metrics_equal_the_packages_on_real_reports():
     assert np.mean(same) > 0.99
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: the judge
+# --------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def judge_server():
     """A judge on loopback that misbehaves as told: server.script holds what it does first; then it behaves."""
@@ -2026,6 +2310,19 @@ def judge_server():
 def new_judge(server, folder, **options):
     options = {"attempts": 5, "timeout": 2.0, "backoff": 0.01} | options
     return sample.Judge(server.url, "wise", folder / "judge.jsonl", **options)
+
+
+def write_predictions(folder, rows, **more):
+    """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
+    path = folder / "predictions.jsonl"
+    lines = [{"settings": {}}]
+    for n, (task, question, truth, answer) in enumerate(rows):
+        row = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "task": task, "cancer": "common" if n < 6 else "rare"}
+        lines.append(
+            row | {"question": question, "truth": truth, "answer": answer} | {k: v[n] for k, v in more.items()}
+        )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_path, monkeypatch):
@@ -2095,17 +2392,9 @@ def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
         new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
 
 
-def write_predictions(folder, rows, **more):
-    """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
-    path = folder / "predictions.jsonl"
-    lines = [{"settings": {}}]
-    for n, (task, question, truth, answer) in enumerate(rows):
-        row = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "task": task, "cancer": "common" if n < 6 else "rare"}
-        lines.append(
-            row | {"question": question, "truth": truth, "answer": answer} | {k: v[n] for k, v in more.items()}
-        )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: the tables
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
@@ -2180,101 +2469,124 @@ def test_bad_files_of_predictions_are_named(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The whole program, on a cohort of fifteen
+# sample.py: where the answer comes from
 # --------------------------------------------------------------------------------------------------------------------
 
-
-def script(name, *arguments, env=None):
-    """Runs a script as a user would."""
-    command, env = [sys.executable, HERE / name, *map(str, arguments)], os.environ | (env or {})
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL, env=env)
+QUESTION = "What is its grade?"
+GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """A demo too short to learn anything -> (its folder, what it printed)."""
-    folder = tmp_path_factory.mktemp("demo")
-    places = ["--data", folder / "data", "--out", folder / "out"]
-    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 5, "--epochs", 1, "--val", 0.2, *places)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+@pytest.fixture
+def finder(tiny, tokenizer):
+    """A model that has learnt: grade 2 where one tile, anywhere, bears the mark, else grade 3 -> (model, draw).
+
+    draw(n): features [n,20,128] of slides, every other of them with the mark, and the tiles that bear it.
+    """
+    mark = 2 * torch.randn(128, generator=torch.Generator().manual_seed(1))
+
+    def draw(n):
+        features, at = torch.randn(n, 20, 128), torch.randint(20, (n,))
+        features[range(0, n, 2), at[::2]] = mark
+        return features, at
+
+    ids, labels = zip(
+        *[
+            tokenizer.encode_chat(
+                [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
+            )
+            for answer in ("It is grade 2.", "It is grade 3.")
+        ]
+    )
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
+    for _ in range(150):
+        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
+        loss = tiny(visual, ids * 12, labels * 12)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tiny.parameters(), 1.0)
+        optimizer.step()
+        if loss < 0.03:
+            return tiny, draw
+    raise AssertionError(f"the model has not learnt it: loss {loss.item():.3f}")
 
 
-@slow
-def test_demo_runs_end_to_end(demo):
-    folder, printed = demo
-    for task in ("type", "grade", "position", "focus", "subtype"):
-        assert any(line.startswith(f"{task} (") and line.split()[-5] == "3" for line in printed.splitlines()), printed
-    assert "Retrieval among 3 held-out slides" in printed and "ASSISTANT:" in printed
-    assert re.search(r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed)
-    for stage in (1, 2, 3):
-        made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
-        assert made == {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.png"}
-    assert Image.open(folder / "out" / "loss.png").size[0] == 3 * 520
-    features = {p.stem for p in (folder / "data" / "features").iterdir()}
-    assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
-    train_rows, test_rows = (train.load_rows(folder / "data", split) for split in ("train", "test"))
-    assert not {row["slide"] for row in train_rows} & {row["slide"] for row in test_rows}
-
-
-@slow
-def test_prepare_skips_what_is_done_and_refuses_other_parameters(demo):
-    folder, _ = demo
-    before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    common = ["--slides", folder / "data" / "slides", "--data", folder / "data"]
-    done = script("prepare.py", *common)
-    assert done.returncode == 0 and "18 done already; 0 to tile" in done.stdout
-    assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    done = script("prepare.py", *common, "--min-tissue", 0.5)
-    assert done.returncode == 1 and "min_tissue 0.25, not 0.5; --overwrite" in done.stderr
-
-
-@slow
-def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
-    folder, _ = demo
-    places = ["--data", folder / "data", "--out", folder / "out", "--max-new-tokens", 8]
-    for slide in ("demo_0015", toy_slide[0]):
-        done = script("sample.py", "--slide", slide, "--ask", "Which type of tumor is this?", *places)
-        assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
-    assert (folder / "data" / "features" / "toy.safetensors").exists()
-    (folder / "data" / "features" / "toy.safetensors").unlink()
-
-
-@slow
-@pytest.mark.parametrize("kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str)
-def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys, kind, flags):
-    """To transformers, to our loader, and to sample.py, which then needs no out/ any more; in one file or in shards."""
-    transformers = pytest.importorskip("transformers")
-    data, out, folder = demo[0] / "data", demo[0] / "out", tmp_path / "exported"
-    if flags:
-        out = tmp_path / "out"
-        shutil.copytree(demo[0] / "out", out)
-        train_with(demo, out, "--stage", 3, *flags)
-    monkeypatch.setattr(wsi_llava, "SHARD", 400_000)
-    train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
-    model = assembled(3, "--data", data, "--out", out)
-    ids = torch.randint(3, 300, (1, 40))
-    if kind == "--export":
-        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
-        weights = ["--llm", folder]
-        theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
+    """And the shares add up to what the slide does for the answer, against a slide of average tiles."""
+    model, draw = finder
+    features, at = draw(20)
+    ids, labels = tokenizer.encode_chat(
+        [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "It is grade 2."}]
+    )
+    labels[-1] = IGNORE  # the </s>
+    found = []
+    for tiles, place in zip(features[::2], at[::2]):
+        relevance, gain = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
         with torch.no_grad():
-            agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
-    else:
-        weights = ["--llm", data / "llm", "--lora", folder]
-    weights += ["--slide-encoder", folder / "slide_encoder.safetensors", "--data", data, "--out", tmp_path / "none"]
-    again = assembled(3, *weights)
-    with torch.no_grad():
-        assert relative(again.llama(ids), model.llama(ids)) < 1e-5
-    assert all(torch.equal(a, b) for a, b in zip(again.mm_projector.parameters(), model.mm_projector.parameters()))
-    slide = wsi_llava.read_features(data, "demo_0015")
-    assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
-    assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
-    with pytest.raises(UserError, match="exported is not empty; name a new folder"):
-        train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
-    if flags:
-        with pytest.raises(UserError, match="stage 3 trained no adapters; use --export"):
-            train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
+            real, average = (
+                -model(model.encode_slide(x, GRID)[None], [ids], [labels], "sum").item()
+                for x in (tiles, tiles.mean(0).expand(20, -1))
+            )
+        assert gain == pytest.approx(real - average, abs=1e-4)
+        assert relevance.sum().item() == pytest.approx(gain, rel=0.25, abs=0.1)
+        found.append(relevance.argmax() == place and relevance.max() > 3 * relevance.clamp(min=0).mean())
+    assert sum(found) >= 9, found
+
+
+@pytest.mark.parametrize("n", [4, 9, 20])  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
+def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
+    """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one, not at all."""
+    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
+    features = torch.randn(n, 128)
+    features[1] = features[[i for i in range(n) if i != 1]].mean(0)
+    relevance, _ = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
+    assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
+
+
+def test_relevance_of_one_word_is_of_its_tokens(tokenizer):
+    answer = "Its grade is grade 2."
+    ids, spells = tokenizer.encode(answer), sample.spelling(tokenizer, answer, "GRADE 2")
+    assert tokenizer.decode([t for t, yes in zip(ids, spells) if yes]).strip(" .") == "grade 2"
+    assert all(sample.spelling(tokenizer, answer, None))
+
+
+def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
+    slide = prepare.Slide(toy_slide[0])
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    relevance = np.linspace(-1, 0.2, len(coords))
+    relevance[7] = 2
+    sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
+    picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
+    assert picture.shape == (70 + 60 + 560 + 24, 152 + 3 * 560 + 10)
+    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
+    light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
+    assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
+
+
+def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
+    coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
+    slide = prepare.Slide(toy_slide[0], mpp=0.25)
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
+    first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
+    assert second["geometry"]["coordinates"][0][0] == [1024, 0]
+    assert second["properties"]["objectType"] == "tile"
+    assert second["properties"]["measurements"] == {"relevance": -1.0}
+    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})  # as MRXS
+    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
+    first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    assert first["geometry"]["coordinates"][0][0] == [-100, 500]
+
+
+def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
+    asked = ["--slide", "s", "--ask", "?"]
+    for flags, message in (
+        (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
+        ([*asked, "--word", "necrosis"], "give --heatmap FILE with it"),
+        ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
+        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.main([*map(str, flags)])
 
 
 @slow
@@ -2301,218 +2613,26 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsy
         sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
 
 
-def train_with(demo, out, *arguments):
-    train.main(["--data", str(demo[0] / "data"), "--out", str(out), *map(str, arguments)])
-
-
-def same_weights(a, b, tolerance=0.0):
-    """Whether two files of weights hold the same, bit for bit or up to a share of the largest value."""
-    a, b = load_file(a), load_file(b)
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) if not tolerance else relative(a[k], b[k]) < tolerance for k in a)
+# --------------------------------------------------------------------------------------------------------------------
+# All of it: the demo on a cohort of fifteen, mistakes, the README
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @slow
-@pytest.mark.parametrize("stage, flags", [(1, ["--epochs", 5]), (2, ["--epochs", 3, "--batch-size", 4]), (3, [])])
-def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, stage, flags):
-    """Bit for bit; and the same command twice gives the same weights."""
-    flags = ["--stage", stage, *flags, *["--batch-size", 9, "--lora-dropout", 0.1] * (stage == 3)]
-    for earlier in range(1, stage):
-        shutil.copytree(demo[0] / "out" / f"stage{earlier}", tmp_path / "out" / f"stage{earlier}")
-    result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
-    train_with(demo, tmp_path / "out", *flags)
-    result.rename(tmp_path / "whole")
-    train_with(demo, tmp_path / "out", *flags)
-    result.rename(tmp_path / "again")
-    assert same_weights(tmp_path / "whole", tmp_path / "again")
-
-    real = train.schedule
-
-    def interrupt(step, steps, warmup):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(step, steps, warmup)
-
-    monkeypatch.setattr(train, "schedule", interrupt)
-    with pytest.raises(UserError, match="interrupted after step 4 of .*, saved; --resume"):
-        train_with(demo, tmp_path / "out", *flags)
-    assert not result.exists()
-    monkeypatch.setattr(train, "schedule", real)
-    train_with(demo, tmp_path / "out", *flags, "--resume")
-    assert same_weights(tmp_path / "whole", result)
-    steps = [json.loads(line)["step"] for line in (result.parent / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, len(steps) + 1))
-
-
-@slow
-def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(demo[0] / "out" / "stage1", out / "stage1")
-    command = [
-        "train.py",
-        "--stage",
-        2,
-        "--epochs",
-        20,
-        "--batch-size",
-        4,
-        "--save-every",
-        3,
-        "--data",
-        demo[0] / "data",
-    ]
-    command = [sys.executable, HERE / command[0], *map(str, command[1:]), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
-    for line in process.stdout:
-        if line.startswith("stage 2 step 8/"):
-            process.kill()
-    process.wait()
-    assert not (out / "stage2" / "model.safetensors").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=HERE)
-    assert "Resuming at step 6 of 60" in done.stdout, done.stderr
-    (out / "stage2" / "model.safetensors").rename(tmp_path / "killed")
-    assert subprocess.run(command, capture_output=True, cwd=HERE).returncode == 0
-    assert same_weights(tmp_path / "killed", out / "stage2" / "model.safetensors")
-
-
-@slow
-def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    with pytest.raises(UserError, match="train_state.pt belongs to another run"):
-        train_with(demo, tmp_path / "out", "--stage", 2, "--epochs", 7, "--resume")
-    state = tmp_path / "out" / "stage2" / "train_state.pt"
-    state.write_bytes(state.read_bytes()[:5000])
-    with pytest.raises(UserError, match="train_state.pt: damaged .*leave --resume out"):
-        train_with(demo, tmp_path / "out", "--stage", 2, "--resume")
-
-
-def torchrun(processes, *arguments):
-    """The command that a user types, as a list."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return list(map(str, [*run, HERE / "train.py", *arguments]))
-
-
-@slow
-@pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
-def test_two_processes_equal_one(demo, tmp_path, flags):
-    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
-    flags = [*flags, "--epochs", 4 if flags[1] == 1 else 1, "--batch-size", 6, "--micro-batch", 2]
-    losses, stage = {}, f"stage{flags[1]}"
-    shutil.copytree(demo[0] / "out", tmp_path / "1")
-    shutil.copytree(demo[0] / "out", tmp_path / "2")
-    train_with(demo, tmp_path / "1", *flags)
-    command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for processes in "12":
-        log = (tmp_path / processes / stage / "log.jsonl").read_text().splitlines()
-        losses[processes] = [json.loads(line)["loss"] for line in log]
-    assert losses["1"] == pytest.approx(losses["2"], rel=1e-5, abs=1.1e-5)  # the log holds five decimals
-    assert same_weights(*(tmp_path / n / stage / "model.safetensors" for n in "12"), tolerance=1e-3)
-
-
-@slow
-def test_what_two_processes_began_one_finishes(demo, tmp_path):
-    """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from the start."""
-    flags = ["--stage", 3, "--full", "--batch-size", 8, "--micro-batch", 4]
-    shutil.copytree(demo[0] / "out", tmp_path / "1")
-    shutil.copytree(demo[0] / "out", tmp_path / "2")
-    train_with(demo, tmp_path / "1", *flags)
-    command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE) as process:
-        for line in process.stdout:
-            if line.startswith("stage 3 step 2/"):
-                process.terminate()  # as a job's time limit does
-    assert not (tmp_path / "2" / "stage3" / "model.safetensors").exists()
-    train_with(demo, tmp_path / "2", *flags, "--resume")
-    assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
-
-
-@slow
-def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
-    names = ("nothing (the run above)", "no slide encoder", "16 tiles a slide", "no stage 2")
-    monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
-    shutil.copytree(demo[0] / "data", tmp_path / "data")
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    args = train.parse(["--demo", "--epochs", "1", "--batch-size", "48", *places])
-    wsi_llava.resolve_device(args)
-    train.ablations(args)
-    table = capsys.readouterr().out.split("with one thing changed\n")[1].splitlines()
-    assert [line[:26].rstrip() for line in table] == ["changed", *names]
-    made = {p.name: wsi_llava.load_config(p / "stage3") for p in (tmp_path / "out" / "ablations").iterdir()}
-    assert [made[n.replace(" ", "-")].no_slide_encoder for n in names[1:]] == [True, False, False]
-    assert [made[n.replace(" ", "-")].max_tiles for n in names[1:]] == [0, 16, 0]
-    assert len(list((tmp_path / "data" / "visual_tokens" / "max-tiles-16").iterdir())) == 18
-    assert not (tmp_path / "out" / "ablations" / "no-stage-2" / "stage2" / "log.jsonl").read_text()
-
-
-@slow
-def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
-    shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "out" / "stage1")
-    with pytest.raises(UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"):
-        train_with(demo, tmp_path / "out", "--stage", 2, "--epochs", 5, "--batch-size", 4, "--lr", 1e30, "--warmup", 0)
-    bad = json.loads((tmp_path / "out" / "stage2" / "log.jsonl").read_text().splitlines()[-1])
-    assert bad["step"] == 2 and len(bad["ids"]) == 4
-
-
-@slow
-def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    train_with(demo, tmp_path / "out", "--stage", 3, "--epochs", 0.2, "--max-length", 110)
-    printed = capsys.readouterr().out
-    assert re.search(r"\d+ samples were longer than --max-length 110 and were cut", printed), printed
-
-
-@slow
-def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
-    """With a learning rate that ruins the model in the end, the best are not the last."""
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1 if step < steps // 2 else 1000)
-    flags = ["--stage", 2, "--epochs", 6, "--val", 0.2, "--eval-every", 1, "--keep", "best"]
-    train_with(demo, tmp_path / "out", *flags)
-    folder = tmp_path / "out" / "stage2"
-    losses = [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    best = losses.index(min(losses)) + 1
-    assert best < len(losses) and not (folder / "best.safetensors").exists()
-    last = torch.load(folder / "train_state.pt", weights_only=True)["model"]
-    kept = load_file(folder / "model.safetensors")
-    assert not torch.equal(kept["mm_projector.0.weight"], last["mm_projector.0.weight"])
-
-
-@slow
-def test_gradient_cache_equals_the_full_batch(demo):
-    """Stage 1's embed, cache, embed again gives the gradients of one big batch."""
-    args = train.parse(["--data", str(demo[0] / "data"), "--stage", "1"])
-    wsi_llava.resolve_device(args)
-    task = train.stage1(args, train.RECIPES["demo"][1], wsi_llava.read_meta(args.data))
-    model = task.model.double().eval()  # no dropout: the two ways draw it differently
-    parts = task.train.parts(list(range(len(task.train.rows))))
-    assert len(parts) > 1
-    task.backward(parts, train.micro_batches(task.train, parts, args))
-    cached = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    words = wsi_llava.load_llama(args.data / "llm").embed_tokens.weight.detach()
-    embedded = [train.embed(args, model, words, s) for s in train.micro_batches(task.train, parts, args)]
-    model.loss(*(torch.cat(x) for x in zip(*embedded))).backward()
-    for name, p in model.named_parameters():
-        assert relative(cached[name], p.grad) < 1e-5 or p.grad.abs().max() < 1e-7, name
-
-
-@slow
-def test_many_questions_are_held_as_an_index(demo, tmp_path):
-    """175,000 questions open in seconds: of each, the place in the file is kept, not the text."""
-    data = tmp_path / "data"
-    (data / "qa").mkdir(parents=True)
-    shutil.copytree(demo[0] / "data" / "features", data / "features")
-    rows = [
-        {"id": str(i), "slide": f"demo_{i % 15:04d}", "task": "Grading", "conversations": TALK[:2]}
-        for i in range(175000)
-    ]
-    prepare.write_qa(data / "qa" / "train.jsonl", rows)
-    found = train.load_rows(data, "train")
-    assert len(found) == 175000 and set(found.index[0]) == {"offset", "slide", "task", "length", "tiles"}
-    assert found[123456] == rows[123456] and found.where(lambda entry: entry["slide"] == "demo_0003")[7]["id"] == "108"
+def test_demo_runs_end_to_end(demo):
+    folder, printed = demo
+    for task in ("type", "grade", "position", "focus", "subtype"):
+        assert any(line.startswith(f"{task} (") and line.split()[-5] == "3" for line in printed.splitlines()), printed
+    assert "Retrieval among 3 held-out slides" in printed and "ASSISTANT:" in printed
+    assert re.search(r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed)
+    for stage in (1, 2, 3):
+        made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
+        assert made == {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.png"}
+    assert Image.open(folder / "out" / "loss.png").size[0] == 3 * 520
+    features = {p.stem for p in (folder / "data" / "features").iterdir()}
+    assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
+    train_rows, test_rows = (train.load_rows(folder / "data", split) for split in ("train", "test"))
+    assert not {row["slide"] for row in train_rows} & {row["slide"] for row in test_rows}
 
 
 @slow
@@ -2557,68 +2677,6 @@ def test_bad_input_is_one_line(demo, tmp_path):
             errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
             assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (name, flags, done.stderr)
             assert "Traceback" not in done.stderr
-
-
-@slow
-def test_questions_about_slides_without_features(demo, tmp_path):
-    data = tmp_path / "data"
-    (data / "qa").mkdir(parents=True)
-    (data / "features").mkdir()
-    rows = [{"id": str(i), "slide": f"far{i}", "task": "Report", "conversations": TALK[:2]} for i in (2, 1)]
-    prepare.write_qa(data / "qa" / "train.jsonl", rows)
-    with pytest.raises(UserError, match="names 2 slides without features .* the first: far1"):
-        train.load_rows(data, "train")
-    with pytest.raises(UserError, match="no question is about a slide that has features"):
-        train.load_rows(data, "train", skip_missing=True)
-
-
-@slow
-def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
-    """The authors' published tokens: no tiles, no slide encoder, and stages 2 and 3 take them as they are."""
-    tokens = torch.randn(576, 1024)
-    torch.save(tokens, tmp_path / "T.1.pt")
-    data = tmp_path / "data"
-    prepare.main(["--features", str(tmp_path / "T.1.pt"), "--data", str(data)])
-    rows = [{"id": "1", "slide": "T.1", "task": "Report", "conversations": TALK[:2]}]
-    prepare.write_qa(data / "qa" / "train.jsonl", rows)
-    assert len(train.load_rows(data, "train", tokens=True)) == 1
-    with pytest.raises(UserError, match="names 1 slides without features"):
-        train.load_rows(data, "train")
-    args = sample.parse(["--slide", "T.1", "--data", str(data), "--llm", str(demo[0] / "data" / "llm")])
-    wsi_llava.resolve_device(args)
-    args.max_tiles, args.no_slide_encoder = 0, False
-    model, _ = wsi_llava.assemble(args, wsi_llava.read_meta(data), 1)
-    assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == 0
-    (visual,) = sample.slide_tokens(args, model, ["T.1"])
-    assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
-
-
-@slow
-def test_features_of_another_encoder_are_refused(demo, tmp_path):
-    """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
-    folder, _ = demo
-    other = wsi_llava.untrained_tile_encoder(seed=1)
-    save_file(other.state_dict(), tmp_path / "other.safetensors")
-    done = script(
-        "prepare.py",
-        "--slides",
-        folder / "data" / "slides",
-        "--data",
-        folder / "data",
-        "--tile-encoder",
-        tmp_path / "other.safetensors",
-    )
-    assert done.returncode == 1 and "features of another tile encoder" in done.stderr
-    args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
-    wsi_llava.resolve_device(args)
-    meta = wsi_llava.read_meta(args.data)
-    meta["encoder"]["fingerprint"] = "0123456789abcdef"
-    with pytest.raises(UserError, match="stage1.* was trained with another tile encoder"):
-        wsi_llava.assemble(args, meta, 3)
-    meta = wsi_llava.read_meta(args.data)
-    meta["encoder"]["width"] = 1536
-    with pytest.raises(UserError, match="takes tile features of width 128, .* holds 1536"):
-        wsi_llava.assemble(args, meta, 3)
 
 
 def test_the_readme_says_how_long_each_file_is():
