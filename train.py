@@ -653,7 +653,7 @@ def pick_recipe(stage, args, meta):
     """The preset's recipe for the stage, with the user's flags on top."""
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None}
     recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage], **given)
-    if stage == 3 and args.full and args.lr is None:
+    if stage == 3 and args.full and (args.lr is None or args.full_lr):
         recipe.lr = recipe.full_lr or recipe.lr
     if stage in args.skip_stage:
         recipe.epochs = 0
