@@ -1078,7 +1078,8 @@ def add_recipe_flags(parser):
         for preset in ("7b", "demo"):
             values = [str(getattr(recipe, f.name)) for recipe in RECIPES[preset].values()]
             text.append(f"{preset}: {', '.join(values if len(set(values)) > 1 else values[:1])}")
-        extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": "X"}
+        kind = f.type if f.type is str else sample.at_least(1 if f.type is int else 0, f.type)
+        extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kind, "metavar": "X"}
         group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({'; '.join(text)})", **extra)
 
 
@@ -1096,19 +1097,21 @@ def parse(argv=None):
     add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")
     add("--skip-missing", action="store_true", help="leave out questions about slides that have no features")
     add("--val", type=float, default=0.05, help="share of the training slides to validate on (default: 0.05)")
-    add("--val-rows", type=int, default=256, help="validate on at most so many rows (default: 256)")
+    count = sample.at_least(1)
+    add("--val-rows", type=count, default=256, help="validate on at most so many rows (default: 256)")
     keep = "the stage's result: the last weights (default), or those of lowest validation loss"
     add("--keep", choices=["last", "best"], default="last", help=keep)
     add("--clip", type=float, default=1.0, help="a gradient of larger norm is scaled down to it (default: 1)")
-    add("--log-every", type=int, default=1, help="steps between lines on the screen (default: 1; the demo: 20)")
-    add("--eval-every", type=int, help="steps between validations (default: an eighth of the run)")
-    add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
+    add("--log-every", type=count, default=1, help="steps between lines on the screen (default: 1; the demo: 20)")
+    add("--eval-every", type=count, help="steps between validations (default: an eighth of the run)")
+    add("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
     group = parser.add_argument_group("ablations", "What is a piece worth? Train without it.")
     add = group.add_argument
     skipped = "leave these stages' weights as they start"
     add("--skip-stage", type=int, choices=[1, 2], nargs="*", default=[], help=skipped)
     add("--no-slide-encoder", action="store_true", help="tile features go straight to the pool (stages 2 and 3)")
-    add("--max-tiles", type=int, default=0, help="at most so many tiles of a slide, drawn at random (default: all)")
+    tiles = "at most so many tiles of a slide, drawn at random (default: all)"
+    add("--max-tiles", type=sample.at_least(0), default=0, help=tiles)
     add("--no-image", action="store_true", help="the language model gets the questions without the slide")
     add_recipe_flags(parser)
     wsi_llava.add_shared_flags(parser)
