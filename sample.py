@@ -918,7 +918,8 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, word=No
     data/features. The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and
     one layer's.
     """
-    talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    asked = f"<image>\n{without_image(question)}"
+    talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
     spelled = [*spelling(tokenizer, answer, word), False]  # the answer's tokens, and the </s> after them
     labels = [wsi_llava.IGNORE] * (len(ids) - len(spelled)) + [
