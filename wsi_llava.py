@@ -1492,7 +1492,7 @@ def load_config(folder):
         return WSILLaVAConfig.from_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {folder} holds no trained model") from None
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a config of this project ({error})") from None
 
 
@@ -1962,7 +1962,7 @@ def read_meta(data):
         return meta
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what prepare.py writes ({error}); prepare the data again") from None
 
 
@@ -1980,7 +1980,7 @@ def feature_metadata(path):
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return json.loads(file.metadata()["wsi_llava"]) | {"tiles": file.get_slice("coords").get_shape()[0]}
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of features ({error}); delete it and run again") from None
 
 
