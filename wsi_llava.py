@@ -1510,7 +1510,8 @@ def _sample(logits, top_p, top_k, generator):
     """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
     logits, order = logits.sort(dim=-1, descending=True)
     p = logits.softmax(-1)
-    drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already; the first always stays
+    drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already
+    drop[:, 0] = False  # the first always stays
     if top_k:
         drop[:, top_k:] = True
     choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
