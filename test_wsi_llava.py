@@ -1,6 +1,6 @@
-"""The tests: parity with upstream, gradients against float64 definitions, round trips, bad input, a tiny run end to end.
+"""What wsi_llava.py, train.py, prepare.py and sample.py promise, in this order, a test a promise; then benchmarks.
 
-Those that need reference files in ../shared skip where it is absent; every behaviour also has a test that needs only
+Tests that need reference files in ../shared skip where it is absent; every behaviour also has a test that needs only
 this repository.
 """
 
@@ -50,8 +50,7 @@ SHARED = HERE.parent / "shared"
 GOLDEN = SHARED / "golden"
 golden = pytest.mark.skipif(not GOLDEN.exists(), reason="needs the reference outputs in ../shared/golden")
 with warnings.catch_warnings(action="ignore"):  # a mark without a configuration file to register it in
-    slow = pytest.mark.slow  # starts whole programs, or trains: pytest -m "not slow" leaves these tests out
-torch.manual_seed(0)
+    slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "not slow" leaves these tests out
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -59,7 +58,14 @@ torch.manual_seed(0)
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers alone as among others."""
+    torch.manual_seed(0)
+
+
 def fill(name, shape, seed=0):
+    """The reference outputs' own random weights."""
     spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -72,21 +78,10 @@ def relative(a, b):
 
 
 def agrees(what, got, want, tolerance):
-    """Asserts that, and prints how far (pytest -rP shows it)."""
+    """Asserts that two tensors are the same within a tolerance, and prints how far apart they are (pytest -rP shows it)."""
     error = relative(got, want)
     print(f"{what}: error {error:.1e} of the largest value")
     assert error < tolerance, what
-
-
-def same_weights(a, b, tolerance=0.0):
-    """Whether two files of weights hold the same, bit for bit or up to a share of the largest value."""
-    a, b = load_file(a), load_file(b)
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) if not tolerance else relative(a[k], b[k]) < tolerance for k in a)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def script(name, *arguments, env=None):
@@ -95,18 +90,17 @@ def script(name, *arguments, env=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL, env=env)
 
 
+def torchrun(processes, *arguments, program="train.py"):
+    """The command that a user types, as a list."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return list(map(str, [*run, HERE / program, *arguments]))
+
+
 def assembled(stage, *arguments):
+    """The model as it stands after a stage, by train.py's flags."""
     args = train.parse(list(map(str, arguments)))
     wsi_llava.resolve_device(args)
     return wsi_llava.assemble(args, wsi_llava.read_meta(args.data), stage)[0]
-
-
-def train_with(demo, out, *arguments):
-    train.main(["--data", str(demo[0] / "data"), "--out", str(out), *map(str, arguments)])
-
-
-def sample_with(demo, *arguments, data=None):
-    sample.main(["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)])
 
 
 TALK = [
@@ -137,6 +131,7 @@ def tiny(tokenizer):
 
 @torch.no_grad()
 def greedy(llama, ids, n, cached):
+    """ids [B,T] -> [B,T+n], each time the most likely one more."""
     cache = wsi_llava.KVCache(llama.cfg, len(ids), 4096, "cpu", torch.float32) if cached else None
     new = ids
     for _ in range(n):
@@ -183,6 +178,7 @@ def demo(tmp_path_factory):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@slow
 @golden
 @pytest.mark.parametrize("keys, reference", [("vit_tiny", "vit_d2_w192"), ("vit_giant_depth3", "vit_d3_w1536")])
 def test_tile_encoder_equals_upstream(tmp_path, keys, reference):
@@ -196,6 +192,7 @@ def test_tile_encoder_equals_upstream(tmp_path, keys, reference):
         agrees(f"tile encoder, {reference}", encoder(images), want["cls"], 2e-4)
 
 
+@slow
 @golden
 def test_slide_encoder_equals_upstream(tmp_path):
     shapes = json.loads((GOLDEN / "longnet_keys.json").read_text())
@@ -210,7 +207,9 @@ def test_slide_encoder_equals_upstream(tmp_path):
         side = max(1, math.ceil(math.sqrt(1.6 * n)))
         cells = np.sort(rs.permutation(side * side)[:n])
         coords = torch.from_numpy(np.stack([cells % side, cells // side], 1) * 256)[None]
-        with torch.no_grad():
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            encoded = encoder.encode(features, coords)
+            patch.setattr(encoder, "encode", lambda *_, encoded=encoded: encoded)  # once, for both
             cls, tokens = encoder(features, coords)
             pooled = encoder.visual_tokens(features, coords, 576)
         agrees(f"slide encoder, {n} tiles, CLS", cls[0], want[f"n{n}.cls"], 1e-3)
@@ -329,7 +328,7 @@ def test_dilated_attention_equals_its_definition(L, H, D, segments, dilations, p
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
 
 
-def test_dilated_attention_on_other_devices_path(monkeypatch):
+def test_dilated_attention_without_the_fused_kernel_is_the_same(monkeypatch):
     """Without PyTorch's fused CPU kernel (as on MPS), blocks of queries: the same numbers, past one block too."""
     q, k, v, grad = torch.randn(4, 1, 1500, 2, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -348,7 +347,7 @@ def test_dilated_attention_gradcheck():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: the Triton kernels, in Triton's interpreter on the CPU (on the GPU where there is one), and compiled for real GPUs
+# wsi_llava.py: the Triton kernels, interpreted (on a GPU where there is one), and compiled for GPUs that are not here
 # --------------------------------------------------------------------------------------------------------------------
 
 needs_triton = pytest.mark.skipif(wsi_llava.triton is None, reason="needs triton")
@@ -360,8 +359,8 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 8, 2, 16, (8, 16), (1, 2)),  # W
     (1, 9, 2, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
     (1, 53, 3, 16, (20, 40), (1, 2)),  # a prime; H not divisible by R
-    (1, 31, 2, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
-    (1, 37, 5, 16, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
+    (1, 21, 2, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
+    (1, 29, 5, 16, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
     (2, 19, 2, 16, (8, 32), (1, 2)),
     (1, 23, 2, 24, (16, 32), (1, 2)),
     (1, 23, 2, 48, (16, 32), (1, 2)),
@@ -386,9 +385,8 @@ def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_att
     got = [got, *torch.autograd.grad(got, leaves, grad.to(device))]
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, want):
         largest = max(1.0, b.abs().max().item())
-        print(
-            f"{shape}, {dtype}, {name}: error {(a.double().cpu() - b).abs().max() / largest:.1e} of the largest value"
-        )
+        error = (a.double().cpu() - b).abs().max() / largest
+        print(f"{shape}, {dtype}, {name}: error {error:.1e} of the largest value")
         torch.testing.assert_close(a.double().cpu(), b, atol=tolerance * largest, rtol=0)
     return got
 
@@ -401,11 +399,11 @@ def test_kernel_equals_the_definition(shape, pad_keys):
 
 
 @needs_triton
+@pytest.mark.parametrize("pad_keys", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
 @pytest.mark.parametrize("shape", [KERNEL_SHAPES[i] for i in (3, 5, 6, 7, 9, 11, 12, 14)], ids=str)
-def test_kernel_in_half_precision(shape, dtype, tolerance):
-    for pad_keys in (True, False):
-        check_kernel(shape, pad_keys, dtype, tolerance)
+def test_kernel_in_half_precision(shape, dtype, tolerance, pad_keys):
+    check_kernel(shape, pad_keys, dtype, tolerance)
 
 
 @needs_triton
@@ -447,6 +445,9 @@ def test_kernel_names_its_limits(monkeypatch):
             wsi_llava.dilated_attention(*[x[..., :8]] * 3, (4,), (1,), impl="triton")
         with pytest.raises(ValueError, match="float32, bfloat16 or float16, not torch.float64"):
             wsi_llava.dilated_attention(*[x.double()] * 3, (4,), (1,), impl="triton")
+        for shape, message in (((1, 1, 70000, 16), "at most 65,535 heads"), ((1, 2**31, 1, 16), "is too long")):
+            with pytest.raises(ValueError, match=message):
+                wsi_llava.dilated_attention(*[torch.empty(shape, device="meta")] * 3, (4,), (1,), impl="triton")
     monkeypatch.setattr(wsi_llava, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="triton")
@@ -455,11 +456,14 @@ def test_kernel_names_its_limits(monkeypatch):
 
 @slow
 @needs_triton
-def test_kernels_compile_for_real_gpus_without_spills():
-    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward and backward."""
-    done = script("wsi_llava.py", "--json", "--tiles", env={"TRITON_INTERPRET": "0"})
+def test_the_self_check_compiles_the_kernels_for_real_gpus_without_spills():
+    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward and backward.
+    Beside them stand the attention's error and time on this machine."""
+    done = script("wsi_llava.py", "--json", "--tiles", "9", env={"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["resources"]
+    report = json.loads(done.stdout)
+    rows = report["resources"]
+    assert report["error"]["torch"] < 1e-2 and [row["tiles"] for row in report["times"]] == [9]
     assert len(rows) == 3 * 4 * 2 * 2  # kernels, GPUs, dtypes, head dims
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= row["shared_limit"], row
@@ -494,10 +498,8 @@ def test_long_slides_in_parts_give_the_same_numbers():
     torch.manual_seed(0)
     encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
     n = 1500
-    features, coords = (
-        torch.randn(1, n, 128),
-        torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256,
-    )
+    features = torch.randn(1, n, 128)
+    coords = torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256
     whole = encoder(features, coords)[1].detach()
     with torch.no_grad():
         torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
@@ -536,7 +538,7 @@ print(sum(p.numel() for p in encoder.parameters()), peak() - before)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: Llama, and what changes it after loading: adapters merged, weights in int8
+# wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -612,17 +614,13 @@ def test_labels_of_a_two_turn_dialogue_are_the_answers(tokenizer):
     assert ids.count(IMAGE_TOKEN) == 1
     kept = [i for i, label in zip(ids, labels) if label != IGNORE]
     assert all(label in (i, IGNORE) for i, label in zip(ids, labels))
-    answers = [
-        tokenizer.encode(TALK[1]["value"]) + [tokenizer.eos],
-        tokenizer.encode(TALK[3]["value"]) + [tokenizer.eos],
-    ]
+    answers = [tokenizer.encode(TALK[i]["value"]) + [tokenizer.eos] for i in (1, 3)]
     assert kept == answers[0] + answers[1]
     # Everything before <image>, and between the turns, is upstream's vicuna_v1 text.
     image, first_end = ids.index(IMAGE_TOKEN), ids.index(tokenizer.eos)
     assert tokenizer.decode(ids[:image]) == f"{wsi_llava.SYSTEM} USER:"
-    assert tokenizer.decode(ids[image + 1 : image + 1 + labels[image + 1 :].index(answers[0][0])]).endswith(
-        "this? ASSISTANT:"
-    )
+    first = image + 1 + labels[image + 1 :].index(answers[0][0])
+    assert tokenizer.decode(ids[image + 1 : first]).endswith("this? ASSISTANT:")
     assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
 
 
@@ -640,7 +638,7 @@ def test_plain_form_is_image_then_report(tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: files
+# wsi_llava.py: files, and how a script ends
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -726,7 +724,7 @@ def test_sampling_is_seeded_and_cut(tiny):
 
     assert draw(seed=3) == draw(seed=3) != draw(seed=4)
     greedily = [t for (t,) in tiny.generate(visual, ids, 12)]
-    assert draw(top_k=1) == draw(top_p=1e-6) == greedily
+    assert draw(top_k=1) == draw(top_p=1e-6) == draw(top_p=0) == greedily
 
 
 def test_no_ngram_is_said_twice(tiny):
@@ -742,7 +740,9 @@ def test_no_ngram_is_said_twice(tiny):
     assert held[:first] == free[:first] and held[first] != free[first]
 
 
-def test_save_and_load_round_trip(tiny, tmp_path):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_save_and_load_round_trip(tiny, tmp_path, rank):
+    tiny = wsi_llava.WSILLaVA(dataclasses.replace(tiny.cfg, lora_rank=rank, lora_alpha=8.0))
     tiny.save(tmp_path)
     again = wsi_llava.WSILLaVA.load(tmp_path)
     assert again.cfg == tiny.cfg
@@ -759,8 +759,7 @@ def test_save_and_load_round_trip(tiny, tmp_path):
 def test_loaders_are_strict_both_ways(tmp_path):
     encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
     path, good = tmp_path / "slide_encoder.pth", encoder.state_dict()
-    heads16 = {"model": good}
-    torch.save(heads16, path)
+    torch.save({"model": good}, path)
     wsi_llava.load_slide_encoder(path)
 
     def refused(tensors, message):
@@ -791,12 +790,16 @@ def test_llama_loader_names_what_is_wrong(tmp_path):
     wsi_llava.save_llama(wsi_llava.Llama(cfg), tmp_path)
     assert wsi_llava.load_llama(tmp_path).cfg == cfg
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
-    with pytest.raises(UserError, match="rope scaling"):
-        wsi_llava.load_llama(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(UserError, match="wrong shapes"):
-        wsi_llava.load_llama(tmp_path)
+    for changes, message in [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "not supported here: rope scaling"),
+        ({"model_type": "gpt2"}, "not supported here: model_type gpt2"),
+        ({"attention_bias": True, "tie_word_embeddings": True}, "not supported here: biases, tied embeddings"),
+        ({"head_dim": 8}, "not supported here: head_dim 8"),
+        ({"hidden_size": 64}, "wrong shapes"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=message):
+            wsi_llava.load_llama(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
@@ -879,9 +882,7 @@ def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"], "ending": "bin"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"], "ending": "bin"}])
 def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     theirs, projector = published_llm(tmp_path / "base", "llava")
     merged = published_lora(tmp_path / "lora", theirs, projector, **changes)
@@ -893,6 +894,10 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}  # merged in mapped memory
     half = wsi_llava.load_llama(tmp_path / "base", torch.bfloat16, tmp_path / "lora")  # summed first, then cast
     assert torch.equal(half.layers[0].mlp.down_proj.weight, ours.layers[0].mlp.down_proj.weight.bfloat16())
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))  # a pattern
+    again = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
 
 
 def test_lora_of_another_kind_is_refused_by_name(tmp_path):
@@ -908,10 +913,8 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
         ({"modules_to_save": ["mm_projector", "embed_tokens"]}, "here: modules_to_save embed_tokens"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"target_modules": ["q_proj"]}, r"keys that the model lacks \(4\): base_model.*down_proj"),
-        (
-            {"target_modules": ["q_proj", "down_proj", "k_proj"]},
-            r"missing keys \(4\): layers.0.self_attn.k_proj.lora_a",
-        ),
+        ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, r"missing keys \(4\): layers.0.*k_proj.lora_a"),
+        ({"target_modules": None}, "not a LoRA's adapter_config.json"),
         ({"r": 8}, r"wrong shapes \(8\): base_model.*lora_A.weight is \[4, 64\], not \[8, 64\]"),
     ]:
         path.write_text(json.dumps(good | changes))
@@ -923,6 +926,10 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
     (tmp_path / "lora" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
     with pytest.raises(UserError, match="holds LoRA adapters: name it with --lora"):
         wsi_llava.load_llama(tmp_path / "lora")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
@@ -994,9 +1001,8 @@ def test_published_weights_answer_without_training(published, capsys):
 
 def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_path, capsys, tokenizer):
     report = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "It is grade 2."}]
-    prepare.write_qa(
-        Path("data/qa/train.jsonl"), [{"id": "1", "slide": "toy", "task": "Report", "conversations": report}]
-    )
+    row = {"id": "1", "slide": "toy", "task": "Report", "conversations": report}
+    prepare.write_qa(Path("data/qa/train.jsonl"), [row])
     llava = tmp_path / "weights" / "llava-v1.5-7b"
     _, projector = published_llm(llava, "llava", vocab_size=tokenizer.sp.vocab_size(), max_position_embeddings=1024)
     (llava / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
@@ -1006,9 +1012,8 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
     assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
     published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
     model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
-    assert (
-        "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)." in capsys.readouterr().err
-    )
+    news = "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)."
+    assert news in capsys.readouterr().err
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
 
 
@@ -1018,16 +1023,9 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     folder, _ = demo
     other = wsi_llava.untrained_tile_encoder(seed=1)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    done = script(
-        "prepare.py",
-        "--slides",
-        folder / "data" / "slides",
-        "--data",
-        folder / "data",
-        "--tile-encoder",
-        tmp_path / "other.safetensors",
-    )
-    assert done.returncode == 1 and "features of another tile encoder" in done.stderr
+    places = ["--slides", str(folder / "data" / "slides"), "--data", str(folder / "data")]
+    with pytest.raises(UserError, match="features of another tile encoder"):
+        prepare.main([*places, "--tile-encoder", str(tmp_path / "other.safetensors")])
     args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
     wsi_llava.resolve_device(args)
     meta = wsi_llava.read_meta(args.data)
@@ -1041,8 +1039,19 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# train.py
+# train.py: what is trained on
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def train_with(demo, out, *arguments):
+    train.main(["--data", str(demo[0] / "data"), "--out", str(out), *map(str, arguments)])
+
+
+def same_weights(a, b, tolerance=0.0):
+    """Whether two files of weights hold the same, bit for bit or up to a share of the largest value."""
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) if not tolerance else relative(a[k], b[k]) < tolerance for k in a)
 
 
 @slow
@@ -1051,10 +1060,8 @@ def test_many_questions_are_held_as_an_index(demo, tmp_path):
     data = tmp_path / "data"
     (data / "qa").mkdir(parents=True)
     shutil.copytree(demo[0] / "data" / "features", data / "features")
-    rows = [
-        {"id": str(i), "slide": f"demo_{i % 15:04d}", "task": "Grading", "conversations": TALK[:2]}
-        for i in range(175000)
-    ]
+    row = {"task": "Grading", "conversations": TALK[:2]}
+    rows = [{"id": str(i), "slide": f"demo_{i % 15:04d}", **row} for i in range(175000)]
     prepare.write_qa(data / "qa" / "train.jsonl", rows)
     found = train.load_rows(data, "train")
     assert len(found) == 175000 and set(found.index[0]) == {"offset", "slide", "task", "length", "tiles"}
@@ -1075,7 +1082,7 @@ def test_questions_about_slides_without_features(demo, tmp_path):
 
 
 @slow
-def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
+def test_slides_with_visual_tokens_only_need_no_slide_encoder(demo, tmp_path):
     """The authors' published tokens: no tiles, no slide encoder, and stages 2 and 3 take them as they are."""
     tokens = torch.randn(576, 1024)
     torch.save(tokens, tmp_path / "T.1.pt")
@@ -1093,6 +1100,11 @@ def test_slides_with_visual_tokens_only_are_trained_and_asked(demo, tmp_path):
     assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == 0
     (visual,) = sample.slide_tokens(args, model, ["T.1"])
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# train.py: the stages
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @slow
@@ -1115,7 +1127,7 @@ def test_gradient_cache_equals_the_full_batch(demo):
 
 
 def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
-    """Before training neither measure does; after fitting two reports to two slides, the loss does."""
+    """Before training its loss does not; after fitting two reports to two slides, it does."""
     args = train.parse([])
     wsi_llava.resolve_device(args)
     samples = []
@@ -1135,10 +1147,10 @@ def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
 
 
 @slow
-@pytest.mark.parametrize("stage, flags", [(1, ["--epochs", 5]), (2, ["--epochs", 3, "--batch-size", 4]), (3, [])])
-def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, stage, flags):
+@pytest.mark.parametrize("stage, epochs, batch", [(1, 5, 60), (2, 3, 4), (3, 1, 9)])
+def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, stage, epochs, batch):
     """Bit for bit; and the same command twice gives the same weights."""
-    flags = ["--stage", stage, *flags, *["--batch-size", 9, "--lora-dropout", 0.1] * (stage == 3)]
+    flags = ["--stage", stage, "--epochs", epochs, "--batch-size", batch, *["--lora-dropout", 0.1] * (stage == 3)]
     for earlier in range(1, stage):
         shutil.copytree(demo[0] / "out" / f"stage{earlier}", tmp_path / "out" / f"stage{earlier}")
     result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
@@ -1170,20 +1182,8 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
 def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(demo[0] / "out" / "stage1", out / "stage1")
-    command = [
-        "train.py",
-        "--stage",
-        2,
-        "--epochs",
-        20,
-        "--batch-size",
-        4,
-        "--save-every",
-        3,
-        "--data",
-        demo[0] / "data",
-    ]
-    command = [sys.executable, HERE / command[0], *map(str, command[1:]), "--out", str(out)]
+    command = ["--stage", 2, "--epochs", 8, "--batch-size", 4, "--save-every", 3, "--data", demo[0] / "data"]
+    command = [sys.executable, HERE / "train.py", *map(str, command), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
     for line in process.stdout:
         if line.startswith("stage 2 step 8/"):
@@ -1191,9 +1191,9 @@ def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
     process.wait()
     assert not (out / "stage2" / "model.safetensors").exists()
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=HERE)
-    assert "Resuming at step 6 of 60" in done.stdout, done.stderr
+    assert re.search(r"Resuming at step (6|9|12) of 24", done.stdout), done.stderr
     (out / "stage2" / "model.safetensors").rename(tmp_path / "killed")
-    assert subprocess.run(command, capture_output=True, cwd=HERE).returncode == 0
+    train.main(command[2:])
     assert same_weights(tmp_path / "killed", out / "stage2" / "model.safetensors")
 
 
@@ -1206,6 +1206,22 @@ def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
     state.write_bytes(state.read_bytes()[:5000])
     with pytest.raises(UserError, match="train_state.pt: damaged .*leave --resume out"):
         train_with(demo, tmp_path / "out", "--stage", 2, "--resume")
+
+
+@slow
+def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
+    """With a learning rate that ruins the model in the end, the best are not the last."""
+    shutil.copytree(demo[0] / "out", tmp_path / "out")
+    monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1 if step < steps // 2 else 1000)
+    flags = ["--stage", 2, "--epochs", 6, "--val", 0.2, "--eval-every", 1, "--keep", "best"]
+    train_with(demo, tmp_path / "out", *flags)
+    folder = tmp_path / "out" / "stage2"
+    losses = [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    best = losses.index(min(losses)) + 1
+    assert best < len(losses) and not (folder / "best.safetensors").exists()
+    last = torch.load(folder / "train_state.pt", weights_only=True)["model"]
+    kept = load_file(folder / "model.safetensors")
+    assert not torch.equal(kept["mm_projector.0.weight"], last["mm_projector.0.weight"])
 
 
 @slow
@@ -1226,32 +1242,10 @@ def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
 
 
 @slow
-def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
-    """With a learning rate that ruins the model in the end, the best are not the last."""
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1 if step < steps // 2 else 1000)
-    flags = ["--stage", 2, "--epochs", 6, "--val", 0.2, "--eval-every", 1, "--keep", "best"]
-    train_with(demo, tmp_path / "out", *flags)
-    folder = tmp_path / "out" / "stage2"
-    losses = [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    best = losses.index(min(losses)) + 1
-    assert best < len(losses) and not (folder / "best.safetensors").exists()
-    last = torch.load(folder / "train_state.pt", weights_only=True)["model"]
-    kept = load_file(folder / "model.safetensors")
-    assert not torch.equal(kept["mm_projector.0.weight"], last["mm_projector.0.weight"])
-
-
-def torchrun(processes, *arguments):
-    """The command that a user types, as a list."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return list(map(str, [*run, HERE / "train.py", *arguments]))
-
-
-@slow
 @pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
 def test_two_processes_equal_one(demo, tmp_path, flags):
     """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
-    flags = [*flags, "--epochs", 4 if flags[1] == 1 else 1, "--batch-size", 6, "--micro-batch", 2]
+    flags = [*flags, "--epochs", {1: 4, 2: 1, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
     losses, stage = {}, f"stage{flags[1]}"
     shutil.copytree(demo[0] / "out", tmp_path / "1")
     shutil.copytree(demo[0] / "out", tmp_path / "2")
@@ -1269,7 +1263,7 @@ def test_two_processes_equal_one(demo, tmp_path, flags):
 @slow
 def test_what_two_processes_began_one_finishes(demo, tmp_path):
     """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from the start."""
-    flags = ["--stage", 3, "--full", "--batch-size", 8, "--micro-batch", 4]
+    flags = ["--stage", 3, "--full", "--epochs", 1, "--eval-every", 9, "--batch-size", 8, "--micro-batch", 4]
     shutil.copytree(demo[0] / "out", tmp_path / "1")
     shutil.copytree(demo[0] / "out", tmp_path / "2")
     train_with(demo, tmp_path / "1", *flags)
@@ -1281,6 +1275,11 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     assert not (tmp_path / "2" / "stage3" / "model.safetensors").exists()
     train_with(demo, tmp_path / "2", *flags, "--resume")
     assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# train.py: what comes of it
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @slow
@@ -1324,6 +1323,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
 def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
     names = ("nothing (the run above)", "no slide encoder", "16 tiles a slide", "no stage 2")
     monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
+    monkeypatch.setattr(sample, "answer_rows", functools.partial(sample.answer_rows, max_new_tokens=4))
     shutil.copytree(demo[0] / "data", tmp_path / "data")
     shutil.copytree(demo[0] / "out", tmp_path / "out")
     places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
@@ -1362,9 +1362,8 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
     pixels = np.asarray(image).astype(int)
     brown = (pixels[..., 0] < 150) & (pixels[..., 2] < 70) & (pixels[..., 0] > pixels[..., 2] + 40)
     share = brown.reshape(8, 256, 8, 256).mean((1, 3))
-    assert (
-        sorted([x * 256, y * 256] for y, x in np.argwhere(share > 0.01)) == sorted(planted) and 1 <= len(planted) <= 2
-    )
+    assert sorted([x * 256, y * 256] for y, x in np.argwhere(share > 0.01)) == sorted(planted)
+    assert 1 <= len(planted) <= 2
     beige = (np.abs(pixels - [216, 190, 178]).max(-1) < 22)[::8, ::8]
     y, x = np.argwhere(beige).mean(0)
     assert x < 118 and y < 118  # of 256: upper left
@@ -1372,17 +1371,16 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
 
 def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
     """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same features."""
-    _, image, _ = toy_slide
-    found = {}
+    image, found = toy_slide[1].crop((0, 0, 1536, 1536)), {}
     for mpp in (0.5, 0.25, 0.46):
-        side = round(2048 * 0.5 / mpp)
+        side = round(1536 * 0.5 / mpp)
         scan = image.resize((side, side), Image.Resampling.BICUBIC)
         prepare.write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
     prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
     for mpp in (0.5, 0.25, 0.46):
         found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
         about = prepare.feature_metadata(tmp_path / "data" / "features" / f"{mpp}.safetensors")
-        assert about["scale"] == pytest.approx(0.5 / mpp, rel=1e-3) and about["tiles"] > 40
+        assert about["scale"] == pytest.approx(0.5 / mpp, rel=1e-3) and about["tiles"] > 20
         assert torch.equal(found[mpp][1], found[0.5][1])
         similar = F.cosine_similarity(found[mpp][0].float(), found[0.5][0].float())
         assert similar.min() > 0.99, mpp
@@ -1391,9 +1389,8 @@ def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, t
 def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
     """With Pillow's Lanczos, to its rounding; an inner tile and one at the corner, beyond which all is white."""
     rng = np.random.default_rng(0)
-    scan = Image.fromarray(rng.integers(0, 256, (320, 320, 3), dtype=np.uint8)).resize(
-        (1280, 1280), Image.Resampling.BICUBIC
-    )
+    scan = Image.fromarray(rng.integers(0, 256, (320, 320, 3), dtype=np.uint8))
+    scan = scan.resize((1280, 1280), Image.Resampling.BICUBIC)
     scan.save(tmp_path / "slide.png")
     white = Image.new("RGB", (1280 + 20, 1280 + 20), "white")
     white.paste(scan, (10, 10))
@@ -1421,17 +1418,13 @@ def test_where_the_resolution_comes_from(tmp_path):
     """Metadata, TIFF tags, the objective power; what is given wins; pixels that are not square are refused."""
     tifffile = pytest.importorskip("tifffile")
     pixels = np.full((512, 512, 3), 255, np.uint8)
-    Image.fromarray(pixels).save(
-        tmp_path / "tags.tif", dpi=(25400 / 0.25, 25400 / 0.25)
-    )  # in strips: not for OpenSlide
+    Image.fromarray(pixels).save(tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2)  # in strips: not for OpenSlide
     Image.fromarray(pixels).save(tmp_path / "screen.png", dpi=(72, 72))
     aperio = "Aperio Image Library v1\n512x512 |AppMag = 20"
-    tifffile.imwrite(
-        tmp_path / "power.svs", pixels, tile=(256, 256), photometric="rgb", description=aperio, metadata=None
-    )
+    write = functools.partial(tifffile.imwrite, data=pixels, tile=(256, 256), photometric="rgb")
+    write(tmp_path / "power.svs", description=aperio, metadata=None)
     for name, wide, high in (("square", 0.25, 0.25), ("oblong", 0.25, 0.26)):
-        resolution = {"resolution": (1e4 / wide, 1e4 / high), "resolutionunit": "CENTIMETER"}
-        tifffile.imwrite(tmp_path / f"{name}.tif", pixels, tile=(256, 256), photometric="rgb", **resolution)
+        write(tmp_path / f"{name}.tif", resolution=(1e4 / wide, 1e4 / high), resolutionunit="CENTIMETER")
     got = {path: prepare.Slide(tmp_path / path) for path in ("tags.tif", "power.svs", "square.tif")}
     assert {path: (slide.source, round(slide.mpp, 4)) for path, slide in got.items()} == {
         "tags.tif": ("TIFF tags", 0.25),
@@ -1443,25 +1436,24 @@ def test_where_the_resolution_comes_from(tmp_path):
         prepare.Slide(tmp_path / "oblong.tif")
     with pytest.raises(UserError, match="screen.png: its metadata has no um/px; give it with --mpp"):
         prepare.Slide(tmp_path / "screen.png")
-    (tmp_path / "mpp.csv").write_text("slide,mpp\nscreen,0.5\ntags.tif,0.3\n")
-    assert prepare.read_mpp_csv(tmp_path / "mpp.csv") == {"screen": 0.5, "tags.tif": 0.3}
-    (tmp_path / "mpp.csv").write_text("screen,0.5\ntags,forty\n")
-    with pytest.raises(UserError, match="mpp.csv, line 2: not slide,mpp"):
-        prepare.read_mpp_csv(tmp_path / "mpp.csv")
+
+
+def test_the_resolution_can_be_given_slide_by_slide(tmp_path):
+    path = tmp_path / "mpp.csv"
+    path.write_text("slide,mpp\nscreen,0.5\ntags.tif,0.3\n")
+    table, args = prepare.read_mpp_csv(path), prepare.parse(["--mpp", "0.25"])
+    slides = [("screen", Path("screen.png")), ("tags", Path("tags.tif")), ("other", Path("other.svs"))]
+    assert [prepare.given_mpp(args, table, *slide) for slide in slides] == [0.5, 0.3, 0.25]
+    for wrong in ("tags,forty", "tags,40", "tags"):
+        path.write_text(f"screen,0.5\n{wrong}\n")
+        with pytest.raises(UserError, match="mpp.csv, line 2: not slide,mpp with 0.05 to 20 um per pixel"):
+            prepare.read_mpp_csv(path)
 
 
 def test_slides_are_found_as_an_archive_holds_them(tmp_path):
     """Lists, links, odd names, DICOM folders; hidden files and Hamamatsu's parts are no slides."""
-    for name in (
-        "a/-x.svs",
-        "a/b c.d.ndpi",
-        "a/ü.SVS",
-        "a/._b c.d.ndpi",
-        "case 7/1.dcm",
-        "case 7/2.dcm",
-        "v/v.vms",
-        "v/v(1,0).jpg",
-    ):
+    names = ["a/-x.svs", "a/b c.d.ndpi", "a/ü.SVS", "a/._b c.d.ndpi", "case 7/1.dcm", "case 7/2.dcm"]
+    for name in [*names, "v/v.vms", "v/v(1,0).jpg"]:
         (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "all" / name).touch()
     (tmp_path / "all" / "loop").symlink_to(tmp_path / "all", target_is_directory=True)
@@ -1644,16 +1636,14 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
     before = contents(data)
     assert 1 <= len(list(data.glob("features/s*"))) < 5
     assert not [name for name in before if "/s" in name and before[name] != contents(whole)[name]]
-    for name in ("features/.s3.safetensors.1.part", "features/.s4.safetensors.1.part", "qc/.s3.jpg.7.part"):
-        (data / name).write_bytes(b"half")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", LOCK, HERE, data, "s4"], stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE
-    )
+    for name in ("features/.s3.safetensors.1", "features/.s4.safetensors.1", "qc/.s3.jpg.7", ".meta.json.1"):
+        (data / f"{name}.part").write_bytes(b"half")
+    command = [sys.executable, "-c", LOCK, HERE, data, "s4"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE)
     assert holder.stdout.readline() == "True\n"
     prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
-    assert {path.name for path in data.glob("*/.*.part")} == {
-        ".s4.safetensors.1.part"
-    }  # its slide is in another's hands
+    left = [path.name for path in data.rglob(".*.part")]
+    assert left == [".s4.safetensors.1.part"]  # its slide is in another's hands
     assert not (data / "features" / "s4.safetensors").exists()
     holder.kill()
     holder.wait()
@@ -1670,18 +1660,6 @@ def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert sum(int(re.search(r"tiles of (\d) slides", text)[1]) for text in printed) == 5, printed
     assert contents(tmp_path) == contents(whole)
-
-
-@slow
-def test_prepare_skips_what_is_done_and_refuses_other_parameters(demo):
-    folder, _ = demo
-    before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    common = ["--slides", folder / "data" / "slides", "--data", folder / "data"]
-    done = script("prepare.py", *common)
-    assert done.returncode == 0 and "18 done already; 0 to tile" in done.stdout
-    assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    done = script("prepare.py", *common, "--min-tissue", 0.5)
-    assert done.returncode == 1 and "min_tissue 0.25, not 0.5; --overwrite" in done.stderr
 
 
 def test_other_parameters_stop_and_name_both_values(archive):
@@ -1709,6 +1687,7 @@ def damage(path, tiles):
     path.write_bytes(body)
 
 
+@slow
 def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, capsys):
     """One tile of two hundred is left out and counted; three are too many. The others go on; a mended slide leaves the record."""
     _, image, _ = toy_slide
@@ -1795,9 +1774,9 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
     prepare.main(["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", *FEW])
     found = json.loads((tmp_path / "data" / "qc" / "fine.geojson").read_text())
     assert found["type"] == "FeatureCollection"
-    kinds = {
-        kind: [f for f in found["features"] if f["properties"]["objectType"] == kind] for kind in ("annotation", "tile")
-    }
+    kinds = {"annotation": [], "tile": []}
+    for feature in found["features"]:
+        kinds[feature["properties"]["objectType"]].append(feature)
     corners = [f["geometry"]["coordinates"][0][0] for f in kinds["tile"]]
     assert corners == (wsi_llava.read_features(tmp_path / "data", "fine")[1] * 2).tolist()
     rings = [ring for f in kinds["annotation"] for ring in f["geometry"]["coordinates"]]
@@ -1845,12 +1824,10 @@ def test_features_of_others_are_imported(tmp_path):
     order = np.lexsort(cells.T)
     tensors = {"tile_embeds": torch.from_numpy(features), "coords": torch.from_numpy(cells * 512).float()}
     torch.save(tensors, tmp_path / "giga.pt")
-    for name, size, attributes in (
-        ("trident.h5", 512, {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20}),
-        ("clam.h5", 512, {}),
-    ):
+    trident = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20}
+    for name, attributes in (("trident.h5", trident), ("clam.h5", {})):
         with h5py.File(tmp_path / name, "w") as file:
-            file["features"], file["coords"] = features[None], cells * size
+            file["features"], file["coords"] = features[None], cells * 512
             file["coords"].attrs.update(attributes)
 
     def load(name, *flags):
@@ -1872,9 +1849,8 @@ def test_features_of_others_are_imported(tmp_path):
             prepare.main(["--features", str(tmp_path / name), "--data", str(data), *flags])
         assert message in prepare.read_failures(data)[name.split(".")[0]]["message"]
     with pytest.raises(UserError):  # two encoders in one folder
-        prepare.main(
-            ["--features", str(tmp_path / "clam.h5"), "--data", str(tmp_path / "data-giga.pt"), "--mpp", "0.25"]
-        )
+        clam = ["--features", str(tmp_path / "clam.h5"), "--mpp", "0.25"]
+        prepare.main([*clam, "--data", str(tmp_path / "data-giga.pt")])
     assert "another tile encoder" in prepare.read_failures(tmp_path / "data-giga.pt")["clam"]["message"]
 
 
@@ -1898,26 +1874,14 @@ def test_imports_are_validated(tmp_path):
 
 
 def test_qa_in_both_shapes(tmp_path):
-    row = {"id": "T-1", "image": "TCGA-LUSC/T.1.pt", "conversations": [
-        {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tumor."},
-    ]}  # fmt: skip
+    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tumor."}]
+    row = {"id": "T-1", "image": "TCGA-LUSC/T.1.pt", "conversations": talk}
     (tmp_path / "1_Report_test.json").write_text(json.dumps([row], indent=1))
-    line = {
-        "question_id": "Grade_T-1",
-        "image": "TCGA-LUSC/T.1.pt",
-        "question": "What is it?",
-        "T-answer": "A tumor.",
-        "metadata": "Grade",
-    }
+    line = {"question_id": "Grade_T-1", "image": "TCGA-LUSC/T.1.pt", "metadata": "Grade"}
+    line |= {"question": "What is it?", "T-answer": "A tumor."}
     (tmp_path / "sample.jsonl").write_text(json.dumps(line) + "\n")
     (first,), (second,) = prepare.read_qa(tmp_path / "1_Report_test.json"), prepare.read_qa(tmp_path / "sample.jsonl")
-    assert first == {
-        "id": "T-1",
-        "slide": "T.1",
-        "task": "Report",
-        "cancer": "TCGA-LUSC",
-        "conversations": row["conversations"],
-    }
+    assert first == {"id": "T-1", "slide": "T.1", "task": "Report", "cancer": "TCGA-LUSC", "conversations": talk}
     assert second == first | {"id": "Grade_T-1", "task": "Grade"}
     prepare.write_qa(tmp_path / "own.jsonl", [first, second])
     assert prepare.read_qa(tmp_path / "own.jsonl") == [first, second]
@@ -1945,9 +1909,8 @@ def test_real_questions_are_read():
     rows = {file.name: prepare.read_qa(file) for file in files}
     assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {"Report"}
     assert len(rows["test_sample.jsonl"]) == 237
-    assert all(
-        row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-") for part in rows.values() for row in part
-    )
+    for row in (row for part in rows.values() for row in part):
+        assert row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-")
 
 
 def test_demo_cohort_is_balanced_and_disjoint():
@@ -1964,37 +1927,49 @@ def test_demo_cohort_is_balanced_and_disjoint():
         assert test[0][key] in answers[key] and test[0][key] in answers["report"]
 
 
+@slow
+def test_the_demo_goes_on_with_its_own_cohort_alone(demo, tmp_path, capsys):
+    folder, _ = demo
+    before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
+    common = ["--demo", "--data", str(folder / "data")]
+    prepare.main([*common, "--demo-slides", "15"])
+    assert "18 done already; 0 to tile" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
+    with pytest.raises(UserError, match="holds another demo cohort .*'train': 15.*, not .*'train': 16.*; name another"):
+        prepare.main([*common, "--demo-slides", "16"])
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="holds data of your own; give the demo a folder of its own with --data"):
+        prepare.main(["--demo", "--data", str(tmp_path)])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # sample.py: conversations
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def sample_with(demo, *arguments, data=None):
+    sample.main(["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)])
+
+
 @slow
-def test_sample_answers_about_prepared_and_raw_slides(demo, toy_slide):
-    folder, _ = demo
-    places = ["--data", folder / "data", "--out", folder / "out", "--max-new-tokens", 8]
-    for slide in ("demo_0015", toy_slide[0]):
-        done = script("sample.py", "--slide", slide, "--ask", "Which type of tumor is this?", *places)
-        assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
-    assert (folder / "data" / "features" / "toy.safetensors").exists()
-    (folder / "data" / "features" / "toy.safetensors").unlink()
+def test_one_answer_as_a_user_asks_for_it(demo):
+    places = ["--data", demo[0] / "data", "--out", demo[0] / "out", "--max-new-tokens", 8]
+    done = script("sample.py", "--slide", "demo_0015", "--ask", "Which type of tumor is this?", *places)
+    assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
 
 
 def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
     """Level-0 pixels, four to a pixel of the coordinates; the tokens are those of a slide of these tiles alone."""
     (tmp_path / "features").mkdir()
-    features, coords = (
-        torch.randn(12, 128).half(),
-        torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1).int() * 256,
-    )
+    features = torch.randn(12, 128).half()
+    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1).int() * 256
     path = tmp_path / "features" / "s.safetensors"
     save_file({"features": features, "coords": coords}, path, {"wsi_llava": json.dumps({"scale": 4.0})})
     got = sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
     with torch.no_grad():
         torch.testing.assert_close(got, tiny.encode_slide(features[[1, 2]], coords[[1, 2]]))
-    with pytest.raises(
-        UserError, match=r"--region 0,0,100,100: no tile of s lies inside; .*between 512,512 and 3584,2560"
-    ):
+    message = r"--region 0,0,100,100: no tile of s lies inside; .*between 512,512 and 3584,2560"
+    with pytest.raises(UserError, match=message):
         sample.region_tokens(tiny, tmp_path, "s", [0, 0, 100, 100])
     save_file({"features": features, "coords": coords}, path)
     with pytest.raises(UserError, match="does not tell its scale"):
@@ -2015,9 +1990,8 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     with torch.no_grad():
         slides, embedded = train.embed(args, model, words, samples)
         want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
-    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4) and sum(
-        found.values()
-    ) == pytest.approx(1)
+    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4)
+    assert sum(found.values()) == pytest.approx(1)
 
 
 def test_chat_continues_as_if_read_anew(tiny, tokenizer):
@@ -2029,12 +2003,8 @@ def test_chat_continues_as_if_read_anew(tiny, tokenizer):
     second = "".join(chat.reply("What is its grade?"))
     first, _ = tokenizer.encode_chat(TALK[:1])
     said = [t for (t,) in tiny.generate(visual[None], [first], 6)]
-    ids = (
-        first
-        + said
-        + [tokenizer.eos] * (said[-1] != tokenizer.eos)
-        + tokenizer.encode("USER: What is its grade? ASSISTANT:")
-    )
+    end = [tokenizer.eos] * (said[-1] != tokenizer.eos)
+    ids = first + said + end + tokenizer.encode("USER: What is its grade? ASSISTANT:")
     assert seen[0] == said[-1]
     again = [t for (t,) in tiny.generate(visual[None], [ids], 6)]
     assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
@@ -2066,19 +2036,14 @@ def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
 @slow
 def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
     """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
-    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json"]
-    sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?", *flags, data=tmp_path / "new")
+    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json", "--heatmap", tmp_path / "map.png"]
+    sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?\n<image>", *flags, data=tmp_path / "new")
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
-    assert (
-        found["slides"] == ["toy"]
-        and isinstance(found["answer"], str)
-        and found["tokens"] == 5
-        and not found["finished"]
-    )
-    sample_with(
-        demo, "--slide", "toy", "--ask", "Which type?", *flags, "--region", "0,0,1024,1024", data=tmp_path / "new"
-    )
+    assert found["slides"] == ["toy"] and isinstance(found["answer"], str)
+    assert found["tokens"] == 5 and not found["finished"] and Image.open(tmp_path / "map.png").width > 1000
+    flags = [*flags[:-2], "--region", "0,0,1024,1024"]
+    sample_with(demo, "--slide", "toy", "--ask", "Which type?", *flags, data=tmp_path / "new")
     assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
 
 
@@ -2113,17 +2078,8 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     prepare.write_qa(tmp_path / "qa.jsonl", rows + [far, long])
     data, path = tmp_path / "data", tmp_path / "predictions.jsonl"
     shutil.copytree(folder / "data", data)
-    flags = [
-        "--qa",
-        tmp_path / "qa.jsonl",
-        "--predictions",
-        path,
-        "--max-new-tokens",
-        6,
-        "--baselines",
-        "--batch-size",
-        3,
-    ]
+    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--baselines"]
+    flags += ["--max-new-tokens", 6, "--batch-size", 3]
     sample_with(demo, *flags, data=data)
     printed = capsys.readouterr().out
     assert "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three" in printed
@@ -2143,11 +2099,8 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         got = answers[row["n"]]
         assert got["answer"] == sample.answer_rows(model, tokenizer, [row], visual, 6)[0]
         assert got["answer_no_image"] == sample.answer_rows(model, tokenizer, [row], None, 6)[0]
-        others = [
-            sample.answer_rows(model, tokenizer, [row], {row["slide"]: visual[s]}, 6)[0]
-            for s in slides
-            if s != row["slide"]
-        ]
+        others = [visual[s] for s in slides if s != row["slide"]]
+        others = [sample.answer_rows(model, tokenizer, [row], {row["slide"]: x}, 6)[0] for x in others]
         assert got["answer_shuffled"] in others
 
     whole = path.read_bytes()
@@ -2166,18 +2119,12 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
 # sample.py: closed answers and text metrics
 # --------------------------------------------------------------------------------------------------------------------
 
-OPTIONS = (
-    "Which type is it? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
-)
+OPTIONS = "Which? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
 CLOSED = {
-    "B": "B B) (b) b. **B** 'B' B: \"B\"".split()
-    + ["B. Squamous cell carcinoma", "The answer is B.", "Answer: (b) squamous"],
-    "C": [
-        "It is mucinous adenocarcinoma.",
-        "I choose C because of the mucin",
-        "The correct option is C, I think.",
-        "choice C",
-    ],
+    "B": ["B", "B)", "(b)", "b.", "**B**", "'B'", "B:", '"B"', "B. Squamous cell carcinoma", "The answer is B."]
+    + ["Answer: (b) squamous"],
+    "C": ["It is mucinous adenocarcinoma.", "I choose C because of the mucin", "The correct option is C, I think."]
+    + ["choice C"],
     "A": ["adenocarcinoma", "A", "The answer is A because of glands"],
     None: ["", "B or C", "A and B", "The answer is a tumor.", "A tumor of unknown origin", "None of these", "yes"],
 }
@@ -2186,6 +2133,7 @@ CLOSED = {
 def test_closed_answers_are_read():
     options = sample.choices(OPTIONS)
     assert options["B"] == "Squamous cell carcinoma" and list(options) == list("ABCD")
+    assert list(sample.choices(" ".join(f"{x}) {x}{x}" for x in "ABCDEFGHI"))) == list("ABCDEFGH")
     assert sample.choices("Is protein A. present or not?") == {} == sample.choices("What is it? B) a tumor A) necrosis")
     for want, texts in CLOSED.items():
         assert [sample.parse_choice(text, options) for text in texts] == [want] * len(texts)
@@ -2196,9 +2144,7 @@ def test_closed_answers_are_read():
         assert [sample.parse_yes_no(text) for text in texts] == [want] * len(texts)
     assert sample.parse_yes_no("There is no doubt") is None
     assert sample.closed_parser("Is the prognosis poor?", "No")("no way") == "no"
-    assert (
-        sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None
-    )  # open: more than a word is asked for
+    assert sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None  # open: more than a word
 
 
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
@@ -2239,11 +2185,11 @@ def test_text_metrics_at_their_ends():
     tokens = sample.tokenize("Tumor cells, grade 3+4=7; Barrett's 3.5 cm.")
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
     assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(tokens, tokens) == pytest.approx(1)
-    assert (
-        sample.bleu(tokens, ["none"]) == [0] * 4 and sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
-    )
+    assert sample.bleu(tokens, ["none"]) == [0] * 4
+    assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
 
 
+@slow
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
 def test_text_metrics_equal_the_packages_on_real_reports():
     reports = [row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"])]
@@ -2276,16 +2222,13 @@ def judge_server():
                 server.now -= 1
             content = json.loads(body["messages"][1]["content"])
             claims = content.get("claims")
-            good = (
-                {"scores": [0.7 if "grade" in c else 1 for c in claims]}
-                if claims
-                else {"claims": content["answer"].split(". ")}
-            )
-            text = {"good": json.dumps(good), "fenced": f"```json\n{json.dumps(good)}\n```", "text": "I think so."}.get(
-                step
-            )
-            text = '{"claims": []}' if step == "nothing" else text
-            text = json.dumps({"scores": [0.5] * len(claims or [])}) if step == "off scale" else text
+            if claims:
+                good = json.dumps({"scores": [0.7 if "grade" in c else 1 for c in claims]})
+            else:
+                good = json.dumps({"claims": content["answer"].split(". ")})
+            off = json.dumps({"scores": [0.5] * len(claims or [])})
+            texts = {"good": good, "fenced": f"```json\n{good}\n```", "text": "I think so.", "off scale": off}
+            text = (texts | {"nothing": '{"claims": []}'}).get(step)
             reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if text else b"{half"
             with contextlib.suppress(OSError):  # the client has given up
                 self.send_response(step if isinstance(step, int) else 200)
@@ -2300,7 +2243,7 @@ def judge_server():
     server.lock, server.closing = threading.Lock(), threading.Event()
     server.requests, server.script, server.now, server.most = [], [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
     server.closing.set()
     server.shutdown()
@@ -2308,7 +2251,7 @@ def judge_server():
 
 
 def new_judge(server, folder, **options):
-    options = {"attempts": 5, "timeout": 2.0, "backoff": 0.01} | options
+    options = {"attempts": 5, "timeout": 1.0, "backoff": 0.01} | options
     return sample.Judge(server.url, "wise", folder / "judge.jsonl", **options)
 
 
@@ -2318,9 +2261,8 @@ def write_predictions(folder, rows, **more):
     lines = [{"settings": {}}]
     for n, (task, question, truth, answer) in enumerate(rows):
         row = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "task": task, "cancer": "common" if n < 6 else "rare"}
-        lines.append(
-            row | {"question": question, "truth": truth, "answer": answer} | {k: v[n] for k, v in more.items()}
-        )
+        row |= {"question": question, "truth": truth, "answer": answer}
+        lines.append(row | {k: v[n] for k, v in more.items()})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -2334,11 +2276,8 @@ def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_pa
     assert judge.grade(*question) == want and not judge.problems
     assert len(judge_server.requests) == 4 + 7 - 1  # what misbehaved, but "fenced" is fine
     key, body = judge_server.requests[-1]
-    assert (
-        key == "Bearer secret"
-        and body["model"] == "wise"
-        and '"question": "What is it?"' in body["messages"][1]["content"]
-    )
+    assert key == "Bearer secret" and body["model"] == "wise"
+    assert '"question": "What is it?"' in body["messages"][1]["content"]
     complaints = [body["messages"][-1]["content"] for _, body in judge_server.requests if len(body["messages"]) > 2]
     assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
 
@@ -2398,14 +2337,10 @@ def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
 
 
 def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
-    rows = [
-        ("Staging_choice", OPTIONS, "B", answer)
-        for answer in ("B)", "squamous cell carcinoma", "Adenocarcinoma", "Who knows")
-    ]
-    rows += [
-        ("Prognosis_TF_question", "Is it poor?", "No", "no."),
-        ("Report", "Describe it.", "A tumor of grade 2.", "A tumor of grade 2."),
-    ]
+    said = ("B)", "squamous cell carcinoma", "Adenocarcinoma", "Who knows")
+    rows = [("Staging_choice", OPTIONS, "B", answer) for answer in said]
+    rows += [("Prognosis_TF_question", "Is it poor?", "No", "no.")]
+    rows += [("Report", "Describe it.", "A tumor of grade 2.", "A tumor of grade 2.")]
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
     blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
     path = write_predictions(tmp_path, rows, answer_no_image=blind)
@@ -2415,11 +2350,8 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     table = {(line["group"], line["metric"]): line for line in found}
     stage = table["Staging_choice", "accuracy"]
     assert (stage["questions"], stage["missing"], stage["unusable"]) == (4, 0, 1)
-    assert (
-        stage["answer"][0] == 0.5
-        and stage["answer"][1] <= 0.5 <= stage["answer"][2]
-        and stage["answer_no_image"][0] == 0.5
-    )
+    mean, low, high = stage["answer"]
+    assert mean == 0.5 and low <= 0.5 <= high and stage["answer_no_image"][0] == 0.5
     assert table["diagnosis", "accuracy"]["published"] == 0.863 and table["treatment", "accuracy"]["answer"][0] == 1
     report = table["report", "BLEU-4"]
     assert (report["questions"], report["missing"], report["published"]) == (1, 1, 0.0665)
@@ -2428,19 +2360,17 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     if sample.find_meteor() is None:
         assert "METEOR: n/a" in printed and "answer" not in table["report", "METEOR"]
     assert {line["group"].split()[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
-    assert (
-        "7 of 8 questions answered" in printed
-        and "1 closed answers name no choice" in printed
-        and "'Who knows'" in printed
-    )
+    assert "7 of 8 questions answered" in printed
+    assert "1 closed answers name no choice" in printed and "'Who knows'" in printed
     kinds = {line["kind"] for line in found}
     assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
     assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
     with open(tmp_path / "evaluation.csv") as file:
         lines = list(csv.DictReader(file))
-    assert (
-        len(lines) == len(found) and lines[0]["answer_mean"] and set(lines[0]) >= {"answer_no_image_high", "published"}
-    )
+    assert len(lines) == len(found) and lines[0]["answer_mean"]
+    assert set(lines[0]) >= {"answer_no_image_high", "published"}
+    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["table"] == found
 
 
 def test_intervals_and_rank_correlations():
@@ -2466,6 +2396,9 @@ def test_bad_files_of_predictions_are_named(tmp_path):
     write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", None)])
     with pytest.raises(UserError, match="holds no answers yet"):
         sample.main(["--evaluate", str(path)])
+    write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", "Grade 2.")])
+    with pytest.raises(UserError, match="--judge-dry-run: which judge"):
+        sample.main(["--evaluate", str(path), "--judge-dry-run"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2489,14 +2422,9 @@ def finder(tiny, tokenizer):
         features[range(0, n, 2), at[::2]] = mark
         return features, at
 
-    ids, labels = zip(
-        *[
-            tokenizer.encode_chat(
-                [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": answer}]
-            )
-            for answer in ("It is grade 2.", "It is grade 3.")
-        ]
-    )
+    asked = {"from": "human", "value": f"<image>\n{QUESTION}"}
+    answers = [{"from": "gpt", "value": answer} for answer in ("It is grade 2.", "It is grade 3.")]
+    ids, labels = zip(*[tokenizer.encode_chat([asked, answer]) for answer in answers])
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
     for _ in range(150):
         visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
@@ -2510,6 +2438,7 @@ def finder(tiny, tokenizer):
     raise AssertionError(f"the model has not learnt it: loss {loss.item():.3f}")
 
 
+@slow
 def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
     """And the shares add up to what the slide does for the answer, against a slide of average tiles."""
     model, draw = finder
@@ -2547,6 +2476,10 @@ def test_relevance_of_one_word_is_of_its_tokens(tokenizer):
     ids, spells = tokenizer.encode(answer), sample.spelling(tokenizer, answer, "GRADE 2")
     assert tokenizer.decode([t for t, yes in zip(ids, spells) if yes]).strip(" .") == "grade 2"
     assert all(sample.spelling(tokenizer, answer, None))
+    with pytest.raises(UserError, match='--word sarcoma: not in the answer "Its grade is grade 2."; name a word of it'):
+        sample.spelling(tokenizer, answer, "sarcoma")
+    with pytest.raises(UserError, match="--heatmap: the answer is empty, so there is nothing to explain"):
+        sample.spelling(tokenizer, "", None)
 
 
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
@@ -2581,6 +2514,7 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
+        ([*asked, "--region", "0,0,9,9", "--heatmap", tmp_path / "a.png"], "give --slide one name, and no --region"),
         ([*asked, "--word", "necrosis"], "give --heatmap FILE with it"),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
@@ -2608,9 +2542,6 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsy
         tiles = json.loads(args.heatmap_geojson.read_text())["features"]
         assert len(tiles) == len(wsi_llava.read_features(data, "demo_0015")[0])
         assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
-    with pytest.raises(UserError, match="--word sarcoma: not in the answer"):
-        args.word = "sarcoma"
-        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2642,9 +2573,6 @@ def test_bad_input_is_one_line(demo, tmp_path):
     data = ["--data", folder / "data"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.svs").write_bytes(b"not a slide")
-    (tmp_path / "other.jsonl").write_text(
-        json.dumps({"question_id": 1, "image": "x/far.pt", "question": "?", "T-answer": "!"})
-    )
     long = "word " * 2000
     cases = [
         (["prepare.py"], "nothing to do"),
@@ -2657,10 +2585,13 @@ def test_bad_input_is_one_line(demo, tmp_path):
         (["prepare.py", "--qa", tmp_path / "missing.json"], "no such file (--qa)"),
         (["prepare.py", "--slides", tmp_path / "empty", "--tile-encoder", tmp_path / "no.bin"], "no slides below"),
         (["train.py", "--stage", 1, "--data", tmp_path / "none"], "run python prepare.py"),
+        (["train.py", "--stage", 1, *data, "--no-slide-encoder"], "trains the slide encoder; start with --stage 2"),
         (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
         (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 2 first"),
         (["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"], "run python train.py --stage"),
         (["sample.py", "--slide", "nobody", *data, "--out", folder / "out"], "neither a file nor the name of a slide"),
+        (["sample.py", "--slide", "nobody", *data, "--out", folder / "out", "--zero-shot", "x"], "neither a file nor"),
+        (["sample.py", "--slide", tmp_path / "broken.svs", "--data", tmp_path / "d"], "not a slide that OpenSlide can"),
         (
             ["sample.py", "--slide", "demo_0015", "--ask", long, *data, "--out", folder / "out"],
             "the prompt is too long",
@@ -2672,7 +2603,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
         with pytest.raises(UserError) as caught:
             {"prepare.py": prepare, "train.py": train, "sample.py": sample}[name].main(flags)
         assert message in str(caught.value) and "\n" not in str(caught.value), (name, flags)
-        if number % 6 == 0:  # as a user sees it
+        if number in (0, 6, 11):  # as a user sees it
             done = script(name, *flags)
             errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
             assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (name, flags, done.stderr)
