@@ -505,6 +505,16 @@ def test_long_slides_in_parts_give_the_same_numbers():
         torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
 
 
+def test_stochastic_depth_leaves_out_whole_slides_in_training():
+    """And enlarges the others' updates, so that the mean stays."""
+    layer = wsi_llava.SlideLayer(PRESETS["demo"].slide_encoder, drop_path=0.25)
+    x, update = torch.zeros(4000, 2, 3), torch.ones(4000, 2, 3)
+    slides = layer.train().residual(x, update)[:, :1, :1]
+    assert (layer.residual(x, update).std((1, 2)) == 0).all() and slides.mean() == pytest.approx(1, abs=0.05)
+    assert slides.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert torch.equal(layer.eval().residual(x, update), update)
+
+
 def test_standardized_inputs_have_mean_0_and_deviation_1():
     encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
     features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
@@ -554,6 +564,14 @@ def test_cache_and_no_cache_agree(tiny):
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
     with pytest.raises(UserError, match="300 tokens, the language model's context holds 256"):
         next(tiny.generate(None, [[1] * 300]))
+
+
+def test_lora_target_chooses_the_layers(tiny):
+    wsi_llava.add_lora(tiny.llama, 4, 8, "q_proj|v_proj")
+    names = {name.split(".")[-2] for name, p in tiny.llama.named_parameters() if p.requires_grad}
+    assert names == {"q_proj", "v_proj"}
+    with pytest.raises(UserError, match="--lora-target query matches none of q_proj, k_proj"):
+        wsi_llava.add_lora(wsi_llava.Llama(tiny.cfg.llama), 4, 8, "query")
 
 
 def with_adapters(llama):
@@ -631,6 +649,21 @@ def test_an_open_dialogue_ends_ready_to_be_answered(tokenizer):
     assert tokenizer.decode(asked).endswith("ASSISTANT:") and labels[-1] == IGNORE
 
 
+@pytest.mark.parametrize("asked", ["<image>\nWhat is its grade?", "What is its grade?\n<image>"])
+def test_the_mark_for_the_slide_comes_first_or_not_at_all(tiny, tokenizer, tmp_path, asked):
+    """Wherever a question has it, a model is asked as it was trained; with --no-image, as if there had been none."""
+    (tmp_path / "visual_tokens").mkdir()
+    save_file({"visual_tokens": torch.zeros(9, 128)}, tmp_path / "visual_tokens" / "s.safetensors")
+    bare = {"from": "human", "value": "What is its grade?"}
+    row = {"id": "1", "slide": "s", "conversations": [{**bare, "value": asked}, TALK[3]]}
+    for image in (True, False):
+        args = types.SimpleNamespace(data=tmp_path, no_image=not image)
+        shown = train.Conversations([row], args, tokenizer, tiny.cfg, 3, train.RECIPES["demo"][3])[0]
+        first = {**bare, "value": "<image>\n" * image + bare["value"]}
+        assert shown["ids"] == tokenizer.encode_chat([first, TALK[3]])[0] and len(shown["visual"]) == image
+        assert sample.prompt_ids(tokenizer, row, image) == tokenizer.encode_chat([first])[0]
+
+
 def test_plain_form_is_image_then_report(tokenizer):
     ids, labels = tokenizer.encode_plain("It is grade 2.")
     assert ids[:2] == [tokenizer.bos, IMAGE_TOKEN] and labels[:2] == [IGNORE, IGNORE]
@@ -649,6 +682,39 @@ def test_configs_survive_json():
         wsi_llava.LlamaConfig.from_dict({"wide": 3})
 
 
+def stand_in(data):
+    """The demo's language model and tokenizer."""
+    return wsi_llava.pick_llm(train.parse(["--data", str(data)]), {"preset": "demo"})
+
+
+@pytest.mark.parametrize(
+    "read, name, content, message",
+    [
+        (wsi_llava.read_meta, "meta.json", "{", "not what prepare.py writes .* prepare the data again"),
+        (wsi_llava.read_meta, "meta.json", "\xff", "not what prepare.py writes"),
+        (wsi_llava.read_meta, "meta.json", '{"version": 0}', "made by version 0 of this project, not"),
+        (wsi_llava.load_config, "config.json", None, "no such file; .* holds no trained model"),
+        (wsi_llava.load_config, "config.json", "[]", "not a config of this project"),
+        (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
+        (wsi_llava.read_llama_config, "config.json", "{}", r"not a Llama's config.json \(KeyError: 'vocab_size'\)"),
+        (wsi_llava.read_folder, "model.safetensors.index.json", "{}", "has no weight_map; copy or download it again"),
+        (stand_in, "llm", None, "no language model there; run python prepare.py --qa"),
+        (lambda folder: wsi_llava.Tokenizer(folder / "t.model"), "t.model", "?", "not a SentencePiece model"),
+        (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", None, "no such file; run python prepare.py --qa"),
+        (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: not a row \('slide'\); run"),
+        (prepare.read_failures, "failures.jsonl", "[]\n", "not what prepare.py writes .*; delete it"),
+        (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "not a text file that can be read"),
+        (lambda folder: prepare.read_foreign(folder / "x.h5"), "x.h5", "?", "not an HDF5 file with datasets features"),
+    ],
+)
+def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, name, content, message):
+    if content:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / name))}.*{message}"):
+        read(tmp_path)
+
+
 def test_nothing_half_written_under_a_final_name(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
@@ -656,6 +722,16 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error, status, said", [(UserError("no"), "error: no", ""), (KeyboardInterrupt, 130, "bye\n")])
+def test_a_script_ends_in_one_line(capsys, error, status, said):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        wsi_llava.run(main, on_interrupt="bye")
+    assert caught.value.code == status and capsys.readouterr().err == said
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -738,6 +814,29 @@ def test_no_ngram_is_said_twice(tiny):
     assert len(set(free)) < len(free) and len(set(held)) == len(held) == 59
     first = next(i for i, pair in enumerate(free) if pair in free[:i])
     assert held[:first] == free[:first] and held[first] != free[first]
+
+
+def test_visual_tokens_are_kept_until_the_slide_encoder_changes(tiny, tmp_path):
+    (tmp_path / "features").mkdir()
+    tensors = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
+    save_file(tensors, tmp_path / "features" / "s.safetensors")
+    assert [wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s"]) for _ in range(2)] == [1, 0]
+    tiny.cfg.fingerprints["slide_encoder"] = "another"
+    assert [wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s"]) for _ in range(2)] == [1, 0]
+
+
+def test_arguments_that_do_not_fit_together_are_refused(tiny):
+    x, ids = torch.randn(1, 4, 1, 16), torch.ones(1, 3, dtype=torch.long)
+    cache = wsi_llava.KVCache(tiny.cfg.llama, 1, 2, "cpu", torch.float32)
+    for call, message in [
+        (lambda: wsi_llava.preprocess_tiles(torch.zeros(1, 8, 8, 3)), "tiles must be uint8"),
+        (lambda: wsi_llava.dilated_attention(x, x, x, (4, 8), (1,)), "segments as many as dilations"),
+        (lambda: wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="flash"), "impl must be"),
+        (lambda: tiny.llama(ids, cache=cache), "the cache holds 2 positions, 3 are needed"),
+        (lambda: next(tiny.generate(None, [[1], [1, 2]])), "rows must be of equal length"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -875,6 +974,12 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), projector.parameters(), strict=True))
 
 
+def test_a_projector_of_another_shape_is_refused(tmp_path):
+    save_file({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")  # LLaVA-1.0's
+    with pytest.raises(UserError, match="not a projector of two linear layers .*: model.mm_projector.weight"):
+        wsi_llava.load_projector(tmp_path)
+
+
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     """As in llava-1.5-7b-hf, whose text_config does not give the sizes."""
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}
@@ -999,6 +1104,25 @@ def test_published_weights_answer_without_training(published, capsys):
         assembled(3)  # Vicuna alone has no projector
 
 
+def test_stage_1_starts_from_gigapaths_slide_encoder(published):
+    rows = [{"id": "1", "slide": "toy", "task": "Report", "conversations": TALK[:2]}]
+    prepare.write_qa(Path("data/qa/train.jsonl"), rows)
+
+    def start(*flags):
+        args = train.parse(["--stage", "1", *flags])
+        wsi_llava.resolve_device(args)
+        return train.stage1(args, train.RECIPES["7b"][1], wsi_llava.read_meta(args.data)).model.slide_encoder
+
+    path = Path("weights/gigapath/slide_encoder.pth")
+    theirs = torch.load(path)["model"]
+    assert all(torch.equal(p, theirs[name]) for name, p in start().state_dict().items())
+    path.unlink()
+    with pytest.raises(UserError, match="no slide encoder: weights/gigapath/slide_encoder.pth is missing; name"):
+        start()
+    with pytest.raises(UserError, match="takes tile features of width 1536, data holds 64"):
+        start("--from-scratch")
+
+
 def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_path, capsys, tokenizer):
     report = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "It is grade 2."}]
     row = {"id": "1", "slide": "toy", "task": "Report", "conversations": report}
@@ -1015,6 +1139,18 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
     news = "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)."
     assert news in capsys.readouterr().err
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
+
+
+def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
+    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
+    with pytest.raises(UserError, match=r"narrow: its projector does not fit \(100 -> 64, not 128 -> 64\); train one"):
+        assembled(3, "--lora", "narrow")
+    shutil.rmtree("weights/vicuna-7b-v1.5")
+    with pytest.raises(UserError, match="neither weights/vicuna-7b-v1.5 nor weights/llava-v1.5-7b exists; name one"):
+        assembled(3)
+    shutil.rmtree("weights/gigapath")
+    with pytest.raises(UserError, match="--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"):
+        wsi_llava.pick_tile_encoder(train.parse(["--preset", "7b"]))
 
 
 @slow
@@ -1079,6 +1215,15 @@ def test_questions_about_slides_without_features(demo, tmp_path):
         train.load_rows(data, "train")
     with pytest.raises(UserError, match="no question is about a slide that has features"):
         train.load_rows(data, "train", skip_missing=True)
+
+
+@slow
+def test_stage_2_without_reports_is_refused(demo, tmp_path):
+    data = shutil.copytree(demo[0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns("slides"))
+    rows = [row for row in prepare.read_qa(data / "qa" / "train.jsonl") if row["task"] != "report"]
+    prepare.write_qa(data / "qa" / "train.jsonl", rows)
+    with pytest.raises(UserError, match="train.jsonl holds no reports .* stage 2 needs them"):
+        train.main(["--stage", "2", "--data", str(data), "--out", str(demo[0] / "out")])
 
 
 @slow
@@ -1208,6 +1353,44 @@ def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
         train_with(demo, tmp_path / "out", "--stage", 2, "--resume")
 
 
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), train.stop_signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT]
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    "flags, lr",
+    [
+        ([], 2e-4),
+        (["--lr", "1e-3"], 1e-3),
+        (["--full"], 2e-5),
+        (["--full", "--lr", "1e-3"], 1e-3),
+        (["--full", "--full-lr", "3e-5"], 3e-5),
+        (["--full", "--full-lr", "3e-5", "--lr", "1e-3"], 3e-5),
+        (["--full", "--full-lr", "0"], 2e-4),
+        (["--full-lr", "3e-5"], 2e-4),
+    ],
+)
+def test_full_lr_takes_the_place_of_lr_where_all_is_trained(flags, lr):
+    assert train.pick_recipe(3, train.parse(flags), {"preset": "7b"}).lr == lr
+
+
+def test_a_run_needs_a_batch_for_every_process(monkeypatch):
+    recipe = train.RECIPES["demo"][2]
+    assert train.size_of_run(2, recipe, 100) == (32, 12) and train.size_of_run(2, recipe, 7) == (7, 4)
+    with pytest.raises(UserError, match="needs at least 2 with a report; found 1"):
+        train.size_of_run(1, recipe, 1)
+    monkeypatch.setattr(train, "world", lambda: 8)
+    with pytest.raises(UserError, match="a batch of 7 is too small for 8 processes"):
+        train.size_of_run(2, recipe, 7)
+    with pytest.raises(UserError, match="--demo runs in one process; start it without torchrun"):
+        train.main(["--demo"])
+
+
 @slow
 def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
     """With a learning rate that ruins the model in the end, the best are not the last."""
@@ -1317,6 +1500,30 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
     if flags:
         with pytest.raises(UserError, match="stage 3 trained no adapters; use --export"):
             train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
+
+
+@slow
+def test_an_ablation_is_refused_by_export(demo, tmp_path):
+    out = shutil.copytree(demo[0] / "out", tmp_path / "out")
+    cfg = wsi_llava.load_config(out / "stage3")
+    (out / "stage3" / "config.json").write_text(dataclasses.replace(cfg, no_slide_encoder=True).to_json())
+    with pytest.raises(UserError, match="is an ablation without slide encoder, which no published layout can say"):
+        train_with(demo, out, "--export", tmp_path / "exported")
+
+
+@slow
+def test_relevance_is_measured_on_the_slides_with_pigment(demo, tmp_path, capsys):
+    """On all of them that still hold a planted tile; the first on which the model is right becomes a picture."""
+    args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
+    wsi_llava.resolve_device(args)
+    model, tokenizer, _, rows = train.held_out(args)
+    args.out, cases = tmp_path, json.loads((args.data / "cohort.json").read_text())["cases"]
+    train.print_relevance(args, model, tokenizer, cases, {row["id"]: train.truth(row) for row in rows})
+    assert f"One of them: {tmp_path}/heatmap.png" in capsys.readouterr().out
+    assert Image.open(tmp_path / "heatmap.png").width > 1000
+    args.max_tiles, nowhere = 4, [case | {"planted": [[-1, -1]] * len(case["planted"])} for case in cases]
+    train.print_relevance(args, model, tokenizer, nowhere, {})
+    assert capsys.readouterr().out == ""
 
 
 @slow
@@ -1474,6 +1681,12 @@ def test_two_slides_of_one_name_are_refused(tmp_path):
         prepare.find_slides([tmp_path])
 
 
+def test_a_slide_called_like_the_sheet_of_all_is_refused(tmp_path):
+    Image.new("RGB", (300, 300)).save(tmp_path / "index-2.png")
+    with pytest.raises(UserError, match="index-2.png: data/qc/index-2.jpg is the sheet of all slides; rename"):
+        prepare.find_slides([tmp_path])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # prepare.py: tissue and tiles
 # --------------------------------------------------------------------------------------------------------------------
@@ -1603,6 +1816,11 @@ def contents(data):
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
 
 
+def prepare_one(slides, data, *flags):
+    """Prepares the smallest slide of the archive, few tiles of it."""
+    prepare.main(["--slides", str(slides / "s4.tif"), "--data", str(data), "--max-tiles", "2", *map(str, flags)])
+
+
 def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch):
     slides, whole = archive
     common = ["--slides", str(slides), "--data", str(tmp_path / "data"), "--workers", "1", *FEW]
@@ -1612,6 +1830,16 @@ def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch)
     monkeypatch.setenv("RANK", "0")  # as torchrun says it
     prepare.main(common)
     assert contents(tmp_path / "data") == contents(whole)
+
+
+@slow
+def test_processes_of_torchrun_share_the_slides(archive, tmp_path):
+    slides, whole = archive
+    command = torchrun(2, "--slides", slides, "--data", tmp_path, "--workers", 1, *FEW, program="prepare.py")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Share 1 of 2 of 5 slides." in done.stdout and "Share 2 of 2 of 5 slides." in done.stdout
+    assert contents(tmp_path) == contents(whole)
 
 
 LOCK = """
@@ -1678,6 +1906,16 @@ def test_other_parameters_stop_and_name_both_values(archive):
         prepare.main(["--slides", str(slides), "--data", str(whole), "--shard", "3/2"])
 
 
+def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
+    other = wsi_llava.untrained_tile_encoder(seed=1)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
+    before = contents(tmp_path / "data")
+    prepare_one(archive[0], tmp_path / "data", "--overwrite")
+    assert contents(tmp_path / "data") == before
+    assert wsi_llava.read_meta(tmp_path / "data")["encoder"]["fingerprint"] == wsi_llava.fingerprint(other)
+
+
 def damage(path, tiles):
     """Overwrites JPEG tiles of the finest level of a TIFF by write_tiff."""
     body = bytearray(path.read_bytes())
@@ -1732,6 +1970,25 @@ def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypat
     assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
 
 
+def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
+    encoder = wsi_llava.untrained_tile_encoder()
+    torch.nn.init.constant_(encoder.norm.bias, math.nan)
+    save_file(encoder.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="1 slides could not be prepared"):
+        prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
+    failure = prepare.read_failures(tmp_path / "data")["s4"]
+    assert failure["step"] == "encode" and "its features are not finite; try --dtype float32" in failure["message"]
+
+
+def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monkeypatch):
+    def full(batches):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(prepare.Batches, "encode", full)
+    with pytest.raises(UserError, match="--batch 64 does not fit cpu's memory; try half of it"):
+        prepare_one(archive[0], tmp_path / "data")
+
+
 def test_a_full_disk_stops_with_what_to_do(archive, tmp_path):
     """No file may grow beyond 4 kB, as on a full disk: one line, no half file, and the next run completes it."""
     resource = pytest.importorskip("resource")
@@ -1757,6 +2014,15 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["s4", "1024", "x", "1024", "0.5", "metadata", "0"] in [line[:7] for line in lines]
     assert not (tmp_path / "data").exists()
+
+
+def test_the_picture_of_a_huge_slide_is_small(tmp_path):
+    """Made of what its tissue was looked for on: a slide without small levels is read once."""
+    (tmp_path / "qc").mkdir()
+    Image.new("RGB", (25600, 300), PINK).save(tmp_path / "wide.png")
+    params = {"target_mpp": 0.5, "mpp": 0.5, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+    assert len(prepare.survey("wide", tmp_path / "wide.png", params, tmp_path, False)["coords"]) == 100
+    assert Image.open(tmp_path / "qc" / "wide.jpg").size == (768, 9)
 
 
 def test_a_slide_without_tissue_is_recorded_as_such(tmp_path, capsys):
@@ -1854,6 +2120,20 @@ def test_features_of_others_are_imported(tmp_path):
     assert "another tile encoder" in prepare.read_failures(tmp_path / "data-giga.pt")["clam"]["message"]
 
 
+def test_imported_features_can_name_their_encoder_and_are_not_overwritten_by_others(tmp_path):
+    encoder = wsi_llava.untrained_tile_encoder()
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    tensors = {"tile_embeds": torch.zeros(2, 128), "coords": torch.tensor([[0, 0], [512, 0]])}
+    torch.save(tensors, tmp_path / "s.pt")
+    flags = ["--features", tmp_path / "s.pt", "--tile-encoder", tmp_path / "encoder.safetensors", "--data", tmp_path]
+    for _ in range(2):
+        prepare.main([*map(str, flags), "--mpp", "0.25"])
+    assert wsi_llava.read_meta(tmp_path)["encoder"]["fingerprint"] == wsi_llava.fingerprint(encoder)
+    with pytest.raises(UserError, match="1 slides could not be prepared"):
+        prepare.main([*map(str, flags), "--mpp", "0.252"])
+    assert "mpp 0.25, not 0.252; --overwrite makes it again" in prepare.read_failures(tmp_path)["s"]["message"]
+
+
 def test_imports_are_validated(tmp_path):
     good = {"tile_embeds": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
     for tensors, message in [
@@ -1866,6 +2146,19 @@ def test_imports_are_validated(tmp_path):
         torch.save(tensors, tmp_path / "x.pt")
         with pytest.raises(UserError, match=message):
             prepare.read_foreign(tmp_path / "x.pt")
+
+
+def test_features_are_found_as_slides_are(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"no .pt or .h5 files below"):
+        prepare.find_features([tmp_path])
+    for name in ("x.h5", "a/x.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="x.h5 and .*x.pt have the same name; rename one"):
+        prepare.find_features([tmp_path])
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UserError, match="x.h5: reading it needs h5py: pip install h5py"):
+        prepare.read_foreign(tmp_path / "x.h5")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1901,6 +2194,26 @@ def test_malformed_qa_names_the_line(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             prepare.read_qa(path)
+
+
+def test_questions_are_counted_by_task_and_cancer_type_and_what_has_no_slide_is_listed(tmp_path, capsys):
+    for file in ("features/a", "visual_tokens/b"):  # of a slide that was prepared, and of one that was imported
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / f"{file}.safetensors").touch()
+    kinds = [("a", "Grading", "LUAD"), ("b", "Grading", "BRCA"), ("c", "Report", "BRCA"), ("d", "Report", "")]
+    rows = [{"id": s, "slide": s, "task": t, "cancer": c, "conversations": TALK[:2]} for s, t, c in kinds]
+    prepare.write_qa(tmp_path / "bench_test.jsonl", rows)
+    prepare.main(["--qa", str(tmp_path / "bench_test.jsonl"), "--data", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"Wrote 4 questions of 2 tasks about 4 slides to {tmp_path}/qa/test.jsonl; 2 of these slides have features.",
+        "  by task: Grading 2 of 2, Report 0 of 2",
+        "  by cancer: BRCA 1 of 2, LUAD 1 of 1, none 0 of 1",
+        f"  2 slides without features, all in {tmp_path}/qa/test.unmatched.txt: c, d",
+    ]
+    assert (tmp_path / "qa" / "test.unmatched.txt").read_text() == "c\nd\n"
+    assert prepare.read_qa(tmp_path / "qa" / "test.jsonl") == rows
+    prepare.main(["--qa", str(tmp_path / "bench_test.jsonl"), "--data", str(tmp_path), "--split", "train"])
+    assert prepare.read_qa(tmp_path / "qa" / "train.jsonl") == rows
 
 
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
@@ -1956,6 +2269,21 @@ def test_one_answer_as_a_user_asks_for_it(demo):
     places = ["--data", demo[0] / "data", "--out", demo[0] / "out", "--max-new-tokens", 8]
     done = script("sample.py", "--slide", "demo_0015", "--ask", "Which type of tumor is this?", *places)
     assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
+
+
+def test_why_a_slide_cannot_be_asked_about(tmp_path):
+    for folder in ("features", "visual_tokens"):
+        (tmp_path / folder).mkdir()
+    save_file({"visual_tokens": torch.zeros(36, 128)}, tmp_path / "visual_tokens" / "imported.safetensors")
+    for name, n in (("good", 1), ("glass", 0)):
+        tensors = {"features": torch.zeros(n, 128), "coords": torch.zeros(n, 2)}
+        save_file(tensors, tmp_path / "features" / f"{name}.safetensors")
+    (tmp_path / "features" / "cut.safetensors").write_bytes(b"half")
+    why = functools.partial(sample.why_missing, PRESETS["demo"], tmp_path)
+    assert why("good") is None and why("imported") is None
+    assert why("nobody") == f"neither a file nor the name of a slide in {tmp_path}/features"
+    assert why("glass") == f"no tissue was found on it; look at {tmp_path}/qc/glass.jpg"
+    assert "cut.safetensors: not a readable checkpoint" in why("cut")
 
 
 def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
@@ -2031,6 +2359,18 @@ def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
     assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
     (row,) = prepare.read_qa(tmp_path / "talk.json")
     assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
+
+
+def test_a_person_is_told_the_commands_and_leaves_by_the_end_of_the_input(tiny, tokenizer, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("What is its grade?\n\n"))
+    chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
+    tokens, _ = sample.chat_loop(sample.parse([]), None, ["s"], chat)
+    printed = capsys.readouterr().out
+    assert tokens == 5 and printed.startswith(f"Ask about the slide; {sample.HELP}.\n> ") and printed.count("> ") == 3
 
 
 @slow
@@ -2113,6 +2453,15 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         sample_with(demo, *flags, "--max-new-tokens", 7, data=data)
     with pytest.raises(UserError, match="--temperature: --qa answers greedily"):
         sample_with(demo, *flags, "--temperature", 1, data=data)
+
+
+def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
+    def full(*_, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sample, "answer_rows", full)
+    with pytest.raises(UserError, match="--batch-size 8: out of memory; the same command with a smaller one goes on"):
+        sample.ask_three_ways(None, None, [], None, None, sample.parse([]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2289,6 +2638,22 @@ def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_pa
     assert new_judge(judge_server, tmp_path).grade(*question) == want and len(judge_server.requests) == 10
 
 
+@pytest.mark.parametrize(
+    "check, reply, message",
+    [
+        (sample.check_claims, {"claims": []}, "must be a list of 1 texts or more"),
+        (sample.check_claims, {"claims": "a tumor"}, "must be a list of 1 texts or more"),
+        (sample.check_claims, {"claims": ["a tumor", " "]}, "must be a list of 1 texts or more"),
+        (sample.check_scores, {"scores": [1, 0.3]}, "must be a list of 1 numbers, one for each claim"),
+        (sample.check_scores, {"scores": [0.5]}, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
+        (sample.check_scores, {"scores": [True]}, "True is not on the scale"),
+    ],
+)
+def test_a_reply_of_another_form_is_told_what_is_wrong(check, reply, message):
+    with pytest.raises(ValueError, match=message):
+        check(reply, 1)
+
+
 def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, capsys, monkeypatch):
     """In the table and in the mean; no more requests at once than allowed; a second run asks for the failed ones alone."""
     rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
@@ -2319,6 +2684,15 @@ def test_an_answer_that_claims_nothing_is_not_relevant(judge_server, tmp_path):
     assert judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
 
 
+def test_a_prompt_that_the_judge_refuses_is_not_sent_again(judge_server, tmp_path):
+    """What may pass later is; both are counted, and the grade is none."""
+    judge_server.script += [400, *[503] * 5]
+    judge = new_judge(judge_server, tmp_path)
+    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED)
+    assert len(judge_server.requests) == 1 + 5
+    assert judge.reasons() == "; 1 times: HTTP 400 Bad Request; 1 times: HTTP 503 Service Unavailable"
+
+
 def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
     judge_server.script += [401] * 9
     with pytest.raises(UserError, match="--judge-url .*: HTTP 401"):
@@ -2329,6 +2703,21 @@ def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
     judge_server.url = "http://127.0.0.1:1"
     with pytest.raises(UserError, match="nobody answers there"):
         new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+
+
+def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
+    asked = []
+
+    def grade(*question):
+        asked.append(question)
+        time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    judge = types.SimpleNamespace(model="wise", replies={}, dry=False, grade=grade)
+    rows = [{"question": "What?", "answer": "This.", "truth": "That."} for _ in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        sample.grade_rows(judge, rows, ["answer"], 2)
+    assert len(asked) < 100
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2371,6 +2760,21 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert set(lines[0]) >= {"answer_no_image_high", "published"}
     sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out)["table"] == found
+
+
+def test_the_average_is_of_the_nine_figures_of_three_capabilities():
+    rows = []
+    for i, task in enumerate(("Caption", "Grading", "Prognosis")):
+        row = {"slide": f"s{i}", "cancer": "c", "task": task, "parser": None}
+        closed = {"question": "Is it?", "truth": "Yes", "answer": "Yes" if i else "No", "parser": sample.parse_yes_no}
+        grades = {"answer": {"WSI-Precision": 0.3, "WSI-Relevance": 0.7}}
+        rows += [row | closed, row | {"question": "What?", "truth": "This.", "answer": "That.", "grades": grades}]
+    for row in rows:
+        sample.score_row(row, ["answer"], lambda truth, answer: 0.25)
+    table = sample.tabulate(rows, ["answer"], {}, 0)
+    assert (table[0]["metric"], table[0]["questions"], table[0]["published"]) == ("average", 9, 0.754)
+    assert table[0]["answer"] == [pytest.approx((2 + 3 * 0.3 + 3 * 0.7) / 9)]
+    assert [line["answer"][0] for line in table if line["metric"] == "METEOR" and line["kind"] == "all"] == [0.25]
 
 
 def test_intervals_and_rank_correlations():
@@ -2510,6 +2914,14 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
+def test_imported_tiles_without_a_place_on_a_slide_have_no_map(tmp_path):
+    (tmp_path / "features").mkdir()
+    tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
+    save_file(tensors, tmp_path / "features" / "s.safetensors", {"wsi_llava": "{}"})
+    with pytest.raises(UserError, match="s.safetensors: its metadata has no 'scale', so its tiles have no place"):
+        sample.slide_or_grid(tmp_path, "s")
+
+
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
     for flags, message in (
@@ -2564,6 +2976,47 @@ def test_demo_runs_end_to_end(demo):
     assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
     train_rows, test_rows = (train.load_rows(folder / "data", split) for split in ("train", "test"))
     assert not {row["slide"] for row in train_rows} & {row["slide"] for row in test_rows}
+
+
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        (train, "--micro-batch 0", "--micro-batch: 0 is less than 1"),
+        (train, "--lr nan", "--lr: nan is less than 0"),
+        (train, "--lora-rank 0", "--lora-rank: 0 is less than 1"),
+        (train, "--epochs -1", "--epochs: -1 is less than 0"),
+        (train, "--save-every 0", "--save-every: 0 is less than 1"),
+        (train, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
+        (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
+        (sample, "--region 1,2,3", "1,2,3 is not x,y,width,height in level-0 pixels"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, message):
+    with pytest.raises(SystemExit):
+        program.parse(flags.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        (train, "", "nothing to do: give --stage 1, 2 or 3, --export or --demo"),
+        (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
+        (sample, "--slide a b --zero-shot x", "--region and --zero-shot are about one slide; give --slide one name"),
+        (prepare, "--slides . --device abacus", "--device abacus: "),
+        (prepare, "--slides . --mpp 40", "--mpp 40.0: um per pixel lie between 0.05 and 20"),
+        (prepare, "--slides . --min-tissue 25", "--min-tissue 25.0: a share, from 0 to 1"),
+        (prepare, "--slides . --workers 0", "--workers 0: at least 1"),
+        (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
+        (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: not a file that can be read"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is(tmp_path, monkeypatch, program, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (300, 300)).save("s.png")
+    with pytest.raises(UserError, match=re.escape(message)):
+        program.main(flags.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
 
 
 @slow
