@@ -58,7 +58,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, TILE, UserError, count, feature_metadata, replacing
+from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, count, feature_metadata, replacing
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -1558,12 +1558,12 @@ def stand_in_llm(args):
 
 def add_demo_flags(parser):
     add = parser.add_argument
-    add("--demo-slides", type=int, default=500, help="toy slides to train on; a fifth more are held out")
-    add("--llm-steps", type=int, default=250, help="training steps of the stand-in language model")
+    add("--demo-slides", type=at_least(5), default=500, help="toy slides to train on; a fifth more are held out")
+    add("--llm-steps", type=at_least(1), default=250, help="training steps of the stand-in language model")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = wsi_llava.parser_of(__doc__)
     add = parser.add_argument
     add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
     add("--features", nargs="+", metavar="PATH", help="features made elsewhere, or folders to search (.pt, .h5)")
@@ -1574,9 +1574,14 @@ def parse(argv=None):
     add("--mpp", type=float, help="um per pixel at level 0, for slides whose metadata lack or misstate it")
     add("--mpp-csv", metavar="FILE", help="the same slide by slide: lines of slide,mpp; wins over --mpp")
     add("--min-tissue", type=float, default=0.25, help="least share of tissue in a tile (default: 0.25)")
-    add("--step", type=int, default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
-    add("--max-tiles", type=int, default=0, help="at most so many of a slide's tiles, drawn at random (default: all)")
-    add("--batch", type=int, default=64, help="tiles a batch through the encoder (default: 64)")
+    add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
+    add(
+        "--max-tiles",
+        type=at_least(0),
+        default=0,
+        help="at most so many of a slide's tiles, drawn at random (default: all)",
+    )
+    add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
     add("--dry-run", action="store_true", help="list the slides, their tiles and the time it would take; write nothing")
     add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
@@ -1597,14 +1602,6 @@ def check_flags(args):
             raise UserError(f"{name} {value}: um per pixel lie between 0.05 and 20, mostly at 0.25 or 0.5")
     if not 0 <= args.min_tissue <= 1:
         raise UserError(f"--min-tissue {args.min_tissue}: a share, from 0 to 1")
-    for name, value, least in (
-        ("--step", args.step, 1),
-        ("--batch", args.batch, 1),
-        ("--workers", args.workers, 1),
-        ("--max-tiles", args.max_tiles, 0),
-    ):
-        if value < least:
-            raise UserError(f"{name} {value}: at least {least}")
 
 
 def share(args):
@@ -1623,7 +1620,7 @@ def main(argv=None):
         raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
     check_flags(args)
     number, shares = share(args)
-    together = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if together:  # by torchrun, which ends all as soon as one of them fails: so they wait for one another below
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         if args.device == "auto" and torch.cuda.is_available():

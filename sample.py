@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import TILE, UserError, read_features, read_visual_tokens, replacing, without_image, write_text
+from wsi_llava import TILE, UserError, at_least, read_features, read_visual_tokens, replacing, without_image, write_text
 
 # --------------------------------------------------------------------------------------------------------------------
 # The model, and the slides that it is asked about: files and names -> visual tokens
@@ -1148,18 +1148,6 @@ def ask_about_slides(args):
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
 
 
-def at_least(low, kind=int):
-    """A type for argparse: a number that is not smaller."""
-
-    def number(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
-        return value
-
-    return number
-
-
 def rectangle(text):
     """x,y,width,height -> floats."""
     values = [float(part) for part in text.split(",")]
@@ -1169,7 +1157,7 @@ def rectangle(text):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = wsi_llava.parser_of(__doc__)
     share = at_least(0, float)
     add = parser.add_argument_group("one slide, or one case").add_argument
     add("--slide", nargs="+", metavar="S", help="a slide file, or the name of a prepared slide; several: one case")

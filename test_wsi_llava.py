@@ -724,6 +724,14 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
+def test_who_may_read_a_file_is_the_users_to_say(tmp_path):
+    """By the umask, for each way of writing: safetensors on its own makes files that their owner alone can read."""
+    wsi_llava.write_text(tmp_path / "text", "a")
+    wsi_llava.write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+    (tmp_path / "plain").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("error, status, said", [(UserError("no"), "error: no", ""), (KeyboardInterrupt, 130, "bye\n")])
 def test_a_script_ends_in_one_line(capsys, error, status, said):
     def main():
@@ -1609,6 +1617,16 @@ def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
         assert np.abs(tile[..., :3] - whole[y : y + 256, x : x + 256]).max() <= 2
 
 
+def test_features_in_level_0_pixels_are_refused_by_their_file(tmp_path):
+    (tmp_path / "features").mkdir()
+    path = tmp_path / "features" / "far.safetensors"
+    prepare.save_features(
+        path, torch.zeros(2, 4).half(), torch.tensor([[0, 0], [256 * 1000, 0]], dtype=torch.int32), {}
+    )
+    with pytest.raises(UserError, match=rf"{path}: tile position 0..1000 is outside the grid .* prepare.py --features"):
+        wsi_llava.read_features(tmp_path, "far")
+
+
 @pytest.mark.parametrize("mpp", [0.495, 0.252, 0.3])
 def test_tiles_far_to_the_right_lie_where_the_exact_scale_puts_them(tmp_path, mpp):
     """A black column under the middle of the 25th tile, in a slide that is read as it is, averaged, or resampled."""
@@ -1941,7 +1959,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     common, data = ["--slides", str(tmp_path / "slides"), "--data", str(tmp_path / "data")], tmp_path / "data"
     with pytest.raises(UserError, match="2 slides could not be prepared"):
         prepare.main(common)
-    assert "1 slides, some tiles (under 1%) left out that cannot be decoded: one" in capsys.readouterr().out
+    assert "1 slide, some tiles (under 1%) left out that cannot be decoded: one" in capsys.readouterr().out
     about = prepare.feature_metadata(data / "features" / "one.safetensors")
     features, coords = wsi_llava.read_features(data, "one")
     assert about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
@@ -1949,7 +1967,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     assert {name: entry["step"] for name, entry in failures.items()} == {"bad": "open", "three": "read"}
     assert "cannot be decoded" in failures["three"]["message"]
     prepare.write_tiff(tmp_path / "slides" / "three.tif", large)
-    with pytest.raises(UserError, match="1 slides could not be prepared"):
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main(common)
     assert set(prepare.read_failures(data)) == {"bad"} and (data / "features" / "three.safetensors").exists()
 
@@ -1964,7 +1982,7 @@ def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypat
         return thumbnail(slide, pixel)
 
     monkeypatch.setattr(prepare.Slide, "thumbnail", deadly)  # the readers are forked, and have it too
-    with pytest.raises(UserError, match="1 slides could not be prepared"):
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
     assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s0", "s1", "s3", "s4"}
     assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
@@ -1974,7 +1992,7 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     encoder = wsi_llava.untrained_tile_encoder()
     torch.nn.init.constant_(encoder.norm.bias, math.nan)
     save_file(encoder.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="1 slides could not be prepared"):
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
     failure = prepare.read_failures(tmp_path / "data")["s4"]
     assert failure["step"] == "encode" and "its features are not finite; try --dtype float32" in failure["message"]
@@ -2111,7 +2129,7 @@ def test_features_of_others_are_imported(tmp_path):
         ("giga.pt", ["--mpp", "0.5"], "lie 512 px apart at 0.5 um/px, not 256: the wrong --mpp"),
     ]:
         data = tmp_path / "refused"
-        with pytest.raises(UserError, match="1 slides could not be prepared"):
+        with pytest.raises(UserError, match="1 slide could not be prepared"):
             prepare.main(["--features", str(tmp_path / name), "--data", str(data), *flags])
         assert message in prepare.read_failures(data)[name.split(".")[0]]["message"]
     with pytest.raises(UserError):  # two encoders in one folder
@@ -2129,7 +2147,7 @@ def test_imported_features_can_name_their_encoder_and_are_not_overwritten_by_oth
     for _ in range(2):
         prepare.main([*map(str, flags), "--mpp", "0.25"])
     assert wsi_llava.read_meta(tmp_path)["encoder"]["fingerprint"] == wsi_llava.fingerprint(encoder)
-    with pytest.raises(UserError, match="1 slides could not be prepared"):
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main([*map(str, flags), "--mpp", "0.252"])
     assert "mpp 0.25, not 0.252; --overwrite makes it again" in prepare.read_failures(tmp_path)["s"]["message"]
 
@@ -2987,6 +3005,10 @@ def test_demo_runs_end_to_end(demo):
         (train, "--epochs -1", "--epochs: -1 is less than 0"),
         (train, "--save-every 0", "--save-every: 0 is less than 1"),
         (train, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
+        (train, "--demo --workers 0", "--workers: 0 is less than 1"),
+        (prepare, "--step 0", "--step: 0 is less than 1"),
+        (prepare, "--seed -1", "--seed: -1 is less than 0"),
+        (prepare, "--demo --demo-slides 4", "--demo-slides: 4 is less than 5"),
         (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
         (sample, "--region 1,2,3", "1,2,3 is not x,y,width,height in level-0 pixels"),
     ],
@@ -3006,7 +3028,6 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (prepare, "--slides . --device abacus", "--device abacus: "),
         (prepare, "--slides . --mpp 40", "--mpp 40.0: um per pixel lie between 0.05 and 20"),
         (prepare, "--slides . --min-tissue 25", "--min-tissue 25.0: a share, from 0 to 1"),
-        (prepare, "--slides . --workers 0", "--workers 0: at least 1"),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
         (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: not a file that can be read"),
     ],
@@ -3033,7 +3054,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
         (["prepare.py", "--slides", tmp_path / "nowhere"], "no such file or folder"),
         (
             ["prepare.py", "--slides", tmp_path / "broken.svs", "--data", tmp_path / "d"],
-            "1 slides could not be prepared",
+            "1 slide could not be prepared",
         ),
         (["prepare.py", "--qa", tmp_path / "missing.json"], "no such file (--qa)"),
         (["prepare.py", "--slides", tmp_path / "empty", "--tile-encoder", tmp_path / "no.bin"], "no slides below"),

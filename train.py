@@ -37,7 +37,16 @@ from tqdm import tqdm
 import prepare
 import sample
 import wsi_llava
-from wsi_llava import IMAGE_TOKEN, PRESETS, UserError, read_features, read_visual_tokens, replacing, without_image
+from wsi_llava import (
+    IMAGE_TOKEN,
+    PRESETS,
+    UserError,
+    at_least,
+    read_features,
+    read_visual_tokens,
+    replacing,
+    without_image,
+)
 
 
 def setting(help, **default):
@@ -1078,13 +1087,13 @@ def add_recipe_flags(parser):
         for preset in ("7b", "demo"):
             values = [str(getattr(recipe, f.name)) for recipe in RECIPES[preset].values()]
             text.append(f"{preset}: {', '.join(values if len(set(values)) > 1 else values[:1])}")
-        kind = f.type if f.type is str else sample.at_least(1 if f.type is int else 0, f.type)
+        kind = f.type if f.type is str else at_least(1 if f.type is int else 0, f.type)
         extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kind, "metavar": "X"}
         group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({'; '.join(text)})", **extra)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = wsi_llava.parser_of(__doc__)
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
     add("--demo", action="store_true", help="draw toy slides if needed, train all stages, answer held-out questions")
@@ -1097,7 +1106,7 @@ def parse(argv=None):
     add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")
     add("--skip-missing", action="store_true", help="leave out questions about slides that have no features")
     add("--val", type=float, default=0.05, help="share of the training slides to validate on (default: 0.05)")
-    count = sample.at_least(1)
+    count = at_least(1)
     add("--val-rows", type=count, default=256, help="validate on at most so many rows (default: 256)")
     keep = "the stage's result: the last weights (default), or those of lowest validation loss"
     add("--keep", choices=["last", "best"], default="last", help=keep)
@@ -1111,7 +1120,7 @@ def parse(argv=None):
     add("--skip-stage", type=int, choices=[1, 2], nargs="*", default=[], help=skipped)
     add("--no-slide-encoder", action="store_true", help="tile features go straight to the pool (stages 2 and 3)")
     tiles = "at most so many tiles of a slide, drawn at random (default: all)"
-    add("--max-tiles", type=sample.at_least(0), default=0, help=tiles)
+    add("--max-tiles", type=at_least(0), default=0, help=tiles)
     add("--no-image", action="store_true", help="the language model gets the questions without the slide")
     add_recipe_flags(parser)
     wsi_llava.add_shared_flags(parser)

@@ -1657,11 +1657,9 @@ class WSILLaVA(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _depth(tensors, pattern, source):
+def _depth(tensors, pattern):
     """The number of blocks that a checkpoint holds, read off its keys."""
     found = [int(m[1]) for m in (re.match(pattern, key) for key in tensors) if m]
-    if not found:
-        raise UserError(f"{source}: no key like {pattern}: not a checkpoint of this kind of model")
     return max(found) + 1
 
 
@@ -1682,7 +1680,7 @@ def load_tile_encoder(path):
         image_size=side * patch,
         patch_size=patch,
         width=width,
-        depth=_depth(tensors, r"blocks\.(\d+)\.", path),
+        depth=_depth(tensors, r"blocks\.(\d+)\."),
         heads=width // 64,
         mlp_hidden=tensors["blocks.0.mlp.fc2.weight"].shape[1],
     )
@@ -1701,7 +1699,7 @@ def load_slide_encoder(path):
     cfg = SlideEncoderConfig(
         in_width=in_width,
         width=width,
-        depth=_depth(tensors, r"encoder\.layers\.(\d+)\.", path),
+        depth=_depth(tensors, r"encoder\.layers\.(\d+)\."),
         mlp_hidden=tensors["encoder.layers.0.ffn.fc1.weight"].shape[0],
     )
     if Path(path).suffix == ".safetensors":
@@ -2058,6 +2056,26 @@ def cache_visual_tokens(model, data, slides, progress=iter):
 WEIGHTS = Path("weights")
 
 
+def at_least(low, kind=int):
+    """A type for argparse: a number that is not smaller."""
+
+    def number(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return value
+
+    return number
+
+
+def parser_of(doc):
+    """A script's parser; its docstring opens --help. A flag that is wrong gets two lines, not a screen of all there are."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=kind, usage="python %(prog)s [flags]; --help lists them"
+    )
+
+
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
     add = parser.add_argument_group("shared by all scripts").add_argument
@@ -2067,9 +2085,10 @@ def add_shared_flags(parser):
     add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
     kinds = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=kinds, help="of matrix products (default: bfloat16 on CUDA, else float32)")
-    add("--seed", type=int, default=0, help="of all that is drawn at random; the same gives the same run (default: 0)")
+    seed = "of all that is drawn at random; the same gives the same run (default: 0)"
+    add("--seed", type=at_least(0), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help=readers)
+    add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help=readers)
     tile, slide = f"{WEIGHTS}/gigapath/pytorch_model.bin", f"{WEIGHTS}/gigapath/slide_encoder.pth"
     add("--tile-encoder", metavar="FILE", type=Path, help=f"Prov-GigaPath's, published (default: {tile})")
     add("--slide-encoder", metavar="FILE", type=Path, help=f"the same (default: out/stage1's, or {slide})")
