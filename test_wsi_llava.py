@@ -704,7 +704,6 @@ def stand_in(data):
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: not a row \('slide'\); run"),
         (prepare.read_failures, "failures.jsonl", "[]\n", "not what prepare.py writes .*; delete it"),
         (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "not a text file that can be read"),
-        (lambda folder: prepare.read_foreign(folder / "x.h5"), "x.h5", "?", "not an HDF5 file with datasets features"),
     ],
 )
 def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, name, content, message):
@@ -1331,22 +1330,44 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
     assert steps == list(range(1, len(steps) + 1))
 
 
+KILLED = """
+import os, signal, sys
+import train
+say = train.say
+def say_and_die(text):
+    say(text)
+    if text.startswith("stage 2 step 8/"):
+        os.kill(os.getpid(), signal.SIGKILL)
+train.say = say_and_die
+train.main(sys.argv[1:])
+"""
+
+
 @slow
 def test_a_killed_run_resumes_to_the_same_bits(demo, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(demo[0] / "out" / "stage1", out / "stage1")
-    command = ["--stage", 2, "--epochs", 8, "--batch-size", 4, "--save-every", 3, "--data", demo[0] / "data"]
-    command = [sys.executable, HERE / "train.py", *map(str, command), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE)
-    for line in process.stdout:
-        if line.startswith("stage 2 step 8/"):
-            process.kill()
-    process.wait()
-    assert not (out / "stage2" / "model.safetensors").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=HERE)
-    assert re.search(r"Resuming at step (6|9|12) of 24", done.stdout), done.stderr
+    flags = [
+        "--stage",
+        2,
+        "--epochs",
+        8,
+        "--batch-size",
+        4,
+        "--save-every",
+        3,
+        "--data",
+        demo[0] / "data",
+        "--out",
+        out,
+    ]
+    flags = list(map(str, flags))
+    died = subprocess.run([sys.executable, "-c", KILLED, *flags], capture_output=True, cwd=HERE)
+    assert died.returncode == -signal.SIGKILL and not (out / "stage2" / "model.safetensors").exists()
+    done = script("train.py", *flags, "--resume")
+    assert "Resuming at step 6 of 24" in done.stdout, done.stderr
     (out / "stage2" / "model.safetensors").rename(tmp_path / "killed")
-    train.main(command[2:])
+    train.main(flags)
     assert same_weights(tmp_path / "killed", out / "stage2" / "model.safetensors")
 
 
@@ -2124,7 +2145,9 @@ def test_features_of_others_are_imported(tmp_path):
         assert coords.tolist() == (cells[order] * 256).tolist() and coords.dtype == torch.int32
         assert torch.equal(got, torch.from_numpy(features[order]).half())
         assert encoder["width"] == 32 and encoder["source"].startswith("imported: ")
+    (tmp_path / "text.h5").write_text("?")
     for name, flags, message in [
+        ("text.h5", [], "not an HDF5 file with datasets features and coords"),
         ("clam.h5", [], "does not say the um/px of its coordinates"),
         ("giga.pt", ["--mpp", "0.5"], "lie 512 px apart at 0.5 um/px, not 256: the wrong --mpp"),
     ]:

@@ -21,6 +21,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ def say(*text):
     """Prints, above the progress bar; of several processes, one speaks."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, text)))
+        sys.stdout.flush()  # line by line also into a file or a pipe
 
 
 # --------------------------------------------------------------------------------------------------------------------
