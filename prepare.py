@@ -64,7 +64,8 @@ TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
-BLOCK = 4  # tiles along each side of what one reader is given at a time
+BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
+JOB = 2  # blocks that a reader is given at a time; handing over takes as long as half a tile
 PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
 DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
@@ -404,7 +405,7 @@ def write_geojson(path, slide, mask, coords):
 # threads). What they read they leave in shared memory; only numbers travel.
 # --------------------------------------------------------------------------------------------------------------------
 
-SLOT = (BLOCK * BLOCK, TILE, TILE, 4)  # the tiles of one block, RGBA
+SLOT = (JOB * BLOCK * BLOCK, TILE, TILE, 4)  # the tiles of one job, RGBA
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
 
 
@@ -452,7 +453,7 @@ def survey(name, path, params, data, geojson):
     return about | facts | {"reader": source, "step": params["step"]}
 
 
-def read_block(source, coords, slot):
+def read_tiles(source, coords, slot):
     """Neighbouring tiles -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot."""
     read, failed = np.zeros(len(coords), bool), None
     for i, (x, y) in enumerate(coords.tolist()):
@@ -501,20 +502,21 @@ class Readers:
         return ahead(self.pool, survey, jobs, self.workers + 1)
 
     def tiles(self, plans):
-        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,4], last error) block by block; the memory is used
-        again when the next block is asked for. A plan's last block is followed by (plan, None, None, None)."""
+        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,4], last error) job by job; the memory is used
+        again when the next job is asked for. A plan's last job is followed by (plan, None, None, None)."""
         slots = itertools.cycle(range(len(self.slots)))
 
         def jobs():
             for plan in plans:
-                for part in blocks(plan["coords"], plan["step"]):
+                parts = blocks(plan["coords"], plan["step"])
+                for part in [np.concatenate(parts[i : i + JOB]) for i in range(0, len(parts), JOB)]:
                     if plan["dropped"] > DROPPED * len(plan["coords"]):
                         break  # it has failed
                     slot = next(slots)
                     yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
                 yield (plan, None, 0), (plan["reader"], plan["coords"][:0], 0)  # reads nothing: the end of the slide
 
-        for (plan, part, slot), future in ahead(self.pool, read_block, jobs(), self.depth):
+        for (plan, part, slot), future in ahead(self.pool, read_tiles, jobs(), self.depth):
             read, error = future.result()
             if part is None:
                 yield plan, None, None, None
@@ -785,7 +787,7 @@ class Preparation:
             self.run([name for name in names if name not in self.settled])
 
     def encode(self, stream):
-        """Takes the tiles of all slides, block by block, to their features. stream: of Readers.tiles."""
+        """Takes the tiles of all slides, job by job, to their features. stream: of Readers.tiles."""
         batches = Batches(self.encoder, self.args.batch, self.args.device)
         for plan, places, tiles, error in stream:
             name, n = plan["name"], len(plan["coords"])
