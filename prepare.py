@@ -54,7 +54,6 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import wsi_llava
@@ -703,8 +702,7 @@ def disk_errors(data):
 
 def save_features(path, features, coords, metadata):
     # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
-    with replacing(path) as temporary:
-        save_file({"features": features, "coords": coords}, temporary, {"wsi_llava": json.dumps(metadata)})
+    wsi_llava.write_tensors(path, {"features": features, "coords": coords}, {"wsi_llava": json.dumps(metadata)})
 
 
 class Preparation:
@@ -739,7 +737,7 @@ class Preparation:
         }
 
     def file(self, name):
-        return self.data / "features" / f"{name}.safetensors"
+        return wsi_llava.features_file(self.data, name)
 
     def is_done(self, name):
         """Whether the slide's features are there; with --overwrite, whether they are newer than this run."""
@@ -840,8 +838,8 @@ class Preparation:
             claim(self.data, name, "give up")
 
     def summary(self):
-        spent = datetime.timedelta(seconds=round(time.time() - self.started))
-        speed = self.tiles / (time.time() - self.started)
+        seconds = time.time() - self.started
+        spent, speed = datetime.timedelta(seconds=round(seconds)), self.tiles / seconds
         print(
             f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to {self.data}/features in {spent} "
             f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
@@ -1054,10 +1052,10 @@ def import_file(args, name, path, mpp, encoder):
     info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
     write_meta(args.data, args.preset or "7b", args.target_mpp, info)
     params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
-    file = args.data / "features" / f"{name}.safetensors"
+    file = wsi_llava.features_file(args.data, name)
     if coords is None:
-        with replacing(args.data / "visual_tokens" / file.name) as temporary:
-            save_file({"visual_tokens": features}, temporary, {"slide_encoder": source})
+        path = args.data / "visual_tokens" / file.name
+        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"slide_encoder": source})
     elif file.exists() and not args.overwrite:
         check_same(file, params)
     else:
@@ -1516,8 +1514,7 @@ def stand_in_llm(args):
     folder = args.data / "llm"
     if (folder / "texts").exists() and (folder / "texts").read_text() == mark:
         return
-    without = wsi_llava.without_image
-    talks = [[turn | {"value": without(turn["value"])} for turn in row["conversations"]] for row in rows]
+    talks = [wsi_llava.slide_first(row["conversations"], image=False) for row in rows]
     train_tokenizer(args.data / "tokenizer.model", talks)
     tokenizer = wsi_llava.Tokenizer(args.data / "tokenizer.model")
     samples = [tokenizer.encode_chat(talk)[0] for talk in talks]

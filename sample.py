@@ -235,9 +235,7 @@ def by_length(prompts, batch):
 def prompt_ids(tokenizer, row, image=True):
     """The prompt of a row's last question, after the true earlier turns; its slide comes first, or not at all."""
     turns = row["conversations"][: len(row["conversations"]) - (row["conversations"][-1]["from"] == "gpt")]
-    turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
-    turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
-    return tokenizer.encode_chat(turns)[0]
+    return tokenizer.encode_chat(wsi_llava.slide_first(turns, image))[0]
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **options):
@@ -918,8 +916,7 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, word=No
     data/features. The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and
     one layer's.
     """
-    asked = f"<image>\n{without_image(question)}"
-    talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+    talk = [*wsi_llava.slide_first([{"from": "human", "value": question}]), {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
     spelled = [*spelling(tokenizer, answer, word), False]  # the answer's tokens, and the </s> after them
     labels = [wsi_llava.IGNORE] * (len(ids) - len(spelled)) + [

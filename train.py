@@ -268,9 +268,7 @@ class Conversations(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         row = self.rows[i]
-        talk = [{**turn, "value": without_image(turn["value"])} for turn in row["conversations"]]
-        if not self.no_image:  # it comes first, wherever the row has it: as in LLaVA, and as sample.py asks
-            talk[0]["value"] = "<image>\n" + talk[0]["value"]
+        talk = wsi_llava.slide_first(row["conversations"], image=not self.no_image)
         ids, labels = self.tokenizer.encode_plain(talk[1]["value"]) if self.plain else self.tokenizer.encode_chat(talk)
         images = ids.count(IMAGE_TOKEN)
         room = self.longest - images * (self.cfg.n_visual_tokens - 1)

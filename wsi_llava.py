@@ -1317,6 +1317,14 @@ def without_image(text):
     return re.sub(r"\n?<image>\n?", "", text)
 
 
+def slide_first(turns, image=True):
+    """Turns as the model is taught and asked them: the slide comes first, wherever a row has its mark, as in LLaVA; or,
+    with image False, not at all."""
+    turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
+    turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
+    return turns
+
+
 class Tokenizer:
     """SentencePiece with Llama's conventions (BOS 1, EOS 2) and LLaVA's prompts (`vicuna_v1` and plain)."""
 
@@ -2076,15 +2084,20 @@ def parser_of(doc):
     )
 
 
+def add_device_flags(add):
+    """--device and --dtype, which resolve_device reads."""
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    kinds = ["auto", "float32", "bfloat16"]
+    add("--dtype", default="auto", choices=kinds, help="of matrix products (default: bfloat16 on CUDA, else float32)")
+
+
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
     add = parser.add_argument_group("shared by all scripts").add_argument
     add("--data", metavar="DIR", type=Path, default=Path("data"), help="prepared slides and questions (default: data)")
     add("--out", metavar="DIR", type=Path, default=Path("out"), help="what training leaves, by stage (default: out)")
     add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    kinds = ["auto", "float32", "bfloat16"]
-    add("--dtype", default="auto", choices=kinds, help="of matrix products (default: bfloat16 on CUDA, else float32)")
+    add_device_flags(add)
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
     add("--seed", type=at_least(0), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
@@ -2529,9 +2542,7 @@ def main():
     add("--json", action="store_true", help="one JSON object instead of tables")
     add("--tiles", type=int, nargs="*", default=[1000, 10000, 100000], help="slide sizes to time, in tiles")
     add("--benchmark", action="store_true", help="time the whole 7b slide encoder instead")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    kinds = ["auto", "float32", "bfloat16"]
-    add("--dtype", default="auto", choices=kinds, help="of what is timed (default: bfloat16 on CUDA, else float32)")
+    add_device_flags(add)
     args = parser.parse_args()
     resolve_device(args)
     if args.benchmark:
