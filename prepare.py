@@ -1562,7 +1562,7 @@ def add_demo_flags(parser):
 
 
 def parse(argv=None):
-    parser = wsi_llava.parser_of(__doc__)
+    parser = wsi_llava.Parser(__doc__)
     add = parser.add_argument
     add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
     add("--features", nargs="+", metavar="PATH", help="features made elsewhere, or folders to search (.pt, .h5)")

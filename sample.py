@@ -39,7 +39,16 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import TILE, UserError, at_least, read_features, read_visual_tokens, replacing, without_image, write_text
+from wsi_llava import (
+    TILE,
+    UserError,
+    at_least,
+    read_features,
+    read_visual_tokens,
+    replacing,
+    without_image,
+    write_text,
+)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The model, and the slides that it is asked about: files and names -> visual tokens
@@ -1154,7 +1163,7 @@ def rectangle(text):
 
 
 def parse(argv=None):
-    parser = wsi_llava.parser_of(__doc__)
+    parser = wsi_llava.Parser(__doc__)
     share = at_least(0, float)
     add = parser.add_argument_group("one slide, or one case").add_argument
     add("--slide", nargs="+", metavar="S", help="a slide file, or the name of a prepared slide; several: one case")

@@ -1093,7 +1093,7 @@ def add_recipe_flags(parser):
 
 
 def parse(argv=None):
-    parser = wsi_llava.parser_of(__doc__)
+    parser = wsi_llava.Parser(__doc__)
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
     add("--demo", action="store_true", help="draw toy slides if needed, train all stages, answer held-out questions")

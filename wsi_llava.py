@@ -36,10 +36,12 @@ import multiprocessing
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +79,12 @@ IMPORTED_TOKENS = "imported: visual tokens"  # the tile encoder in meta.json, wh
 
 class UserError(Exception):
     """A mistake that the user can mend. The message is one line: the file or flag, what is wrong, what to do."""
+
+
+def check(holds, message):
+    """Raises a UserError with this message unless the condition holds."""
+    if not holds:
+        raise UserError(message)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1382,6 +1390,37 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# What Python, PyTorch, safetensors and zipfile raise over a damaged file, or over values of another type than expected.
+BAD_FILE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError)
+BAD_FILE += (MemoryError, pickle.PickleError, safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, struct.error)
+
+
+def one_line(text, limit=200):
+    """Text of a file, a server or an exception, fit to be printed: its first line, without control characters."""
+    lines = printable(str(text)).strip().splitlines() or [""]
+    return lines[0] if len(lines[0]) <= limit else lines[0][:limit] + "..."
+
+
+def printable(text):
+    """The text without what steers a terminal: control characters but line ends and tabs, and changes of direction."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
+
+
+@contextlib.contextmanager
+def reading(path, hint):
+    """Whatever goes wrong inside, with a file of the user's, becomes one line: the file, what is wrong, the hint.
+
+    Every reader of a file stands inside of one, and checks there the types and shapes that it relies on.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except BAD_FILE as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else one_line(error) or type(error).__name__
+        raise UserError(f"{path}: {reason}; {hint}") from None
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
@@ -2064,24 +2103,57 @@ def cache_visual_tokens(model, data, slides, progress=iter):
 WEIGHTS = Path("weights")
 
 
-def at_least(low, kind=int):
-    """A type for argparse: a number that is not smaller."""
+def at_least(low, kind=int, high=math.inf):
+    """A type for argparse: a finite number from low to high."""
 
     def number(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        for wrong, reason in (
+            (not math.isfinite(value), f"is no {'whole ' * (kind is int)}number"),
+            (value < low, f"is less than {low}"),
+            (value > high, f"is more than {high}"),
+        ):
+            if wrong:
+                raise argparse.ArgumentTypeError(f"{text} {reason}")
         return value
 
     return number
 
 
-def parser_of(doc):
-    """A script's parser; its docstring opens --help. A flag that is wrong gets two lines, not a screen of all there are."""
-    kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=kind, usage="python %(prog)s [flags]; --help lists them"
-    )
+def share(text):
+    """A type for argparse: a number from 0 to 1."""
+    return at_least(0, float, 1)(text)
+
+
+def some_text(text):
+    """A type for argparse: a text that is not empty, and can be written to a file."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
+def some_path(text):
+    """A type for argparse: a path, where the current folder is "." and not nothing at all."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty path; the current folder is .")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's flags. A wrong one gets one line and exit status 2, not a screen of all there are."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {one_line(message.removeprefix('argument '))}; --help lists the flags\n")
 
 
 def add_device_flags(add):
@@ -2128,12 +2200,37 @@ def count(n, thing):
     return f"{n:,} {thing}{'s' * (n != 1)}"
 
 
+class Printable:
+    """A stream whose text loses its control characters: names, answers and servers' messages cannot steer a terminal."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.stream.write(printable(text))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run(main, on_interrupt="interrupted"):
-    """Runs a script's main: a UserError becomes one line and exit status 1, Ctrl-C exit status 130."""
+    """Runs a script's main. What the user can mend becomes one line and exit status 1: a UserError, and whatever the
+    system refuses (a full disk, a read-only folder, a closed pipe). Ctrl-C: exit status 130. What is left is a bug, and
+    keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
+        stream.reconfigure(errors="backslashreplace")
+    sys.stdout = Printable(sys.stdout)  # not stderr: progress bars move the cursor there
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error, 2000)}")
+    except BrokenPipeError:  # the next program of a pipe has read enough; Python's own last flush must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("error: the output was closed before all was printed")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {one_line(where, 1000)}{one_line(error.strerror or error)}; nothing that was finished is lost")
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
