@@ -57,7 +57,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, count, feature_metadata, replacing
+from wsi_llava import CHAT_FORMATS, PRESETS, TILE, UserError, at_least, count, feature_metadata, replacing
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -964,7 +964,7 @@ def read_foreign(path):
         features, coords, about = read_hdf5(path)
         kind = "TRIDENT" if "patch_size_level0" in about else "CLAM"
     else:
-        found = wsi_llava.read_tensors(path)
+        found = wsi_llava.read_checkpoint(path)
         if isinstance(found, torch.Tensor):
             kind, features, coords, what = "visual tokens", found, None, f"a tensor {list(found.shape)}"
         else:
@@ -1055,7 +1055,7 @@ def import_file(args, name, path, mpp, encoder):
     file = wsi_llava.features_file(args.data, name)
     if coords is None:
         path = args.data / "visual_tokens" / file.name
-        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"slide_encoder": source})
+        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": source})
     elif file.exists() and not args.overwrite:
         check_same(file, params)
     else:
@@ -1488,7 +1488,8 @@ def prepare_demo(args):
 
 def train_tokenizer(path, talks):
     """SentencePiece with Llama's conventions, so that the stand-in and Vicuna share every line of code."""
-    texts = [turn["value"] for talk in talks for turn in talk] + [f"{SYSTEM} USER: ASSISTANT:"] * len(talks)
+    prompt = CHAT_FORMATS["vicuna"].start + CHAT_FORMATS["vicuna"].human.format("")
+    texts = [turn["value"] for talk in talks for turn in talk] + [prompt] * len(talks)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in texts for line in text.split("\n")),
@@ -1520,10 +1521,10 @@ def stand_in_llm(args):
     samples = [tokenizer.encode_chat(talk)[0] for talk in talks]
     for row, talk in zip(rows, talks):
         if wsi_llava.is_report(row):
-            samples.append([tokenizer.bos] + tokenizer.encode(talk[1]["value"]) + [tokenizer.eos])
+            samples.append(tokenizer.bos + tokenizer.encode(talk[1]["value"]) + [tokenizer.eos])
     torch.manual_seed(args.seed)
     cfg = PRESETS["demo"].llama
-    cfg = type(cfg).from_dict({**cfg.to_dict(), "vocab": tokenizer.sp.vocab_size()})
+    cfg = type(cfg).from_dict({**cfg.to_dict(), "vocab": len(tokenizer)})
     llama = wsi_llava.Llama(cfg).to(args.device)
     print(
         f"No language model at hand: training a stand-in of {sum(p.numel() for p in llama.parameters()):,} parameters on "
@@ -1548,7 +1549,7 @@ def stand_in_llm(args):
             torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
             optimizer.step()
             progress.set_postfix_str(f"loss {loss.item():.3f}")
-    wsi_llava.save_llama(llama, folder)
+    wsi_llava.save_llama(llama, folder, tokenizer)
     wsi_llava.write_text(folder / "texts", mark)
 
 

@@ -56,8 +56,8 @@ from wsi_llava import (
 
 
 def load_model(args, meta):
-    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError as assemble does."""
-    model, tokenizer = wsi_llava.assemble(args, meta, 3, int8=args.int8)
+    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError as wsi_llava.load_model does."""
+    model, tokenizer = wsi_llava.load_model(args, meta, 3, int8=args.int8)
     return model.to(args.device), tokenizer
 
 
@@ -68,7 +68,11 @@ def gigabytes(args):
 
 def prepare_raw(args, names):
     """--slide's files and names -> names of slides in data/. Files are prepared first, like any other slide."""
-    raw = [name for name in names if Path(name).exists() and not wsi_llava.features_file(args.data, name).exists()]
+    raw = []
+    for name in names:
+        prepared = wsi_llava.is_slide_name(name) and wsi_llava.features_file(args.data, name).exists()
+        if Path(name).exists() and not prepared:
+            raw.append(name)
     if not raw:
         return names
     import prepare  # here, so that asking about prepared slides needs no OpenSlide
@@ -84,8 +88,8 @@ def prepare_raw(args, names):
 
 def why_missing(cfg, data, slide):
     """What keeps a slide from being asked about, in words; None where nothing does."""
-    if not wsi_llava.features_file(data, slide).exists():
-        imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
+    if not wsi_llava.is_slide_name(slide) or not wsi_llava.features_file(data, slide).exists():
+        imported = wsi_llava.is_slide_name(slide) and wsi_llava.visual_tokens_file(data, slide, cfg).exists()
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
     try:
         empty = not len(read_features(data, slide)[0])
@@ -122,18 +126,22 @@ def slide_tokens(args, model, slides):
             raise UserError(f"--slide {slide}: {problem}")
     if args.region:
         return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
-    wsi_llava.cache_visual_tokens(model, args.data, slides)
+    _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides)
+    for slide, problem in problems.items():
+        raise UserError(f"--slide {slide}: {problem}")
     return torch.stack([read_visual_tokens(args.data, slide, model.cfg) for slide in slides])
 
 
 @torch.inference_mode()
 def zero_shot(args, meta, slide, texts):
     """Probability of each text: softmax of its scaled similarity to the slide, in the space of stage 1."""
-    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, meta)
+    import train  # here: only stage 1's model is defined there
+
+    cfg, model, words, tokenizer = train.load_alignment(args, meta)
     if problem := why_missing(cfg, args.data, slide):
         raise UserError(f"--slide {slide}: {problem}")
     features, coords = read_features(args.data, slide, cfg.max_tiles)
-    slides = model.embed_slides(features[None].to(args.device, torch.float32), coords[None].to(args.device))
+    slides = model.embed_slides(features.to(args.device, torch.float32), coords.to(args.device), [len(features)])
     texts = model.embed_words([tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts], words)
     return (model.logit_scale.exp().clamp(max=100) * slides @ texts.T)[0].softmax(-1).tolist()
 
@@ -162,12 +170,13 @@ class Chat:
             question = marks + question
             ids, visual = self.tokenizer.encode_chat([{"from": "human", "value": question}])[0], [self.visual]
         else:
-            ids, visual = self.tail + self.tokenizer.encode(f"USER: {question} ASSISTANT:"), None
+            ids, visual = self.tail + self.tokenizer.encode_turn(question, first=False), None
         answer, shown, text, self.tokens = [], "", "", 0
-        for (token,) in self.model.generate(visual, [ids], eos=self.tokenizer.eos, cache=self.cache, **self.options):
+        for (token,) in self.model.generate(visual, [ids], ends=self.tokenizer.ends, cache=self.cache, **self.options):
             self.tokens += 1
-            self.tail = [token] if token == self.tokenizer.eos else [token, self.tokenizer.eos]
-            if token != self.tokenizer.eos:
+            ended = token in self.tokenizer.ends
+            self.tail = [self.tokenizer.eos] if ended else [token, self.tokenizer.eos]
+            if not ended:
                 answer.append(token)
             text = self.tokenizer.decode(answer)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
@@ -256,9 +265,9 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **o
     answers = [None] * len(rows)
     for group in by_length(prompts, batch):
         slides = None if visual is None else torch.stack([visual[rows[i]["slide"]] for i in group]).to(model.device)
-        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, eos=tokenizer.eos, **options)
+        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, ends=tokenizer.ends, **options)
         for i, ids in zip(group, zip(*steps)):
-            answers[i] = tokenizer.decode([t for t in ids if t is not None and t != tokenizer.eos])
+            answers[i] = tokenizer.decode([t for t in ids if t is not None and t not in tokenizer.ends])
     return answers
 
 
@@ -321,7 +330,7 @@ def ask_three_ways(model, tokenizer, rows, visual, other, args):
             "answer_no_image": None,
             "answer_shuffled": {row["slide"]: visual[other[row["slide"]]] for row in rows},
         }
-    options = {"max_new_tokens": args.max_new_tokens, "no_repeat_ngram": args.no_repeat_ngram}
+    options = {"max_new_tokens": args.max_new_tokens}
     try:
         texts = [answer_rows(model, tokenizer, rows, view, batch=args.batch_size, **options) for view in views.values()]
     except UserError as error:  # the prompt is too long, of all of them
@@ -351,7 +360,7 @@ def answer_file(args, meta):
     model, tokenizer = load_model(args, meta)
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
-    settings |= {name: getattr(args, name) for name in ("max_new_tokens", "no_repeat_ngram", "baselines", "seed")}
+    settings |= {name: getattr(args, name) for name in ("max_new_tokens", "baselines", "seed")}
     slides = dict.fromkeys(row["slide"] for row in rows)
     problems = {slide: why for slide in slides if (why := why_missing(model.cfg, args.data, slide))}
     file, done = open_predictions(args.predictions, settings)
@@ -361,10 +370,7 @@ def answer_file(args, meta):
         f"{len(rows) - len(todo):,} are answered. Asks the others{' three ways' * args.baselines}, into {args.predictions}."
     )
     for slide in tqdm([s for s in slides if s not in problems], desc="visual tokens", unit="slide", disable=not todo):
-        try:
-            wsi_llava.cache_visual_tokens(model, args.data, [slide])
-        except UserError as error:
-            problems[slide] = str(error)
+        problems |= wsi_llava.cache_visual_tokens(model, args.data, [slide])[1]
     lacking = [row for row in todo if row["slide"] in problems]
     todo = [row for row in todo if row["slide"] not in problems]
     order = np.random.default_rng(args.seed).permutation([s for s in slides if s not in problems]).tolist()
@@ -940,25 +946,31 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, word=No
     features = features.to(model.device, torch.float32)
     average = features.mean(0).expand_as(features)
 
-    def at(share):
-        """A point of the path -> (share, log p, d log p / d share by tile [N])."""
-        tiles = torch.lerp(average, features, share).requires_grad_()
+    def at(place):
+        """A point of the path, from 0 to 1 -> (place, log p, d log p / d place by tile [N])."""
+        tiles = torch.lerp(average, features, place).requires_grad_()
         logp = -model(model.encode_slide(tiles, coords)[None], [ids], [labels], "sum")
         slope = (torch.autograd.grad(logp, tiles)[0] * (features - average)).sum(1)
-        return share, logp.item(), slope.cpu()
+        return place, logp.item(), slope.cpu()
 
     def area(a, b):
+        """The trapezoid of an interval, by tile [N]."""
         return (b[0] - a[0]) * (a[2] + b[2]) / 2
+
+    def share(a, b):
+        """The same, less what it exceeds the change in log p by: where log p jumps, a slope at one end is no mean."""
+        change, trapezoid = b[1] - a[1], area(a, b)
+        return trapezoid * min(max(change / (trapezoid.sum().item() or 1.0), 0.0), 1.0)
 
     path = []
     for i in progress(range(PASSES)):
         if i < 2:
             path.append(at(float(i)))
-        else:  # halve the stretch whose area is furthest from the climb that it should be
+        else:  # bisect the interval whose trapezoid misses its change in log p by most
             wrong = [abs(b[1] - a[1] - area(a, b).sum().item()) for a, b in zip(path, path[1:])]
             k = wrong.index(max(wrong)) + 1
             path.insert(k, at((path[k - 1][0] + path[k][0]) / 2))
-    return sum(area(a, b) for a, b in zip(path, path[1:])), path[-1][1] - path[0][1]
+    return sum(share(a, b) for a, b in zip(path, path[1:])), path[-1][1] - path[0][1]
 
 
 def colours(share):
@@ -1133,7 +1145,7 @@ def ask_about_slides(args):
             print(json.dumps({"slide": names[0], "probabilities": found}, ensure_ascii=False), file=args.json)
         return
     model, tokenizer = load_model(args, meta)
-    options = {k: getattr(args, k) for k in "max_new_tokens temperature top_p top_k seed no_repeat_ngram".split()}
+    options = {k: getattr(args, k) for k in "max_new_tokens temperature top_p top_k seed".split()}
 
     def open_chat(names):
         names = prepare_raw(args, names)
@@ -1181,7 +1193,6 @@ def parse(argv=None):
     add("--temperature", type=share, default=0.0, help="0 (default): the most likely token, always; above: sampled")
     add("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)")
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens (default: 0, all)")
-    add("--no-repeat-ngram", type=at_least(0), default=0, help="no answer says so many tokens twice (default: 0, off)")
     add = parser.add_argument_group("many questions, and their evaluation").add_argument
     add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
     add("--predictions", metavar="FILE", type=Path, help="the answers' file (default: predictions.jsonl in --out)")

@@ -43,6 +43,7 @@ from wsi_llava import (
     PRESETS,
     UserError,
     at_least,
+    check,
     read_features,
     read_visual_tokens,
     replacing,
@@ -98,7 +99,7 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
 }
 RECIPES["13b"] = RECIPES["7b"]
 TITLES = {1: "WSI-text alignment", 2: "feature space alignment", 3: "instruction tuning"}
-TILES_AT_ONCE = 4096  # stage 1: short slides of one length go through the slide encoder together, up to so many tiles
+TILES_AT_ONCE = 4096  # stage 1: short slides go through the slide encoder together, up to so many tiles
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -246,15 +247,17 @@ class Pairs(torch.utils.data.Dataset):
         return {"id": row["id"], "features": features, "coords": coords, "ids": ids}
 
     def parts(self, chosen):
-        """A batch's micro-batches, over all processes: slides of one length, as the slide encoder knows no padding."""
-        by_length = {}
+        """A batch's micro-batches, over all processes: slides that are packed into one sequence of TILES_AT_ONCE tiles,
+        or of fewer, so that every process has one."""
+        tiles = {i: min(self.rows.index[i]["tiles"], self.max_tiles or math.inf) for i in chosen}
+        at_once = min(TILES_AT_ONCE, math.ceil(sum(tiles.values()) / world()))
+        parts, room = [], 0
         for i in chosen:
-            tiles = self.rows.index[i]["tiles"]
-            by_length.setdefault(min(tiles, self.max_tiles or tiles), []).append(i)
-        parts = []
-        for length, group in sorted(by_length.items()):
-            size = max(1, TILES_AT_ONCE // length)
-            parts += [group[i : i + size] for i in range(0, len(group), size)]
+            if tiles[i] > room:
+                parts.append([])
+                room = at_once
+            parts[-1].append(i)
+            room -= tiles[i]
         return parts
 
 
@@ -334,18 +337,100 @@ class Totals:
     cut: int = 0  # samples that were longer than --max-length
 
 
+class TextEncoder(torch.nn.Module):
+    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a small
+    bidirectional Transformer, mean over the tokens.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = torch.nn.Linear(cfg.in_width, cfg.width)
+        self.pos_embed = torch.nn.Parameter(0.02 * torch.randn(1, cfg.max_length, cfg.width))
+        self.blocks = torch.nn.ModuleList(wsi_llava.Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth))
+        self.norm = torch.nn.LayerNorm(cfg.width, eps=1e-6)
+
+    def forward(self, token_embeds, mask):
+        _, T, C = token_embeds.shape
+        # An LLM's embeddings are small, and differ in size from one LLM to the next: without the norm, the position
+        # embedding drowns them.
+        x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]  # [B,T,C_llm] -> [B,T,C]
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
+        x = self.norm(x) * mask.unsqueeze(-1)  # [B,T,C], zero at the padding
+        return x.sum(1) / mask.sum(1, keepdim=True)  # [B,C] / [B,1]
+
+
+class WSITextAlignment(torch.nn.Module):
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space, and CLIP's temperature.
+
+    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language model reads
+    later, and a loss on the CLS alone would leave their last layer untrained.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_visual_tokens = cfg.n_visual_tokens
+        self.slide_encoder = wsi_llava.SlideEncoder(cfg.slide_encoder)
+        self.text_encoder = TextEncoder(cfg.text_encoder)
+        self.slide_head = torch.nn.Linear(cfg.slide_encoder.width, cfg.text_encoder.embed_width, bias=False)
+        self.text_head = torch.nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def embed_slides(self, features, coords, lengths):
+        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [S,E] of unit length."""
+        tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens, lengths)  # [S,V,C]
+        return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
+
+    def embed_texts(self, token_embeds, mask):
+        """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
+        return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
+
+    def embed_words(self, ids, words):
+        """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
+        ids = [torch.tensor(row, device=words.device) for row in ids]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [B,T]
+        return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
+
+    def loss(self, slides, texts):
+        """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its slide."""
+        logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T  # [B slides,B texts]
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def token_embeddings(args, meta):
+    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen, and its Tokenizer."""
+    folder, tokenizer = wsi_llava.pick_llm(args, meta)
+    words = wsi_llava.load_llama(folder).embed_tokens.weight.detach()
+    return words.to(args.device, torch.float32), tokenizer
+
+
+def load_alignment(args, meta):
+    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm], Tokenizer)."""
+    folder = args.out / "stage1"
+    path = folder / "model.safetensors"
+    check(path.exists(), f"{folder} holds no trained model: run python train.py --stage 1 first")
+    cfg = wsi_llava.load_config(folder)
+    wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, folder)
+    with torch.device("meta"):
+        model = WSITextAlignment(cfg)
+    model = wsi_llava.load_strict(model, wsi_llava.read_tensors(path), path).to(args.device).eval()
+    return cfg, model, *token_embeddings(args, meta)
+
+
 def autocast(args):
     """bfloat16 is for the products. What is trained stays in float32: updates are too small for bfloat16's 8 bits."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
 
 
 def embed(args, model, words, samples):
-    """Samples of Pairs with the same number of tiles -> embeddings of their slides and of their reports, [B,E] each."""
+    """Samples of Pairs -> embeddings of their slides and of their reports, [B,E] each."""
     dtype = model.logit_scale.dtype  # float32
-    features = torch.stack([s["features"] for s in samples]).to(args.device, dtype)
-    coords = torch.stack([s["coords"] for s in samples]).to(args.device)
+    features = torch.cat([s["features"] for s in samples]).to(args.device, dtype)  # [sum of N,C_tile]
+    coords = torch.cat([s["coords"] for s in samples]).to(args.device)
     with autocast(args):
-        slides = model.embed_slides(features, coords)
+        slides = model.embed_slides(features, coords, [len(s["coords"]) for s in samples])
         texts = model.embed_words([s["ids"] for s in samples], words)
     return slides.to(dtype), texts.to(dtype)
 
@@ -386,7 +471,7 @@ def stage1(args, recipe, meta):
     """
     if args.no_slide_encoder:
         raise UserError("--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2")
-    words, tokenizer = wsi_llava.token_embeddings(args, meta)  # [vocab,C_llm]
+    words, tokenizer = token_embeddings(args, meta)  # [vocab,C_llm]
     cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
     cfg.max_tiles = args.max_tiles
     slide_encoder = None
@@ -396,10 +481,10 @@ def stage1(args, recipe, meta):
         cfg.slide_encoder = slide_encoder.cfg
     elif meta["preset"] != "demo" and not args.from_scratch:
         raise UserError(f"no slide encoder: {path} is missing; name it with --slide-encoder, or train --from-scratch")
-    wsi_llava.check_tile_width(cfg.slide_encoder, meta, args.data)
+    wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, path if slide_encoder else f"--preset {meta['preset']}")
+    cfg.slide_encoder.trained_on = meta["encoder"]["fingerprint"]
     cfg.text_encoder.in_width = words.shape[1]
-    cfg.fingerprints = {"tile_encoder": meta["encoder"]["fingerprint"]}
-    model = wsi_llava.WSITextAlignment(cfg)
+    model = WSITextAlignment(cfg)
     if slide_encoder is not None:
         model.slide_encoder = slide_encoder
     model.to(args.device, torch.float32).slide_encoder.checkpointing = recipe.checkpointing
@@ -410,7 +495,11 @@ def stage1(args, recipe, meta):
         model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
 
     def backward(parts, micro):
-        seed = torch.initial_seed()
+        seed, tiles = torch.initial_seed(), sum(train.rows.index[i]["tiles"] for part in parts for i in part)
+        if len(parts) == 1 and world() == 1:  # all fits at once
+            loss = model.loss(*embed(args, model, words, next(micro)))
+            loss.backward()
+            return Totals(loss.item(), 1, tiles)
         with torch.no_grad():
             slides, texts = embed_batch(args, model, words, parts, micro, seed)
         slides.requires_grad_(), texts.requires_grad_()
@@ -422,7 +511,7 @@ def stage1(args, recipe, meta):
             samples = [train[i] for i in parts[k]]  # read again, not held: memory stays one micro-batch's
             torch.manual_seed(seed + k)  # the second pass must draw the dropout of the first
             torch.autograd.backward(embed(args, model, words, samples), (slides.grad[place], texts.grad[place]))
-        return Totals(loss.item(), 1, sum(train.rows.index[i]["tiles"] for part in parts for i in part))
+        return Totals(loss.item(), 1, tiles)
 
     @torch.no_grad()
     def validate(parts, micro):
@@ -471,7 +560,7 @@ def model_to_train(args, recipe, meta, stage):
     What is trained is kept in float32; of a language model trained whole, that is all of it.
     """
     full = stage == 3 and args.full
-    model, tokenizer = wsi_llava.assemble(args, meta, stage - 1, torch.float32 if full else args.dtype)
+    model, tokenizer = wsi_llava.load_model(args, meta, stage - 1, torch.float32 if full else args.dtype)
     cfg = model.cfg
     model.requires_grad_(False)
     if full:
@@ -488,13 +577,20 @@ def model_to_train(args, recipe, meta, stage):
 
 
 def write_visual_tokens(args, model, slides):
-    """Runs the frozen slide encoder once over every slide that lacks its visual tokens, each process over a share."""
+    """Runs the frozen slide encoder once over every slide that lacks its visual tokens, each process over a share. ->
+    {slide: why it has none}, on every process."""
     with autocast(args):
-        written = wsi_llava.cache_visual_tokens(
+        written, problems = wsi_llava.cache_visual_tokens(
             model, args.data, mine(slides), lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0)
         )
     written = int(all_sum(torch.tensor(written, device=args.device)))  # also waits for the others
-    say(f"Visual tokens of {len(slides)} slides: {written} computed, {len(slides) - written} were there.")
+    if world() > 1:
+        shares = [None] * world()
+        dist.all_gather_object(shares, problems)
+        problems = {slide: why for share in shares for slide, why in share.items()}
+    there = len(slides) - written - len(problems)
+    say(f"Visual tokens of {len(slides)} slides: {written} computed, {there} were there.")
+    return problems
 
 
 def shard(model, dtype):
@@ -519,7 +615,11 @@ def language_task(args, recipe, meta, stage):
             raise UserError(
                 f"{args.data}/qa/train.jsonl holds no reports (tasks with 'report' in the name): stage 2 needs them"
             )
-    write_visual_tokens(args, model, rows.slides())
+    problems = write_visual_tokens(args, model, rows.slides())
+    if problems:
+        say(f"Left out, {len(problems)} slides that cannot be read, the first: {next(iter(problems.values()))}")
+        rows = rows.where(lambda entry: entry["slide"] not in problems)
+        check(len(rows), f"{args.data}/visual_tokens: no slide is left to train on")
     train, val = (Conversations(r, args, tokenizer, cfg, stage, recipe) for r in split_validation(rows, args.val))
     if full and world() > 1:
         shard(model, args.dtype)
@@ -747,6 +847,12 @@ def save_stage(args, task, folder, run, step, optimizer, log):
         write(best)
     if step == run["steps"]:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
         wsi_llava.write_text(folder / "config.json", task.cfg.to_json())
+        if isinstance(task.model, WSITextAlignment):  # the form in which the later stages, and GigaPath's users, take it
+            result = wsi_llava.read_tensors(best) if best.exists() else weights
+            names = [name for name in result if name.startswith("slide_encoder.")]
+            encoder = {name.removeprefix("slide_encoder."): result[name] for name in names}
+            config = {"config": task.cfg.slide_encoder.to_json()}
+            wsi_llava.write_tensors(folder / "slide_encoder.safetensors", encoder, config)
         if best.exists():
             os.replace(best, folder / "model.safetensors")
         else:
@@ -871,8 +977,9 @@ def export(args):
     folder = args.export or args.export_adapter
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder to export to")
-    wsi_llava.read_stage(args, 3)  # without it there is nothing of the user's own to export
-    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
+    own = (args.out / "stage3" / "model.safetensors").exists()
+    check(own, f"{args.out}/stage3 holds no trained model: run python train.py --stage 3 first")
+    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
     base, _ = wsi_llava.pick_llm(args, wsi_llava.read_meta(args.data))
     if model.cfg.no_slide_encoder:
         raise UserError(f"{args.out}/stage3 is an ablation without slide encoder, which no published layout can say")
@@ -881,14 +988,14 @@ def export(args):
         raise UserError(f"--export-adapter: {reason}; use --export, which writes the whole model")
     say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*base.glob("tokenizer*"), *base.glob("special_tokens_map.json")]:
+    beside = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
+    for path in [tokenizer.path, *(path for pattern in beside for path in base.glob(pattern))]:
         shutil.copy(path, folder)
-    (folder / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
     wsi_llava.save_slide_encoder(model.slide_encoder, folder / "slide_encoder.safetensors")
     if args.export:
-        wsi_llava.save_llama(model.llama, folder, model.mm_projector)
+        wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
     else:
-        wsi_llava.save_lora(model, folder, base)
+        wsi_llava.save_lora(model, folder, base, tokenizer, args.layout)
     llm = f"--llm {folder}" if args.export else f"--llm {base} --lora {folder}"
     say(
         f"Done. It answers where --out holds no stage 2 or 3: "
@@ -908,7 +1015,7 @@ def truth(row):
 
 def held_out(args):
     """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these."""
-    model, tokenizer = wsi_llava.assemble(args, wsi_llava.read_meta(args.data), 3)
+    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
     model.to(args.device)
     rows = load_rows(args.data, "test")
     slides = rows.slides()
@@ -933,7 +1040,7 @@ def accuracies(rows, answers):
 
 def print_retrieval(args):
     """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
-    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
+    cfg, model, words, tokenizer = load_alignment(args, wsi_llava.read_meta(args.data))
     rows = load_rows(args.data, "test")
     pairs = Pairs(one_report_a_slide(rows), args, tokenizer, cfg.text_encoder.max_length)
     n = len(pairs.rows)
@@ -1098,8 +1205,9 @@ def parse(argv=None):
     add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
     add("--demo", action="store_true", help="draw toy slides if needed, train all stages, answer held-out questions")
     add("--ablations", action="store_true", help="after the demo, train it again without one piece at a time")
-    add("--export", type=Path, metavar="DIR", help="write out/stage3 as a LLaVA folder, its adapters merged, and stop")
-    add("--export-adapter", type=Path, metavar="DIR", help="the same as a LLaVA LoRA folder, to stand on --llm")
+    add("--export", type=Path, metavar="DIR", help="write out/stage3 as a Hugging Face folder, its adapters merged, and stop")
+    add("--export-adapter", type=Path, metavar="DIR", help="the same as a LoRA folder, to stand on --llm")
+    add("--layout", choices=["hf", "llava"], default="hf", help="of an export: transformers' (default) or LLaVA's own")
     add("--resume", action="store_true", help="go on where an interrupted run of the stage saved last")
     add = parser.add_argument_group("what is trained, and on what").add_argument
     add("--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters")
