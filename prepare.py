@@ -2,7 +2,7 @@
 
     python prepare.py --slides PATH...             slides, folders of slides, lists of slides: tissue, tiles, features
     python prepare.py --features PATH...           the same from features that were made elsewhere
-    python prepare.py --qa FILE... [--split test]  WSI-Bench's question files, either shape, into data/qa/
+    python prepare.py --qa FILE... [--split test]  question files of WSI-Bench and others, into data/qa/
     python prepare.py --demo                       draws a cohort of toy slides, with reports and questions
 
 A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every tile becomes one vector:
@@ -17,6 +17,7 @@ whoever works on a slide holds a lock that dies with the process.
 """
 
 import argparse
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -57,7 +58,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import CHAT_FORMATS, PRESETS, TILE, UserError, at_least, count, feature_metadata, replacing
+from wsi_llava import CHAT_FORMATS, PRESETS, TILE, UserError, at_least, check, count, reading, replacing
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -579,7 +580,7 @@ class Batches:
 
 def check_same(path, params):
     """Raises UserError where a file of features was made with other parameters."""
-    old = feature_metadata(path)["params"]
+    old = wsi_llava.feature_metadata(path)["params"]
     for k in params | old:
         if old.get(k) != params.get(k):
             raise UserError(f"{path} was made with {k} {old.get(k)}, not {params.get(k)}; --overwrite makes it again")
@@ -926,7 +927,7 @@ def draw_cell(sheet, corner, cell, picture, name, text, colour):
 def contact_sheets(data, columns=10, rows=10, cell=192):
     """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
     failures = read_failures(data)
-    counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
+    counts = {path.stem: wsi_llava.feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
     names, n = sorted({*counts, *failures}), columns * rows
     pages = [names[i : i + n] for i in range(0, len(names), n)]
     paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
@@ -952,135 +953,208 @@ def contact_sheets(data, columns=10, rows=10, cell=192):
 # Features that were made elsewhere
 # --------------------------------------------------------------------------------------------------------------------
 
+TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [n,C], or one vector [C]
+BARE = "tiles without coordinates"
+ENDINGS = (".pt", ".pth", ".h5", ".hdf5")
+# Folders of CLAM's and TRIDENT's that tell less of a slide than the one beside them: pt_files lacks the
+# coordinates that h5_files has, slide_features_* holds one vector a slide, made from features_*.
+LESSER = ("pt_files", "slide_features_")
 
-def read_foreign(path):
-    """One file of features -> (kind, features float16 [N,C], coords [N,2] at level 0 or None, what else it says of them).
 
-    The authors' .pt (visual tokens [576,1024], without coords), GigaPath's dict {"tile_embeds", "coords"}, and the .h5 of
-    TRIDENT (whose coords have attributes) and of CLAM (whose have none). Raises UserError for anything else.
-    """
-    about = {}
-    if path.suffix.lower() in (".h5", ".hdf5"):
-        features, coords, about = read_hdf5(path)
-        kind = "TRIDENT" if "patch_size_level0" in about else "CLAM"
-    else:
-        found = wsi_llava.read_checkpoint(path)
-        if isinstance(found, torch.Tensor):
-            kind, features, coords, what = "visual tokens", found, None, f"a tensor {list(found.shape)}"
-        else:
-            kind, what = "GigaPath", f"keys {list(found)[:5]}"
-            features, coords = found.get("tile_embeds"), found.get("coords")
-        if features is None or (coords is None and (kind == "GigaPath" or features.shape != (576, 1024))):
-            expected = "neither visual tokens [576,1024] nor GigaPath's tile_embeds and coords"
-            raise UserError(f"{path}: holds {what}, {expected}")
-    finite = True
-    if coords is not None:
-        features, coords = (x[0] if x.dim() == 3 and len(x) == 1 else x for x in (features, coords))
-        if features.dim() != 2 or coords.shape != (len(features), 2):
-            shapes = f"features {list(features.shape)} and coords {list(coords.shape)}"
-            raise UserError(f"{path}: {shapes} are not [N,C] and [N,2]")
-        finite = (coords.double().isfinite() & (coords >= 0)).all()
-    features = features.to(torch.float16)
-    if not (finite and features.isfinite().all()):
-        raise UserError(f"{path}: some features or coordinates are not finite in half precision, or are negative")
-    return kind, features, coords, about
+def find_features(inputs):
+    """Files, and folders to search, CLAM's and TRIDENT's as they are -> {slide id: path}, sorted."""
+    found, chosen = collections.defaultdict(dict), {}
+    for entry in map(Path, inputs):
+        check(entry.exists(), f"{entry}: no such file or folder (--features)")
+        known = entry.is_dir() or entry.suffix.lower() in ENDINGS
+        check(known, f"{entry}: features are read from {', '.join(ENDINGS)}, not from '{entry.suffix}'")
+        for folder, files in [(None, [entry])] if entry.is_file() else walk(entry):
+            if folder and folder != entry and folder.name == "patches":  # bare coordinates, of both tools
+                continue
+            for path in files:
+                if path.suffix.lower() in ENDINGS:
+                    found[path.stem][path] = None
+    check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
+    for name, paths in sorted(found.items()):
+        best = [path for path in paths if not path.parent.name.startswith(LESSER)] or list(paths)
+        what = " and ".join(map(str, best[:2]))
+        check(len(best) == 1, f"{what} have the same name; rename one, the slide's id, or name one folder")
+        chosen[name] = best[0]
+    everywhere = {path.parent for paths in found.values() for path in paths}
+    for folder in sorted(everywhere - {path.parent for path in chosen.values()}):
+        print(f"Left out {folder}: a folder beside it tells more of these slides. Name it alone to take it.")
+    return chosen
 
 
 def read_hdf5(path):
-    """-> features, coords, the attributes of the coords."""
+    """-> its datasets {name: tensor}; the attributes of the file and of these {name: plain value}."""
     try:
         import h5py
     except ImportError:
         raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
-    try:
-        with h5py.File(path) as file:
-            return *(torch.from_numpy(file[key][()]) for key in ("features", "coords")), dict(file["coords"].attrs)
-    except (OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an HDF5 file with datasets features and coords ({error})") from None
+    tensors = {}
+    with reading(path, "not an HDF5 file with datasets features and coords"), h5py.File(path) as file:
+        about = dict(file.attrs)
+        for name in file.keys() & {"features", "feats", "coords"}:
+            # Float64 holds every coordinate; torch knows no big-endian numbers and few unsigned ones.
+            dtype = np.float64 if name == "coords" else np.float32
+            tensors[name] = torch.from_numpy(np.asarray(file[name], dtype))
+            about |= file[name].attrs
+    return tensors, {name: np.ravel(value)[0] for name, value in about.items() if np.size(value) == 1}
 
 
-def tiled_coords(path, coords, about, mpp, args):
-    """Level-0 coordinates -> (their raster order [N], int32 [N,2] in that order, in pixels at the tiled resolution).
+def bare_kind(path, shape, holds):
+    """What a tensor without coordinates holds. holds: what --features-are says, "tiles", "tokens" or None."""
+    if len(shape) == 1 or holds == "tokens":
+        return TOKENS
+    told = holds or path.parent.name.startswith(("pt_files", "features_"))  # CLAM's and TRIDENT's: tiles
+    shaped = shape[0] == 1 or tuple(shape) in ((576, 768), (576, 1024))
+    return TOKENS if shaped and not told else BARE
 
-    Raises UserError where the scale is not known, or where it makes tiles that do not lie --step apart: then the scale is
-    wrong, or the tiles are of another resolution.
+
+def read_foreign(path, holds=None):
+    """One file of features -> (kind, features float16 [N,C], coords float64 [N,2] or None, its attributes).
+
+    A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
+    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). A slide's one vector [C] is one
+    visual token. Raises UserError for anything else. holds: as for bare_kind.
     """
-    if mpp:
-        scale = args.target_mpp / mpp
-    elif "patch_size_level0" in about and about.get("target_magnification"):  # 20x is 0.5 um/px there
-        magnified = float(about["patch_size_level0"]) / float(about["patch_size"])
-        scale = magnified * args.target_mpp * float(about["target_magnification"]) / 10
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        found, about = read_hdf5(path)
     else:
-        raise UserError(f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
-    order = np.lexsort(coords.double().numpy().T)  # y, then x
-    coords = coords[torch.from_numpy(order)].double() / scale
-    steps = coords.diff(dim=0)
-    steps = steps[(steps[:, 1] == 0), 0].round()  # from tile to tile within the rows
-    step = steps.mode().values.item() if len(steps) else args.step
-    if abs(step / args.step - 1) > NATIVE:
-        raise UserError(
-            f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: the wrong --mpp, or "
-            f"tiles of another size; --step {step:.0f} takes them as they are"
+        found = wsi_llava.read_checkpoint(path)
+        found = {"features": found} if isinstance(found, torch.Tensor) else found
+        check(isinstance(found, dict), f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict")
+        about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
+    name = next((name for name in ("tile_embeds", "feats", "features") if name in found), None)
+    check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
+    features, coords = found[name], found.get("coords")
+    for x in (features,) if coords is None else (features, coords):
+        plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
+        check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
+    with reading(path, "these are no features of tiles"):
+        if features.dim() == 3 and len(features) == 1:  # a batch of one slide
+            features, coords = features[0], None if coords is None else coords.reshape(-1, 2)
+        if features.dim() == 1 or about.get("feat_type") in ("slide", "patient"):
+            kind, coords = TOKENS, None  # TRIDENT's coords are those of the tiles that it was made from
+            features = features.reshape(-1, features.shape[-1])
+        elif coords is None:
+            kind = bare_kind(path, features.shape, holds)
+        else:
+            kind = "TRIDENT" if "patch_size_level0" in about else "features and coordinates"
+            kind = {"tile_embeds": "GigaPath", "feats": "STAMP"}.get(name, kind)
+            coords = coords.detach().double()
+            shapes = f"features {list(features.shape)} and coords {list(coords.shape)}"
+            check(coords.shape == (len(features), 2), f"{path}: {shapes} are not [N,C] and [N,2]")
+        shape, features = list(features.shape), features.half()
+        check(len(shape) == 2 and features.numel(), f"{path}: features {shape} are not [N,C]")
+        finite = features.isfinite().all() and (coords is None or coords.isfinite().all())
+        check(finite, f"{path}: some features or coordinates are not finite in half precision")
+    return kind, features, coords, about
+
+
+def tiled_coords(path, coords, about, named, args):
+    """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels).
+
+    named: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or where it
+    makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution.
+    """
+    with reading(path, "its attributes are not those of TRIDENT or STAMP"):
+        zoom = float(about.get("patch_size_level0", 0)) / float(about.get("patch_size", 1))
+        magnification = float(about.get("target_magnification", 0))
+        step = float(about.get("patch_size_level0", 0)) - zoom * float(about.get("overlap", 0))
+        if "tile_size_um" in about or about.get("unit") == "um":  # STAMP's coordinates are in um
+            scale, step = args.target_mpp, float(about.get("tile_size_um", 0))
+        elif named:
+            scale = args.target_mpp / named
+        elif zoom > 0 and magnification > 0:  # 20x is 0.5 um/px there
+            scale = zoom * args.target_mpp * magnification / 10
+        else:
+            reason = "does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv"
+            check(args.mpp, f"{path}: {reason}")
+            scale = args.target_mpp / args.mpp
+        order = np.lexsort(coords.numpy().T)  # y, then x
+        coords, step = coords[torch.from_numpy(order)] / scale, step / scale
+        if not step:  # the file does not say: what lies most often between neighbours of a row
+            steps = coords.diff(dim=0)
+            steps = steps[steps[:, 1] == 0, 0].round()
+            step = steps.mode().values.item() if len(steps) else args.step
+        check(
+            abs(step / args.step - 1) <= NATIVE,
+            f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: "
+            f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are",
         )
-    return order, coords.round().int()
+        # GigaPath pads a slide on all sides to whole tiles: the first may lie up to a tile outside; all move.
+        outside = -coords.min(0).values.clamp(max=0)
+        check(outside.max() <= step, f"{path}: negative coordinates, more than a tile outside of the slide")
+        coords = (coords + outside).round()
+        wsi_llava.grid_cells(coords)
+    return order, coords.int()
 
 
-def find_features(inputs):
-    """Files, and folders to search -> {slide id: path}, sorted."""
-    files = {}
-    for entry in map(Path, inputs):
-        if not entry.exists():
-            raise UserError(f"{entry}: no such file or folder (--features)")
-        inside = [path for _, found in walk(entry) for path in found]
-        wanted = [path for path in inside if path.suffix.lower() in (".pt", ".pth", ".h5", ".hdf5")]
-        for path in wanted if entry.is_dir() else [entry]:
-            if files.setdefault(path.stem, path) != path:
-                raise UserError(f"{files[path.stem]} and {path} have the same name; rename one: it is the slide's id")
-    if not files:
-        raise UserError(f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
-    return dict(sorted(files.items()))
-
-
-def import_file(args, name, path, mpp, encoder):
-    """One slide's features from elsewhere -> their kind. encoder: the one that the user says made them, or None."""
-    kind, features, coords, about = read_foreign(path)
-    source, mark = f"imported: {kind}", f"imported:{kind}:{features.shape[1]}"
-    if encoder and coords is not None:
-        source, mark = str(args.tile_encoder), wsi_llava.fingerprint(encoder)
+def import_file(args, name, path, named, encoder):
+    """One slide's features from elsewhere -> their kind. named: as for tiled_coords. encoder: what meta.json
+    is to say of the one that --tile-encoder names, or None."""
+    with reading(path, "rename it"):
+        check(len(name.encode()) <= 220, f"{path}: its name is too long for a file beside it; rename it")
+    kind, features, coords, about = read_foreign(path, args.features_are)
+    (n, width), tokens, facts = features.shape, kind == TOKENS, {}
+    info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
+    if tokens:  # a model takes as many of every slide
+        old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
+        info["n_visual_tokens"] = there = old.get("n_visual_tokens", n)
+        check(there == n, f"{path}: {n} visual tokens, but {args.data} holds {there} of every slide")
+    elif encoder:
+        info = encoder
+        check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
     if coords is not None:
-        order, coords = tiled_coords(path, coords, about, mpp, args)
-    info = {"source": source, "fingerprint": mark, "width": features.shape[1]}
+        order, coords = tiled_coords(path, coords, about, named, args)
+        features = features[torch.from_numpy(order)]
+    elif not tokens:  # as stored; no tile of a slide lies at -1, so nobody takes these for places
+        coords, facts = torch.full((n, 2), -1, dtype=torch.int32), {"coordinates": False}
+    if args.dry_run:
+        return kind
     write_meta(args.data, args.preset or "7b", args.target_mpp, info)
-    params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": mpp, "encoder": mark}
+    params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": named or args.mpp}
+    params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
     file = wsi_llava.features_file(args.data, name)
-    if coords is None:
+    if tokens:
         path = args.data / "visual_tokens" / file.name
-        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": source})
+        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": info["source"]})
     elif file.exists() and not args.overwrite:
         check_same(file, params)
     else:
-        save_features(file, features[torch.from_numpy(order)], coords, {"params": params})
+        save_features(file, features, coords, {"params": params} | facts)
     return kind
 
 
-def import_features(args):
-    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens. Returns the failures."""
-    data, failures, counts = Path(args.data), [], collections.Counter()
-    files = find_features(args.features)
+def import_features(args, number=0, shares=1):
+    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens; share
+    `number` of `shares`. Returns the failures, [(path, message)]."""
+    failures, counts, encoder = [], collections.Counter(), None
+    files = list(find_features(args.features).items())[number::shares]
     table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
-    for folder in ("qc", "visual_tokens"):
-        (data / folder).mkdir(parents=True, exist_ok=True)
-    encoder = wsi_llava.load_tile_encoder(args.tile_encoder) if args.tile_encoder else None
-    print(f"Found {count(len(files), 'file')} of features to import into {data}.")
-    with disk_errors(data):
-        for name, path in tqdm(files.items(), unit="file"):
+    if args.tile_encoder:
+        model = wsi_llava.load_tile_encoder(args.tile_encoder)
+        encoder = {"source": str(args.tile_encoder), "fingerprint": wsi_llava.fingerprint(model)}
+        encoder["width"] = model.cfg.width
+    print(f"Found {count(len(files), 'file')} of features to import into {args.data}.")
+    with disk_errors(args.data):
+        if not args.dry_run:
+            (args.data / "visual_tokens").mkdir(parents=True, exist_ok=True)
+        for name, path in tqdm(files, unit="file"):
+            failure = ()
             try:
-                counts[import_file(args, name, path, given_mpp(args, table, name, path), encoder)] += 1
-                note_failure(data, name)
+                counts[import_file(args, name, path, table.get(name, table.get(path.name)), encoder)] += 1
             except UserError as error:
-                note_failure(data, name, "import", str(error))
                 failures.append((path, str(error)))
-    print("Imported", ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing")
+                failure = "import", str(error)
+            if not args.dry_run:
+                note_failure(args.data, name, *failure)
+    kinds = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing"
+    print("Could import" if args.dry_run else "Imported", kinds)
+    if counts[BARE]:
+        print(f"{count(counts[BARE], 'slide')} without coordinates: only --no-slide-encoder takes them.")
     return failures
 
 
@@ -1088,59 +1162,171 @@ def import_features(args):
 # Questions
 # --------------------------------------------------------------------------------------------------------------------
 
+# What is read: a kind's name, and its fields, in lower case, for a row's slide, question (None: a report) and
+# answer ("conversations" are both). A row is of the first kind whose fields it has.
+QUESTION_KINDS = [
+    ("this project's rows", "slide", "conversations", "conversations"),
+    ("conversations of WSI-Bench or SlideInstruction", "image", "conversations", "conversations"),
+    ("WSI-Bench's JSON lines", "image", "question", "t-answer"),
+    ("SlideBench's CSV", "slide", "question", "answer"),
+    ("WSI-VQA's JSON", "id", "question", "answer"),
+    ("a CSV of slide,report", "slide", None, "report"),
+    ("reports of HistGen or PathText", "id", None, "report"),
+]
+WHAT_IS_READ = "read are " + ", ".join(kind[0] for kind in QUESTION_KINDS)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
+LETTERS = "ABCDEFGH"  # of a closed question's options
+FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
-def _qa_row(entry, task):
-    slide = entry["slide"] if "slide" in entry else re.sub(r"\.(pt|h5|svs|tiff?)$", "", entry["image"].split("/")[-1])
-    if "conversations" in entry:
-        turns = [{"from": turn["from"], "value": str(turn["value"])} for turn in entry["conversations"]]
-        task = entry.get("task", task)
-        name = entry["id"]
-    else:
-        question, answer = f"<image>\n{entry['question']}", str(entry["T-answer"])
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        task = str(entry.get("metadata") or task)
-        name = entry["question_id"]
-    if [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2) or not turns:
-        raise ValueError("conversations must alternate human and gpt")
-    cancer = entry.get("cancer") or (entry["image"].split("/")[0] if "/" in entry.get("image", "") else "")
-    return {"id": str(name), "slide": slide, "task": task, "cancer": cancer, "conversations": turns}
+
+def words(value, what):
+    """A text, or a number that stands for one; a None that became "None" would be taught as the truth."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
+    return value
+
+
+def slide_id(value):
+    """A slide as files name it -> its id: less its folders, Windows' too, and its endings, in any case."""
+    name = re.sub(FILE_ENDING, "", re.split(r"[/\\]", value.strip())[-1], flags=re.I)
+    if not name:
+        raise ValueError(f"its slide is {value!r}, no name")
+    return name
+
+
+def slides_of(row):
+    """The ids of the slides that a row is about: mostly one; of a patient's row, several."""
+    return row["slide"] if isinstance(row["slide"], list) else [row["slide"]]
+
+
+def about_slides(row, names):
+    """The row as one about these slides, with one <image> each at the head of its first question."""
+    names = list(dict.fromkeys(names))
+    turns = wsi_llava.slide_first(row["conversations"], image=False)
+    turns[0]["value"] = "<image>\n" * len(names) + turns[0]["value"]
+    return row | {"slide": names[0] if len(names) == 1 else names, "conversations": turns}
+
+
+def as_closed(question, answer, options):
+    """The question with its options {letter: text}, and the answer as letter and text where it is one."""
+    letter = answer.strip(" ().").upper()
+    for other, text in options.items():
+        question += f"\n{other}) {text}"
+        if text.lower().split() == answer.lower().split():
+            letter = other
+    return question, f"{letter}) {options[letter]}" if letter in options else answer
+
+
+def read_turns(entry, question, answer):
+    """A row's fields -> its turns [{"from", "value"}]. question, answer: as in QUESTION_KINDS."""
+    if question == "conversations":
+        turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
+        if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+            raise ValueError("is malformed: conversations must alternate human and gpt")
+        return turns
+    asked = words(entry[question], "question") if question else "Write a report of this slide."
+    options = entry.get("choice") or [entry.get(letter.lower()) for letter in LETTERS]  # a list, or columns
+    if not isinstance(options, list) or len(options) > len(LETTERS):
+        raise ValueError(f"its choices are no list of at most {len(LETTERS)}")
+    options = {letter: words(text, "choice").strip() for letter, text in zip(LETTERS, options) if text}
+    asked, told = as_closed(asked, words(entry[answer], answer), options)
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+
+
+def read_row(entry, stem, number):
+    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one.
+
+    Raises ValueError, or what Python raises over other types than expected, where it is of no known kind.
+    """
+    entry = {field.strip().lower(): value for field, value in entry.items()}
+    fit = [kind for kind in QUESTION_KINDS if all(field in entry for field in kind[1:] if field)]
+    if not fit:
+        raise ValueError(f"its fields ({', '.join(entry)[:100]}) are of no kind that is read")
+    kind, slide, question, answer = fit[0]
+    names = entry[slide] if isinstance(entry[slide], list) else [entry[slide]]
+    names = [words(name, "slide") for name in names]
+    cancer = entry.get("cancer") or entry.get("tumor") or "".join(re.split(r"[/\\]", names[0])[-2:-1])
+    task = entry.get("task") or entry.get("metadata") or entry.get("narrow category")
+    if not task:  # stages 1 and 2 learn from reports, and know them by their task
+        report = not question or "caption" in stem.lower()
+        task = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
+    own_id = entry.get("question_id", entry.get("id") if slide != "id" else None)
+    row = {"id": f"{stem}-{number}" if own_id is None else words(own_id, "id"), "slide": names}
+    row |= {"task": words(task, "task"), "cancer": words(cancer, "cancer type")}
+    row["conversations"] = read_turns(entry, question, answer)
+    if split := entry.get("split"):
+        row["split"] = SPLITS.get(str(split).lower())
+        if not row["split"]:
+            raise ValueError(f"its split is {split!r}, not train, val or test")
+    return about_slides(row, names if kind == "this project's rows" else map(slide_id, names))
+
+
+def parse_json(path, text, line=1):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
+
+
+def read_csv(path, text):
+    """A table whose first line names its columns -> [(where, {column: text})]."""
+    csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
+    reader, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    try:
+        for entry in reader:
+            entries.append((f"line {reader.line_num}", entry))
+            fits = None not in entry and None not in entry.values()  # the module marks other lines so
+            check(fits, f"{path}, line {reader.line_num}: not as many columns as the first line has")
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
+    return entries
+
+
+def read_entries(path):
+    """A list in JSON, an object {split: list}, JSON lines, or CSV -> its entries [(where, entry)]."""
+    text = path.read_bytes().decode("utf-8-sig")
+    check(text.strip(), f"{path}: empty; {WHAT_IS_READ}")
+    if text.lstrip()[0] not in "[{":
+        return read_csv(path, text)
+    if text.lstrip()[0] == "[":
+        return [(f"item {i}", entry) for i, entry in enumerate(parse_json(path, text), 1)]
+    lines = text.split("\n")  # splitlines also splits at U+2028 and U+0085, inside of texts
+    try:
+        first = json.loads(next(filter(str.strip, lines)))
+    except json.JSONDecodeError:
+        first = {}  # the beginning of an object of many lines
+    if not all(isinstance(part, list) for part in first.values()):
+        numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+        return [(f"line {i}", parse_json(path, line, i)) for i, line in numbered]
+    entries = []
+    for split, part in parse_json(path, text).items():
+        check(isinstance(part, list), f"{path}: '{split}' is no list of rows, one a split; {WHAT_IS_READ}")
+        entries += [(f"{split}, item {i}", {"split": split} | entry) for i, entry in enumerate(part, 1)]
+    return entries
 
 
 def read_qa(path):
-    """One question file -> rows {"id","slide","task","conversations"}. Both shapes of WSI-Bench:
+    """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"}.
 
-    a JSON list of {"id","image","conversations"}, whose task is the file's name, or JSON lines of
-    {"question_id","image","question","T-answer","metadata"}, whose task is the metadata. This project's own rows pass too.
-    Raises UserError that names the line (or the item of a list).
+    "slide" is a list where a row is about several; "split" is there where the file says it. Rows whose
+    question or answer is empty are left out, and counted. Raises UserError that names the line or the item.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file (--qa)") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a text file that can be read ({error})") from None
-    if not text.strip():
-        raise UserError(f"{path}: empty; expected WSI-Bench questions, a JSON list or JSON lines")
-    entries, number = [], 0
-    try:
-        if text.lstrip().startswith("["):
-            entries = [(f"item {i}", entry) for i, entry in enumerate(json.loads(text), 1)]
-        else:
-            for number, line in enumerate(text.splitlines()):
-                entries += [(f"line {number + 1}", json.loads(line))] if line.strip() else []
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number + error.lineno}: not JSON ({error.msg})") from None
-    task = re.sub(r"^\d+_|_(test|train)$", "", path.stem)
-    rows = []
-    for where, entry in entries:
-        try:
-            rows.append(_qa_row(entry, task))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            what = f"has no {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
-            raise UserError(f"{path}, {where}: {what}; expected WSI-Bench's fields") from None
-    if not rows:
-        raise UserError(f"{path}: holds no questions")
+    path, rows, empty = Path(path), [], []
+    check(path.is_file(), f"{path}: no such file (--qa)")
+    with reading(path, WHAT_IS_READ):
+        entries = read_entries(path)
+    for number, (where, entry) in enumerate(entries, 1):
+        with reading(f"{path}, {where}", WHAT_IS_READ):
+            row = read_row(entry, path.stem, number)
+        full = all(wsi_llava.without_image(turn["value"]).strip() for turn in row["conversations"])
+        (rows if full else empty).append(row if full else where)
+    if empty:
+        what = f"{count(len(empty), 'row')} with an empty text, the first: {empty[0]}"
+        print(f"{path}: left out {what}", file=sys.stderr)
+    check(rows, f"{path}: holds no questions; {WHAT_IS_READ}")
     return rows
 
 
@@ -1148,31 +1334,143 @@ def write_qa(path, rows):
     wsi_llava.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def import_qa(files, data, split):
-    """Question files -> data/qa/<split>.jsonl (split None: "test" where the file's name says so, else "train")."""
-    splits = {}
-    for file in files:
-        name = split or ("test" if re.search(r"(^|[_-])test", Path(file).stem) else "train")
-        splits.setdefault(name, []).extend(read_qa(file))
-    have = {path.stem for folder in ("features", "visual_tokens") for path in (data / folder).glob("*.safetensors")}
-    (data / "qa").mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
-        write_qa(data / "qa" / f"{name}.jsonl", rows)
-        slides, tasks = {row["slide"] for row in rows}, {row["task"] for row in rows}
-        print(
-            f"Wrote {count(len(rows), 'question')} of {count(len(tasks), 'task')} about {count(len(slides), 'slide')} to "
-            f"{data}/qa/{name}.jsonl; "
-            f"{len(slides & have)} of these slides have features."
-        )
-        for kind in ("task", "cancer"):
-            total = collections.Counter(row[kind] or "none" for row in rows)
-            matched = collections.Counter(row[kind] or "none" for row in rows if row["slide"] in have)
-            print(f"  by {kind}: " + ", ".join(f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())))
-        missing, path = sorted(slides - have), data / "qa" / f"{name}.unmatched.txt"
-        wsi_llava.write_text(path, "".join(f"{slide}\n" for slide in missing))
+def match_slides(rows, have):
+    """Rows with the slides of `have` in the place of names that these begin with: a slide's barcode finds the
+    slide, a patient's all of hers. What is not there keeps its name."""
+    names = sorted(have, key=str.lower)
+    lower = [name.lower() for name in names]
+
+    @functools.cache
+    def find(name):
+        matches, i = [], bisect.bisect_left(lower, name.lower())
+        while i < len(names) and lower[i].startswith(name.lower()):
+            if not lower[i][len(name) : len(name) + 1].isalnum():  # 117 is no beginning of 1170
+                matches.append(names[i])
+            i += 1
+        return [name] if name in have else matches or [name]
+
+    return [about_slides(row, itertools.chain(*map(find, slides_of(row)))) for row in rows]
+
+
+def named_split(path):
+    """The split that a file's name tells, between any separators and in any case, or None."""
+    name = Path(path).stem.lower()
+    if re.search("open[-_ ]question|report[-_ ]only", name):  # WSI-Bench's own names
+        return "test"
+    told = {SPLITS[word] for word in re.split("[^a-z]+", name) if word in SPLITS}
+    return told.pop() if len(told) == 1 else None
+
+
+def read_patients(path):
+    """--patients, a CSV with columns slide and patient -> {slide: patient}."""
+    with reading(path, "--patients takes a CSV whose first line is slide,patient"):
+        patients = {}
+        for _, entry in read_csv(path, path.read_bytes().decode("utf-8-sig")):
+            entry = {column.strip().lower(): text for column, text in entry.items()}
+            patients[slide_id(entry["slide"])] = entry["patient"].strip()
+        return patients
+
+
+def report_leaks(splits, patients, args):
+    """Says what training shares with the other splits, by slide and by patient, and lists it in qa/leaks.csv.
+
+    splits: {name: rows}. -> the rows of training that share nothing.
+    """
+
+    def patient(slide):
+        barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
+        return patients.get(slide) or (barcode[0].upper() if barcode else None)
+
+    def marks(row):  # what must not be on both sides
+        slides = slides_of(row)
+        return {*slides, *(("patient", patient(slide)) for slide in slides if patient(slide))}
+
+    training, others = splits["train"], splits["test"] + splits["val"]
+    shared = set().union(*map(marks, training)) & set().union(*map(marks, others))
+    leaks = {"train": [row for row in training if marks(row) & shared]}
+    leaks["test"] = [row for row in others if marks(row) & shared]
+    table, path = io.StringIO("side,slide,patient,questions\n"), args.data / "qa" / "leaks.csv"
+    table.seek(0, io.SEEK_END)
+    for side, rows in leaks.items():
+        questions = collections.Counter(itertools.chain(*map(slides_of, rows)))
+        lines = [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
+        csv.writer(table, lineterminator="\n").writerows(lines)
+    if not args.dry_run:
+        wsi_llava.write_text(path, table.getvalue())
+    people, what = sum(isinstance(mark, tuple) for mark in shared), ""
+    if shared:
+        what = f", {count(len(leaks['train']), 'question')} of training and {len(leaks['test']):,} of test"
+        what += " (left out of training)" if args.drop_leaks else " (--drop-leaks leaves the former out)"
+    slides = f"{count(len(shared) - people, 'slide')}, {count(people, 'patient')}"
+    print(f"On both sides of training and test: {slides}{what}; see {path}.")
+    return [row for row in training if not marks(row) & shared]
+
+
+def describe_split(path, rows, have, verb):
+    """Prints what a split holds, and how much of it is about slides that are there; -> the other slides."""
+    tasks, slides = {row["task"] for row in rows}, set(itertools.chain(*map(slides_of, rows)))
+    print(
+        f"{verb} {count(len(rows), 'question')} of {count(len(tasks), 'task')} about "
+        f"{count(len(slides), 'slide')} to {path}; {len(slides & have)} of these slides have features."
+    )
+    for kind in ("task", "cancer"):
+        total = collections.Counter(row[kind] or "none" for row in rows)
+        matched = collections.Counter(row[kind] or "none" for row in rows if have.issuperset(slides_of(row)))
+        parts = [f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())]
+        print(f"  by {kind}: {', '.join(parts)}")
+    return sorted(slides - have)
+
+
+def import_qa(args):
+    """--qa: question files -> data/qa/<split>.jsonl, added to what is there or (--overwrite) in its place."""
+    patients = read_patients(args.patients) if args.patients else {}
+    new, splits, failures = collections.defaultdict(list), {}, []
+    for file in args.qa:
+        try:
+            rows, split = read_qa(file), args.split or named_split(file)
+            told = split or all("split" in row for row in rows)
+            check(told, f"{file}: its name does not tell the split; give --split train, val or test")
+            for row in rows:
+                new[row.pop("split", split)].append(row)
+        except UserError as error:
+            failures.append(str(error))
+    # What each split holds then. Old rows too find the slides that are there by now; none stands twice.
+    paths = {name: args.data / "qa" / f"{name}.jsonl" for name in ("train", "val", "test")}
+    have = {path.stem for path in args.data.glob("features/*.safetensors")}
+    have |= {path.stem for path in args.data.glob("visual_tokens/*.safetensors")}
+    for name, path in paths.items():
+        keep = path.exists() and path.stat().st_size and not (args.overwrite and name in new)
+        named, unique = (read_qa(path) if keep else []) + new.get(name, []), {}
+        rows = match_slides(named, have)
+        for row in rows:
+            texts = (turn["value"] for turn in row["conversations"])
+            unique.setdefault((*slides_of(row), *texts), row)
+        splits[name] = list(unique.values())
+        found = sum(a["slide"] != b["slide"] for a, b in zip(named, rows))
+        if name in new and found:
+            print(f"{count(found, 'question')} of {name} found slides by the beginning of their names.")
+        if name in new and len(unique) < len(rows):
+            print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
+    if new and not args.dry_run:
+        (args.data / "qa").mkdir(parents=True, exist_ok=True)
+    if new and splits["train"] and splits["test"] + splits["val"]:
+        clean = report_leaks(splits, patients, args)
+        if args.drop_leaks and len(clean) < len(splits["train"]):
+            splits["train"] = new["train"] = clean
+    for name in new:
+        missing = describe_split(paths[name], splits[name], have, "Would write" if args.dry_run else "Wrote")
+        unmatched = paths[name].with_suffix(".unmatched.txt")
+        if not args.dry_run:
+            write_qa(paths[name], splits[name])
+            wsi_llava.write_text(unmatched, "".join(f"{slide}\n" for slide in missing))
         if missing:
             few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-            print(f"  {count(len(missing), 'slide')} without features, all in {path}: {few}")
+            print(f"  {count(len(missing), 'slide')} without features, all in {unmatched}: {few}")
+    check(len(args.qa) > 1 or not failures, "".join(failures))
+    for message in failures:
+        print(f"failed: {message}", file=sys.stderr)
+    what = f"{count(len(failures), 'question file')} could not be read, see above"
+    check(not failures, f"{what}; the others are done")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1510,7 +1808,7 @@ def train_tokenizer(path, talks):
 def stand_in_llm(args):
     """data/tokenizer.model and data/llm, trained on data/qa/train.jsonl. Does nothing where they fit the texts already."""
     text = (args.data / "qa" / "train.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
     mark = hashlib.sha256(f"{args.seed}{text}".encode()).hexdigest()[:16]
     folder = args.data / "llm"
     if (folder / "texts").exists() and (folder / "texts").read_text() == mark:
@@ -1567,8 +1865,14 @@ def parse(argv=None):
     add = parser.add_argument
     add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
     add("--features", nargs="+", metavar="PATH", help="features made elsewhere, or folders to search (.pt, .h5)")
-    add("--qa", nargs="+", metavar="FILE", help="question files in either of WSI-Bench's shapes")
-    add("--split", choices=["train", "test"], help="of --qa (default: test where the file's name says so, else train)")
+    bare = "what tensors without coordinates hold (default: tokens if they have the shape, else tiles)"
+    add("--features-are", choices=["tiles", "tokens"], help=bare)
+    add("--qa", nargs="+", metavar="FILE", help=f"question files; {WHAT_IS_READ}")
+    add("--split", choices=["train", "val", "test"], help="of --qa's files (default: what their names or rows tell)")
+    whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
+    add("--patients", metavar="FILE", type=wsi_llava.some_path, help=whose)
+    leaks = "leave out of training what shares a slide or a patient with the test"
+    add("--drop-leaks", action="store_true", help=leaks)
     add("--demo", action="store_true", help="draw the toy cohort and prepare it")
     add("--target-mpp", type=float, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
     add("--mpp", type=float, help="um per pixel at level 0, for slides whose metadata lack or misstate it")
@@ -1585,7 +1889,8 @@ def parse(argv=None):
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
     add("--dry-run", action="store_true", help="list the slides, their tiles and the time it would take; write nothing")
     add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
-    add("--overwrite", action="store_true", help="make features again that are there already")
+    again = "make features again that are there already; begin anew the splits that --qa writes"
+    add("--overwrite", action="store_true", help=again)
     wsi_llava.add_shared_flags(parser)
     add_demo_flags(parser)
     return parser.parse_args(argv)
@@ -1619,6 +1924,7 @@ def main(argv=None):
     if not (args.slides or args.features or args.qa or args.demo):
         raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
     check_flags(args)
+    check(not (args.demo and args.dry_run), "--demo draws its slides first; --dry-run is about slides that are there")
     number, shares = share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if together:  # by torchrun, which ends all as soon as one of them fails: so they wait for one another below
@@ -1628,7 +1934,7 @@ def main(argv=None):
     wsi_llava.resolve_device(args)
     if args.demo:
         prepare_demo(args)
-    failures = import_features(args) if args.features else []
+    failures = import_features(args, number, shares) if args.features else []
     if args.slides:
         slides = find_slides(args.slides)
         if shares > 1:
@@ -1640,9 +1946,10 @@ def main(argv=None):
         if not args.dry_run:
             with disk_errors(args.data), alone(args.data, "sheets"):
                 contact_sheets(args.data)
-    if args.qa:
-        import_qa(args.qa, args.data, args.split)
-    if (args.data / "meta.json").exists() and (args.data / "qa" / "train.jsonl").exists() and not args.llm:
+    if args.qa and os.environ.get("RANK", "0") == "0":
+        with disk_errors(args.data):
+            import_qa(args)
+    if not args.dry_run and (args.data / "meta.json").exists() and (args.data / "qa" / "train.jsonl").exists() and not args.llm:
         if wsi_llava.read_meta(args.data)["preset"] == "demo":
             stand_in_llm(args)
     for _, message in failures:

@@ -994,7 +994,7 @@ def stand_in(data):
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", None, "no such file; run python prepare.py --qa"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: not a row \('slide'\); run"),
         (prepare.read_failures, "failures.jsonl", "[]\n", "not what prepare.py writes .*; delete it"),
-        (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "not a text file that can be read"),
+        (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "can.t decode byte 0xff"),
     ],
 )
 def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, name, content, message):
@@ -2042,7 +2042,7 @@ def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, t
     prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
     for mpp in (0.5, 0.25, 0.46):
         found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
-        about = prepare.feature_metadata(tmp_path / "data" / "features" / f"{mpp}.safetensors")
+        about = wsi_llava.feature_metadata(tmp_path / "data" / "features" / f"{mpp}.safetensors")
         assert about["scale"] == pytest.approx(0.5 / mpp, rel=1e-3) and about["tiles"] > 20
         assert torch.equal(found[mpp][1], found[0.5][1])
         similar = F.cosine_similarity(found[mpp][0].float(), found[0.5][0].float())
@@ -2408,7 +2408,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     with pytest.raises(UserError, match="2 slides could not be prepared"):
         prepare.main(common)
     assert "1 slide, some tiles (under 1%) left out that cannot be decoded: one" in capsys.readouterr().out
-    about = prepare.feature_metadata(data / "features" / "one.safetensors")
+    about = wsi_llava.feature_metadata(data / "features" / "one.safetensors")
     features, coords = wsi_llava.read_features(data, "one")
     assert about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
     failures = prepare.read_failures(data)
@@ -2605,15 +2605,202 @@ def test_imported_features_can_name_their_encoder_and_are_not_overwritten_by_oth
 def test_imports_are_validated(tmp_path):
     good = {"tile_embeds": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
     for tensors, message in [
-        (torch.zeros(5, 8), r"a tensor \[5, 8\], neither visual tokens"),
         ({"x": torch.zeros(1)}, r"keys \['x'\], neither"),
+        ([torch.zeros(2, 8)], "holds a list, neither a tensor nor a dict"),
+        (None, "holds a NoneType, neither"),
+        (7, "holds a int, neither"),
+        (torch.zeros(5, 8).to_sparse(), "no plain tensor of numbers"),
+        (good | {"tile_embeds": [1, 2]}, "no plain tensor of numbers"),
+        (good | {"coords": "0 0"}, "no plain tensor of numbers"),
+        (torch.zeros(0, 8), r"features \[0, 8\] are not \[N,C\]"),
+        (torch.zeros(2, 3, 8), r"features \[2, 3, 8\] are not \[N,C\]"),
         (good | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and coords \[3, 2\] are not"),
         (good | {"tile_embeds": torch.full((2, 8), 1e6)}, "not finite in half precision"),
-        (good | {"coords": torch.full((2, 2), -1.0)}, "negative"),
+        (good | {"coords": torch.full((2, 2), torch.nan)}, "not finite"),
     ]:
         torch.save(tensors, tmp_path / "x.pt")
         with pytest.raises(UserError, match=message):
             prepare.read_foreign(tmp_path / "x.pt")
+    args = prepare.parse(["--mpp", "0.25"])
+    for coords, message in [
+        ([[-512, 0], [-1024, 0]], "negative"),
+        ([[0, 0], [512, 512_000]], "outside the grid"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare.tiled_coords("x.pt", torch.tensor(coords).double(), {}, None, args)
+
+
+def imported(folder, tensors, *flags, name="s.pt", **attributes):
+    """Imports one file, a .pt or an .h5 of tensors with attributes of its coords (`of_file`: its own)
+    -> (its folder of data, what --features wrote of it, its metadata)."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".pt"):
+        torch.save(tensors, folder / name)
+    else:
+        with pytest.importorskip("h5py").File(folder / name, "w") as file:
+            file.attrs.update(attributes.pop("of_file", {}))
+            for key, value in tensors.items():
+                file[key] = value
+            if attributes:
+                file["coords"].attrs.update(attributes)
+    data = folder / f"data-{name.replace('/', '-')}"
+    prepare.main(["--features", str(folder / name), "--data", str(data), *flags])
+    (file,) = [*data.glob("features/*"), *data.glob("visual_tokens/*")]
+    metadata = wsi_llava.feature_metadata(file) if file.parent.name == "features" else {}
+    return data, load_file(file), metadata
+
+
+CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
+
+
+def test_features_without_coordinates_keep_their_order(tmp_path, capsys):
+    """CLAM's pt_files, and what other tools save as a bare tensor."""
+    tensor = torch.randn(7, 32)
+    _, got, metadata = imported(tmp_path, tensor)
+    assert torch.equal(got["features"], tensor.half())
+    assert metadata["coordinates"] is False and (got["coords"] == -1).all()
+    assert "1 slide without coordinates: only --no-slide-encoder takes them" in capsys.readouterr().out
+    for name in ("pt_files/s.pt", "features_uni/s.pt"):  # of 576 tiles: no visual tokens there
+        assert "features" in imported(tmp_path, torch.zeros(576, 1024), name=name)[1]
+    assert "features" in imported(tmp_path, torch.zeros(576, 1024), "--features-are", "tiles", name="t.pt")[1]
+
+
+def test_features_and_coordinates_of_any_type_of_number_are_read(tmp_path):
+    order = np.lexsort(CELLS.T)
+    features = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
+    tensors = {"features": torch.from_numpy(features), "coords": torch.from_numpy(CELLS * 512)}
+    found = [imported(tmp_path, tensors, "--mpp", "0.25")]
+    for dtype in ("<u2", "<u4", "<u8", ">i4", ">f8"):
+        attributes = {"patch_size": [256], "patch_size_level0": np.array([512]), "target_magnification": [20]}
+        both = {"features": features.astype(">f4"), "coords": (CELLS * 512).astype(dtype)}
+        found.append(imported(tmp_path, both, name=f"{dtype[1:]}.h5", **attributes))
+    for _, got, _ in found:
+        assert torch.equal(got["features"], torch.from_numpy(features[order]).half())
+        assert got["coords"].tolist() == (CELLS[order] * 256).tolist()
+
+
+def test_coordinates_in_the_padding_of_gigapath_move_as_one(tmp_path):
+    """GigaPath pads a slide on all sides to whole tiles, so that its first tile lies outside."""
+    coords = torch.tensor([[-200, -40], [312, -40], [312, 472]])
+    tensors = {"tile_embeds": torch.zeros(1, 3, 8), "coords": coords[None].float()}
+    _, got, _ = imported(tmp_path, tensors, "--mpp", "0.25")
+    assert got["coords"].tolist() == [[0, 0], [256, 0], [256, 256]]
+
+
+def test_the_step_is_what_the_file_says(tmp_path):
+    """A sparse bag of TRIDENT, its tiles rarely neighbours; overlapping tiles; tiles of another size."""
+    trident = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
+    sparse = {"features": np.zeros((3, 8)), "coords": np.array([[0, 0], [1024, 0], [2048, 0]])}
+    _, got, _ = imported(tmp_path, sparse, name="sparse.h5", **trident)
+    assert got["coords"].tolist() == [[0, 0], [512, 0], [1024, 0]]
+    wide = trident | {"patch_size": 512, "patch_size_level0": 1024}
+    _, got, _ = imported(tmp_path, sparse, "--step", "512", name="wide.h5", **wide)
+    assert got["coords"].tolist() == [[0, 0], [512, 0], [1024, 0]]
+    imported(tmp_path, sparse, name="half.h5", **wide | {"overlap": 256})
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        imported(tmp_path, sparse, name="refused.h5", **wide)
+
+
+def test_stamps_coordinates_are_in_micrometres(tmp_path):
+    cells = CELLS[np.lexsort(CELLS.T)]
+    tensors = {"feats": np.ones((6, 8), np.float16), "coords": (cells * 256).astype(np.float32)}
+    about = {
+        "unit": "um",
+        "tile_size_um": 256.0,
+        "tile_size_px": 224,
+        "feat_type": "tile",
+        "extractor": "uni",
+    }
+    _, got, _ = imported(tmp_path, tensors, "--step", "512", name="s.h5", of_file=about)
+    assert got["coords"].tolist() == (cells * 512).tolist() and got["features"].shape == (6, 8)
+    about |= {"tile_size_um": 128.0}
+    _, got, _ = imported(tmp_path, tensors | {"coords": cells * 128.0}, name="t.h5", of_file=about)
+    assert got["coords"].tolist() == (cells * 256).tolist()
+
+
+def test_one_vector_a_slide_is_one_visual_token(tmp_path):
+    """TRIDENT's slide features, whose coords are those of their tiles; TITAN's and STAMP's."""
+    vector = np.random.default_rng(0).standard_normal(768).astype(np.float32)
+    trident = {"patch_size": 512, "patch_size_level0": 1024, "target_magnification": 20}
+    both = {"features": vector, "coords": CELLS * 1024}
+    found = [imported(tmp_path, both, name="slide_features_titan/s.h5", **trident)]
+    found += [imported(tmp_path, torch.from_numpy(x), name=f"{x.ndim}.pt") for x in (vector, vector[None])]
+    found += [imported(tmp_path, {"feats": vector[None]}, name="s.h5", of_file={"feat_type": "slide"})]
+    for data, got, _ in found:
+        assert torch.equal(got["visual_tokens"], torch.from_numpy(vector[None]).half())
+        encoder = wsi_llava.read_meta(data)["encoder"]
+        assert encoder["source"] == wsi_llava.IMPORTED_TOKENS
+        assert (encoder["n_visual_tokens"], encoder["width"]) == (1, 768)
+
+
+def test_visual_tokens_of_any_number_and_width(tmp_path):
+    for n, width, flags in ((576, 1024, []), (576, 768, []), (64, 512, ["--features-are", "tokens"])):
+        data, got, _ = imported(tmp_path, torch.ones(n, width), *flags, name=f"{width}.pt")
+        assert got["visual_tokens"].shape == (n, width)
+        assert wsi_llava.read_meta(data)["encoder"]["n_visual_tokens"] == n
+    torch.save(torch.ones(32, 512), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="1 slide could not"):
+        prepare.main(["--features", str(tmp_path / "other.pt"), "--data", str(data), *flags])
+    assert "32 visual tokens, but" in prepare.read_failures(data)["other"]["message"]
+
+
+def test_folders_of_clam_and_trident_are_taken_as_they_are(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py")
+
+    def write(path, attributes=None, **tensors):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(tmp_path / path, "w") as file:
+            for name, value in tensors.items():
+                file[name] = value
+            file["coords"].attrs.update(attributes or {})
+
+    places, features = {"coords": CELLS * 512}, {"features": np.ones((6, 8), np.float32)}
+    write("clam/patches/a.h5", {"patch_size": 512, "patch_level": 0}, **places)
+    write("clam/feat/h5_files/a.h5", **places, **features)
+    (tmp_path / "clam/feat/pt_files").mkdir()
+    torch.save(torch.ones(6, 8), tmp_path / "clam/feat/pt_files/a.pt")
+    trident = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
+    job = "trident/20x_256px_0px_overlap"
+    write(f"{job}/patches/a_patches.h5", trident, **places)
+    write(f"{job}/features_conch_v15/a.h5", trident, **places, **features)
+    write(f"{job}/slide_features_titan/a.h5", trident, **places, features=np.ones(768, np.float32))
+    for tool, flags, left_out in (
+        ("clam", ["--mpp", "0.25"], "pt_files"),
+        ("trident", [], "slide_features_titan"),
+    ):
+        data = tmp_path / f"data-{tool}"
+        prepare.main(["--features", str(tmp_path / tool), "--data", str(data), *flags])
+        out = capsys.readouterr().out
+        assert "Found 1 file" in out and re.search(rf"Left out .*{left_out}: ", out)
+        assert wsi_llava.read_features(data, "a")[1].tolist() == (CELLS[np.lexsort(CELLS.T)] * 256).tolist()
+    write(f"{job}/features_uni_v1/a.h5", trident, **places, **features)
+    with pytest.raises(
+        UserError, match="conch_v15/a.h5 and .*uni_v1/a.h5 have the same name; .* or name one folder"
+    ):
+        prepare.find_features([tmp_path / "trident"])
+
+
+def test_one_bad_file_of_features_fails_alone(tmp_path, capsys):
+    for name, tensor in (("a", torch.zeros(4, 8)), ("b", [1]), ("c", torch.zeros(4, 8))):
+        torch.save(tensor, tmp_path / f"{name}.pt")
+    flags = ["--features", str(tmp_path), "--data", str(tmp_path / "data")]
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare.main([*flags, "--dry-run"])
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare.main(flags)
+    assert [path.stem for path in sorted((tmp_path / "data" / "features").iterdir())] == ["a", "c"]
+    (tmp_path / "b.pt").unlink()
+    prepare.main([*flags[:2], "--data", str(tmp_path / "half"), "--shard", "2/2"])
+    assert [path.stem for path in (tmp_path / "half" / "features").iterdir()] == ["c"]
+    torch.save(torch.zeros(4, 8), tmp_path / f"{'x' * 230}.pt")
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare.main([*flags, "--overwrite"])
+    (tmp_path / "x.npy").touch()
+    with pytest.raises(
+        UserError, match=r"x.npy: features are read from .pt, .pth, .h5, .hdf5, not from '.npy'"
+    ):
+        prepare.find_features([tmp_path / "x.npy"])
 
 
 def test_features_are_found_as_slides_are(tmp_path, monkeypatch):
@@ -2641,8 +2828,17 @@ def test_qa_in_both_shapes(tmp_path):
     line = {"question_id": "Grade_T-1", "image": "TCGA-LUSC/T.1.pt", "metadata": "Grade"}
     line |= {"question": "What is it?", "T-answer": "A tumor."}
     (tmp_path / "sample.jsonl").write_text(json.dumps(line) + "\n")
-    (first,), (second,) = prepare.read_qa(tmp_path / "1_Report_test.json"), prepare.read_qa(tmp_path / "sample.jsonl")
-    assert first == {"id": "T-1", "slide": "T.1", "task": "Report", "cancer": "TCGA-LUSC", "conversations": talk}
+    (first,), (second,) = (
+        prepare.read_qa(tmp_path / "1_Report_test.json"),
+        prepare.read_qa(tmp_path / "sample.jsonl"),
+    )
+    assert first == {
+        "id": "T-1",
+        "slide": "T.1",
+        "task": "Report",
+        "cancer": "TCGA-LUSC",
+        "conversations": talk,
+    }
     assert second == first | {"id": "Grade_T-1", "task": "Grade"}
     prepare.write_qa(tmp_path / "own.jsonl", [first, second])
     assert prepare.read_qa(tmp_path / "own.jsonl") == [first, second]
@@ -2655,8 +2851,40 @@ def test_malformed_qa_names_the_line(tmp_path):
         ("", "empty"),
         (good + "\n{oops\n", "line 2: not JSON"),
         ('[\n{"id": 1},\n]', "line 3: not JSON"),
-        (good + '\n{"question_id": 1, "image": "x.pt"}\n', "line 2: has no 'question'"),
-        ('[{"id": 1, "image": "x.pt", "conversations": [{"from": "gpt", "value": "a"}]}]', "item 1: is malformed"),
+        (
+            good + '\n{"question_id": 1, "image": "x.pt"}\n',
+            r"line 2: its fields \(question_id, image\) are of no kind",
+        ),
+        (good + "\n7", "line 2: 'int' object"),
+        (
+            good + '\n{"image": "x.pt", "question": "q", "T-answer": null}',
+            "line 2: its t-answer is no text: null",
+        ),
+        (
+            good + '\n{"image": "x.pt", "question": NaN, "T-answer": "a"}',
+            "line 2: its question is no text: NaN",
+        ),
+        (good + '\n{"image": "x.pt", "question": "q", "T-answer": ["a"]}', "line 2: its t-answer is no text"),
+        (
+            good + '\n{"image": "x.pt", "question": "q", "T-answer": "\\ud800"}',
+            "line 2: its t-answer is no text",
+        ),
+        (
+            good + '\n{"image": "a/.SVS", "question": "q", "T-answer": "a"}',
+            "line 2: its slide is 'a/.SVS', no name",
+        ),
+        ("slide,report\na.svs\n", "line 2: not as many columns"),
+        ('slide,report\na.svs,"open\n', "line 2: not CSV"),
+        (
+            "file,text\na,b\n",
+            r"line 2: its fields \(file, text\) are of no kind .* read are .* SlideBench's CSV, ",
+        ),
+        ("Id,Question,Answer,split\n1,q,a,dev\n", "line 2: its split is 'dev', not train, val or test"),
+        ('{"train": [], "info": 7}', "of no kind"),
+        (
+            '[{"id": 1, "image": "x.pt", "conversations": [{"from": "gpt", "value": "a"}]}]',
+            "item 1: is malformed",
+        ),
         ("[]", "holds no questions"),
     ]:
         path.write_text(text)
@@ -2665,7 +2893,10 @@ def test_malformed_qa_names_the_line(tmp_path):
 
 
 def test_questions_are_counted_by_task_and_cancer_type_and_what_has_no_slide_is_listed(tmp_path, capsys):
-    for file in ("features/a", "visual_tokens/b"):  # of a slide that was prepared, and of one that was imported
+    for file in (
+        "features/a",
+        "visual_tokens/b",
+    ):  # of a slide that was prepared, and of one that was imported
         (tmp_path / file).parent.mkdir()
         (tmp_path / f"{file}.safetensors").touch()
     kinds = [("a", "Grading", "LUAD"), ("b", "Grading", "BRCA"), ("c", "Report", "BRCA"), ("d", "Report", "")]
@@ -2684,11 +2915,224 @@ def test_questions_are_counted_by_task_and_cancer_type_and_what_has_no_slide_is_
     assert prepare.read_qa(tmp_path / "qa" / "train.jsonl") == rows
 
 
+def read_texts(tmp_path, name, text):
+    """A question file of this content -> its rows, their conversations as [text, text, ...]."""
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    rows = prepare.read_qa(tmp_path / name)
+    return [row | {"conversations": [turn["value"] for turn in row["conversations"]]} for row in rows]
+
+
+def test_question_files_of_the_field(tmp_path):
+    """Each in the layout in which it is published."""
+    wsi_vqa = [
+        {
+            "Id": "TCGA-A1-A0SF",
+            "Question": "what is the grade?",
+            "Choice": ["low", "High", "not given"],
+            "Answer": "high",
+        },
+        {"Id": "TCGA-A1-A0SF", "Question": "please predict her2?", "Answer": "2+"},
+    ]
+    closed, plain = read_texts(tmp_path, "WsiVQA_test.json", json.dumps(wsi_vqa))
+    asked = "<image>\nwhat is the grade?\nA) low\nB) High\nC) not given"
+    assert closed["slide"] == "TCGA-A1-A0SF" and closed["conversations"] == [asked, "B) High"]
+    assert plain["conversations"] == ["<image>\nplease predict her2?", "2+"]
+    assert (closed["id"], plain["id"], plain["task"]) == ("WsiVQA_test-1", "WsiVQA_test-2", "WsiVQA")
+
+    header = "Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer\r\n"
+    line = 'TCGA-A1-A0SF-01Z-00-DX1,BRCA,Microscopy,Grading,"Which, of ""these""?",I,II,III,IV,C\r\n'
+    (row,) = read_texts(tmp_path, "SlideBench-VQA-TCGA.csv", "\ufeff" + header + line)
+    assert row["slide"] == "TCGA-A1-A0SF-01Z-00-DX1" and (row["task"], row["cancer"]) == ("Grading", "BRCA")
+    assert row["conversations"] == ['<image>\nWhich, of "these"?\nA) I\nB) II\nC) III\nD) IV', "C) III"]
+    (row,) = read_texts(
+        tmp_path, "bcnb.csv", "Slide,Task,Question,A,B,C,D,answer\n117,ER,Status?,Positive,Negative,,,A\n"
+    )
+    assert (row["slide"], row["task"]) == ("117", "ER")
+    assert row["conversations"] == ["<image>\nStatus?\nA) Positive\nB) Negative", "A) Positive"]
+
+    talk = [{"from": "human", "value": "Why?\n<image>"}, {"from": "gpt", "value": "So."}]
+    instruct = [{"id": "train::0", "image": ["TCGA-A1-A0SF-01Z-00-DX1.csv"], "conversations": talk}]
+    (row,) = read_texts(tmp_path, "SlideInstruct_train_stage1_caption.json", json.dumps(instruct))
+    assert (row["id"], row["slide"], row["task"]) == ("train::0", "TCGA-A1-A0SF-01Z-00-DX1", "Report")
+    assert row["conversations"] == ["<image>\nWhy?", "So."]
+
+    report = {"id": "TCGA-A1-A0SF", "report": "A tumor.", "image_path": ["TCGA-A1-A0SF.pt"], "split": "train"}
+    reports = {"train": [report], "val": [], "test": [report | {"id": "TCGA-A1-A0SG", "split": "test"}]}
+    for layout in (json.dumps(reports), json.dumps(reports, indent=1)):
+        first, second = read_texts(tmp_path, "histgen.json", layout)
+        assert (first["slide"], first["split"]) == ("TCGA-A1-A0SF", "train")
+        assert (second["slide"], second["split"]) == ("TCGA-A1-A0SG", "test")
+        assert first["conversations"] == ["<image>\nWrite a report of this slide.", "A tumor."]
+        assert wsi_llava.is_report(first)
+    (row,) = read_texts(tmp_path, "mine.csv", 'slide,report,age\ncase/7.NDPI,"Two\nlines.",51\n')
+    assert row["slide"] == "7" and row["conversations"][1] == "Two\nlines." and wsi_llava.is_report(row)
+
+
+def test_texts_ids_and_names_as_people_have_them(tmp_path, capsys):
+    row = {"question_id": 7, "image": ["C:\\slides\\A.b.SVS", "c.OME.TIFF.h5"], "question": "a\u2028b\u0085c"}
+    lines = [json.dumps(row | {"T-answer": answer}, ensure_ascii=False) for answer in ("yes", 5.5, "")]
+    first, second = read_texts(tmp_path, "q.jsonl", "\ufeff" + "\r\n".join(lines))
+    assert (first["id"], first["slide"]) == ("7", ["A.b", "c.OME"])
+    assert first["conversations"] == ["<image>\n<image>\na\u2028b\u0085c", "yes"]
+    assert second["conversations"][1] == "5.5"
+    assert "left out 1 row with an empty text, the first: line 3" in capsys.readouterr().err
+    prepare.write_qa(tmp_path / "own.jsonl", prepare.read_qa(tmp_path / "q.jsonl"))
+    assert prepare.read_qa(tmp_path / "own.jsonl") == prepare.read_qa(tmp_path / "q.jsonl")
+    with pytest.raises(UserError, match="latin.csv: .*can't decode byte"):
+        read_texts(tmp_path, "latin.csv", "slide,report\na,Präparat\n".encode("latin-1"))
+
+
+def test_questions_find_their_slides_by_the_beginning_of_a_name():
+    have = {
+        "TCGA-A1-A0SF-01Z-00-DX1.63940315",
+        "TCGA-a1-A0SF-01Z-00-DX2.a",
+        "TCGA-A1-A0SFX-1",
+        "117",
+        "1170",
+        "9-a",
+    }
+    for name, found in [
+        ("tcga-a1-a0sf-01z-00-dx1", "TCGA-A1-A0SF-01Z-00-DX1.63940315"),
+        ("TCGA-A1-A0SF", ["TCGA-A1-A0SF-01Z-00-DX1.63940315", "TCGA-a1-A0SF-01Z-00-DX2.a"]),
+        ("117", "117"),
+        ("11", "11"),
+        ("9", "9-a"),
+    ]:
+        (row,) = prepare.match_slides([{"id": "1", "slide": name, "conversations": TALK}], have)
+        assert row["slide"] == found
+        first, *others = [turn["value"] for turn in row["conversations"]]
+        assert first == "<image>\n" * len(prepare.slides_of(row)) + "Which type of tumor is this?"
+        assert others == [turn["value"] for turn in TALK[1:]]
+        assert prepare.match_slides([row], have) == [row]
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("Grading_test.json", "test"),
+        ("my-TRAIN.csv", "train"),
+        ("vqa.Validation.v2.json", "val"),
+        ("test2.json", "test"),
+        ("WSI-Bench-open-question.jsonl", "test"),
+        ("Report-only.jsonl", "test"),
+        ("latest.json", None),
+        ("train_test.json", None),
+        ("SlideBench-VQA-TCGA.csv", None),
+    ],
+)
+def test_a_split_is_told_by_a_name_that_tells_it(name, split):
+    assert prepare.named_split(f"test/{name}") == split
+
+
+def write_reports(path, **reports):
+    path.write_text("slide,report\n" + "".join(f"{slide},{text}\n" for slide, text in reports.items()))
+
+
+def test_question_files_are_added_to_their_split(tmp_path, capsys):
+    write_reports(tmp_path / "a.csv", s1="One.", s2="Two.")
+    write_reports(tmp_path / "b.csv", s2="Two.", s3="Three.")
+    (tmp_path / "bad_test.csv").write_text("nothing")
+    flags = ["--data", str(tmp_path), "--split", "test", "--qa"]
+
+    def held(split):
+        return [row["slide"] for row in prepare.read_qa(tmp_path / "qa" / f"{split}.jsonl")]
+
+    with pytest.raises(
+        UserError, match="a.csv: its name does not tell the split; give --split train, val or test"
+    ):
+        prepare.main(["--qa", str(tmp_path / "a.csv"), "--data", str(tmp_path)])
+    prepare.main([*flags, str(tmp_path / "a.csv"), "--dry-run"])
+    assert "Would write 2 questions" in capsys.readouterr().out and not (tmp_path / "qa").exists()
+    prepare.main([*flags, str(tmp_path / "a.csv")])
+    prepare.main([*flags, str(tmp_path / "b.csv")])
+    assert (
+        held("test") == ["s1", "s2", "s3"]
+        and "1 doubled question of test left out" in capsys.readouterr().out
+    )
+    prepare.main([*flags, str(tmp_path / "b.csv"), "--overwrite"])
+    assert held("test") == ["s2", "s3"]
+    with pytest.raises(UserError, match="1 question file could not be read, see above; the others are done"):
+        prepare.main([*flags, str(tmp_path / "bad_test.csv"), str(tmp_path / "a.csv")])
+    assert (
+        held("test") == ["s2", "s3", "s1"] and "bad_test.csv: holds no questions" in capsys.readouterr().err
+    )
+    reports = {"train": [{"id": "s7", "report": "x"}], "val": [{"id": "s8", "report": "x"}], "test": []}
+    (tmp_path / "histgen.json").write_text(json.dumps(reports))
+    prepare.main(["--data", str(tmp_path), "--qa", str(tmp_path / "histgen.json")])
+    assert held("train") == ["s7"] and held("val") == ["s8"]
+
+
+def test_a_patients_slides_are_found_after_the_questions_came(tmp_path, capsys):
+    write_reports(tmp_path / "test.csv", **{"TCGA-A1-A0SF": "One."})
+    qa = ["--data", str(tmp_path), "--qa", str(tmp_path / "test.csv")]
+    prepare.main(qa)
+    (tmp_path / "features").mkdir()
+    for slide in ("TCGA-A1-A0SF-DX1", "TCGA-A1-A0SF-DX2"):
+        (tmp_path / "features" / f"{slide}.safetensors").touch()
+    prepare.main(qa)
+    assert "2 questions of test found slides by the beginning of their names" in capsys.readouterr().out
+    (row,) = prepare.read_qa(tmp_path / "qa" / "test.jsonl")
+    assert row["slide"] == ["TCGA-A1-A0SF-DX1", "TCGA-A1-A0SF-DX2"]
+    assert row["conversations"][0]["value"].count("<image>") == 2
+    assert (tmp_path / "qa" / "test.unmatched.txt").read_text() == ""
+
+
+def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_path, capsys):
+    """By slide, by TCGA's barcode, and by --patients."""
+    train = {"TCGA-A1-A0SF-01Z-00-DX1": "a", "TCGA-A1-A0SG-01Z-00-DX1": "b", "x1": "c", "y1": "d", "y3": "e"}
+    write_reports(tmp_path / "train.csv", **train)
+    write_reports(tmp_path / "test.csv", **{"TCGA-A1-A0SF-01Z-00-DX2": "f", "x1": "g", "y2": "h"})
+    (tmp_path / "who.csv").write_text("Slide,age,Patient\ny1.SVS,51,p\ny2.svs,51,p\ny3,60,q\n")
+    common = ["--data", str(tmp_path), "--patients", str(tmp_path / "who.csv")]
+    prepare.main([*common, "--qa", str(tmp_path / "train.csv"), str(tmp_path / "test.csv")])
+    said = "On both sides of training and test: 1 slide, 2 patients, 3 questions of training and 3 of test"
+    assert said in capsys.readouterr().out
+    lines = (tmp_path / "qa" / "leaks.csv").read_text().splitlines()
+    assert lines[:2] == ["side,slide,patient,questions", "train,TCGA-A1-A0SF-01Z-00-DX1,TCGA-A1-A0SF,1"]
+    assert lines[2:4] == ["train,x1,,1", "train,y1,p,1"]
+    assert lines[4:] == ["test,TCGA-A1-A0SF-01Z-00-DX2,TCGA-A1-A0SF,1", "test,x1,,1", "test,y2,p,1"]
+    prepare.main([*common, "--qa", str(tmp_path / "test.csv"), "--drop-leaks"])
+    assert "(left out of training)" in capsys.readouterr().out
+    rows = prepare.read_qa(tmp_path / "qa" / "train.jsonl")
+    assert [row["slide"] for row in rows] == ["TCGA-A1-A0SG-01Z-00-DX1", "y3"]
+    assert len(prepare.read_qa(tmp_path / "qa" / "test.jsonl")) == 3
+    prepare.main([*common, "--qa", str(tmp_path / "test.csv")])
+    assert "On both sides of training and test: 0 slides, 0 patients; see" in capsys.readouterr().out
+    (tmp_path / "who.csv").write_text("slide;patient\na;b\n")
+    with pytest.raises(
+        UserError, match="who.csv: lacks 'patient'; --patients takes a CSV whose first line is slide,pat"
+    ):
+        prepare.main([*common, "--qa", str(tmp_path / "test.csv")])
+
+
+@pytest.mark.skipif(not (SHARED / "field").exists(), reason="needs the question files in ../shared/field")
+def test_real_files_of_the_field_are_read():
+    counts = {
+        path.name: len(prepare.read_qa(path))
+        for path in (SHARED / "field").iterdir()
+        if path.suffix in (".json", ".csv")
+    }
+    assert counts == {
+        "wsi_vqa_sample.json": 60,
+        "slideinstruct_example.json": 3,
+        "slidebench_sample.csv": 2,
+        "slidebench_bcnb_sample.csv": 2,
+        "histgen_sample.json": 2,
+    }
+    rows = prepare.read_qa(SHARED / "field" / "wsi_vqa_sample.json")
+    closed = [row["conversations"] for row in rows if "\nA) " in row["conversations"][0]["value"]]
+    assert len(closed) == 32
+    for asked, told in closed:
+        assert sample.closed_parser(asked["value"], told["value"])(told["value"]) == told["value"][0]
+
+
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
 def test_real_questions_are_read():
     files = sorted((SHARED / "wsi_bench").glob("*.json*"))
     rows = {file.name: prepare.read_qa(file) for file in files}
-    assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {"Report"}
+    assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {
+        "Report"
+    }
     assert len(rows["test_sample.jsonl"]) == 237
     for row in (row for part in rows.values() for row in part):
         assert row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-")
@@ -3480,6 +3924,7 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (prepare, "--slides . --mpp 40", "--mpp 40.0: um per pixel lie between 0.05 and 20"),
         (prepare, "--slides . --min-tissue 25", "--min-tissue 25.0: a share, from 0 to 1"),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
+        (prepare, "--demo --dry-run", "--demo draws its slides first; --dry-run is about slides that are there"),
         (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: not a file that can be read"),
     ],
 )

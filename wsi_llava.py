@@ -678,12 +678,11 @@ if triton is not None:
 
 
 def _launch_options(kernel, D, dtype):
-    """Rows and keys of a block, warps, pipeline stages: up to D = 64, the largest that spill nothing on
-    sm_80, 86, 89 and 90."""
-    table = {  # float32, D <= 64 and beyond; 16 bits, D <= 64 and beyond
-        _forward_kernel: ((64, 32, 8, 2), (32, 16, 8, 2), (128, 128, 8, 3), (64, 32, 8, 2)),
-        _dq_kernel: ((64, 16, 8, 2), (32, 16, 8, 2), (128, 64, 8, 3), (64, 32, 8, 2)),
-        _dkv_kernel: ((64, 16, 8, 2), (32, 16, 8, 2), (128, 32, 8, 2), (64, 16, 8, 2)),
+    """Rows and keys of a block, warps, stages: the largest that spill nothing on sm_80, 86, 89 and 90."""
+    table = {  # float32: D up to 64, up to 128; bfloat16 and float16: D up to 64, up to 128
+        _forward_kernel: ((64, 32, 8, 2), (16, 32, 8, 2), (128, 128, 8, 3), (64, 128, 8, 2)),
+        _dq_kernel: ((32, 64, 8, 2), (64, 16, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)),
+        _dkv_kernel: ((64, 16, 8, 2), (32, 16, 4, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
     }
     block, keys, warps, stages = table[kernel][2 * (dtype != torch.float32) + (D > 64)]
     width = max(16, triton.next_power_of_2(D))
