@@ -88,9 +88,12 @@ def prepare_raw(args, names):
 
 def why_missing(cfg, data, slide):
     """What keeps a slide from being asked about, in words; None where nothing does."""
-    if not wsi_llava.is_slide_name(slide) or not wsi_llava.features_file(data, slide).exists():
-        imported = wsi_llava.is_slide_name(slide) and wsi_llava.visual_tokens_file(data, slide, cfg).exists()
-        return None if imported else f"neither a file nor the name of a slide in {data}/features"
+    unknown = f"neither a file nor the name of a slide in {data}/features"
+    if not wsi_llava.is_slide_name(slide):
+        return unknown
+    if not wsi_llava.features_file(data, slide).exists():
+        imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
+        return None if imported else unknown
     try:
         empty = not len(read_features(data, slide)[0])
     except UserError as error:

@@ -408,11 +408,9 @@ def token_embeddings(args, meta):
 
 def load_alignment(args, meta):
     """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm], Tokenizer)."""
-    folder = args.out / "stage1"
-    path = folder / "model.safetensors"
-    check(path.exists(), f"{folder} holds no trained model: run python train.py --stage 1 first")
-    cfg = wsi_llava.load_config(folder)
-    wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, folder)
+    path = wsi_llava.stage_weights(args, 1)
+    cfg = wsi_llava.load_config(path.parent)
+    wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, path.parent)
     with torch.device("meta"):
         model = WSITextAlignment(cfg)
     model = wsi_llava.load_strict(model, wsi_llava.read_tensors(path), path).to(args.device).eval()
@@ -851,8 +849,7 @@ def save_stage(args, task, folder, run, step, optimizer, log):
             result = wsi_llava.read_tensors(best) if best.exists() else weights
             names = [name for name in result if name.startswith("slide_encoder.")]
             encoder = {name.removeprefix("slide_encoder."): result[name] for name in names}
-            config = {"config": task.cfg.slide_encoder.to_json()}
-            wsi_llava.write_tensors(folder / "slide_encoder.safetensors", encoder, config)
+            wsi_llava.save_slide_encoder(task.cfg.slide_encoder, encoder, folder / "slide_encoder.safetensors")
         if best.exists():
             os.replace(best, folder / "model.safetensors")
         else:
@@ -977,8 +974,7 @@ def export(args):
     folder = args.export or args.export_adapter
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder to export to")
-    own = (args.out / "stage3" / "model.safetensors").exists()
-    check(own, f"{args.out}/stage3 holds no trained model: run python train.py --stage 3 first")
+    wsi_llava.stage_weights(args, 3)  # without it there is nothing of the user's own to export
     model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
     base, _ = wsi_llava.pick_llm(args, wsi_llava.read_meta(args.data))
     if model.cfg.no_slide_encoder:
@@ -991,7 +987,8 @@ def export(args):
     beside = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
     for path in [tokenizer.path, *(path for pattern in beside for path in base.glob(pattern))]:
         shutil.copy(path, folder)
-    wsi_llava.save_slide_encoder(model.slide_encoder, folder / "slide_encoder.safetensors")
+    encoder = model.slide_encoder
+    wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), folder / "slide_encoder.safetensors")
     if args.export:
         wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
     else:

@@ -1481,6 +1481,10 @@ class LoRALinear(nn.Module):
         update = self.scale * F.linear(self.dropout(x), self.lora_a)  # [...,r]: scaled where it is narrow
         return self.base(x) + F.linear(update, self.lora_b)
 
+    def merged(self):
+        """-> the linear layer with the update added to its weight."""
+        return add_update(self.base, self.lora_a, self.lora_b, self.scale)
+
 
 @torch.no_grad()
 def add_update(linear, a, b, scale, dtype=None):
@@ -1523,7 +1527,7 @@ def merge_lora(llama):
     """Takes the adapters out again, their sum with the weights in their place -> the llama."""
     for part, name, child in decoder_linears(llama):
         if isinstance(child, LoRALinear):
-            setattr(part, name, add_update(child.base, child.lora_a, child.lora_b, child.scale))
+            setattr(part, name, child.merged())
     return llama
 
 
@@ -1570,9 +1574,7 @@ def quantize_int8(llama):
     error would go straight into the logits.
     """
     for part, name, child in decoder_linears(llama):
-        if isinstance(child, LoRALinear):
-            child = add_update(child.base, child.lora_a, child.lora_b, child.scale)
-        setattr(part, name, Int8Linear(child))
+        setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
     return llama
 
 
@@ -1783,10 +1785,10 @@ def load_slide_encoder(path):
     return load_strict(encoder, tensors, path).eval()
 
 
-def save_slide_encoder(encoder, path):
+def save_slide_encoder(cfg, tensors, path):
     """One file under GigaPath's names, with the config that shapes do not tell: heads, segments,
     dilations."""
-    write_tensors(path, encoder.state_dict(), {"config": encoder.cfg.to_json()})
+    write_tensors(path, tensors, {"config": cfg.to_json()})
 
 
 # The published layouts of the language model -> the names here. Their names begin with `model.` (Llama,
@@ -2167,8 +2169,8 @@ def made_by(model, data, slide):
     with reading(path, "prepare the slide again"), safetensors.safe_open(path, framework="pt") as file:
         digest = hashlib.sha256(json.dumps(file.metadata(), sort_keys=True).encode())
         digest.update(file.get_tensor("coords").numpy().tobytes())
-        some = file.get_tensor("features").flatten()[::997]  # all of a large slide's would take seconds
-        digest.update(some.numpy().tobytes())
+        features = file.get_tensor("features")
+        digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
     encoder = model.cfg.fingerprints.get("slide_encoder", "none")
     return f"{encoder} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
 
@@ -2218,6 +2220,15 @@ def first(*paths, hint):
         if path.exists():
             return path
     raise UserError(f"{' or '.join(map(str, paths))}: no such file; {hint}")
+
+
+def stage_weights(args, stage):
+    """out/stageN/model.safetensors. Raises UserError where the stage has not been trained."""
+    folder = args.out / f"stage{stage}"
+    path = folder / "model.safetensors"
+    untrained = f"{folder} holds no trained model: run python train.py --stage {stage} first"
+    check(path.exists(), untrained)
+    return path
 
 
 def pick_tile_encoder(args):
@@ -2279,8 +2290,8 @@ def pick_projector(args, folder, stage):
         projector = load_projector(source, torch.float32)
         if projector is not None:
             return projector, source
-    untrained = f"{args.out}/stage{stage} holds no trained model: run python train.py --stage {stage} first"
-    check(stage == 1, untrained)
+    if stage > 1:
+        stage_weights(args, stage)  # what is missing is the stage
     return None, args.lora or folder
 
 
@@ -2314,11 +2325,9 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
     sizes = f"has {len(tokenizer):,} tokens, the language model {llama.cfg.vocab:,}"
     check(len(tokenizer) <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}; use the language model's own")
-    trained = args.out / f"stage{stage}" / "model.safetensors"
     any_stage = any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3))
     if stage > 1 and any_stage:
-        hint = f"{trained.parent} holds no trained model: run python train.py --stage {stage} first"
-        first(trained, hint=hint)
+        trained = stage_weights(args, stage)
         check(not args.projector, f"--projector: {trained.parent} has one of its own; name another --out")
         cfg = load_config(trained.parent)
     else:
