@@ -9,11 +9,11 @@ A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every t
 
     data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y in pixels at the tiled resolution)
     data/qc/<slide>.jpg                 thumbnail with the outline of the tissue and the kept tiles: look at it
-    data/qc/index.jpg                   all of these pictures on one sheet
-    data/failures.jsonl                 the slides that could not be prepared: step and message
+    data/qc/index.html                  all of these pictures on one page, and what failed
+    data/failures/<slide>.json          why a slide could not be prepared: path, step and message
 
-Interrupt it whenever you like, kill it, start it twice: a slide is done once its file in data/features is there, and
-whoever works on a slide holds a lock that dies with the process.
+Interrupt it whenever you like, kill it, start it twice: a slide is done once its files are there, and whoever works on
+a slide holds a lock that dies with the process.
 """
 
 import argparse
@@ -22,8 +22,10 @@ import concurrent.futures
 import contextlib
 import csv
 import datetime
+import errno
 import functools
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -31,13 +33,11 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import struct
 import sys
-import threading
 import time
+import urllib.parse
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 try:
@@ -53,21 +53,22 @@ import safetensors
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, count, feature_metadata, replacing
+from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, check, count, feature_metadata, reading, replacing
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
+GRID = 1000  # tiles along a side for which the slide encoder has positions
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
 BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
-JOB = 2  # blocks that a reader is given at a time; handing over takes as long as half a tile
 PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
-DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
+DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
+MICRONS = {"inch": 25400, "centimeter": 10000, "cm": 10000, "mm": 1000, "micron": 1, "um": 1, "nm": 0.001}
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
 
 
@@ -76,24 +77,56 @@ Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def number(text):
+    """What a file says, as a finite number; 0 where it says none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError, ArithmeticError):  # Pillow's fractions can be 0/0
+        return 0
+    return value if math.isfinite(value) else 0
+
+
+def written_mpp(text, x, y):
+    """(source, um/px in x, in y) by a TIFF's description: OME's XML, or ImageJ's unit with pixels per unit x and y."""
+
+    def microns(unit):  # the sign for micro is written in several ways
+        return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
+
+    ome = {key: value for key, value in re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]*)"', text)[:4]}
+    if "X" in ome:
+        sizes = [number(ome.get(axis)) * microns(ome.get(f"{axis}Unit", "um")) for axis in "XY"]
+        return "OME-XML", *sizes
+    unit = re.search(r"^unit=(.+)$", text, re.MULTILINE)
+    if text.startswith("ImageJ=") and unit:
+        return "ImageJ", *(microns(unit[1]) / (number(side) or math.inf) for side in (x, y))
+    return "OME-XML", 0, 0
+
+
 class Slide:
     """A slide seen as one image at the tiled resolution.
 
     width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from. scale: level-0
-    pixels per tiled pixel, exactly target / mpp. Raises UserError where the file is no slide or its um/px are unknown.
+    pixels per tiled pixel, exactly target / mpp. The argument mpp wins over what the file says; fallback: those of a
+    file that says nothing. Raises UserError where the file is no slide or its um/px are unknown.
     """
 
-    def __init__(self, path, mpp=None, target=TARGET_MPP):
+    def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
         # The folder of an MRXS or DICOM slide lies beside the file, not beside a link to it.
         real = os.path.realpath(path)
         self.path = path if Path(real).suffix != Path(path).suffix else real
         try:
-            self.file = openslide.open_slide(self.path)
-        except (openslide.OpenSlideError, OSError) as error:
-            raise UserError(f"{path}: not a slide that OpenSlide can read ({error})") from None
-        self.mpp, self.source = (mpp, "given") if mpp else self._recorded_mpp(path)
+            self.open()
+        except (openslide.OpenSlideError, SyntaxError, *wsi_llava.BAD_FILE) as error:  # SyntaxError: Pillow's, of a PNG
+            reason = wsi_llava.one_line(error)
+            raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
+        self.mpp, self.source = (mpp, "given") if mpp else self._own_mpp(path, fallback)
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
+        check(
+            max(self.width, self.height) <= GRID * TILE,
+            f"{path}: {self.width} x {self.height} px at {target:g} um/px are more than {GRID} x {GRID} tiles, for which the "
+            f"slide encoder has no positions; a damaged file, or not {self.mpp:g} um/px ({self.source}): see --mpp-csv",
+        )
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
         fine = [level for level, d in enumerate(self.downsamples) if d <= self.scale * (1 + NATIVE)]
@@ -102,39 +135,67 @@ class Slide:
         whole = max(1, round(self.zoom))
         self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # the same, if a whole number
 
+    def open(self):
+        """Opens the file, also anew: OpenSlide refuses everything after an error."""
+        self.file = openslide.open_slide(self.path)
+        self.flat = isinstance(self.file, openslide.ImageSlide)  # a picture that Pillow reads, whole
+
+    @property
+    def hash(self):
+        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a plain picture, its bytes'."""
+        quick = self.file.properties.get("openslide.quickhash-1")
+        if quick:
+            return quick
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     @property
     def corner(self):
         """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from there."""
         return [int(self.file.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
-    def _recorded_mpp(self, path):
+    @property
+    def power(self):
+        return number(self.file.properties.get("openslide.objective-power"))
+
+    @property
+    def contradicts(self):
+        """Whether um/px and objective power cannot both be right: 10x means about 1 um/px, 40x about 0.25."""
+        return self.power > 0 and abs(math.log2(self.mpp * self.power / 10)) > 0.5
+
+    def _own_mpp(self, path, fallback):
+        """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px, source)."""
         get = self.file.properties.get
-        sources = [("metadata", get("openslide.mpp-x"), get("openslide.mpp-y"))]
-        unit = {"inch": 25400, "centimeter": 10000}.get(get("tiff.ResolutionUnit"))
-        if unit and get("tiff.XResolution"):
-            sources.append(("TIFF tags", *(unit / max(1e-9, float(get(f"tiff.{axis}Resolution"))) for axis in "XY")))
-        if isinstance(self.file, openslide.ImageSlide):
-            dpi = Image.open(self.path).info.get("dpi") or (1, 1)
-            sources.append(("TIFF tags", *(25400 / max(1e-9, float(x)) for x in dpi)))
-        if get("openslide.objective-power"):
-            sources.append(("objective power", *[10 / max(1e-9, float(get("openslide.objective-power")))] * 2))
-        for source, x, y in sources:
-            x, y = float(x or y or 0), float(y or x or 0)
-            if MPP_RANGE[0] <= min(x, y) and max(x, y) <= MPP_RANGE[1]:
-                if abs(x / y - 1) > NATIVE:
-                    raise UserError(
-                        f"{path}: its pixels are not square ({x:g} x {y:g} um); --mpp takes them as if they were"
-                    )
-                return (x + y) / 2, source
-        raise UserError(
-            f"{path}: its metadata has no um/px; give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
-        )
+        text, unit = get("tiff.ImageDescription") or "", get("tiff.ResolutionUnit")
+        x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
+        if self.flat:
+            with Image.open(self.path) as image:
+                tags = getattr(image, "tag_v2", {})
+                text, (x, y) = str(tags.get(270, "")), image.info.get("dpi") or (tags.get(282), tags.get(283))
+                unit = "inch" if "dpi" in image.info else None
+        tagged = (MICRONS.get(unit, 0) / (number(side) or math.inf) for side in (x, y))
+        power = 10 / (self.power or math.inf)
+        for source, wide, high in (
+            written_mpp(text, x, y),
+            ("metadata", number(get("openslide.mpp-x")), number(get("openslide.mpp-y"))),
+            ("TIFF tags", *tagged),
+            ("objective power", power, power),
+        ):
+            wide, high = wide or high, high or wide
+            if MPP_RANGE[0] <= min(wide, high) and max(wide, high) <= MPP_RANGE[1]:
+                oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
+                check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv with a line for it takes them as if they were")
+                return (wide + high) / 2, source
+        example = f"{Path(path).stem},0.25 for 40x"
+        message = f"{path}: its metadata has no um/px; give it with --mpp 0.25 (40x), or --mpp-csv and a line {example}"
+        check(fallback, message)
+        return fallback, "--mpp"
 
     def region(self, level, x, y, width, height):
         """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what lies beyond the slide,
         or was not scanned, is white."""
-        place = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        region = self.file.read_region(place, level, (width, height))
+        corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
+        region = self.file.read_region(corner, level, (width, height))
         pixels = np.asarray(region)
         if pixels.view("<u4").min() >= 0xFF000000:  # the alpha of every pixel is 255
             return pixels
@@ -161,92 +222,229 @@ class Slide:
 
     def thumbnail(self, pixel):
         """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
-        and not memory."""
-        width, height = (max(1, int(side / pixel)) for side in (self.width, self.height))
+        and not memory. What cannot be decoded is taken from a finer level; what no level has stays white, up to 1%."""
+        size = [max(1, round(side / pixel)) for side in (self.width, self.height)]
+        picture, self.lost = Image.new("RGB", size, "white"), 0  # pixels of the picture
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
-        picture, side = Image.new("RGB", (width, height)), max(1, int(PART / zoom))
-        for y, x in itertools.product(range(0, height, side), range(0, width, side)):
-            size = min(side, width - x), min(side, height - y)
-            left, top = math.floor(x * zoom), math.floor(y * zoom)
-            right, bottom = (x + size[0]) * zoom, (y + size[1]) * zoom
-            part = self.region(level, left, top, math.ceil(right) - left, math.ceil(bottom) - top)
-            box = (x * zoom - left, y * zoom - top, right - left, bottom - top)
-            picture.paste(Image.fromarray(part).convert("RGB").resize(size, Image.Resampling.BOX, box), (x, y))
+        self._paint(picture, pixel, level, (0, 0, *size), PART)
         return picture
+
+    def _paint(self, picture, pixel, level, box, side):
+        """Pastes a box of the thumbnail from a level, read in squares of `side` level pixels."""
+        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
+        step = max(1, int(side / zoom))
+        for y, x in itertools.product(range(box[1], box[3], step), range(box[0], box[2], step)):
+            right, bottom = min(box[2], x + step), min(box[3], y + step)
+            corner = left, top = math.floor(x * zoom), math.floor(y * zoom)
+            inside = [x * zoom - left, y * zoom - top, right * zoom - left, bottom * zoom - top]
+            try:
+                part = self.region(level, *corner, *map(math.ceil, inside[2:]))
+            except openslide.OpenSlideError as error:  # a flat picture cannot be read in part: its error fails the slide
+                self.open()
+                if level > 0:
+                    self._paint(picture, pixel, level - 1, (x, y, right, bottom), PART)
+                elif step > max(1, TILE / pixel):
+                    self._paint(picture, pixel, 0, (x, y, right, bottom), step // 2 * zoom)
+                else:
+                    self.lost += (right - x) * (bottom - y)
+                    share = self.lost / (picture.width * picture.height)
+                    check(share <= DROPPED, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
+                continue
+            part = Image.fromarray(part).convert("RGB")
+            picture.paste(part.resize((right - x, bottom - y), Image.Resampling.BOX, inside), (x, y))
+        return picture
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Finding slides, and what they are called
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def walk(top):
     """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
+
+    def unreadable(error):
+        print(f"{error.filename}: this folder cannot be searched ({error.strerror}); left out", file=sys.stderr)
+
     seen = set()
-    for folder, folders, files in os.walk(top, followlinks=True):
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
-        else:
-            seen.add(real)
-            folders.sort()
-            yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # .snapshot, .Trash-1000
+        yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+
+
+def listed(inputs, flag, source="", seen=()):
+    """The files and folders that are named, also in .txt lists -> paths. Raises UserError for one that is not there."""
+    for text in inputs:
+        entry = Path(text)
+        check(os.path.exists(entry), f"{source}{entry}: no such file or folder ({flag})")
+        if not (entry.is_file() and entry.suffix.lower() == ".txt"):
+            yield entry
+            continue
+        real = os.path.realpath(entry)
+        check(real not in seen, f"{source}{entry}: this list names itself; take it out")
+        lines = entry.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        for line, raw in enumerate(lines, 1):
+            name = os.fsdecode(raw.strip())  # as ls writes it
+            if not os.path.exists(name) and os.path.exists(raw.decode("latin-1").strip()):
+                name = raw.decode("latin-1").strip()
+            if name:
+                yield from listed([name], flag, f"{entry}, line {line}: ", (*seen, real))
+
+
+def dicom_tags(path):
+    """A DICOM file's kind (SOP class), series, container and image type, as far as they can be read -> dict of texts."""
+    wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
+    tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
+    with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return tags
+        while True:
+            group, element, kind, length = struct.unpack("<HH2sH", file.read(8))
+            if group == 0xFFFE:  # an item of a sequence, or an end
+                depth -= element == 0xE0DD
+                continue
+            if kind in (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT"):
+                (length,) = struct.unpack("<I", file.read(4))
+            if group > 0x40 or (length == 0xFFFFFFFF and kind != b"SQ"):
+                break
+            if length == 0xFFFFFFFF:
+                depth += 1
+            elif not depth and (group, element) in wanted:
+                tags[wanted[group, element]] = file.read(length).decode("latin-1").strip("\0 ")
+            else:
+                file.seek(length, os.SEEK_CUR)
+    return tags
+
+
+def dicom_slides(folder, files):
+    """The slides of a folder's .dcm files -> [(name, path)]. A slide is a series: a file for each of its levels, perhaps
+    label and macro too. Annotations and segmentations are series as well, and no slides."""
+    slides, others = {}, []
+    for path in files:
+        tags = dicom_tags(path)
+        if tags.get("kind", "").endswith(".77.1.6"):  # VL Whole Slide Microscopy Image Storage
+            slides.setdefault(tags.get("series"), []).append(("VOLUME" not in tags.get("type", ""), path, tags))
+        elif not tags:
+            others.append(path)
+    if not slides and others:  # no slide that can be told: its reader will say so
+        return [(folder.name, others[0])]
+    firsts = [min(series, key=lambda item: item[:2]) for series in slides.values()]
+    if len(firsts) == 1:
+        return [(folder.name, firsts[0][1])]
+    labels = [tags.get("container", "") for _, _, tags in firsts]
+    if len(set(labels)) < len(labels) or "" in labels:
+        labels = [tags.get("series", "") for _, _, tags in firsts]
+    return [(f"{folder.name}_{label}", path) for label, (_, path, _) in zip(labels, firsts)]
+
+
+def file_name(text):
+    """A slide's id that any file system takes: UTF-8, no separators, at most 180 bytes."""
+    raw = os.fsencode(text)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    text = re.sub(r"[/\\\x00-\x1f]", "_", text)
+    if len(text.encode()) > 180:  # with .safetensors and a temporary file's ending, 255 is the limit
+        start = text.encode()[:170].decode(errors="ignore")
+        text = f"{start}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    return text
+
+
+def name_slides(slides):
+    """[(name, path)] -> {slide id: path}. Where names meet, as much of the path is put before them as tells them apart."""
+    groups, named = collections.defaultdict(list), {}
+    for name, path in slides:
+        groups[file_name(name).casefold()].append((name, path))  # some file systems take upper for lower case
+    for group in groups.values():
+        ways = [[name for name, _ in group], [f"{name}_{path.suffix[1:]}" for name, path in group]]
+        for depth in range(1, max(len(path.parts) for _, path in group)):
+            folders = ["_".join(path.parent.parts[-depth:]).strip("/") for _, path in group]
+            ways += [[f"{folder}_{name}" for folder, name in zip(folders, way)] for way in ways[:2]]
+        names = next(way for way in ways if len({name.casefold() for name in way}) == len(way))
+        if names is not ways[0]:
+            print(f"{count(len(group), 'slide')} called {group[0][0]}: named {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
+        for name, (_, path) in zip(names, group):
+            check(file_name(name) not in named, f"{path} and {named.get(file_name(name))} have the same name; rename one")
+            named[file_name(name)] = path
+    return dict(sorted(named.items()))
 
 
 def find_slides(inputs):
     """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the file's stem.
 
-    A DICOM slide is a folder of .dcm files: one slide, named as the folder. Hidden files are left out.
+    A DICOM slide is a folder of .dcm files, named as the folder; see dicom_slides. Hidden files and folders are left out.
     """
-    slides = {}
-
-    def add(name, path):
-        if re.fullmatch(r"index(-\d+)?", name):
-            raise UserError(f"{path}: data/qc/{name}.jpg is the sheet of all slides; rename this one")
-        if os.path.realpath(slides.setdefault(name, path)) != os.path.realpath(path):
-            raise UserError(f"{slides[name]} and {path} have the same name; rename one: it is the slide's id")
-
-    for entry in map(Path, inputs):
-        if not entry.exists():
-            raise UserError(f"{entry}: no such file or folder (--slides)")
-        if entry.is_file() and entry.suffix.lower() == ".txt":
-            lines = [line.strip() for line in entry.read_text(encoding="utf-8").splitlines()]
-            for name, path in find_slides([line for line in lines if line]).items():
-                add(name, path)
-        elif entry.is_file():
-            add(entry.stem, entry)
+    found = []
+    for entry in listed(inputs, "--slides"):
+        if not entry.is_dir():
+            found.append((entry.stem, entry))
+            continue
         for folder, files in walk(entry):
             parts = any(p.suffix.lower() in (".vms", ".vmu") for p in files)  # Hamamatsu: their JPEGs are parts of them
-            dicom = [p for p in files if p.suffix.lower() == ".dcm"]
-            if dicom:
-                add(folder.resolve().name, dicom[0])
+            dicom = [path for path in files if path.suffix.lower() == ".dcm"]
+            found += dicom_slides(folder.resolve(), dicom)
             for path in files:
                 suffix = path.suffix.lower().lstrip(".")
                 if suffix in SUFFIXES and suffix != "dcm" and not (parts and suffix == "jpg"):
-                    add(path.stem, path)
-    if not slides:
-        raise UserError(f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
-    return dict(sorted(slides.items()))
+                    found.append((path.stem, path))
+    check(found, f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
+    once = {}  # a slide may be named twice, by its folder and in a list
+    for name, path in found:
+        once.setdefault((name, os.path.realpath(path)), (name, path))
+    return name_slides(once.values())
+
+
+HEADERS = "mpp mpp_x mpp-x um/px um_per_px microns_per_pixel".split()  # of the columns of --mpp-csv
+SLIDE_HEADERS = "slide slide_id wsi path file filename file_name image name id".split()
 
 
 def read_mpp_csv(path):
-    """Lines of slide,mpp -> {slide: um/px at level 0}. A slide is named by its id or its file; a first line may be a header."""
-    found = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                try:
-                    slide, mpp = row
-                    found[slide.strip()] = float(mpp)
-                    if not MPP_RANGE[0] <= float(mpp) <= MPP_RANGE[1]:
-                        raise ValueError
-                except ValueError:
-                    if row and number > 1:
-                        raise UserError(f"{path}, line {number}: not slide,mpp with 0.05 to 20 um per pixel") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a file that can be read ({error}); --mpp-csv takes lines of slide,mpp") from None
-    return found
+    """Lines of slide,mpp -> {slide: um/px at level 0}. A slide is named by its id, its file or its path.
+
+    A first line may be a header; then the columns are those called so, and there may be others.
+    """
+    table, columns, twice = {}, (0, 1), 0
+    lines = "--mpp-csv takes lines of slide,mpp"
+    with reading(path, lines):
+        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig"), newline="")))
+    for line, row in enumerate(rows, 1):
+        cells = [cell.strip().lower() for cell in row]
+        if line == 1 and any(cell in HEADERS for cell in cells):
+            mpp = next(i for i, cell in enumerate(cells) if cell in HEADERS)
+            others = [i for i in range(len(cells)) if i != mpp] or [0]
+            columns = next((i for i in others if cells[i] in SLIDE_HEADERS), others[0]), mpp
+            continue
+        if not any(cells):
+            continue
+        wrong = f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel"
+        check(len(row) > max(columns) and row[columns[0]].strip(), wrong)
+        slide, mpp = row[columns[0]].strip().replace("\\", "/"), number(row[columns[1]])
+        check(MPP_RANGE[0] <= mpp <= MPP_RANGE[1], wrong)
+        check(table.get(slide, mpp) == mpp, f"{path}, line {line}: {slide} again, with {mpp:g} and {table.get(slide)} um/px")
+        twice += slide in table
+        table[slide] = mpp
+    if twice:
+        print(f"{path}: {count(twice, 'line')} said twice")
+    return table
+
+
+def table_rows(table, name, path):
+    """Which rows of --mpp-csv are about a slide: by id, file, stem, or an end of its path."""
+    parts = Path(os.path.realpath(path)).parts
+    ends = ["/".join(parts[-n:]).replace("//", "/") for n in range(1, len(parts) + 1)]
+    return [key for key in (name, path.stem, str(path), *ends) if key in table]
 
 
 def given_mpp(args, table, name, path):
     """What --mpp-csv and --mpp say of a slide, or None."""
-    return table.get(name, table.get(path.name, args.mpp))
+    rows = table_rows(table, name, path)
+    return table[rows[0]] if rows else args.mpp
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -347,7 +545,9 @@ def contours(mask):
     """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of corners (x, y).
 
     Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A ring follows
-    the arrows and turns right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise.
+    the arrows and turns right where it can: pixels that touch at a corner stay apart. Where it comes to a corner for the
+    second time, what lies between is cut off as a ring of its own, a hole: no ring touches itself. Outer rings run
+    clockwise.
     """
     padded = np.pad(mask, 1)
     nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # the pixels around each corner
@@ -379,8 +579,28 @@ def contours(mask):
             if turn:
                 ring.append((at % width, at // width))
             direction = (direction + turn) % 4
-        polygons[n].append(ring)
-    return polygons
+        polygons[n] += simple_rings(ring)
+    return [sorted(rings, key=lambda ring: signed_area(ring) < 0) for rings in polygons]  # the outer ring first
+
+
+def simple_rings(ring):
+    """A ring of corners -> rings that come to no corner twice: each time it does, the loop in between is cut off."""
+    rings, rest, index = [], [], {}
+    for corner in ring:
+        if corner in index:
+            at = index[corner]
+            rings.append(rest[at:])
+            for gone in rest[at:]:
+                del index[gone]
+            del rest[at:]
+        index[corner] = len(rest)
+        rest.append(corner)
+    return [*rings, rest]
+
+
+def signed_area(ring):
+    """Twice the area inside a ring; negative for one that runs against the clock (y points down)."""
+    return sum(ax * by - bx * ay for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]))
 
 
 def write_geojson(path, slide, mask, coords):
@@ -394,17 +614,47 @@ def write_geojson(path, slide, mask, coords):
     tiles = (feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale) for x, y in coords.tolist())
     with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
-        for i, text in enumerate(itertools.chain(tissue, tiles)):
-            file.write(",\n" * (i > 0) + text)
+        separator = ""
+        for text in itertools.chain(tissue, tiles):
+            file.write(separator + text)
+            separator = ",\n"
         file.write("]}\n")
 
 
+CARD = '<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b><br>{text}</figure>\n'
+PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 14px sans-serif }} figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px;
+padding: 6px; overflow-wrap: anywhere }} img {{ max-width: 240px; max-height: 240px }}
+.failed {{ outline: 3px solid #c00 }} .empty {{ outline: 3px solid #d80 }}
+</style><h1>{title}</h1>
+"""
+
+
+def write_index(data):
+    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a browser."""
+    failures, files = read_failures(data), {}
+    for path in (data / "features").glob("*.safetensors"):
+        with contextlib.suppress(UserError):
+            files[path.name.removesuffix(".safetensors")] = feature_metadata(path)["tiles"]
+    cards = []
+    for name in sorted({*files, *failures}, key=lambda name: (name not in failures, name)):
+        kind, text = "", count(files.get(name, 0), "tile")
+        if name in failures:
+            kind, text = "failed", f"FAILED ({failures[name]['step']}): {failures[name]['message']}"
+        elif not files[name]:
+            kind, text = "empty", "NO TISSUE"
+        href = urllib.parse.quote(f"{name}.jpg")
+        cards.append(CARD.format(kind=kind, href=href, name=html.escape(name), text=html.escape(text)))
+    title = f"{count(len(cards), 'slide')}, {len(failures)} failed"
+    wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title=title) + "".join(cards))
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# Readers: processes of their own that survey slides and read tiles (decoding and resizing hold Python's lock too long for
-# threads). What they read they leave in shared memory; only numbers travel.
+# Readers: the workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged so that
+# they take the process with them. What they read they leave in shared memory; only numbers travel.
 # --------------------------------------------------------------------------------------------------------------------
 
-SLOT = (JOB * BLOCK * BLOCK, TILE, TILE, 4)  # the tiles of one job, RGBA
+FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # forked, they share what is loaded
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
 
 
@@ -412,117 +662,96 @@ class SlideError(Exception):
     """Why one slide cannot be prepared: args are the step and the message. The others go on."""
 
 
-def start_reader(memory):
-    global slots
-    slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    torch.set_num_threads(1)  # a reader is one of many; and a fork has none of its parent's threads
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
+class Readers(torch.utils.data.Dataset):
+    """What a DataLoader's workers do: a job (method, arguments) -> (job, what came of it or the exception).
 
-
-def survey(name, path, params, data, geojson):
-    """What there is to read of a slide -> dict with its tiles' coords and what Slide knows; its pictures go into data/qc.
-
-    data None: no pictures. Raises SlideError, whatever the file does to its reader; OSError where the pictures cannot be written.
-    """
-    step, source = "open", (str(path), params["mpp"], params["target_mpp"])
-    try:
-        slide = open_slide(*source)
-        step = "tissue"
-        thumbnail = slide.thumbnail(MASK)
-        mask = tissue_mask(thumbnail)
-        coords = tile_grid(mask, params["min_tissue"], params["step"])
-        pixel = max(slide.width, slide.height) / 768
-        if pixel > MASK:  # not read again: a slide without small levels takes minutes
-            size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
-            picture = thumbnail.resize(size, Image.Resampling.BOX)
-        else:
-            picture = slide.thumbnail(pixel)
-    except Exception as error:
-        open_slide.cache_clear()  # a handle that has failed once fails for good
-        raise SlideError(step, f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
-    coords = draw_tiles(coords, name, params["max_tiles"], params["seed"])
-    if data:
-        draw_qc(data / "qc" / f"{name}.jpg", picture, pixel, mask, coords)
-        if geojson:
-            write_geojson(data / "qc" / f"{name}.geojson", slide, mask, coords)
-    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "level")}
-    about = {"name": name, "path": path, "coords": coords, "size": slide.file.dimensions, "dropped": 0}
-    return about | facts | {"reader": source, "step": params["step"]}
-
-
-def read_tiles(source, coords, slot):
-    """Neighbouring tiles -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot."""
-    read, failed = np.zeros(len(coords), bool), None
-    for i, (x, y) in enumerate(coords.tolist()):
-        for _ in range(2):  # OpenSlide refuses everything after an error: so the slide is opened anew
-            try:
-                slots[slot, i] = open_slide(*source).tile(x, y)
-                read[i] = True
-                break
-            except Exception as error:
-                failed = str(error)
-                open_slide.cache_clear()
-    return read, failed
-
-
-def ahead(pool, function, jobs, depth):
-    """Runs function(*job) in the pool for every (tag, job), `depth` jobs ahead; yields (tag, future) in the jobs' order."""
-    waiting = collections.deque()
-    for tag, job in jobs:
-        waiting.append((tag, pool.submit(function, *job)))
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
-
-
-class Readers:
-    """A pool of reader processes -> the tiles of many slides, one stream in a fixed order, read ahead across slides.
-
-    On Linux they are forked: they share what is loaded, PyTorch too. Elsewhere they are spawned.
+    slots: memory that they share with the main process, for a batch of tiles each, used again and again: a fresh tensor
+    for every batch costs up to 0.3 ms a tile in page faults alone.
     """
 
-    def __init__(self, workers):
-        kind = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.workers, self.depth = max(1, workers), 2 * max(1, workers) + 2
-        memory = kind.RawArray("B", (self.depth + 1) * math.prod(SLOT))  # unnamed: gone with the processes
-        self.slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, kind, start_reader, (memory,))
+    def __init__(self, workers, batch):
+        self.workers, n = workers, 2 * workers + 1  # two jobs each on their way, and one that is being encoded
+        self.memory = FORK.RawArray("B", n * batch * TILE * TILE * 4)
+        self.shape, self.free = (n, batch, TILE, TILE, 4), collections.deque(range(n))
 
-    def __enter__(self):
-        return self
+    @functools.cached_property
+    def slots(self):
+        """uint8 [n,batch,256,256,4], RGBA."""
+        return torch.frombuffer(self.memory, dtype=torch.uint8).view(self.shape)
 
-    def __exit__(self, *_):
-        self.pool.shutdown(wait=True, cancel_futures=True)
+    def __getitem__(self, job):
+        method, *arguments = job
+        try:
+            return job, getattr(self, method)(*arguments)
+        except (SlideError, OSError) as error:
+            return job, error
 
-    def surveys(self, jobs):
-        """(name, arguments of survey) -> (name, future)."""
-        return ahead(self.pool, survey, jobs, self.workers + 1)
+    def run(self, jobs):
+        """Jobs, drawn a few ahead -> their results as they come, in any order. A worker's death is a RuntimeError."""
+        return torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=jobs,
+            num_workers=self.workers,
+            collate_fn=tuple,  # as it is: not turned into tensors
+            multiprocessing_context=FORK,
+            in_order=False,
+        )
 
-    def tiles(self, plans):
-        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,4], last error) job by job; the memory is used
-        again when the next job is asked for. A plan's last job is followed by (plan, None, None, None)."""
-        slots = itertools.cycle(range(len(self.slots)))
+    def wait(self, _):
+        """The job where there is nothing to read until a survey is back."""
+        time.sleep(0.02)
 
-        def jobs():
-            for plan in plans:
-                parts = blocks(plan["coords"], plan["step"])
-                for part in [np.concatenate(parts[i : i + JOB]) for i in range(0, len(parts), JOB)]:
-                    if plan["dropped"] > DROPPED * len(plan["coords"]):
-                        break  # it has failed
-                    slot = next(slots)
-                    yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
-                yield (plan, None, 0), (plan["reader"], plan["coords"][:0], 0)  # reads nothing: the end of the slide
+    def survey(self, name, path, options):
+        """What there is to read of a slide -> dict with its tiles' coords and what Slide knows.
 
-        for (plan, part, slot), future in ahead(self.pool, read_tiles, jobs(), self.depth):
-            read, error = future.result()
-            if part is None:
-                yield plan, None, None, None
+        options: see Preparation.survey_options. Raises SlideError, whatever is wrong with the file, and OSError where a picture
+        cannot be written.
+        """
+        step, known, outputs = "open", options["known"], options["outputs"]
+        source = str(path), options["given"], options["target_mpp"], options["fallback"]
+        try:
+            slide = open_slide(*source)
+            plan = {"size": slide.file.dimensions, "reader": source, "known": known is not None}
+            plan |= {key: getattr(slide, key) for key in ("mpp", "source", "scale", "level", "hash", "contradicts")}
+            check(known in (None, plan["hash"]), "the features that are there by its name are another slide's; --overwrite")
+            step = "tissue"
+            thumbnail = slide.thumbnail(MASK)
+            mask = tissue_mask(thumbnail)
+            plan |= {"lost": slide.lost, "why": ""}
+            coords = tile_grid(mask, options["min_tissue"], options["step"])
+            plan["coords"] = coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
+            pixel = max(slide.width, slide.height) / 768
+            if "picture" not in outputs:
+                picture = None
+            elif pixel > MASK:  # not read again: a slide without small levels takes minutes
+                size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
+                picture = thumbnail.resize(size, Image.Resampling.BOX)
             else:
-                tiles = self.slots[slot, : len(part)]
-                plan["dropped"] += len(part) - read.sum()
-                yield (plan, part, tiles, error) if read.all() else (plan, part[read], tiles[read], error)
+                picture = slide.thumbnail(pixel)
+        except Exception as error:
+            open_slide.cache_clear()  # a handle that has failed once fails for good
+            reason = wsi_llava.one_line(error, 500)
+            raise SlideError(step, reason if str(path) in reason else f"{path}: {reason}") from None
+        if picture:
+            draw_qc(outputs["picture"], picture, pixel, mask, coords)
+        if "geojson" in outputs:
+            write_geojson(outputs["geojson"], slide, mask, coords)
+        return plan
+
+    def read_tiles(self, name, source, coords, numbers, slot):
+        """Tiles of a slide, by their numbers -> (those that could be read, the last error). Their pixels go into the slot."""
+        pixels, read, failed = self.slots[slot].numpy(), [], None
+        for n, (x, y) in zip(numbers, coords.tolist()):
+            for _ in range(2):
+                try:
+                    pixels[len(read)] = open_slide(*source).tile(x, y)
+                    read.append(n)
+                    break
+                except Exception as error:  # OpenSlide refuses everything after an error: the slide is opened anew
+                    failed = wsi_llava.one_line(error)
+                    open_slide.cache_clear()
+        return read, failed
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -530,51 +759,13 @@ class Readers:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Batches:
-    """Tiles of one slide in, their features out. All batches are full but a slide's last: a feature's bits depend on its
-    slide alone. On a GPU, two pinned buffers take turns, so that tiles are copied in while the encoder works."""
-
-    def __init__(self, encoder, batch, device):
-        self.encoder, self.device, self.dtype = encoder, device, encoder.cls_token.dtype
-        pinned = device.type == "cuda"
-        self.buffers = [torch.empty(batch, TILE, TILE, 4, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        self.copied = [torch.cuda.Event() if pinned else None for _ in range(2)]
-        self.clear()
-
-    def clear(self):
-        self.filled, self.features, self.places = 0, [], []
-
-    def add(self, places, tiles):
-        """tiles: uint8 [n,256,256,4], RGBA; places: their rows in the features."""
-        self.places.append(places)
-        while len(tiles):
-            n = min(len(tiles), len(self.buffers[0]) - self.filled)
-            self.buffers[0][self.filled : self.filled + n] = torch.from_numpy(tiles[:n])
-            self.filled, tiles = self.filled + n, tiles[n:]
-            if self.filled == len(self.buffers[0]):
-                self.encode()
-
-    @torch.inference_mode()
-    def encode(self):
-        tiles = self.buffers[0][: self.filled].to(self.device, non_blocking=True)
-        if self.copied[0]:
-            self.copied[0].record()
-        self.features.append(self.encoder(wsi_llava.preprocess_tiles(tiles[..., :3]).to(self.dtype)).half())
-        self.buffers.reverse()
-        self.copied.reverse()
-        if self.copied[0]:
-            self.copied[0].synchronize()
-        self.filled = 0
-
-    def finish(self):
-        """-> rows in the features, ascending [n]; features float16 [n,C] in that order."""
-        if self.filled:
-            self.encode()
-        places = np.concatenate([*self.places, np.zeros(0, int)]).astype(int)
-        features = torch.cat(self.features).cpu() if self.features else torch.empty(0, self.encoder.cfg.width).half()
-        self.clear()
-        order = np.argsort(places)
-        return places[order], features[torch.from_numpy(order)]
+@torch.inference_mode()
+def encode(encoder, tiles, device):
+    """uint8 [n,256,256,4] -> features float16 [n,C], on the device."""
+    if device.type == "cuda":
+        tiles = tiles.pin_memory()  # so that the copy runs beside the encoder
+    tiles = tiles.to(device, non_blocking=True)[..., :3]
+    return encoder(wsi_llava.preprocess_tiles(tiles).to(encoder.cls_token.dtype)).half()
 
 
 def check_same(path, params):
@@ -587,73 +778,52 @@ def check_same(path, params):
 
 @functools.cache
 def claims_file(data):
-    return open(data / ".claims", "ab")  # for good: closing it would give up every lock that this process has on it
+    return open(data / ".claims", "ab")  # never closed: POSIX drops all of a process's locks on a file at the first close
 
 
-def claim(data, name, how="try"):
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)
+
+
+def claim(data, name, give_up=False):
     """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies, however it dies.
 
-    how: "try", "wait" or "give up". A lock on one byte of data/.claims, at a place that follows from the name: nothing is
-    left to clean up.
+    A lock on one byte of data/.claims, at an offset that follows from the name: nothing is left to clean up.
     """
-    file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    file, offset = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         if fcntl:
-            modes = {"try": fcntl.LOCK_EX | fcntl.LOCK_NB, "wait": fcntl.LOCK_EX, "give up": fcntl.LOCK_UN}
-            fcntl.lockf(file, modes[how], 1, place)
+            fcntl.lockf(file, fcntl.LOCK_UN if give_up else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         else:
-            modes = {"try": msvcrt.LK_NBLCK, "wait": msvcrt.LK_LOCK, "give up": msvcrt.LK_UNLCK}
-            os.lseek(file.fileno(), place, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), modes[how], 1)
-    except (BlockingIOError, PermissionError):  # which of the two depends on the system
-        return False
+            os.lseek(file.fileno(), offset, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK if give_up else msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # another process has it
+            return False
+        say_once(f"{data}: its file system has no locks ({error.strerror}); don't prepare the same slides in two runs at once")
     return True
 
 
-@contextlib.contextmanager
-def alone(data, what):
-    """Waits until no other process is at `what`."""
-    claim(data, f"/{what}", "wait")  # no slide is called so
-    try:
-        yield
-    finally:
-        claim(data, f"/{what}", "give up")
-
-
-def sweep(data):
-    """Removes half-written files of runs that were killed: those that nobody is at work on, as their lock tells."""
-    patterns = ".meta.json.*.part", ".failures.jsonl.*.part", "features/.*.part", "qc/.*.part"
-    for path in itertools.chain(*map(data.glob, patterns)):
-        name = re.sub(r"\.[0-9a-f]+\.part$", "", path.name[1:])
-        if path.parent == data:
-            name = f"/{name}"
-        else:
-            name = "/sheets" if re.fullmatch(r"index(-\d+)?\.jpg", name) else name.rsplit(".", 1)[0]
-        if claim(data, name):
-            path.unlink(missing_ok=True)
-            claim(data, name, "give up")
-
-
 def read_failures(data):
-    """data/failures.jsonl -> {slide: {"slide", "step", "message"}}."""
-    try:
-        lines = (data / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-        return {entry["slide"]: entry for entry in map(json.loads, lines)}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{data}/failures.jsonl: not what prepare.py writes ({error}); delete it") from None
+    """data/failures -> {slide: {"slide", "path", "step", "message"}}."""
+    failures = {}
+    for path in sorted((data / "failures").glob("*.json")):
+        with reading(path, "not what prepare.py writes; delete it"):
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            failures[entry["slide"]] = {key: str(entry[key]) for key in ("slide", "path", "step", "message")}
+    return failures
 
 
-def note_failure(data, name, step=None, message=None):
+def note_failure(data, name, step=None, message=None, path=""):
     """Puts a slide on the record of failures, or takes it off."""
-    with alone(data, "failures.jsonl"):
-        old = read_failures(data)
-        new = {slide: entry for slide, entry in old.items() if slide != name}
-        if step:
-            new[name] = {"slide": name, "step": step, "message": message}
-        if new != old:
-            wsi_llava.write_text(data / "failures.jsonl", "".join(json.dumps(entry) + "\n" for entry in new.values()))
+    file = data / "failures" / f"{name}.json"
+    if step is None:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"slide": name, "path": str(path), "step": step, "message": message}
+    wsi_llava.write_text(file, json.dumps(entry, indent=1))
 
 
 def write_meta(data, preset, mpp, encoder):
@@ -661,10 +831,9 @@ def write_meta(data, preset, mpp, encoder):
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
-    with alone(data, "meta.json"):
-        if not (data / "meta.json").exists():
-            wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
-        old = wsi_llava.read_meta(data)
+    if not (data / "meta.json").exists():
+        wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
+    old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
         clash = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
     elif old["mpp"] != mpp:
@@ -691,7 +860,7 @@ def open_data(args):
 
 @contextlib.contextmanager
 def disk_errors(data):
-    """Slides' own errors stay in the readers: an OSError that comes as far as this is the output folder's."""
+    """Slide errors are caught in the readers, so an OSError here is the output folder's."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -708,27 +877,24 @@ def save_features(path, features, coords, metadata):
 class Preparation:
     """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path, message)]."""
 
-    def __init__(self, args, slides):
-        self.args, self.data, self.slides, self.started = args, Path(args.data), slides, time.time()
-        self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
-        self.meta, self.encoder = open_data(args)
-        self.at_hand, self.settled = set(), set()  # slides that are claimed; slides that this run is through with
-        self.failures, self.busy, self.notes = [], [], {}
-        self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
-        self.bar, self.todo = None, []  # bar: prepare_slides opens it
-        for name in slides:
-            if not self.is_done(name):
-                self.todo.append(name)
-            elif not args.dry_run:
-                check_same(self.file(name), self.params(name))
+    def __init__(self, args, slides, table):
+        self.args, self.data, self.slides, self.table = args, Path(args.data), slides, table
+        self.meta, self.encoder = (known_meta(args), None) if args.dry_run else open_data(args)
+        self.started, self.tiles = time.time(), 0  # tiles encoded
+        self.at_hand, self.settled = {}, set()  # claimed slides and their plans; slides that this run is through with
+        self.failures, self.notes = [], collections.defaultdict(list)
+        self.written, self.seen = [], []  # of each slide that was written, its tiles; the plans of a dry run
+        self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
+        for path in itertools.chain(*(self.data.glob(f"{folder}/.*.part") for folder in ("features", "qc"))):
+            self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
+        self.todo = [name for name in slides if not self.is_done(name)]
 
-    def params(self, name):
-        """What a slide's features depend on, beside the slide."""
+    def params(self):
+        """What features depend on, beside the slide and its um/px."""
         args = self.args
         return {
             "tile": TILE,
             "target_mpp": args.target_mpp,
-            "mpp": given_mpp(args, self.given, name, self.slides[name]),
             "min_tissue": args.min_tissue,
             "step": args.step,
             "max_tiles": args.max_tiles,
@@ -736,106 +902,198 @@ class Preparation:
             "encoder": self.meta["encoder"]["fingerprint"],
         }
 
+    def given(self, name):
+        """The slide's um/px by --mpp-csv, or None."""
+        rows = table_rows(self.table, name, self.slides[name])
+        return self.table[rows[0]] if rows else None
+
     def file(self, name):
         return wsi_llava.features_file(self.data, name)
 
+    def missing(self, name):
+        """Those of the slide's files that are to be made {kind: path}; with --overwrite, what is older than this run."""
+        files = {"features": self.file(name), "picture": self.data / "qc" / f"{name}.jpg"}
+        if self.args.geojson:
+            files["geojson"] = self.data / "qc" / f"{name}.geojson"
+        since = self.started if self.args.overwrite else 0
+        return {kind: path for kind, path in files.items() if not path.exists() or path.stat().st_mtime < since}
+
+    def noted(self, name):
+        """What the features that are there say of themselves; None where there are none, or no whole file."""
+        if "features" not in self.missing(name):
+            with contextlib.suppress(UserError):
+                return feature_metadata(self.file(name))
+
     def is_done(self, name):
-        """Whether the slide's features are there; with --overwrite, whether they are newer than this run."""
-        file = self.file(name)
-        return file.exists() and not (self.args.overwrite and file.stat().st_mtime < self.started)
+        """Whether the slide's files are all there, and this slide's. Raises UserError where its features were made with
+        other parameters."""
+        noted = self.noted(name)
+        if not noted or noted.get("file", [])[:2] not in ([], self.identity(name)):
+            return False  # in the second case, its hash will tell
+        self.check_same(name, noted)
+        return not self.missing(name)
+
+    def identity(self, name):
+        """Path and size of the slide's file, by which it is known again."""
+        path = os.path.abspath(self.slides[name])
+        return [path, os.path.getsize(path) if os.path.exists(path) else 0]
+
+    def check_same(self, name, noted):
+        check_same(self.file(name), self.params())
+        given = self.given(name) or (self.args.mpp if noted.get("mpp_source") == "--mpp" else None)
+        old = noted.get("mpp")
+        check(given in (None, old), f"{self.file(name)} was made with mpp {old}, not {given}; --overwrite makes it again")
 
     def take(self, names):
         """Claims one slide after the other, for as long as it is in hand; yields those that are left to do."""
         for name in names:
             if not claim(self.data, name):
-                self.busy.append(name)
+                self.notes["left to another run that is at work on them"].append(name)
                 self.settle(name)
-                continue
-            self.at_hand.add(name)
-            if self.is_done(name):  # another process was faster
+            elif self.is_done(name):  # another process was faster
                 self.settle(name)
             else:
+                for path in self.halves[name]:  # nobody else is at work on it
+                    path.unlink(missing_ok=True)
                 yield name
 
-    def surveys(self, readers, names, data):
-        """Yields the plans of the slides that can be opened, in order; the others are failures. data: see survey."""
-        jobs = ((n, (n, self.slides[n], self.params(n), data, self.args.geojson)) for n in names)
-        for name, future in readers.surveys(jobs):
-            try:
-                yield future.result()
-            except SlideError as error:
-                self.fail(name, *error.args)
+    def jobs(self, readers, names):
+        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next slides, so that none
+        has to be waited for, then the tiles of the slides that were surveyed, batch by batch."""
+        names = iter(names) if self.args.dry_run else self.take(names)
+        while True:
+            name = next(names, None) if self.surveying + len(self.queue) <= readers.workers else None
+            if name:
+                self.at_hand[name], self.surveying = None, self.surveying + 1
+                yield "survey", name, self.slides[name], self.survey_options(name)
+            elif self.queue:
+                job = next(self.queue[0], None)
+                if job:
+                    yield job
+                else:
+                    self.queue.popleft()
+            elif self.surveying:
+                yield "wait", None
+            else:
+                return
+
+    def survey_options(self, name):
+        noted, outputs = self.noted(name), {} if self.args.dry_run else self.missing(name)
+        known = noted["file"][2] if noted and "file" in noted else None
+        scales = {"given": self.given(name), "fallback": self.args.mpp}
+        return {**self.params(), **scales, "known": known, "outputs": outputs}
+
+    def batches(self, readers, name, plan):
+        """A surveyed slide -> the jobs that read its tiles. All batches are full but its last: a feature's bits depend on
+        the slide alone."""
+        order = np.concatenate(blocks(plan["coords"], self.args.step))
+        for start in range(0, len(order), self.args.batch):
+            if name in self.settled:
+                return  # it has failed
+            numbers = order[start : start + self.args.batch]
+            yield "read_tiles", name, plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
 
     def run(self, names):
         """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know which it was."""
+        self.at_hand, self.surveying, self.queue = {}, 0, collections.deque()
         try:
-            with Readers(self.args.workers) as readers:
-                self.encode(readers.tiles(self.surveys(readers, self.take(names), self.data)))
-        except BrokenProcessPool:
+            self.read_and_encode(names)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
             suspects = list(self.at_hand)
-            if not suspects:
-                message = "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
-                raise UserError(message) from None
+            dead = "the process that read it died (a damaged file, or no memory left)"
+            check(suspects, "the reader processes die at once, perhaps for lack of memory; try fewer --workers")
             if len(names) == 1:
-                message = f"{self.slides[names[0]]}: the process that read it died (a damaged file, or no memory left)"
-                self.fail(names[0], "read", message)
+                self.fail(names[0], "read", f"{self.slides[names[0]]}: {dead}")
                 return
             for name in suspects:
                 self.run([name])
             self.run([name for name in names if name not in self.settled])
 
-    def encode(self, stream):
-        """Takes the tiles of all slides, job by job, to their features. stream: of Readers.tiles."""
-        batches = Batches(self.encoder, self.args.batch, self.args.device)
-        for plan, places, tiles, error in stream:
-            name, n = plan["name"], len(plan["coords"])
-            if name in self.settled:
-                continue  # it has failed
-            if plan["dropped"] > DROPPED * n:
-                batches.clear()
-                message = f"{plan['path']}: over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
-                self.fail(name, "read", message)
-            elif places is None:
-                self.finish(plan, *batches.finish())
-            else:
-                batches.add(places, tiles)
-                self.tiles += len(places)
-                speed = self.tiles / (time.time() - self.started)
-                self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
+    def read_and_encode(self, names):
+        readers = Readers(self.args.workers, self.args.batch)
+        for (method, name, *arguments), result in readers.run(self.jobs(readers, names)):
+            if isinstance(result, OSError):
+                raise result  # the output folder's
+            if method == "survey":
+                self.surveying -= 1
+                self.surveyed(readers, name, result)
+            elif method == "read_tiles":
+                _, _, numbers, slot = arguments
+                if name not in self.settled:  # it may have failed meanwhile
+                    self.encode(name, numbers, *result, readers.slots[slot])
+                readers.free.append(slot)
 
-    def finish(self, plan, places, features):
-        name, facts = plan["name"], {key: plan[key] for key in ("mpp", "scale")}
-        if not features.isfinite().all():
-            self.fail(name, "encode", f"{plan['path']}: its features are not finite; try --dtype float32")
+    def surveyed(self, readers, name, plan):
+        if isinstance(plan, SlideError):
+            self.fail(name, *plan.args)
+        elif self.args.dry_run:
+            self.seen.append({"name": name, **plan})
+            self.settle(name)
+        elif plan["known"]:  # its features are there, under another path perhaps; its pictures have been made
+            try:
+                self.check_same(name, self.noted(name))
+                self.settle(name)
+            except UserError as error:
+                self.fail(name, "open", str(error))
+        else:
+            self.at_hand[name] = plan | {"left": len(plan["coords"]), "dropped": 0, "features": []}
+            if len(plan["coords"]):
+                self.queue.append(self.batches(readers, name, plan))
+            else:
+                self.finish(name)
+
+    def encode(self, name, numbers, read, error, tiles):
+        """A batch of a slide's tiles -> their features. numbers: of the batch; read: of those that could be read."""
+        plan, n = self.at_hand[name], len(self.at_hand[name]["coords"])
+        plan["left"] -= len(numbers)
+        plan["dropped"] += len(numbers) - len(read)
+        if plan["dropped"] > DROPPED * n:
+            message = f"over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
+            self.fail(name, "read", f"{self.slides[name]}: {message}")
             return
-        facts |= {"mpp_source": plan["source"], "dropped": int(plan["dropped"]), "params": self.params(name)}
+        if read:
+            plan["features"].append((read, encode(self.encoder, tiles[: len(read)], self.args.device)))
+        self.tiles += len(read)
+        speed = self.tiles / (time.time() - self.started)
+        self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
+        if not plan["left"]:
+            self.finish(name)
+
+    def finish(self, name):
+        plan = self.at_hand[name]
+        numbers = np.array([n for read, _ in plan["features"] for n in read], int)
+        empty = torch.empty(0, self.encoder.cfg.width, dtype=torch.float16)
+        features = torch.cat([empty, *(features.cpu() for _, features in plan["features"])])
+        if not features.isfinite().all():
+            self.fail(name, "encode", f"{self.slides[name]}: its features are not finite; try --dtype float32")
+            return
+        order = np.argsort(numbers)
+        facts = {"mpp": plan["mpp"], "scale": plan["scale"], "mpp_source": plan["source"], "dropped": plan["dropped"]}
+        facts |= {"params": self.params(), "file": [*self.identity(name), plan["hash"]]}
         facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
-        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), facts)
+        coords = torch.from_numpy(plan["coords"][numbers[order]])
+        save_features(self.file(name), features[torch.from_numpy(order)], coords, facts)
         note_failure(self.data, name)
-        self.written.append(len(places))
-        for what, holds in (
-            ("um/px taken from the objective power", plan["source"] == "objective power"),
-            ("coarser than the target, enlarged", plan["scale"] < 1 - NATIVE),
-            (f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded", plan["dropped"]),
-            ("no tissue found", not len(plan["coords"])),
-        ):
-            if holds:
-                self.notes.setdefault(what, []).append(name)
+        self.written.append(len(numbers))
+        for what in slide_notes(plan):
+            self.notes[what].append(name)
         self.settle(name)
 
     def fail(self, name, step, message):
         self.failures.append((self.slides[name], message))
         if not self.args.dry_run:
-            note_failure(self.data, name, step, message)
+            note_failure(self.data, name, step, message, self.slides[name])
         self.settle(name)
 
     def settle(self, name):
         """This run is through with the slide."""
         self.settled.add(name)
         self.bar.update()
-        if name in self.at_hand:
-            self.at_hand.remove(name)
-            claim(self.data, name, "give up")
+        self.at_hand.pop(name, None)
+        if not self.args.dry_run:
+            claim(self.data, name, give_up=True)
 
     def summary(self):
         seconds = time.time() - self.started
@@ -844,46 +1102,66 @@ class Preparation:
             f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to {self.data}/features in {spent} "
             f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
         )
-        if self.busy:
-            self.notes["left to another run that is at work on them"] = self.busy
         for what, names in self.notes.items():
-            print(f"{count(len(names), 'slide')}, {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
-
-    def estimate(self):
-        """--dry-run -> the plans of all slides that can be opened; seconds a tile, by a few batches of the largest."""
-        with Readers(self.args.workers) as readers:
-            plans = list(self.surveys(readers, self.todo, None))
-            seconds, batches = 0.0, Batches(self.encoder, self.args.batch, self.args.device)
-            largest = max((plan for plan in plans if len(plan["coords"])), key=lambda p: len(p["coords"]), default=None)
-            for _ in range(2 if largest else 0):  # the first time warms up
-                started, coords = time.time(), largest["coords"][: 3 * self.args.batch]
-                for _, places, tiles, _ in readers.tiles([largest | {"coords": coords}]):
-                    if places is not None:
-                        batches.add(places, tiles)
-                batches.finish()
-                seconds = (time.time() - started) / len(coords)
-        return plans, seconds
+            print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
 
 
-def print_table(plans, seconds):
-    """What there is and how long it would take. plans, seconds: of Preparation.estimate."""
+def few(names):
+    """The first of many names, for people."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def slide_notes(plan):
+    """What a person should know of a slide that was prepared."""
+    where = {"objective power": "the objective power", "--mpp": "--mpp", "given": "--mpp-csv"}
+    if plan["source"] in where:
+        yield f"um/px taken from {where[plan['source']]}"
+    if plan["contradicts"]:
+        yield "um/px and objective power contradict each other"
+    if plan["scale"] < 1 - NATIVE:
+        yield "coarser than the target, enlarged"
+    if plan["dropped"]:
+        yield f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded"
+    if plan["lost"]:
+        yield f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded"
+    if not len(plan["coords"]):
+        yield f"no tissue found{plan['why']}"
+
+
+def print_table(plans):
+    """What a dry run found."""
     width = max([5, *(len(plan["name"]) for plan in plans)])
-
-    def line(name, size, mpp, source, level, n, took):
-        print(f"{name:{width}}  {size:>15}  {mpp:>7}  {source:15}  {level:>5}  {n:>8}  {took!s:>8}")
-
-    line("slide", "level-0 size", "um/px", "from", "level", "tiles", "time")
-    everything = {"name": "all", "coords": range(sum(len(plan["coords"]) for plan in plans))}
-    for plan in [*plans, everything]:
-        n, size = len(plan["coords"]), " x ".join(map(str, plan.get("size", ())))
-        mpp, source, level = (plan.get(key, "") for key in ("mpp", "source", "level"))
-        line(plan["name"], size, f"{mpp:.6}", source, level, n, datetime.timedelta(seconds=round(n * seconds)))
+    print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  {'level':>5}  {'tiles':>8}")
+    for plan in plans:
+        size, n = " x ".join(map(str, plan["size"])), len(plan["coords"])
+        print(f"{plan['name']:{width}}  {size:>15}  {plan['mpp']:>7.6}  {plan['source']:15}  {plan['level']:>5}  {n:>8}")
+    total = sum(len(plan["coords"]) for plan in plans)
+    print(f"{count(len(plans), 'slide')}, {count(total, 'tile')}")
 
 
-def prepare_slides(args, slides):
-    """All slides of {id: path}, resuming where an earlier run stopped. Returns the failures, [(path, message)]."""
+def known_meta(args):
+    """What a dry run takes for data/meta.json, which it does not write."""
+    there = (args.data / "meta.json").exists()
+    return wsi_llava.read_meta(args.data) if there else {"encoder": {"source": "", "fingerprint": None}}
+
+
+def read_table(args, slides):
+    """--mpp-csv -> {slide: um/px}. Says which of its lines are about none of the slides."""
+    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    used = {row for name, path in slides.items() for row in table_rows(table, name, path)}
+    lost = [row for row in table if row not in used]
+    if lost:
+        print(f"{args.mpp_csv}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
+    return table
+
+
+def prepare_slides(args, slides, number=0, shares=1):
+    """All slides of {id: path}, or every `shares`-th from `number` on, resuming where an earlier run stopped. Returns the
+    failures, [(path, message)]."""
     with disk_errors(args.data):
-        work = Preparation(args, slides)
+        table = read_table(args, slides)
+        slides = dict(list(slides.items())[number::shares])
+        work = Preparation(args, slides, table)
         if work.meta["encoder"]["source"] == "untrained":
             print("No GigaPath weights found or named: a small untrained encoder serves, for trying the pipeline only.")
         print(
@@ -891,61 +1169,19 @@ def prepare_slides(args, slides):
             f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {args.data}/features, with "
             f"{count(args.workers, 'reader')}."
         )
-        work.encoder.to(args.device, args.dtype)
+        if work.encoder:
+            work.encoder.to(args.device, args.dtype)
         with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
-            if args.dry_run:
-                found = work.estimate()
-                work.bar.close()
-                print_table(*found)
-                return work.failures
-            sweep(args.data)
             try:
                 work.run(work.todo)
             except torch.OutOfMemoryError:
                 message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
                 raise UserError(message) from None
-        work.summary()
+        if args.dry_run:
+            print_table(work.seen)
+        else:
+            work.summary()
     return work.failures
-
-
-def draw_cell(sheet, corner, cell, picture, name, text, colour):
-    """One slide's place on a sheet; with a colour, in a frame of it."""
-    (x, y), draw, font = corner, ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    if picture.exists():
-        small = Image.open(picture)
-        small.draft("RGB", (cell, cell))
-        small.thumbnail((cell - 12, cell - 12))
-        sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-    if colour:
-        draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
-    shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
-    draw.text((x + cell / 2, y + cell + 2), shown, "black", font, anchor="ma")
-    draw.text((x + cell / 2, y + cell + 17), text, colour or (90, 90, 90), font, anchor="ma")
-
-
-def contact_sheets(data, columns=10, rows=10, cell=192):
-    """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
-    failures = read_failures(data)
-    counts = {path.stem: feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
-    names, n = sorted({*counts, *failures}), columns * rows
-    pages = [names[i : i + n] for i in range(0, len(names), n)]
-    paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
-    for path, page in zip(paths, pages):
-        size = min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)
-        sheet = Image.new("RGB", size, "white")
-        for i, name in enumerate(page):
-            text, colour = f"{counts.get(name, 0):,} tiles", None
-            if name in failures:
-                text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
-            elif not counts[name]:
-                text, colour = "NO TISSUE", (210, 120, 0)
-            corner = i % columns * cell, i // columns * (cell + 36)
-            draw_cell(sheet, corner, cell, data / "qc" / f"{name}.jpg", name, text, colour)
-        with replacing(path) as temporary:
-            sheet.save(temporary, "JPEG", quality=85)
-    for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
-        if re.fullmatch(r"index-\d+", path.stem) and path not in paths:
-            path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1180,13 +1416,12 @@ def import_qa(files, data, split):
 # --------------------------------------------------------------------------------------------------------------------
 
 SIDE = 2048  # pixels of a toy slide, at 0.5 um/px: 8 x 8 tiles
-GROUNDS = {  # each type's colour between the nuclei of the tumour
-    "adenocarcinoma": (214, 160, 200),
-    "squamous cell carcinoma": (228, 138, 168),
-    "small cell carcinoma": (186, 160, 206),
-    "mucinous carcinoma": (206, 212, 234),
+TYPES = {  # each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
+    "adenocarcinoma": ((214, 160, 200), 84, 5.5),
+    "squamous cell carcinoma": ((228, 138, 168), 34, 7),
+    "small cell carcinoma": ((186, 160, 206), 17, 6),
+    "mucinous carcinoma": ((206, 212, 234), 92, 6),
 }
-TYPES = list(GROUNDS)
 GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}  # tumour's share of the tissue
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 SUBTYPES = {
@@ -1195,9 +1430,10 @@ SUBTYPES = {
     ("negative", "positive"): "HER2-enriched",
     ("negative", "negative"): "basal-like",
 }
+NUCLEUS, LUMEN = (112, 72, 146), (246, 240, 246)
 
 
-def noise(rng, size, cells):
+def noise(rng, cells, size=SIDE // 8):
     """A smooth random field float32 [size,size], mean 0, with about `cells` bumps across."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
@@ -1206,156 +1442,80 @@ def noise(rng, size, cells):
 def scatter(rng, mask, spacing):
     """Jittered grid points (x, y) in full pixels where the mask (at SIDE / 8) is True."""
     grid = np.stack(np.meshgrid(np.arange(0, SIDE, spacing), np.arange(0, SIDE, spacing)), -1).reshape(-1, 2)
-    points = grid + rng.uniform(0, spacing, grid.shape)
-    points = points[(points < SIDE).all(1)]
-    return points[mask[(points[:, 1] // 8).astype(int), (points[:, 0] // 8).astype(int)]]
+    points = (grid + rng.uniform(0, spacing, grid.shape)).clip(0, SIDE - 1)
+    return points[mask[points[:, 1].astype(int) // 8, points[:, 0].astype(int) // 8]]
 
 
-def lay_out(rng, case):
-    """Where things are, at an eighth of the resolution -> bool masks [256,256]: tissue, necrosis, tumour, stroma."""
-    size = SIDE // 8
-    y, x = np.mgrid[:size, :size] / size * 2 - 1
-    angle = np.arctan2(y, x)
-    radius = 0.86 + sum(rng.uniform(-0.05, 0.05) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, 6))
-    tissue = np.hypot(x, y) < radius
-    dx, dy = QUADRANTS[case["position"]]
-    cx, cy = dx * rng.uniform(0.36, 0.46), dy * rng.uniform(0.36, 0.46)
-    necrosis = tissue & (np.hypot(x - cx, y - cy) < 0.29 + 0.03 * noise(rng, size, 8))
-    viable = tissue & ~necrosis
-    field = noise(rng, size, 5) + 0.25 * noise(rng, size, 16)
-    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
-    return tissue, necrosis, tumour, viable & ~tumour
+def dots(rng, draw, points, radius, colour):
+    """A dot at each point, of about that radius and colour."""
+    for (x, y), size, shade in zip(points, radius * rng.uniform(0.85, 1.15, len(points)), rng.uniform(-14, 14, len(points))):
+        draw.ellipse((x - size, y - size, x + size, y + size), tuple(int(c + shade) for c in colour))
 
 
-def paint_ground(rng, case, tissue, necrosis, tumour, stroma):
-    """What lies between the nuclei -> RGB image SIDE x SIDE."""
-    size = len(tissue)
-    colour = np.empty((size, size, 3), np.float32)
-    colour[:] = (244, 243, 244)  # glass
-    for region, rgb in ((stroma, (235, 184, 204)), (tumour, GROUNDS[case["type"]]), (necrosis, (216, 190, 178))):
-        colour[region] = rgb
-    colour += (tissue * (5 * noise(rng, size, 12) + 5 * noise(rng, size, 64)))[..., None]
-    picture = Image.fromarray(np.clip(colour, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
-    return picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-
-
-def dot(draw, x, y, rx, ry, fill):
-    draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
-
-
-def draw_cells(rng, draw, case, necrosis, tumour, stroma):
-    """Each region's nuclei, and what they are arranged in."""
-
-    def nucleus(x, y, rx, ry, dark=0):
-        shade = rng.uniform(-14, 14) - dark
-        dot(draw, x, y, rx, ry, (int(112 + shade), int(72 + shade), int(146 + shade)))
-
-    ring = np.linspace(0, 2 * math.pi, 9)[:-1]
-    for x, y in scatter(rng, stroma, 46):  # fibroblasts: few, slender
-        along, across = 10 * np.cos(ring), 2.5 * np.sin(ring)
-        c, s = np.cos(a := rng.uniform(0, 3.2)), np.sin(a)
-        outline = np.stack([x + c * along - s * across, y + s * along + c * across], -1)
-        draw.polygon(outline.ravel().tolist(), (118, 76, 150))
-    for x, y in scatter(rng, necrosis, 22):  # ghosts and dust, no nuclei
-        dot(draw, x, y, *[rng.uniform(1.5, 3)] * 2, (150, 120, 120))
-    if case["type"] == "adenocarcinoma":  # glands: a lumen in a ring of nuclei
-        for x, y in scatter(rng, tumour, 84):
-            r = rng.uniform(17, 27)
-            dot(draw, x, y, r, r, (246, 240, 246))
-            for a in np.arange(0, 2 * math.pi, 11 / r):
-                nucleus(x + (r + 7) * math.cos(a), y + (r + 7) * math.sin(a), 5.5, 5.5)
-    elif case["type"] == "squamous cell carcinoma":  # sheets with keratin pearls
-        for x, y in scatter(rng, tumour, 34):
-            nucleus(x, y, rng.uniform(6, 8), rng.uniform(6, 8))
+def draw_tumour(rng, draw, kind, tumour):
+    """The nuclei of a tumour, in the arrangement that is its type's."""
+    _, spacing, radius = TYPES[kind]
+    centres = scatter(rng, tumour, spacing)
+    if kind == "adenocarcinoma":  # glands: a lumen in a ring of nuclei
+        dots(rng, draw, centres, 22, LUMEN)
+        angles = np.linspace(0, 2 * math.pi, 17)[:-1]
+        ring = 29 * np.stack([np.cos(angles), np.sin(angles)], -1)
+        dots(rng, draw, (centres[:, None] + ring).reshape(-1, 2), radius, NUCLEUS)
+    elif kind == "mucinous carcinoma":  # clusters that float in pools of mucin
+        cluster = rng.normal(0, 11, (len(centres), 7, 2))
+        dots(rng, draw, (centres[:, None] + cluster).reshape(-1, 2), radius, NUCLEUS)
+    elif kind == "small cell carcinoma":  # crowded, small, dark
+        dots(rng, draw, centres, radius, (78, 38, 112))
+    else:  # sheets with keratin pearls
+        dots(rng, draw, centres, radius, NUCLEUS)
         for x, y in scatter(rng, tumour, 150):
-            for r, shade in ((34, 0), (26, 22), (18, 0), (10, 22)):
-                dot(draw, x, y, r, r, (240 - shade, 104 + shade, 128))
-    elif case["type"] == "small cell carcinoma":  # crowded, small, dark
-        for x, y in scatter(rng, tumour, 17):
-            nucleus(x, y, rng.uniform(5, 6.5), rng.uniform(5, 6.5), 34)
-    else:  # clusters that float in pools of mucin
-        for x, y in scatter(rng, tumour, 92):
-            for _ in range(7):
-                nucleus(*(np.array((x, y)) + rng.normal(0, 11, 2)), 6, 6)
-
-
-def plant_pigment(rng, draw, tissue):
-    """Brown pigment in the middle of one or two tiles that hold tissue all over -> the corners of these tiles."""
-    side = TILE // 8
-    inside = np.argwhere(tissue.reshape(SIDE // TILE, side, SIDE // TILE, side).mean((1, 3)) > 0.95)
-    planted = []
-    for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
-        centre = (np.array((column, row)) + 0.5) * TILE + rng.uniform(-24, 24, 2)
-        for x, y in centre + rng.normal(0, 26, (46, 2)).clip(-64, 64):
-            dot(draw, x, y, *[rng.uniform(5, 9)] * 2, (int(rng.uniform(96, 122)), int(rng.uniform(58, 74)), 22))
-        planted.append([int(column) * TILE, int(row) * TILE])
-    return planted
+            for size, shade in ((34, 0), (26, 22), (18, 0), (10, 22)):
+                draw.ellipse((x - size, y - size, x + size, y + size), (240 - shade, 104 + shade, 128))
 
 
 def draw_slide(case):
-    """Draws one toy H&E slide -> (RGB image SIDE x SIDE, the corners of the tiles that hold the pigment)."""
+    """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is the grade, a
+    necrosis in one quadrant, and pigment or none -> (RGB image, the corners of the tiles that hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
-    tissue, necrosis, tumour, stroma = lay_out(rng, case)
-    picture = paint_ground(rng, case, tissue, necrosis, tumour, stroma)
+    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
+    tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
+    dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
+    necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.29 + 0.03 * noise(rng, 8))
+    viable = tissue & ~necrosis
+    field = noise(rng, 5) + 0.25 * noise(rng, 16)
+    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
+
+    colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
+    for region, rgb in ((viable, (235, 184, 204)), (tumour, TYPES[case["type"]][0]), (necrosis, (216, 190, 178))):
+        colour[region] = rgb
+    colour += (tissue * (5 * noise(rng, 12) + 5 * noise(rng, 64)))[..., None]
+    picture = Image.fromarray(colour.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+    picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
     draw = ImageDraw.Draw(picture)
-    draw_cells(rng, draw, case, necrosis, tumour, stroma)
-    planted = plant_pigment(rng, draw, tissue) if case["focus"] == "present" else []
+    for x, y in scatter(rng, viable & ~tumour, 46):  # fibroblasts: few, slender
+        dx, dy = rng.uniform(-9, 9, 2)
+        draw.line((x - dx, y - dy, x + dx, y + dy), (118, 76, 150), width=5)
+    dots(rng, draw, scatter(rng, necrosis, 22), 2, (150, 120, 120))  # ghosts and dust, no nuclei
+    draw_tumour(rng, draw, case["type"], tumour)
+    planted = []
+    if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
+        inside = np.argwhere(tissue.reshape(8, 32, 8, 32).mean((1, 3)) > 0.95)
+        for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
+            corner = np.array([column, row]) * TILE
+            spots = TILE / 2 + rng.uniform(-24, 24, 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64)
+            dots(rng, draw, corner + spots, 7, (109, 66, 22))
+            planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     table = [round(255 * (i / 255) ** stain) for i in range(256)]
     return picture.filter(ImageFilter.SMOOTH).point(table * 3), planted
 
 
-def write_tiff(path, image, mpp=TARGET_MPP, downsamples=(1, 2, 4)):
-    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4: OpenSlide's generic-tiff.
-
-    Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte entries,
-    and every tile a JPEG of its own.
-    """
-    body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
-    for downsample in downsamples:
-        size = tuple(side // downsample for side in image.size)
-        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
-        offsets, lengths = [], []
-        for y in range(0, size[1], TILE):
-            for x in range(0, size[0], TILE):
-                tile = io.BytesIO()
-                picture.crop((x, y, x + TILE, y + TILE)).save(tile, "JPEG", quality=80)
-                offsets.append(len(body))
-                lengths.append(len(tile.getvalue()))
-                body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
-        values = len(body)
-        per_cm = round(1e4 / mpp / downsample)
-        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
-        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
-            (256, 4, 1, size[0]),
-            (257, 4, 1, size[1]),
-            (258, 3, 3, values),  # BitsPerSample
-            (259, 3, 1, 7),  # Compression: JPEG
-            (262, 3, 1, 6),  # Photometric: YCbCr
-            (277, 3, 1, 3),  # SamplesPerPixel
-            (282, 5, 1, values + 8),  # XResolution
-            (283, 5, 1, values + 8),
-            (296, 3, 1, 3),  # ResolutionUnit: centimetre
-            (322, 4, 1, TILE),
-            (323, 4, 1, TILE),
-            (324, 4, len(offsets), values + 16),  # TileOffsets
-            (325, 4, len(offsets), values + 16 + 4 * len(offsets)),  # TileByteCounts
-        ]
-        if len(offsets) == 1:
-            raise ValueError("a level of one tile would keep its offset in the entry itself")
-        struct.pack_into("<I", body, offset_of_next, len(body))
-        body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
-        offset_of_next = len(body)
-        body += struct.pack("<I", 0)
-    with replacing(path) as temporary:
-        temporary.write_bytes(body)
-
-
 def draw_case(case, path):
-    """One process's share of the drawing -> the tiles of the pigment."""
-    image, planted = draw_slide(case)
-    write_tiff(path, image)
+    """One process's share of the drawing -> the tiles of the pigment. A plain picture, whose dpi say its um/px."""
+    picture, planted = draw_slide(case)
+    with replacing(path) as temporary:
+        picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
     return planted
 
 
@@ -1439,11 +1599,11 @@ def draw_cohort(args, recipe, folder):
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     print(
         f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
-        f"tiled, pyramidal TIFFs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
+        f"JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
     )
     for path in (folder, args.data / "qa"):
         path.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{case['slide']}.tif" for case in cases]
+    paths = [folder / f"{case['slide']}.jpg" for case in cases]
     spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
         drawn = tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
@@ -1473,10 +1633,10 @@ def prepare_demo(args):
         cases = cohort["cases"]
     else:
         cases = draw_cohort(args, recipe, folder)
-    failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.tif" for case in cases})
+    failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
     if failures:
         raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
-    contact_sheets(args.data)
+    write_index(args.data)
     stand_in_llm(args)
     return cases
 
@@ -1632,13 +1792,13 @@ def main(argv=None):
         slides = find_slides(args.slides)
         if shares > 1:
             print(f"Share {number + 1} of {shares} of {len(slides)} slides.")
-        failures += prepare_slides(args, dict(list(slides.items())[number::shares]))
+        failures += prepare_slides(args, slides, number, shares)
         if together:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         if not args.dry_run:
-            with disk_errors(args.data), alone(args.data, "sheets"):
-                contact_sheets(args.data)
+            with disk_errors(args.data):
+                write_index(args.data)
     if args.qa:
         import_qa(args.qa, args.data, args.split)
     if (args.data / "meta.json").exists() and (args.data / "qa" / "train.jsonl").exists() and not args.llm:

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,53 @@ def hf_llama(folder, **changes):
     return model
 
 
+def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4)):
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4: OpenSlide's generic-tiff.
+
+    Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte entries,
+    and every tile a JPEG of its own.
+    """
+    body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
+    for downsample in downsamples:
+        size = tuple(side // downsample for side in image.size)
+        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
+        offsets, lengths = [], []
+        for y in range(0, size[1], 256):
+            for x in range(0, size[0], 256):
+                tile = io.BytesIO()
+                picture.crop((x, y, x + 256, y + 256)).save(tile, "JPEG", quality=80)
+                offsets.append(len(body))
+                lengths.append(len(tile.getvalue()))
+                body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
+        values = len(body)
+        per_cm = round(1e4 / mpp / downsample)
+        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
+        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
+            (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
+            (256, 4, 1, size[0]),
+            (257, 4, 1, size[1]),
+            (258, 3, 3, values),  # BitsPerSample
+            (259, 3, 1, 7),  # Compression: JPEG
+            (262, 3, 1, 6),  # Photometric: YCbCr
+            (277, 3, 1, 3),  # SamplesPerPixel
+            (282, 5, 1, values + 8),  # XResolution
+            (283, 5, 1, values + 8),
+            (296, 3, 1, 3),  # ResolutionUnit: centimetre
+            (322, 4, 1, 256),
+            (323, 4, 1, 256),
+            (324, 4, len(offsets), values + 16),  # TileOffsets
+            (325, 4, len(offsets), values + 16 + 4 * len(offsets)),  # TileByteCounts
+        ]
+        if len(offsets) == 1:
+            raise ValueError("a level of one tile would keep its offset in the entry itself")
+        struct.pack_into("<I", body, offset_of_next, len(body))
+        body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        offset_of_next = len(body)
+        body += struct.pack("<I", 0)
+    with wsi_llava.replacing(path) as temporary:
+        temporary.write_bytes(body)
+
+
 CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
 
 
@@ -159,7 +207,7 @@ def toy_slide(tmp_path_factory):
     """One toy slide -> (its TIFF, the image it was written from, the corners of the tiles with pigment)."""
     path = tmp_path_factory.mktemp("slides") / "toy.tif"
     image, planted = prepare.draw_slide(CASE)
-    prepare.write_tiff(path, image)
+    write_tiff(path, image)
     return path, image, planted
 
 
@@ -1611,7 +1659,7 @@ def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, t
     for mpp in (0.5, 0.25, 0.46):
         side = round(1536 * 0.5 / mpp)
         scan = image.resize((side, side), Image.Resampling.BICUBIC)
-        prepare.write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
+        write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
     prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
     for mpp in (0.5, 0.25, 0.46):
         found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
@@ -1717,12 +1765,6 @@ def test_two_slides_of_one_name_are_refused(tmp_path):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (300, 300)).save(tmp_path / folder / "s.png")
     with pytest.raises(UserError, match="a/s.png and .*b/s.png have the same name"):
-        prepare.find_slides([tmp_path])
-
-
-def test_a_slide_called_like_the_sheet_of_all_is_refused(tmp_path):
-    Image.new("RGB", (300, 300)).save(tmp_path / "index-2.png")
-    with pytest.raises(UserError, match="index-2.png: data/qc/index-2.jpg is the sheet of all slides; rename"):
         prepare.find_slides([tmp_path])
 
 
@@ -1843,8 +1885,8 @@ def archive(toy_slide, tmp_path_factory):
     _, image, _ = toy_slide
     (folder / "slides").mkdir()
     for i in range(4):
-        prepare.write_tiff(folder / "slides" / f"s{i}.tif", image.rotate(90 * i))
-    prepare.write_tiff(folder / "slides" / "s4.tif", image.crop((0, 0, 1024, 1024)), downsamples=(1, 2))
+        write_tiff(folder / "slides" / f"s{i}.tif", image.rotate(90 * i))
+    write_tiff(folder / "slides" / "s4.tif", image.crop((0, 0, 1024, 1024)), downsamples=(1, 2))
     prepare.main(["--slides", str(folder / "slides"), "--data", str(folder / "data"), "--workers", "2", *FEW])
     return folder / "slides", folder / "data"
 
@@ -1903,7 +1945,7 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
     before = contents(data)
     assert 1 <= len(list(data.glob("features/s*"))) < 5
     assert not [name for name in before if "/s" in name and before[name] != contents(whole)[name]]
-    for name in ("features/.s3.safetensors.1", "features/.s4.safetensors.1", "qc/.s3.jpg.7", ".meta.json.1"):
+    for name in ("features/.s3.safetensors.1", "features/.s4.safetensors.1", "qc/.s3.jpg.7"):
         (data / f"{name}.part").write_bytes(b"half")
     command = [sys.executable, "-c", LOCK, HERE, data, "s4"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE)
@@ -1929,13 +1971,15 @@ def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_other_parameters_stop_and_name_both_values(archive):
+def test_other_parameters_stop_and_name_both_values(archive, tmp_path):
     slides, whole = archive
+    csv = str(tmp_path / "mpp.csv")
+    Path(csv).write_text("s1,0.4\n")
     for flags, message in [
         (["--min-tissue", "0.5"], "min_tissue 0.25, not 0.5; --overwrite makes it again"),
         (["--step", "128"], "step 256, not 128"),
         (["--seed", "3"], "seed 0, not 3"),
-        (["--mpp", "0.4"], "mpp None, not 0.4"),
+        (["--mpp-csv", csv], "mpp 0.5, not 0.4"),
         (["--max-tiles", "9"], "max_tiles 12, not 9"),
         (["--target-mpp", "0.6"], "holds features at 0.5 um/px, not 0.6"),
     ]:
@@ -1973,7 +2017,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     for x, y in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
         large.paste(image, (x, y))
     for name in ("one", "three"):
-        prepare.write_tiff(tmp_path / "slides" / f"{name}.tif", large)
+        write_tiff(tmp_path / "slides" / f"{name}.tif", large)
     damage(tmp_path / "slides" / "one.tif", [16 * 4 + 4])
     damage(tmp_path / "slides" / "three.tif", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])
     (tmp_path / "slides" / "bad.svs").write_bytes(b"not a slide")
@@ -1987,7 +2031,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     failures = prepare.read_failures(data)
     assert {name: entry["step"] for name, entry in failures.items()} == {"bad": "open", "three": "read"}
     assert "cannot be decoded" in failures["three"]["message"]
-    prepare.write_tiff(tmp_path / "slides" / "three.tif", large)
+    write_tiff(tmp_path / "slides" / "three.tif", large)
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main(common)
     assert set(prepare.read_failures(data)) == {"bad"} and (data / "features" / "three.safetensors").exists()
@@ -2020,10 +2064,10 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
 
 
 def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monkeypatch):
-    def full(batches):
+    def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(prepare.Batches, "encode", full)
+    monkeypatch.setattr(prepare, "encode", full)
     with pytest.raises(UserError, match="--batch 64 does not fit cpu's memory; try half of it"):
         prepare_one(archive[0], tmp_path / "data")
 
@@ -2055,13 +2099,16 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+LOOK = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+LOOK |= {"known": None, "outputs": {}}
+
+
 def test_the_picture_of_a_huge_slide_is_small(tmp_path):
     """Made of what its tissue was looked for on: a slide without small levels is read once."""
-    (tmp_path / "qc").mkdir()
     Image.new("RGB", (25600, 300), PINK).save(tmp_path / "wide.png")
-    params = {"target_mpp": 0.5, "mpp": 0.5, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-    assert len(prepare.survey("wide", tmp_path / "wide.png", params, tmp_path, False)["coords"]) == 100
-    assert Image.open(tmp_path / "qc" / "wide.jpg").size == (768, 9)
+    options = LOOK | {"given": 0.5, "outputs": {"picture": tmp_path / "wide.jpg"}}
+    assert len(prepare.Readers(1, 1).survey("wide", tmp_path / "wide.png", options)["coords"]) == 100
+    assert Image.open(tmp_path / "wide.jpg").size == (768, 9)
 
 
 def test_a_slide_without_tissue_is_recorded_as_such(tmp_path, capsys):
@@ -2088,18 +2135,15 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
     assert rings and all(ring[0] == ring[-1] and max(map(max, ring)) > 2048 for ring in rings[:1])
 
 
-def test_contact_sheets_show_every_slide_and_mark_what_failed(archive, tmp_path):
-    _, whole = archive
-    data = shutil.copytree(whole, tmp_path / "data")
-    prepare.note_failure(data, "lost", "open", "x")
-    prepare.contact_sheets(data, columns=2, rows=2, cell=100)
-    sheets = [Image.open(data / "qc" / name) for name in ("index.jpg", "index-2.jpg")]
-    assert [sheet.size for sheet in sheets] == [(200, 272), (200, 136)]  # lost and s0 to s2; s3, s4
-    pixels = np.asarray(sheets[0]).astype(int)
-    red = (pixels[..., 0] > 170) & (pixels[..., 1:].max(-1) < 60)
-    assert red[:136, :100].sum() > 300 and red[:, 100:].sum() == 0
-    prepare.contact_sheets(data)
-    assert not (data / "qc" / "index-2.jpg").exists()
+def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_path):
+    data = shutil.copytree(archive[1], tmp_path / "data")
+    prepare.note_failure(data, "l<o>st", "open", "no & nothing", "a/l<o>st.svs")
+    prepare.write_index(data)
+    page = (data / "qc" / "index.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b><br>(.*?)</figure>', page)
+    assert cards[0] == ("failed", "l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED (open): no &amp; nothing")
+    assert [card[:3] for card in cards[1:]] == [("", f"s{i}.jpg", f"s{i}") for i in range(5)]
+    assert cards[1][3] == "12 tiles" and "6 slides, 1 failed" in page
 
 
 @slow
@@ -3525,7 +3569,7 @@ def benchmark_encoding(rounds=2):
     encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
     folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
     folder.mkdir(exist_ok=True)
-    prepare.write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
+    write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
     plan = reading_plan(folder / "toy.tif")
     batch, n = 16, len(plan["coords"])
     tiles = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
