@@ -57,7 +57,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, check, count, feature_metadata, reading, replacing
+from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, check, count, feature_metadata, reading, replacing, share
+from wsi_llava import some_path
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -449,49 +450,158 @@ def given_mpp(args, table, name, path):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Tissue and tiles
+#
+# Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is where it
+# takes more of one colour than of another; glass, dust and black borders take all alike. Whatever else is on the slide,
+# a dark control or a pen, has no say. Ink has colours that tissue rarely has (green and blue; a red that takes green and
+# blue alike), and is smooth; a smooth colour that is most of what is stained is a stain all the same, unless it is
+# smoother than any tissue.
 # --------------------------------------------------------------------------------------------------------------------
 
-
-def otsu(counts):
-    """Otsu's threshold of a histogram of 256 values: the cut that separates them into the two most distinct groups."""
-    counts = np.array(counts, float)
-    weight = counts.cumsum()
-    total = (counts * np.arange(256)).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (total[-1] * weight / weight[-1] - total) ** 2 / (weight * (weight[-1] - weight))
-    return int(np.nanargmax(np.where(np.isfinite(between), between, -1)))
+WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
+STRIP = 2**18  # pixels that are looked at together: a thumbnail has 10 million
+HALO = 12  # pixels that the median, roughness and ink reach into the next strip
 
 
-def tissue_mask(thumbnail):
-    """RGB thumbnail -> bool [h,w]: stained tissue has a colour; glass, white or grey, has none, nor have black borders.
+def box_mean(x, r):
+    """Mean over the (2r+1)^2 pixels around each of float [h,w]."""
+    for _ in range(2):  # columns, then rows
+        padded = np.pad(x, ((r, r), (0, 0)), mode="edge")
+        x = sum(padded[i : i + len(x)] for i in range(2 * r + 1)).T / (2 * r + 1)
+    return x
 
-    The measure is max(R,G,B) - min(R,G,B): unlike the saturation, it is small in the dark, where the hue is noise. Otsu
-    always finds two groups, also where there is only glass or only tissue: hence the bounds on its threshold. Ink is
-    blue or green and far stronger than any stain; around it, where it fades into the glass, nothing counts either.
+
+def roughness(x):
+    """Standard deviation over the 5 x 5 pixels around each of float [h,w]."""
+    return np.sqrt(np.maximum(0, box_mean(x * x, 2) - box_mean(x, 2) ** 2))
+
+
+def strips(picture, every=1):
+    """A picture strip by strip, or every n-th -> (rows of the strip, its pixels uint8 with a margin, where it lies in
+    these)."""
+    rows = max(HALO, STRIP // picture.width)
+    for top in range(0, picture.height, rows * every):
+        above = min(top, HALO)
+        bottom = min(picture.height, top + rows)
+        part = picture.crop((0, top - above, picture.width, min(picture.height, bottom + HALO)))
+        pixels = np.asarray(part.filter(ImageFilter.MedianFilter(3)))
+        yield slice(top, bottom), pixels, slice(above, above + bottom - top)
+
+
+def find_glass(picture):
+    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is stain).
+
+    Glass is bright, smooth, and what most of the brightest smooth pixels look like.
     """
-    colour, rest = np.empty((2, thumbnail.height, thumbnail.width), np.uint8)  # rest: neither black nor ink, 255 or 0
-    halo, rows = 8, 256  # strip by strip, for memory's sake; blur and ink reach 6 pixels into the next
-    for top in range(0, thumbnail.height, rows):
-        above = min(top, halo)
-        strip = thumbnail.crop((0, top - above, thumbnail.width, min(thumbnail.height, top + rows + halo)))
-        red, green, blue = (np.asarray(band.filter(ImageFilter.GaussianBlur(1))) for band in strip.split())
-        high = np.maximum(np.maximum(red, green), blue)
-        spread = high - np.minimum(np.minimum(red, green), blue)
-        black = (high < 25) | (high < 75) & (spread < high // 2)
-        ink = (green > red) & (spread > high // 2 + high // 20) & (spread > 40)
-        ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
-        here = slice(above, above + rows)
-        colour[top : top + rows], rest[top : top + rows] = spread[here], ~(black | ink)[here] * np.uint8(255)
-    counts = Image.fromarray(colour).histogram(Image.fromarray(rest))
-    return (rest > 0) & (colour > np.clip(otsu(counts), 8, 30))
+    every = max(1, picture.width * picture.height // 2**20)
+    rgb = np.concatenate([pixels[inside] for _, pixels, inside in strips(picture, every)]).astype(np.float32)
+    grey = rgb.mean(-1)
+    smooth = (grey > 170) & (roughness(grey) < 4)
+    if smooth.mean() < 0.005:
+        return WHITE, 0.03
+    counts = np.convolve(np.bincount(grey[smooth].astype(int), minlength=256), np.ones(5), "same")
+    bright = np.flatnonzero(counts >= counts.max() / 10).max()
+    start = max(0, bright - 12)
+    peak = start + np.argmax(counts[start : bright + 1])
+    pixels = rgb[smooth & (abs(grey - peak) < 6)]
+    glass = np.median(pixels, axis=0)
+    red, green, blue = glass
+    # Haematoxylin and eosin take green first: a bright smooth stroma is no glass.
+    if glass.min() < 178 or np.ptp(glass) > 48 or green < min(red, blue) - 14:
+        return WHITE, 0.03
+    pixels = pixels[abs(pixels - glass).max(-1) < 8]
+    if len(pixels) < 100:
+        return glass, 0.03
+    colour = np.ptp(np.log10(glass / pixels), axis=-1)
+    noise = 1.4826 * np.median(abs(colour - np.median(colour)))
+    return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06))
+
+
+def find_tissue(picture):
+    """RGB thumbnail -> (bool [h,w]: tissue; bool [h,w]: ink, left out; the share of what is dark and has no colour)."""
+    glass, least = find_glass(picture)
+    tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
+    stained, inked = np.zeros((2, picture.height, picture.width), bool)
+    grey, rough_counts = 0, np.zeros(101, int)  # of ink-coloured pixels, by roughness in thousandths of their density
+    for rows, pixels, inside in strips(picture):
+        r, g, b = (table[pixels[..., i]] for i, table in enumerate(tables))  # optical densities
+        dark, most = (r + g + b) / 3, np.maximum(np.maximum(r, g), b)
+        colour = most - np.minimum(np.minimum(r, g), b)
+        high, low = pixels.max(-1), pixels.min(-1)
+        black = (high < 25) | ((high < 75) & (high - low < high // 2))  # its colour is noise
+        stained[rows] = ((colour > least) & (most > 0.02) & ~black)[inside]
+        grey += ((dark > 0.1) & ~(colour > least))[inside].sum()
+        cold = (r > 0.12) & (r > g + 0.08) & (r > b + 0.05)
+        red = (r < 0.13) & (g > 0.3) & (b > 0.72 * g)
+        if (cold | red).any():
+            rough, here = roughness(dark), (cold | red)[inside]
+            thousandths = (1000 * rough[inside][here] / dark[inside][here]).clip(0, 100).astype(int)
+            rough_counts += np.bincount(thousandths, minlength=101)
+            smooth = (cold | red) & (rough < 0.004 + 0.036 * dark)
+            core = Image.fromarray(smooth.view(np.uint8) * 255).filter(ImageFilter.BoxBlur(3)).point([0] * 255 + [255])
+            inked[rows] = (np.asarray(core.filter(ImageFilter.BoxBlur(6))) > 0)[inside]
+    inked &= stained
+    smoother_than_tissue = rough_counts[:25].sum() > rough_counts.sum() / 2
+    if inked.sum() > 0.4 * stained.sum() and not smoother_than_tissue:
+        inked[:] = False
+    return stained & ~inked, inked, grey / stained.size
+
+
+def tissue_mask(picture):
+    """RGB thumbnail -> bool [h,w]: what is stained, and no ink."""
+    return find_tissue(picture)[0]
+
+
+def mask_file(folder, name):
+    """--mask: the slide's file in the folder, or None."""
+    endings = ("png", "tif", "tiff", "bmp", "jpg", "jpeg", "geojson", "json")
+    return next((path for path in (Path(folder) / f"{name}.{end}" for end in endings) if path.is_file()), None)
+
+
+def given_mask(path, slide, size):
+    """A mask picture of the whole slide, or a QuPath GeoJSON, -> bool [h,w] of that size (width, height)."""
+    with reading(path, "--mask takes a picture of the whole slide, black where there is no tissue, or QuPath's GeoJSON"):
+        if path.suffix.lower() in (".geojson", ".json"):
+            return drawn_mask(path, slide, size)
+        grey = Image.open(path).convert("L")
+        stretched = (grey.width / grey.height) / (slide.width / slide.height)
+        tolerance = 0.02 + 1 / min(grey.size)
+        check(abs(stretched - 1) < tolerance, f"{path}: {grey.width} x {grey.height} px are not of the slide's shape")
+        marked = 127 if grey.getextrema()[1] > 127 else 0  # labels 0, 1, 2... are masks too
+        grey = grey.point([0] * (marked + 1) + [255] * (255 - marked))
+        return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 127
+
+
+def drawn_mask(path, slide, size):
+    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w]."""
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    features = found.get("features", [found]) if isinstance(found, dict) else found
+    mask, scale = Image.new("L", size), MASK * slide.scale
+    for feature in features:
+        if feature.get("properties", {}).get("objectType") in ("tile", "cell", "detection"):
+            continue
+        geometry = feature.get("geometry", feature)
+        check(geometry["type"] in ("Polygon", "MultiPolygon"), f"{path}: a {geometry['type']}, not a polygon")
+        polygons = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+        for outer, *holes in polygons:
+            part = Image.new("L", size) if holes else mask
+            for ring, value in ((outer, 255), *((hole, 0) for hole in holes)):
+                corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5  # Pillow counts from pixel centres
+                ImageDraw.Draw(part).polygon(corners.ravel().tolist(), value)
+            if holes:
+                mask.paste(255, mask=part)
+    return np.asarray(mask) > 0
 
 
 def tile_grid(mask, min_tissue, step=TILE):
-    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order."""
+    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order.
+
+    The last tiles of rows and columns may reach beyond the slide, where all is white.
+    """
     total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # of the tissue above and left of each corner
     total[1:, 1:] = mask
     total.cumsum(0, out=total).cumsum(1, out=total)
-    y, x = (np.arange(0, side * MASK - TILE + 1, step) for side in mask.shape)  # whole tiles only
+    y, x = (np.arange(0, max(1, side * MASK - TILE + step), step) for side in mask.shape)
     top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
     bottom, right = top + TILE // MASK, left + TILE // MASK
     top, bottom = np.minimum([top, bottom], mask.shape[0])
@@ -524,19 +634,19 @@ def blocks(coords, step):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw_qc(path, picture, pixel, mask, coords):
-    """The slide with the outline of its tissue (green) and the kept tiles (blue): what a person checks before trusting.
-
-    picture: of the whole slide, `pixel` tiled pixels a pixel.
+def draw_qc(path, picture, pixel, mask, ink, coords):
+    """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept tiles (blue): what
+    a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a pixel.
     """
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
         draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None)
-    solid = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
-    solid = solid.point([0] * 128 + [255] * 128)
-    edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
-    picture.paste((0, 150, 60), mask=Image.fromarray(edge.astype(np.uint8) * 255))
+    for part, colour in ((ink, (220, 0, 0)), (mask, (0, 150, 60))):
+        solid = Image.fromarray(part.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
+        solid = solid.point([0] * 128 + [255] * 128)
+        edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
+        picture.paste(colour, mask=Image.fromarray(edge.astype(np.uint8) * 255))
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=90)
 
@@ -717,8 +827,17 @@ class Readers(torch.utils.data.Dataset):
             check(known in (None, plan["hash"]), "the features that are there by its name are another slide's; --overwrite")
             step = "tissue"
             thumbnail = slide.thumbnail(MASK)
-            mask = tissue_mask(thumbnail)
-            plan |= {"lost": slide.lost, "why": ""}
+            plan["lost"] = slide.lost
+            if options["mask"]:
+                mask, grey = given_mask(options["mask"], slide, thumbnail.size), 0
+                ink = np.zeros_like(mask)
+            else:
+                mask, ink, grey = find_tissue(thumbnail)
+            plan |= {"ink": ink.mean() > 0.001, "why": ""}
+            if max(slide.width, slide.height) < TILE:
+                plan["why"] = " (smaller than a tile)"
+            elif grey > 0.01:
+                plan["why"] = " (nothing there has a colour: grey, silver and fluorescence slides need --mask)"
             coords = tile_grid(mask, options["min_tissue"], options["step"])
             plan["coords"] = coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
             pixel = max(slide.width, slide.height) / 768
@@ -734,7 +853,7 @@ class Readers(torch.utils.data.Dataset):
             reason = wsi_llava.one_line(error, 500)
             raise SlideError(step, reason if str(path) in reason else f"{path}: {reason}") from None
         if picture:
-            draw_qc(outputs["picture"], picture, pixel, mask, coords)
+            draw_qc(outputs["picture"], picture, pixel, mask, ink, coords)
         if "geojson" in outputs:
             write_geojson(outputs["geojson"], slide, mask, coords)
         return plan
@@ -889,13 +1008,14 @@ class Preparation:
             self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
         self.todo = [name for name in slides if not self.is_done(name)]
 
-    def params(self):
-        """What features depend on, beside the slide and its um/px."""
-        args = self.args
+    def params(self, name):
+        """What a slide's features depend on, beside the slide and its um/px."""
+        args, mask = self.args, self.mask(name)
         return {
             "tile": TILE,
             "target_mpp": args.target_mpp,
             "min_tissue": args.min_tissue,
+            "mask": hashlib.sha256(mask.read_bytes()).hexdigest()[:12] if mask else None,
             "step": args.step,
             "max_tiles": args.max_tiles,
             "seed": args.seed if args.max_tiles else None,
@@ -906,6 +1026,10 @@ class Preparation:
         """The slide's um/px by --mpp-csv, or None."""
         rows = table_rows(self.table, name, self.slides[name])
         return self.table[rows[0]] if rows else None
+
+    def mask(self, name):
+        """The slide's file in --mask, or None."""
+        return mask_file(self.args.mask, name) if self.args.mask else None
 
     def file(self, name):
         return wsi_llava.features_file(self.data, name)
@@ -939,7 +1063,7 @@ class Preparation:
         return [path, os.path.getsize(path) if os.path.exists(path) else 0]
 
     def check_same(self, name, noted):
-        check_same(self.file(name), self.params())
+        check_same(self.file(name), self.params(name))
         given = self.given(name) or (self.args.mpp if noted.get("mpp_source") == "--mpp" else None)
         old = noted.get("mpp")
         check(given in (None, old), f"{self.file(name)} was made with mpp {old}, not {given}; --overwrite makes it again")
@@ -980,8 +1104,8 @@ class Preparation:
     def survey_options(self, name):
         noted, outputs = self.noted(name), {} if self.args.dry_run else self.missing(name)
         known = noted["file"][2] if noted and "file" in noted else None
-        scales = {"given": self.given(name), "fallback": self.args.mpp}
-        return {**self.params(), **scales, "known": known, "outputs": outputs}
+        own = {"given": self.given(name), "fallback": self.args.mpp, "mask": self.mask(name)}
+        return {**self.params(name), **own, "known": known, "outputs": outputs}
 
     def batches(self, readers, name, plan):
         """A surveyed slide -> the jobs that read its tiles. All batches are full but its last: a feature's bits depend on
@@ -1071,7 +1195,7 @@ class Preparation:
             return
         order = np.argsort(numbers)
         facts = {"mpp": plan["mpp"], "scale": plan["scale"], "mpp_source": plan["source"], "dropped": plan["dropped"]}
-        facts |= {"params": self.params(), "file": [*self.identity(name), plan["hash"]]}
+        facts |= {"params": self.params(name), "file": [*self.identity(name), plan["hash"]]}
         facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
         coords = torch.from_numpy(plan["coords"][numbers[order]])
         save_features(self.file(name), features[torch.from_numpy(order)], coords, facts)
@@ -1079,6 +1203,8 @@ class Preparation:
         self.written.append(len(numbers))
         for what in slide_notes(plan):
             self.notes[what].append(name)
+        if self.args.mask and not self.mask(name):
+            self.notes["not in --mask, so tissue was looked for by its colour"].append(name)
         self.settle(name)
 
     def fail(self, name, step, message):
@@ -1124,6 +1250,8 @@ def slide_notes(plan):
         yield f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded"
     if plan["lost"]:
         yield f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded"
+    if plan["ink"]:
+        yield "ink left out, outlined in red in data/qc (--mask decides otherwise)"
     if not len(plan["coords"]):
         yield f"no tissue found{plan['why']}"
 
@@ -1729,10 +1857,12 @@ def parse(argv=None):
     add("--qa", nargs="+", metavar="FILE", help="question files in either of WSI-Bench's shapes")
     add("--split", choices=["train", "test"], help="of --qa (default: test where the file's name says so, else train)")
     add("--demo", action="store_true", help="draw the toy cohort and prepare it")
-    add("--target-mpp", type=float, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
-    add("--mpp", type=float, help="um per pixel at level 0, for slides whose metadata lack or misstate it")
-    add("--mpp-csv", metavar="FILE", help="the same slide by slide: lines of slide,mpp; wins over --mpp")
-    add("--min-tissue", type=float, default=0.25, help="least share of tissue in a tile (default: 0.25)")
+    microns = at_least(MPP_RANGE[0], float, MPP_RANGE[1])
+    add("--target-mpp", type=microns, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
+    add("--mpp", type=microns, help="um per pixel at level 0 of slides whose metadata do not say it")
+    add("--mpp-csv", metavar="FILE", help="the same slide by slide, lines of slide,mpp; wins over what slides say")
+    add("--min-tissue", type=share, default=0.25, help="least share of tissue in a tile (default: 0.25)")
+    add("--mask", metavar="DIR", type=some_path, help="what is tissue: a mask picture or QuPath GeoJSON called as the slide")
     add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
     add(
         "--max-tiles",
@@ -1742,7 +1872,7 @@ def parse(argv=None):
     )
     add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
-    add("--dry-run", action="store_true", help="list the slides, their tiles and the time it would take; write nothing")
+    add("--dry-run", action="store_true", help="list the slides and their tiles; write nothing")
     add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
     add("--overwrite", action="store_true", help="make features again that are there already")
     wsi_llava.add_shared_flags(parser)
@@ -1755,15 +1885,7 @@ def with_defaults(args):
     return argparse.Namespace(**(vars(parse([])) | vars(args)))
 
 
-def check_flags(args):
-    for name, value in (("--mpp", args.mpp), ("--target-mpp", args.target_mpp)):
-        if value is not None and not MPP_RANGE[0] <= value <= MPP_RANGE[1]:
-            raise UserError(f"{name} {value}: um per pixel lie between 0.05 and 20, mostly at 0.25 or 0.5")
-    if not 0 <= args.min_tissue <= 1:
-        raise UserError(f"--min-tissue {args.min_tissue}: a share, from 0 to 1")
-
-
-def share(args):
+def own_share(args):
     """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how many)."""
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     i, n = map(int, match.groups()) if match else (0, 0)
@@ -1777,8 +1899,9 @@ def main(argv=None):
     args = parse(argv)
     if not (args.slides or args.features or args.qa or args.demo):
         raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
-    check_flags(args)
-    number, shares = share(args)
+    check(not (args.dry_run and args.demo), "--dry-run draws nothing: leave --demo out")
+    check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
+    number, shares = own_share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if together:  # by torchrun, which ends all as soon as one of them fails: so they wait for one another below
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))

@@ -2100,7 +2100,7 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
 
 
 LOOK = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-LOOK |= {"known": None, "outputs": {}}
+LOOK |= {"known": None, "mask": None, "outputs": {}}
 
 
 def test_the_picture_of_a_huge_slide_is_small(tmp_path):
@@ -3074,6 +3074,8 @@ def test_demo_runs_end_to_end(demo):
         (train, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
         (train, "--demo --workers 0", "--workers: 0 is less than 1"),
         (prepare, "--step 0", "--step: 0 is less than 1"),
+        (prepare, "--slides . --mpp 40", "--mpp: 40 is more than 20"),
+        (prepare, "--slides . --min-tissue 25", "--min-tissue: 25 is more than 1"),
         (prepare, "--seed -1", "--seed: -1 is less than 0"),
         (prepare, "--demo --demo-slides 4", "--demo-slides: 4 is less than 5"),
         (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
@@ -3093,10 +3095,8 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
         (sample, "--slide a b --zero-shot x", "--region and --zero-shot are about one slide; give --slide one name"),
         (prepare, "--slides . --device abacus", "--device abacus: "),
-        (prepare, "--slides . --mpp 40", "--mpp 40.0: um per pixel lie between 0.05 and 20"),
-        (prepare, "--slides . --min-tissue 25", "--min-tissue 25.0: a share, from 0 to 1"),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
-        (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: not a file that can be read"),
+        (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: no such file; --mpp-csv takes lines of slide,mpp"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tmp_path, monkeypatch, program, flags, message):
