@@ -57,8 +57,20 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import PRESETS, SYSTEM, TILE, UserError, at_least, check, count, feature_metadata, reading, replacing, share
-from wsi_llava import some_path
+from wsi_llava import (
+    PRESETS,
+    SYSTEM,
+    TILE,
+    UserError,
+    at_least,
+    check,
+    count,
+    feature_metadata,
+    reading,
+    replacing,
+    share,
+    some_path,
+)
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -274,7 +286,8 @@ def walk(top):
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # .snapshot, .Trash-1000
+        ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
+        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))  # .snapshot, .Trash-1000
         yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
 
 
@@ -337,8 +350,8 @@ def dicom_slides(folder, files):
     firsts = [min(series, key=lambda item: item[:2]) for series in slides.values()]
     if len(firsts) == 1:
         return [(folder.name, firsts[0][1])]
-    labels = [tags.get("container", "") for _, _, tags in firsts]
-    if len(set(labels)) < len(labels) or "" in labels:
+    labels = [tags.get("container") or tags.get("series", "") for _, _, tags in firsts]
+    if len(set(labels)) < len(labels):
         labels = [tags.get("series", "") for _, _, tags in firsts]
     return [(f"{folder.name}_{label}", path) for label, (_, path, _) in zip(labels, firsts)]
 
@@ -1306,7 +1319,7 @@ def prepare_slides(args, slides, number=0, shares=1):
                 message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
                 raise UserError(message) from None
         if args.dry_run:
-            print_table(work.seen)
+            print_table(sorted(work.seen, key=lambda plan: plan["name"]))
         else:
             work.summary()
     return work.failures
@@ -1930,7 +1943,7 @@ def main(argv=None):
     for _, message in failures:
         print(f"failed: {message}", file=sys.stderr)
     if failures:
-        where, rest = f"listed above and in {args.data}/failures.jsonl", "the others are done"
+        where, rest = f"listed above and in {args.data}/failures", "the others are done"
         if args.dry_run:
             where, rest = "listed above", "the others can be"
         raise UserError(f"{count(len(failures), 'slide')} could not be prepared ({where}); {rest}")

@@ -4,7 +4,6 @@ Tests that need reference files in ../shared skip where it is absent; every beha
 this repository.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -1732,16 +1731,61 @@ def test_where_the_resolution_comes_from(tmp_path):
         prepare.Slide(tmp_path / "screen.png")
 
 
-def test_the_resolution_can_be_given_slide_by_slide(tmp_path):
+def test_the_resolution_written_in_a_description_is_read(tmp_path):
+    """OME's XML, ImageJ's unit; one tag of two; a note where the objective power says otherwise; absurd sizes are refused."""
+    tifffile = pytest.importorskip("tifffile")
+    write = functools.partial(tifffile.imwrite, data=np.full((512, 512, 3), 255, np.uint8), tile=(256, 256), photometric="rgb")
+    ome = '<?xml version="1.0"?><OME><Image><Pixels PhysicalSizeX="{}" PhysicalSizeXUnit="{}"/></Image></OME>'
+    unit, size = {"resolutionunit": "NONE"}, {"metadata": None}
+    write(tmp_path / "ome.tif", description=ome.format(250, "nm"), **size)
+    write(tmp_path / "micro.tif", description=ome.format(0.25, "&#181;m"), **size)
+    write(tmp_path / "imagej.tif", description="ImageJ=1.53\nunit=micron\n", resolution=(4, 4), **unit, **size)
+    for name, source in (("ome", "OME-XML"), ("micro", "OME-XML"), ("imagej", "ImageJ")):
+        slide = prepare.Slide(tmp_path / f"{name}.tif")
+        assert (slide.source, round(slide.mpp, 6)) == (source, 0.25)
+    write(tmp_path / "says.svs", description="Aperio Image Library v1\n512x512 |AppMag = 40|MPP = 0.5", **size)
+    slide = prepare.Slide(tmp_path / "says.svs", fallback=0.1)
+    assert (slide.mpp, slide.source, slide.contradicts) == (0.5, "metadata", True)
+    Image.new("RGB", (512, 512)).save(tmp_path / "one.tif", tiffinfo={282: 101600.0, 296: 2})
+    assert prepare.Slide(tmp_path / "one.tif", fallback=0.1).mpp in (0.25, 0.1)  # Pillow may want both tags
+    Image.new("RGB", (600, 10)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match=r"wide.png: 24000 x 400 px at 0.5 um/px|are more than 1000 x 1000 tiles"):
+        prepare.Slide(tmp_path / "wide.png", mpp=20, target=0.001)
+
+
+def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
+    """--mpp is for slides that say nothing; a line of --mpp-csv, by id, file or path, wins over everything."""
+    for name, dpi in (("says", 50800), ("wrong", 50800), ("silent", 0)):
+        Image.new("RGB", (300, 300), PINK).save(tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {}))
     path = tmp_path / "mpp.csv"
-    path.write_text("slide,mpp\nscreen,0.5\ntags.tif,0.3\n")
-    table, args = prepare.read_mpp_csv(path), prepare.parse(["--mpp", "0.25"])
-    slides = [("screen", Path("screen.png")), ("tags", Path("tags.tif")), ("other", Path("other.svs"))]
-    assert [prepare.given_mpp(args, table, *slide) for slide in slides] == [0.5, 0.3, 0.25]
-    for wrong in ("tags,forty", "tags,40", "tags"):
-        path.write_text(f"screen,0.5\n{wrong}\n")
-        with pytest.raises(UserError, match="mpp.csv, line 2: not slide,mpp with 0.05 to 20 um per pixel"):
+    path.write_text(f"patient,slide,mpp\nx,{tmp_path}/wrong.jpg,0.25\nx,nobody,0.5\nx,nobody,0.5\n")
+    common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
+    prepare.main([*common, "--mpp-csv", str(path)])
+    printed = capsys.readouterr().out
+    for line in (
+        "mpp.csv: 1 line said twice",
+        "mpp.csv: 1 line about no slide here: nobody",
+        "1 slide, um/px taken from --mpp: silent",
+        "1 slide, um/px taken from --mpp-csv: wrong",
+    ):
+        assert line in printed
+    files = tmp_path / "data" / "features"
+    made = {name: prepare.feature_metadata(files / f"{name}.safetensors")["mpp"] for name in ("says", "wrong", "silent")}
+    assert made == {"says": 0.5, "wrong": 0.25, "silent": 0.4}
+    prepare.main([*common[:-2], "--mpp-csv", str(path)])
+    assert "3 done already; 0 to tile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["tags,forty", "tags,250", "tags,-0.5", "tags,nan", "tags;0.5", "tags", ",0.5"])
+def test_bad_lines_of_um_px_are_refused_the_first_too(tmp_path, row):
+    path = tmp_path / "mpp.csv"
+    for line in (1, 2):
+        path.write_text("screen,0.5\n" * (line - 1) + f"{row}\n")
+        with pytest.raises(UserError, match=f"mpp.csv, line {line}: not slide,mpp with 0.05 to 20 um per pixel"):
             prepare.read_mpp_csv(path)
+    path.write_text("slide,mpp\na,0.5\na,0.25\n")
+    with pytest.raises(UserError, match="line 3: a again, with 0.25 and 0.5 um/px"):
+        prepare.read_mpp_csv(path)
 
 
 def test_slides_are_found_as_an_archive_holds_them(tmp_path):
@@ -1760,12 +1804,85 @@ def test_slides_are_found_as_an_archive_holds_them(tmp_path):
     assert list(prepare.find_slides([tmp_path / "list.txt"])) == ["b c.d", "v"]
 
 
-def test_two_slides_of_one_name_are_refused(tmp_path):
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (300, 300)).save(tmp_path / folder / "s.png")
-    with pytest.raises(UserError, match="a/s.png and .*b/s.png have the same name"):
-        prepare.find_slides([tmp_path])
+def touched(folder, *names):
+    """Empty files below the folder."""
+    for name in names:
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/" + os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def test_slides_of_one_name_are_told_apart_by_their_path(tmp_path, capsys):
+    names = ["p1/HE.tif", "p2/HE.tif", "p2/index.svs", "t/case.svs", "t/case.jpg", "x/a/1.svs", "y/a/1.svs"]
+    touched(tmp_path, *names)
+    found = prepare.find_slides([tmp_path, tmp_path / "p1"])
+    assert list(found) == ["case_jpg", "case_svs", "index", "p1_HE", "p2_HE", "x_a_1", "y_a_1"]
+    assert found["p2_HE"] == tmp_path / "p2" / "HE.tif"
+    assert "2 slides called HE: named p1_HE, p2_HE" in capsys.readouterr().out
+
+
+def test_names_that_a_file_system_or_utf8_does_not_take(tmp_path):
+    """An id is a file's name: cut where it is long, read as Latin-1 where it is no UTF-8."""
+    touched(tmp_path, "q" * 240 + ".svs", b"caf\xe9.svs", "\u80bf\u7624.svs")
+    cut, cafe, cjk = sorted(prepare.find_slides([tmp_path]), key=len, reverse=True)[:1] + ["caf\xe9", "\u80bf\u7624"]
+    assert {cut, cafe, cjk} == set(prepare.find_slides([tmp_path]))
+    assert cut.startswith("q" * 170 + "-") and len(cut) == 179
+
+
+def test_lists_of_slides_in_any_encoding(tmp_path, monkeypatch):
+    touched(tmp_path, "\xfc.svs", "b.svs")
+    monkeypatch.chdir(tmp_path)
+    for encoding in ("utf-8-sig", "latin-1"):
+        (tmp_path / "list.txt").write_bytes("\xfc.svs\r\n\r\nb.svs\n".encode(encoding))
+        assert set(prepare.find_slides(["list.txt"])) == {"\xfc", "b"}
+    for line, message in (("list.txt", "list.txt, line 1: list.txt: this list names itself"), ("c.svs", "c.svs: no such file")):
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(UserError, match=message):
+            prepare.find_slides(["list.txt"])
+
+
+def test_folders_that_are_hidden_or_cannot_be_read(tmp_path, monkeypatch, capsys):
+    touched(tmp_path, "a.svs", ".Trash-1000/b.svs", "locked/c.svs", ".snapshot/d.svs")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert list(prepare.find_slides([tmp_path])) == ["a"]
+    assert "locked: this folder cannot be searched (Permission denied); left out" in capsys.readouterr().err
+    assert list(prepare.find_slides([tmp_path / ".snapshot"])) == ["d"]
+
+
+def write_dicom(path, kind, **tags):
+    """The header of a DICOM file: its kind, and what else is known of it, behind a sequence that is to be passed over."""
+    path.parent.mkdir(exist_ok=True)
+
+    def element(group, number, kind, value):
+        value = value.encode() + b" " * (len(value) % 2)
+        return struct.pack("<HH2sH", group, number, kind, len(value)) + value
+
+    body = element(8, 8, b"CS", tags.get("type", "ORIGINAL\\PRIMARY\\VOLUME")) + element(8, 0x16, b"UI", kind)
+    body += struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    body += element(0x20, 0xE, b"UI", "9.9") + struct.pack("<HHIHHI", 0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0)
+    body += element(0x20, 0xE, b"UI", tags["series"]) + element(0x40, 0x512, b"LO", tags.get("container", ""))
+    path.write_bytes(bytes(128) + b"DICM" + body)
+
+
+def test_folders_of_dicom_hold_slides_by_series(tmp_path):
+    slide, notes = "1.2.840.10008.5.1.4.1.1.77.1.6", "1.2.840.10008.5.1.4.1.1.91.1"
+    write_dicom(tmp_path / "one" / "0.dcm", notes, series="1.1")  # annotations, first in order
+    write_dicom(tmp_path / "one" / "1.dcm", slide, series="1.2", type="ORIGINAL\\PRIMARY\\LABEL")
+    write_dicom(tmp_path / "one" / "2.dcm", slide, series="1.2")
+    for i, (series, container) in enumerate([("2.1", "A"), ("2.2", "B"), ("2.2", "B")]):
+        write_dicom(tmp_path / "two" / f"{i}.dcm", slide, series=series, container=container)
+    for i in (1, 2):
+        write_dicom(tmp_path / "three" / f"{i}.dcm", slide, series=f"3.{i}")
+    write_dicom(tmp_path / "none" / "0.dcm", notes, series="4.1")
+    found = {name: path.name for name, path in prepare.find_slides([tmp_path]).items()}
+    assert found == {"one": "2.dcm", "two_A": "0.dcm", "two_B": "1.dcm", "three_3.1": "1.dcm", "three_3.2": "2.dcm"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3484,35 +3601,64 @@ def mean_tile(slide, x, y):
 
 def reading_plan(path, mpp=None):
     """What survey returns of a slide, less its pictures."""
-    params = {"target_mpp": 0.5, "mpp": mpp, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-    return prepare.survey(path.stem, path, params, None, False)
+    return prepare.Readers(1, 1).survey(path.stem, path, LOOK | {"given": mpp})
 
 
-def cpu_seconds(readers):
-    """CPU time of this process and its readers so far: what counts on a machine that does other things beside."""
-    spent = time.process_time()
-    for pid in readers.pool._processes:
-        utime, stime = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
-        spent += (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
-    return spent
+def tile_jobs(readers, plan, batch):
+    """The jobs that read all tiles of a plan."""
+    order = np.concatenate(prepare.blocks(plan["coords"], 256))
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        yield "read_tiles", "slide", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
+
+
+def read_all(workers, plan, batch=64, encode=lambda tiles: None):
+    """Reads all tiles in new processes -> seconds from when these have started."""
+    readers, started = prepare.Readers(workers, batch), []
+
+    def jobs():
+        started.append(time.perf_counter())
+        yield from tile_jobs(readers, plan, batch)
+
+    for (*_, slot), (read, _) in readers.run(jobs()):
+        encode(readers.slots[slot][: len(read)])
+        readers.free.append(slot)
+        ended = time.perf_counter()
+    return ended - started[0]
+
+
+def cpu_seconds():
+    """CPU time of this process and of those that it has ended: what counts on a machine that does other things beside."""
+    import resource
+
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 GIANT = """
-import re, sys
+import multiprocessing, re, sys
 from pathlib import Path
-import prepare
+import prepare, test_wsi_llava as tests
 folder = Path(sys.argv[1])
-params = {"target_mpp": 0.5, "mpp": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-with prepare.Readers(1) as readers:
-    ((_, future),) = readers.surveys([("giant", ("giant", folder / "giant.tif", params, folder, True))])
-    plan = future.result()
+look = tests.LOOK | {"outputs": {"picture": folder / "giant.jpg", "geojson": folder / "giant.geojson"}}
+readers, plan = prepare.Readers(1, 64), {}
+
+def jobs():
+    yield "survey", "giant", folder / "giant.tif", look
+    while not plan:
+        yield "wait", None
     found = len(plan["coords"])
-    plan["coords"] = plan["coords"][found // 2 : found // 2 + 1024]
-    for _ in readers.tiles([plan]):
-        pass
-    status = Path(f"/proc/{next(iter(readers.pool._processes))}/status").read_text()
-    peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
-    print(f"a slide of 100,000 x 100,000: {found:,} tiles found, 1,024 read, peak memory of the reader {peak / 1e6:.0f} MB")
+    yield from tests.tile_jobs(readers, plan | {"coords": plan["coords"][found // 2 : found // 2 + 1024]}, 64)
+
+for (method, *_, slot), result in readers.run(jobs()):
+    if method == "survey":
+        plan.update(result)
+    elif method == "read_tiles":
+        readers.free.append(slot)
+        status = Path(f"/proc/{multiprocessing.active_children()[0].pid}/status").read_text()
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
+n = len(plan["coords"])
+print(f"a slide of 100,000 x 100,000: {n:,} tiles found, 1,024 read, peak memory of the reader {peak / 1e6:.0f} MB")
 """
 
 
@@ -3542,13 +3688,14 @@ def benchmark_reading(n=2048, rounds=5):
         plan = reading_plan(path, mpp)
         rows = plan["coords"][:, 1] // 256
         plan["coords"] = coords = plan["coords"][rows >= rows.max() // 8 * 4][:n]
-        with prepare.Readers(workers) as readers, multiprocessing.get_context("fork").Pool(workers) as pool:
-            work = {"ours": lambda plan=plan, readers=readers: collections.deque(readers.tiles([plan]), maxlen=0)}
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            work = {}
             for name, tile in peers.items():
                 jobs = [(tile, path, mpp, part) for part in np.array_split(coords, workers)]
                 work[name] = functools.partial(pool.starmap, plain_loop, jobs)
-            took = {name: [] for name in work}
+            took = {name: [] for name in ("ours", *work)}
             for _ in range(rounds + 1):  # in the first one the processes start
+                took["ours"].append(read_all(workers, plan) / len(coords) * 1e3)
                 for name, run in work.items():
                     started = time.perf_counter()
                     run()
@@ -3579,20 +3726,17 @@ def benchmark_encoding(rounds=2):
         for start in range(0, n, batch):  # the same batches: full ones, and the slide's last
             encoder(wsi_llava.preprocess_tiles(tiles[: n - start]))
 
-    with prepare.Readers(1) as readers, torch.inference_mode():
+    def together():
+        read_all(1, plan, batch, lambda tiles: prepare.encode(encoder, tiles, device))
 
-        def together():
-            batches = prepare.Batches(encoder, batch, device)
-            for _, places, found, _ in readers.tiles([plan | {"dropped": 0}]):
-                batches.finish() if places is None else batches.add(places, found)
-
+    with torch.inference_mode():
         together()
         for _ in range(rounds):
             for name, work in (("alone", alone), ("ours", together)):
-                started, spent = time.perf_counter(), cpu_seconds(readers)
+                started, spent = time.perf_counter(), cpu_seconds()
                 work()
                 clock[name].append((time.perf_counter() - started) / n * 1e3)
-                cpu[name].append((cpu_seconds(readers) - spent) / n * 1e3)
+                cpu[name].append((cpu_seconds() - spent) / n * 1e3)
     clock, cpu = ({k: np.median(v) for k, v in x.items()} for x in (clock, cpu))
     print(
         f"reading and encoding / encoding alone: by the clock {clock['ours']:.1f} / {clock['alone']:.1f} ms a tile, ratio "
