@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import http.server
 import importlib.util
@@ -749,7 +750,7 @@ def stand_in(data):
         (lambda folder: wsi_llava.Tokenizer(folder / "t.model"), "t.model", "?", "not a SentencePiece model"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", None, "no such file; run python prepare.py --qa"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: not a row \('slide'\); run"),
-        (prepare.read_failures, "failures.jsonl", "[]\n", "not what prepare.py writes .*; delete it"),
+        (prepare.read_failures, "failures/x.json", "[]", "not what prepare.py writes .*; delete it"),
         (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "not a text file that can be read"),
     ],
 )
@@ -1937,6 +1938,116 @@ def test_tissue_is_found_beside(background, tissue, other):
     assert (mask & ~truth).sum() < 0.1 * truth.sum(), "other things were taken for tissue"
 
 
+def scene(glass, *things):
+    """A painted thumbnail 256 x 256 -> (it, where its tissue is). things: (colour, where, how much it varies); what varies
+    by less than 2 is a pen's. Tissue varies from cell to cell, and every pixel by a camera's noise."""
+    rng, truth = np.random.default_rng(0), np.zeros((256, 256), bool)
+    pixels = np.full((256, 256, 3), glass, np.float32)
+    for colour, box, varies in things:
+        shape = Image.new("L", (256, 256))
+        ImageDraw.Draw(shape).ellipse(box, fill=255)
+        inside = np.asarray(shape) > 0
+        texture = prepare.noise(rng, 64, 256) + prepare.noise(rng, 12, 256) / 2
+        pixels[inside] = (np.array(colour) + varies * texture[..., None])[inside]
+        truth[inside] = varies >= 2
+    pixels += rng.normal(0, 2, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), truth
+
+
+WEST, EAST, PALE = (20, 40, 130, 220), (150, 40, 240, 220), (236, 222, 230)
+TINTED, TEAL, RED_PEN = (235, 225, 195), (150, 210, 200), (215, 30, 45)
+SCENES = {
+    "H&E": [GLASS, (PINK, WEST, 12)],
+    "pale kidney, dark control": [GLASS, (PALE, WEST, 4), ((120, 70, 40), EAST, 14)],
+    "pale kidney, red pen": [GLASS, (PALE, WEST, 4), (RED_PEN, EAST, 1)],
+    "tinted glass": [TINTED, ((200, 120, 140), WEST, 12)],
+    "tinted glass, pale tissue": [TINTED, ((226, 204, 186), WEST, 5)],
+    "bluish glass": [(225, 232, 240), ((210, 160, 200), WEST, 12)],
+    "aniline blue": [GLASS, ((70, 120, 190), WEST, 14)],
+    "aniline blue, red": [GLASS, ((70, 120, 190), WEST, 14), ((190, 60, 90), EAST, 14)],
+    "fast green": [GLASS, ((60, 160, 140), WEST, 14)],
+    "fast green, H&E": [GLASS, ((60, 160, 140), WEST, 14), (PINK, EAST, 12)],
+    "strong red": [GLASS, ((205, 50, 70), WEST, 6)],
+    "blood, H&E": [GLASS, ((190, 40, 50), WEST, 8), (PINK, EAST, 12)],
+    "DAB": [GLASS, ((200, 195, 205), WEST, 8), ((130, 80, 40), EAST, 14)],
+    "red pen": [GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1)],
+    "pale teal pen": [GLASS, (PINK, WEST, 12), (TEAL, EAST, 1)],
+    "blue pen": [GLASS, (PINK, WEST, 12), ((40, 70, 170), EAST, 1)],
+    "green pen": [GLASS, (PINK, WEST, 12), ((20, 120, 70), EAST, 1)],
+    "a teal pen alone": [GLASS, (TEAL, EAST, 1)],
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_tissue_is_measured_against_the_slides_own_glass(name):
+    """Weak stain beside strong, tinted glass, blue and green stains; and pens of all colours, which are none."""
+    picture, truth = scene(*SCENES[name])
+    mask = prepare.tissue_mask(picture)
+    assert (truth & ~mask).sum() <= 0.1 * truth.sum(), "tissue was missed"
+    assert (mask & ~truth).sum() < 0.1 * max(truth.sum(), 10000), "other things were taken for tissue"
+
+
+def test_tissue_is_the_same_in_strips_of_any_size(monkeypatch):
+    picture, _ = scene(GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1))
+    tall = Image.fromarray(np.tile(np.asarray(picture), (4, 1, 1)))
+    whole = prepare.find_tissue(tall)
+    monkeypatch.setattr(prepare, "STRIP", 256 * 40)
+    for a, b in zip(whole, prepare.find_tissue(tall)):
+        assert np.array_equal(a, b)
+
+
+def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
+    """Silver stains and fluorescence have no colour; a slide may be smaller than a tile. Ink that was left out is named."""
+    grey = scene(GLASS, ((120, 120, 118), WEST, 14))[0].resize((2048, 2048))
+    grey.convert("L").convert("RGB").save(tmp_path / "silver.png")
+    Image.new("RGB", (60, 60), PINK).save(tmp_path / "tiny.png")
+    scene(GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1))[0].resize((2048, 2048)).save(tmp_path / "pen.png")
+    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5", "--max-tiles", "1"])
+    printed = capsys.readouterr().out
+    for line in (
+        "no tissue found (nothing there has a colour: grey, silver and fluorescence slides need --mask): silver",
+        "no tissue found (smaller than a tile): tiny",
+        "ink left out, outlined in red in data/qc (--mask decides otherwise): pen",
+    ):
+        assert f"1 slide, {line}" in printed
+
+
+def test_tiles_at_the_right_and_lower_border_are_kept_and_filled_with_white(tmp_path):
+    Image.new("RGB", (500, 500), PINK).save(tmp_path / "field.png")
+    slide = prepare.Slide(tmp_path / "field.png", mpp=0.5)
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    assert coords.tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
+    tile = slide.tile(256, 256)
+    assert (tile[:244, :244, :3] == PINK).all() and (tile[244:] == 255).all() and (tile[:, 244:] == 255).all()
+
+
+def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
+    """A picture of any size, or QuPath's GeoJSON with a hole; other masks are other features; a wrong one fails its slide."""
+    slides, masks, data = archive[0], tmp_path / "masks", tmp_path / "data"
+    masks.mkdir()
+    picture = Image.new("L", (128, 128))
+    picture.paste(1, (0, 0, 64, 64))  # a label, a quarter of the slide
+    picture.save(masks / "s0.png")
+    square = [[[0, 0], [2048, 0], [2048, 512], [0, 512], [0, 0]], [[0, 0], [512, 0], [512, 512], [0, 512], [0, 0]]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": square}, "properties": {}}
+    (masks / "s1.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    Image.new("L", (300, 100)).save(masks / "s2.png")
+    (masks / "s3.json").write_text('{"features": [{"geometry": 3}]}')
+    common = ["--slides", str(slides), "--data", str(data), "--mask", str(masks), "--max-tiles", "40"]
+    with pytest.raises(UserError, match="2 slides could not be prepared"):
+        prepare.main(common)
+    coords = {name: wsi_llava.read_features(data, name)[1].tolist() for name in ("s0", "s1")}
+    assert coords["s0"] == [[x, y] for y in range(0, 1024, 256) for x in range(0, 1024, 256)]
+    assert coords["s1"] == [[x, y] for y in (0, 256) for x in range(512, 2048, 256)]
+    failures = prepare.read_failures(data)
+    assert "s2.png: 300 x 100 px are not of the slide's shape" in failures["s2"]["message"]
+    assert "s3.json: " in failures["s3"]["message"] and "--mask takes" in failures["s3"]["message"]
+    assert "not in --mask, so tissue was looked for by its colour: s4" in capsys.readouterr().out
+    picture.save(masks / "s1.png")
+    with pytest.raises(UserError, match="s1.safetensors was made with mask .*; --overwrite makes it again"):
+        prepare.main(common)
+
+
 def test_slides_all_of_tissue_or_all_of_glass():
     rng = np.random.default_rng(0)
     assert prepare.tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean() < 0.02
@@ -1986,6 +2097,33 @@ def test_contours_are_the_mask_exactly():
                     crossings += (ax == bx) & (ax < x) & (min(ay, by) < y) & (y < max(ay, by))
             count += crossings % 2
         assert (count == mask).all()
+
+
+def test_outlines_are_valid_polygons():
+    """As QuPath asks for: no ring comes to a corner twice, one outer ring each, of the polygon's area with its holes."""
+    rng = np.random.default_rng(1)
+    for density in (0.3, 0.5, 0.7, 0.9):
+        mask = rng.random((40, 50)) < density
+        total = 0
+        for outer, *holes in prepare.contours(mask):
+            assert prepare.signed_area(outer) > 0 and all(prepare.signed_area(hole) < 0 for hole in holes)
+            assert all(len(set(ring)) == len(ring) >= 4 for ring in (outer, *holes))
+            edges = [frozenset(edge) for ring in (outer, *holes) for edge in unit_edges(ring)]
+            assert len(set(edges)) == len(edges)  # rings share corners at most
+            total += sum(prepare.signed_area(ring) for ring in (outer, *holes)) / 2
+        assert total == mask.sum()
+    ring = np.ones((3, 3), bool)
+    ring[1, 1] = ring[2, 2] = False  # the hole touches the outside at a corner
+    ((outer, hole),) = prepare.contours(ring)
+    assert prepare.signed_area(outer) == 16 and prepare.signed_area(hole) == -2
+
+
+def unit_edges(ring):
+    """A ring's edges, cut to a pixel's length."""
+    for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]):
+        n = abs(bx - ax) + abs(by - ay)
+        dx, dy = (bx - ax) // n, (by - ay) // n
+        yield from (((ax + i * dx, ay + i * dy), (ax + (i + 1) * dx, ay + (i + 1) * dy)) for i in range(n))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2104,6 +2242,74 @@ def test_other_parameters_stop_and_name_both_values(archive, tmp_path):
             prepare.main(["--slides", str(slides), "--data", str(whole), *FEW, *flags])
     with pytest.raises(UserError, match="--shard 3/2: I/N"):
         prepare.main(["--slides", str(slides), "--data", str(whole), "--shard", "3/2"])
+
+
+def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, capsys):
+    """By path and size, and where these differ by the slide's own hash: a moved archive is known again."""
+    slides, data = archive[0], tmp_path / "data"
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(slides / "s4.tif", tmp_path / folder / "s4.tif")
+    common = ["--data", str(data), "--max-tiles", "2"]
+    prepare.main(["--slides", str(tmp_path / "a"), *common])
+    before = contents(data)
+    prepare.main(["--slides", str(tmp_path / "b"), *common])
+    assert "Wrote 0 tiles of 0 slides" in capsys.readouterr().out and contents(data) == before
+    shutil.copy(slides / "s0.tif", tmp_path / "b" / "s4.tif")  # siteB/case1.tif, or a rescan
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare.main(["--slides", str(tmp_path / "b"), *common])
+    message = prepare.read_failures(data)["s4"]["message"]
+    assert "the features that are there by its name are another slide's; --overwrite" in message
+    prepare.main(["--slides", str(tmp_path / "b"), *common, "--overwrite"])
+    assert contents(data)["features/s4.safetensors"] != before["features/s4.safetensors"]
+    assert not prepare.read_failures(data)
+
+
+def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
+    """--geojson on finished slides, a picture that was deleted, features that are damaged; what is there is not touched."""
+    data, path = tmp_path / "data", tmp_path / "data" / "features" / "s4.safetensors"
+    prepare_one(archive[0], data)
+    before, made = contents(data), path.stat().st_mtime_ns
+    (data / "qc" / "s4.jpg").unlink()
+    prepare_one(archive[0], data, "--geojson")
+    assert (data / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
+    (data / "qc" / "s4.geojson").unlink()
+    path.write_bytes(before["features/s4.safetensors"][:-9])
+    prepare_one(archive[0], data)
+    assert contents(data) == before
+
+
+def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepare.fcntl, "lockf", refused)
+    prepare.main(["--slides", str(archive[0]), "--data", str(tmp_path), *FEW])
+    assert contents(tmp_path) == contents(archive[1])
+    assert capsys.readouterr().err.count("its file system has no locks (No locks available)") == 1
+
+
+def test_a_damaged_tile_of_a_coarse_level_costs_nothing(toy_slide, tmp_path):
+    """Its place is looked at on a finer level; a damaged tile of the finest stays white, where it is not too large a share."""
+    image = toy_slide[1]
+    write_tiff(tmp_path / "good.tif", image)
+    whole = prepare.Slide(tmp_path / "good.tif").thumbnail(8)
+    shutil.copy(tmp_path / "good.tif", tmp_path / "bad.tif")
+    damage(tmp_path / "bad.tif", [64 + 16, 64 + 5])  # levels have 64, 16 and 4 tiles
+    slide = prepare.Slide(tmp_path / "bad.tif")
+    again = slide.thumbnail(8)
+    assert slide.lost == 0 and np.abs(np.asarray(whole).astype(int) - np.asarray(again)).mean() < 3
+    large = Image.new("RGB", (4096, 4096))
+    for corner in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
+        large.paste(image, corner)
+    for name, tiles in (("one", [100]), ("many", range(16, 48))):
+        write_tiff(tmp_path / f"{name}.tif", large, downsamples=(1,))
+        damage(tmp_path / f"{name}.tif", tiles)
+    slide = prepare.Slide(tmp_path / "one.tif")
+    slide.thumbnail(32)
+    assert 0 < slide.lost <= 0.01 * 128 * 128
+    with pytest.raises(UserError, match="over 1% of its area cannot be decoded"):
+        prepare.Slide(tmp_path / "many.tif").thumbnail(32)
 
 
 def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
@@ -2272,7 +2478,7 @@ def test_real_slide_beside_a_broken_one(tmp_path):
     assert [line for line in lines if line.startswith("failed:")] == [line for line in lines if "broken.svs" in line]
     assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
     features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
-    assert features.shape == (len(coords), 128) and 30 < len(coords) < 50 and features.isfinite().all()
+    assert features.shape == (len(coords), 128) and 45 < len(coords) < 60 and features.isfinite().all()
     assert coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
 
 
@@ -3744,9 +3950,29 @@ def benchmark_encoding(rounds=2):
     )
 
 
+def benchmark_tissue():
+    """Both kinds of error of the tissue mask, on painted scenes (shares of the tissue), and on the real pictures of
+    ../shared/field where these are (shares of the pictures; what is known of them is in the last column)."""
+    print(f"{'painted':28} {'tissue missed':>14} {'taken for it':>14}")
+    for name, things in SCENES.items():
+        picture, truth = scene(*things)
+        mask = prepare.tissue_mask(picture)
+        n = max(1, truth.sum()) if truth.any() else truth.size
+        print(f"{name:28} {(truth & ~mask).sum() / n:14.1%} {(mask & ~truth).sum() / n:14.1%}")
+    known = {"no-tissue": "none is tissue", "stroma": "all is tissue"}
+    print(f"\n{'real':40} {'tissue':>8} {'ink':>8} {'ms':>6}")
+    for path in sorted((SHARED / "field").glob("*.png")):
+        picture, started = Image.open(path).convert("RGB"), time.perf_counter()
+        tissue, ink, _ = prepare.find_tissue(picture)
+        took = 1e3 * (time.perf_counter() - started)
+        what = next((text for start, text in known.items() if path.stem.startswith(start)), "")
+        print(f"{path.stem:40} {tissue.mean():8.1%} {ink.mean():8.1%} {took:6.0f}  {what}")
+
+
 BENCHMARKS = {
     "reading": benchmark_reading,
     "encoding": benchmark_encoding,
+    "tissue": benchmark_tissue,
     "stage1-memory": benchmark_stage1_memory,
     "llama": benchmark_llama,
     "int8": benchmark_int8,
