@@ -1,24 +1,25 @@
-"""Slides -> tile features, question files -> one dataset. Everything that train.py and sample.py read comes from here.
+"""Slides -> tile features, question files -> one dataset: everything that train.py and sample.py read.
 
-    python prepare.py --slides PATH...             slides, folders of slides, lists of slides: tissue, tiles, features
+    python prepare.py --slides PATH...             slides, folders of slides, lists: tissue, tiles, features
     python prepare.py --features PATH...           the same from features that were made elsewhere
     python prepare.py --qa FILE... [--split test]  WSI-Bench's question files, either shape, into data/qa/
     python prepare.py --demo                       draws a cohort of toy slides, with reports and questions
 
 A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every tile becomes one vector:
 
-    data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y in pixels at the tiled resolution)
+    data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
     data/qc/<slide>.jpg                 thumbnail with the outline of the tissue and the kept tiles: look at it
     data/qc/index.html                  all of these pictures on one page, and what failed
     data/failures/<slide>.json          why a slide could not be prepared: path, step and message
 
-Interrupt it whenever you like, kill it, start it twice: a slide is done once its files are there, and whoever works on
-a slide holds a lock that dies with the process.
+Interrupt it whenever you like, kill it, start it twice: a slide is done once its files are there, and whoever
+works on a slide holds a lock that dies with the process.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import csv
 import datetime
@@ -82,12 +83,13 @@ PART = 1024  # level pixels along each side of what a thumbnail is made of at a 
 DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
 MICRONS = {"inch": 25400, "centimeter": 10000, "cm": 10000, "mm": 1000, "micron": 1, "um": 1, "nm": 0.001}
+BAD_SLIDE = (openslide.OpenSlideError, SyntaxError, *wsi_llava.BAD_FILE)  # SyntaxError: Pillow's, of a PNG
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A slide at the target resolution
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def number(text):
@@ -100,7 +102,8 @@ def number(text):
 
 
 def written_mpp(text, x, y):
-    """(source, um/px in x, in y) by a TIFF's description: OME's XML, or ImageJ's unit with pixels per unit x and y."""
+    """(source, um/px in x, in y) by a TIFF's description: OME's XML, or ImageJ's unit with pixels per unit
+    x and y."""
 
     def microns(unit):  # the sign for micro is written in several ways
         return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
@@ -118,9 +121,10 @@ def written_mpp(text, x, y):
 class Slide:
     """A slide seen as one image at the tiled resolution.
 
-    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from. scale: level-0
-    pixels per tiled pixel, exactly target / mpp. The argument mpp wins over what the file says; fallback: those of a
-    file that says nothing. Raises UserError where the file is no slide or its um/px are unknown.
+    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from.
+    scale: level-0 pixels per tiled pixel, exactly target / mpp. The argument mpp wins over what the file
+    says; fallback: those of a file that says nothing. Raises UserError where the file is no slide or its
+    um/px are unknown.
     """
 
     def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
@@ -129,16 +133,19 @@ class Slide:
         self.path = path if Path(real).suffix != Path(path).suffix else real
         try:
             self.open()
-        except (openslide.OpenSlideError, SyntaxError, *wsi_llava.BAD_FILE) as error:  # SyntaxError: Pillow's, of a PNG
+        except BAD_SLIDE as error:
             reason = wsi_llava.one_line(error)
             raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
+        claimed = number(self.file.properties.get("openslide.level[0].tile-width"))
+        check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
         self.mpp, self.source = (mpp, "given") if mpp else self._own_mpp(path, fallback)
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         check(
             max(self.width, self.height) <= GRID * TILE,
-            f"{path}: {self.width} x {self.height} px at {target:g} um/px are more than {GRID} x {GRID} tiles, for which the "
-            f"slide encoder has no positions; a damaged file, or not {self.mpp:g} um/px ({self.source}): see --mpp-csv",
+            f"{path}: {self.width} x {self.height} px at {target:g} um/px are more than {GRID} x {GRID} tiles, "
+            f"for which the slide encoder has no positions; a damaged file, or its um/px are not {self.mpp:g} "
+            f"({self.source}): --mpp-csv gives others",
         )
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
@@ -155,7 +162,8 @@ class Slide:
 
     @property
     def hash(self):
-        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a plain picture, its bytes'."""
+        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a plain picture, its
+        bytes'."""
         quick = self.file.properties.get("openslide.quickhash-1")
         if quick:
             return quick
@@ -164,7 +172,8 @@ class Slide:
 
     @property
     def corner(self):
-        """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from there."""
+        """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from
+        there."""
         return [int(self.file.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
     @property
@@ -177,7 +186,8 @@ class Slide:
         return self.power > 0 and abs(math.log2(self.mpp * self.power / 10)) > 0.5
 
     def _own_mpp(self, path, fallback):
-        """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px, source)."""
+        """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px,
+        source)."""
         get = self.file.properties.get
         text, unit = get("tiff.ImageDescription") or "", get("tiff.ResolutionUnit")
         x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
@@ -197,16 +207,15 @@ class Slide:
             wide, high = wide or high, high or wide
             if MPP_RANGE[0] <= min(wide, high) and max(wide, high) <= MPP_RANGE[1]:
                 oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
-                check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv with a line for it takes them as if they were")
+                check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
                 return (wide + high) / 2, source
-        example = f"{Path(path).stem},0.25 for 40x"
-        message = f"{path}: its metadata has no um/px; give it with --mpp 0.25 (40x), or --mpp-csv and a line {example}"
-        check(fallback, message)
+        hint = "give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
+        check(fallback, f"{path}: its metadata has no um/px; {hint}")
         return fallback, "--mpp"
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what lies beyond the slide,
-        or was not scanned, is white."""
+        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what
+        lies beyond the slide, or was not scanned, is white."""
         corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
         region = self.file.read_region(corner, level, (width, height))
         pixels = np.asarray(region)
@@ -215,11 +224,13 @@ class Slide:
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A out takes a copy.
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A
+        out takes a copy.
 
-        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
-        Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one: as scanned);
-        otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches into read along.
+        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds
+        up. Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one:
+        as scanned); otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches
+        into read along.
         """
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
@@ -234,8 +245,9 @@ class Slide:
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
-        and not memory. What cannot be decoded is taken from a finer level; what no level has stays white, up to 1%."""
+        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels
+        takes time then, and not memory. What cannot be decoded is taken from a finer level; what no level
+        has stays white, up to 1%."""
         size = [max(1, round(side / pixel)) for side in (self.width, self.height)]
         picture, self.lost = Image.new("RGB", size, "white"), 0  # pixels of the picture
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
@@ -252,7 +264,7 @@ class Slide:
             inside = [x * zoom - left, y * zoom - top, right * zoom - left, bottom * zoom - top]
             try:
                 part = self.region(level, *corner, *map(math.ceil, inside[2:]))
-            except openslide.OpenSlideError as error:  # a flat picture cannot be read in part: its error fails the slide
+            except openslide.OpenSlideError as error:  # not Pillow's: it reads a picture whole or not at all
                 self.open()
                 if level > 0:
                     self._paint(picture, pixel, level - 1, (x, y, right, bottom), PART)
@@ -268,16 +280,16 @@ class Slide:
         return picture
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finding slides, and what they are called
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def walk(top):
     """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
 
     def unreadable(error):
-        print(f"{error.filename}: this folder cannot be searched ({error.strerror}); left out", file=sys.stderr)
+        print(f"{error.filename}: cannot be searched ({error.strerror}); left out", file=sys.stderr)
 
     seen = set()
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
@@ -287,12 +299,14 @@ def walk(top):
             continue
         seen.add(real)
         ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
-        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))  # .snapshot, .Trash-1000
+        # hidden: .snapshot, .Trash-1000
+        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))
         yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
 
 
 def listed(inputs, flag, source="", seen=()):
-    """The files and folders that are named, also in .txt lists -> paths. Raises UserError for one that is not there."""
+    """The files and folders that are named, also in .txt lists -> paths. Raises UserError for one that is
+    not there."""
     for text in inputs:
         entry = Path(text)
         check(os.path.exists(entry), f"{source}{entry}: no such file or folder ({flag})")
@@ -311,7 +325,8 @@ def listed(inputs, flag, source="", seen=()):
 
 
 def dicom_tags(path):
-    """A DICOM file's kind (SOP class), series, container and image type, as far as they can be read -> dict of texts."""
+    """A DICOM file's kind (SOP class), series, container and image type, as far as they can be read ->
+    dict of texts."""
     wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
     tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
     with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
@@ -336,13 +351,14 @@ def dicom_tags(path):
 
 
 def dicom_slides(folder, files):
-    """The slides of a folder's .dcm files -> [(name, path)]. A slide is a series: a file for each of its levels, perhaps
-    label and macro too. Annotations and segmentations are series as well, and no slides."""
+    """The slides of a folder's .dcm files -> [(name, path)]. A slide is a series: a file for each of its
+    levels, perhaps label and macro too. Annotations and segmentations are series as well, and no slides."""
     slides, others = {}, []
     for path in files:
         tags = dicom_tags(path)
         if tags.get("kind", "").endswith(".77.1.6"):  # VL Whole Slide Microscopy Image Storage
-            slides.setdefault(tags.get("series"), []).append(("VOLUME" not in tags.get("type", ""), path, tags))
+            label = "VOLUME" not in tags.get("type", "")
+            slides.setdefault(tags.get("series"), []).append((label, path, tags))
         elif not tags:
             others.append(path)
     if not slides and others:  # no slide that can be told: its reader will say so
@@ -370,8 +386,14 @@ def file_name(text):
     return text
 
 
+def few(names):
+    """The first of many names, for people."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
 def name_slides(slides):
-    """[(name, path)] -> {slide id: path}. Where names meet, as much of the path is put before them as tells them apart."""
+    """[(name, path)] -> {slide id: path}. Where names meet, as much of the path is put before them as
+    tells them apart."""
     groups, named = collections.defaultdict(list), {}
     for name, path in slides:
         groups[file_name(name).casefold()].append((name, path))  # some file systems take upper for lower case
@@ -382,17 +404,19 @@ def name_slides(slides):
             ways += [[f"{folder}_{name}" for folder, name in zip(folders, way)] for way in ways[:2]]
         names = next(way for way in ways if len({name.casefold() for name in way}) == len(way))
         if names is not ways[0]:
-            print(f"{count(len(group), 'slide')} called {group[0][0]}: named {', '.join(names[:3])}{', ...' * (len(names) > 3)}")
-        for name, (_, path) in zip(names, group):
-            check(file_name(name) not in named, f"{path} and {named.get(file_name(name))} have the same name; rename one")
-            named[file_name(name)] = path
+            print(f"{count(len(group), 'slide')} called {group[0][0]}: named {few(names)}")
+        for name, (_, path) in zip(map(file_name, names), group):
+            check(name not in named, f"{path} and {named.get(name)} have the same name; rename one")
+            named[name] = path
     return dict(sorted(named.items()))
 
 
 def find_slides(inputs):
-    """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the file's stem.
+    """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the
+    file's stem.
 
-    A DICOM slide is a folder of .dcm files, named as the folder; see dicom_slides. Hidden files and folders are left out.
+    A DICOM slide is a folder of .dcm files, named as the folder; see dicom_slides. Hidden files and folders
+    are left out.
     """
     found = []
     for entry in listed(inputs, "--slides"):
@@ -400,7 +424,8 @@ def find_slides(inputs):
             found.append((entry.stem, entry))
             continue
         for folder, files in walk(entry):
-            parts = any(p.suffix.lower() in (".vms", ".vmu") for p in files)  # Hamamatsu: their JPEGs are parts of them
+            # Hamamatsu: their JPEGs are parts of them
+            parts = any(path.suffix.lower() in (".vms", ".vmu") for path in files)
             dicom = [path for path in files if path.suffix.lower() == ".dcm"]
             found += dicom_slides(folder.resolve(), dicom)
             for path in files:
@@ -440,7 +465,8 @@ def read_mpp_csv(path):
         check(len(row) > max(columns) and row[columns[0]].strip(), wrong)
         slide, mpp = row[columns[0]].strip().replace("\\", "/"), number(row[columns[1]])
         check(MPP_RANGE[0] <= mpp <= MPP_RANGE[1], wrong)
-        check(table.get(slide, mpp) == mpp, f"{path}, line {line}: {slide} again, with {mpp:g} and {table.get(slide)} um/px")
+        old = table.get(slide, mpp)
+        check(old == mpp, f"{path}, line {line}: {slide} again, with {mpp:g} and {old:g} um/px")
         twice += slide in table
         table[slide] = mpp
     if twice:
@@ -461,15 +487,15 @@ def given_mpp(args, table, name, path):
     return table[rows[0]] if rows else args.mpp
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tissue and tiles
 #
-# Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is where it
-# takes more of one colour than of another; glass, dust and black borders take all alike. Whatever else is on the slide,
-# a dark control or a pen, has no say. Ink has colours that tissue rarely has (green and blue; a red that takes green and
-# blue alike), and is smooth; a smooth colour that is most of what is stained is a stain all the same, unless it is
-# smoother than any tissue.
-# --------------------------------------------------------------------------------------------------------------------
+# Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is
+# where it takes more of one colour than of another; glass, dust and black borders take all alike. Whatever else
+# is on the slide, a dark control or a pen, has no say. Ink has colours that tissue rarely has (green and blue; a
+# red that takes green and blue alike), and is smooth; a smooth colour that is most of what is stained is a stain
+# all the same, unless it is smoother than any tissue.
+# ------------------------------------------------------------------------------------------------------------
 
 WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
 STRIP = 2**18  # pixels that are looked at together: a thumbnail has 10 million
@@ -490,8 +516,8 @@ def roughness(x):
 
 
 def strips(picture, every=1):
-    """A picture strip by strip, or every n-th -> (rows of the strip, its pixels uint8 with a margin, where it lies in
-    these)."""
+    """A picture strip by strip, or every n-th -> (rows of the strip, its pixels uint8 with a margin, where
+    it lies in these)."""
     rows = max(HALO, STRIP // picture.width)
     for top in range(0, picture.height, rows * every):
         above = min(top, HALO)
@@ -502,11 +528,12 @@ def strips(picture, every=1):
 
 
 def find_glass(picture):
-    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is stain).
+    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is
+    stain).
 
     Glass is bright, smooth, and what most of the brightest smooth pixels look like.
     """
-    every = max(1, picture.width * picture.height // 2**20)
+    every = max(1, picture.width * picture.height // 2**19)
     rgb = np.concatenate([pixels[inside] for _, pixels, inside in strips(picture, every)]).astype(np.float32)
     grey = rgb.mean(-1)
     smooth = (grey > 170) & (roughness(grey) < 4)
@@ -531,11 +558,13 @@ def find_glass(picture):
 
 
 def find_tissue(picture):
-    """RGB thumbnail -> (bool [h,w]: tissue; bool [h,w]: ink, left out; the share of what is dark and has no colour)."""
+    """RGB thumbnail -> (bool [h,w]: tissue; bool [h,w]: ink, left out; the share of what is dark and has
+    no colour)."""
     glass, least = find_glass(picture)
     tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
     stained, inked = np.zeros((2, picture.height, picture.width), bool)
-    grey, rough_counts = 0, np.zeros(101, int)  # of ink-coloured pixels, by roughness in thousandths of their density
+    grey = 0  # pixels
+    rough_counts = np.zeros(101, int)  # of ink-coloured pixels, by roughness in thousandths of their density
     for rows, pixels, inside in strips(picture):
         r, g, b = (table[pixels[..., i]] for i, table in enumerate(tables))  # optical densities
         dark, most = (r + g + b) / 3, np.maximum(np.maximum(r, g), b)
@@ -551,7 +580,8 @@ def find_tissue(picture):
             thousandths = (1000 * rough[inside][here] / dark[inside][here]).clip(0, 100).astype(int)
             rough_counts += np.bincount(thousandths, minlength=101)
             smooth = (cold | red) & (rough < 0.004 + 0.036 * dark)
-            core = Image.fromarray(smooth.view(np.uint8) * 255).filter(ImageFilter.BoxBlur(3)).point([0] * 255 + [255])
+            core = Image.fromarray(smooth.view(np.uint8) * 255).filter(ImageFilter.BoxBlur(3))
+            core = core.point([0] * 255 + [255])  # smooth all around
             inked[rows] = (np.asarray(core.filter(ImageFilter.BoxBlur(6))) > 0)[inside]
     inked &= stained
     smoother_than_tissue = rough_counts[:25].sum() > rough_counts.sum() / 2
@@ -567,19 +597,22 @@ def tissue_mask(picture):
 
 def mask_file(folder, name):
     """--mask: the slide's file in the folder, or None."""
-    endings = ("png", "tif", "tiff", "bmp", "jpg", "jpeg", "geojson", "json")
-    return next((path for path in (Path(folder) / f"{name}.{end}" for end in endings) if path.is_file()), None)
+    for ending in ("png", "tif", "tiff", "bmp", "jpg", "jpeg", "geojson", "json"):
+        path = Path(folder) / f"{name}.{ending}"
+        if path.is_file():
+            return path
 
 
 def given_mask(path, slide, size):
     """A mask picture of the whole slide, or a QuPath GeoJSON, -> bool [h,w] of that size (width, height)."""
-    with reading(path, "--mask takes a picture of the whole slide, black where there is no tissue, or QuPath's GeoJSON"):
+    with reading(path, "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(path, slide, size)
         grey = Image.open(path).convert("L")
         stretched = (grey.width / grey.height) / (slide.width / slide.height)
         tolerance = 0.02 + 1 / min(grey.size)
-        check(abs(stretched - 1) < tolerance, f"{path}: {grey.width} x {grey.height} px are not of the slide's shape")
+        wrong = f"{path}: {grey.width} x {grey.height} px are not of the slide's shape"
+        check(abs(stretched - 1) < tolerance, wrong)
         marked = 127 if grey.getextrema()[1] > 127 else 0  # labels 0, 1, 2... are masks too
         grey = grey.point([0] * (marked + 1) + [255] * (255 - marked))
         return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 127
@@ -599,7 +632,8 @@ def drawn_mask(path, slide, size):
         for outer, *holes in polygons:
             part = Image.new("L", size) if holes else mask
             for ring, value in ((outer, 255), *((hole, 0) for hole in holes)):
-                corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5  # Pillow counts from pixel centres
+                # Pillow counts from pixel centres
+                corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5
                 ImageDraw.Draw(part).polygon(corners.ravel().tolist(), value)
             if holes:
                 mask.paste(255, mask=part)
@@ -607,12 +641,12 @@ def drawn_mask(path, slide, size):
 
 
 def tile_grid(mask, min_tissue, step=TILE):
-    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order.
+    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster
+    order.
 
     The last tiles of rows and columns may reach beyond the slide, where all is white.
     """
-    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # of the tissue above and left of each corner
-    total[1:, 1:] = mask
+    total = np.pad(mask, ((1, 0), (1, 0))).astype(np.int32)  # of the tissue above and left of each corner
     total.cumsum(0, out=total).cumsum(1, out=total)
     y, x = (np.arange(0, max(1, side * MASK - TILE + step), step) for side in mask.shape)
     top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
@@ -625,7 +659,8 @@ def tile_grid(mask, min_tissue, step=TILE):
 
 
 def draw_tiles(coords, name, max_tiles, seed):
-    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a slide and a seed."""
+    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a
+    slide and a seed."""
     if not max_tiles or len(coords) <= max_tiles:
         return coords
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -633,8 +668,9 @@ def draw_tiles(coords, name, max_tiles, seed):
 
 
 def blocks(coords, step):
-    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the other decodes the
-    JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of these."""
+    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the
+    other decodes the JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of
+    these."""
     side = int(np.clip((BLOCK - 1) * TILE // step + 1, 1, BLOCK))
     cells = coords // (step * side)
     order = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
@@ -642,19 +678,21 @@ def blocks(coords, step):
     return np.split(order, borders) if len(order) else []
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures to check, outlines for QuPath
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def draw_qc(path, picture, pixel, mask, ink, coords):
-    """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept tiles (blue): what
-    a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a pixel.
+    """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept
+    tiles (blue): what a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a
+    pixel.
     """
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
-        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None)
+        edge = (30, 80, 255, 140) if side > 6 else None
+        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), edge)
     for part, colour in ((ink, (220, 0, 0)), (mask, (0, 150, 60))):
         solid = Image.fromarray(part.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
         solid = solid.point([0] * 128 + [255] * 128)
@@ -665,15 +703,17 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
 
 
 def contours(mask):
-    """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of corners (x, y).
+    """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of
+    corners (x, y).
 
-    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A ring follows
-    the arrows and turns right where it can: pixels that touch at a corner stay apart. Where it comes to a corner for the
-    second time, what lies between is cut off as a ring of its own, a hole: no ring touches itself. Outer rings run
-    clockwise.
+    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A
+    ring follows the arrows and turns right where it can: pixels that touch at a corner stay apart. Where it
+    comes to a corner for the second time, what lies between is cut off as a ring of its own, a hole: no ring
+    touches itself. Outer rings run clockwise.
     """
     padded = np.pad(mask, 1)
-    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # the pixels around each corner
+    # the pixels around each corner
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     arrows = np.zeros(se.shape, np.uint8)  # of each corner, one bit a direction: right, down, left, up
     for bit, (inside, outside) in enumerate(((se, ne), (sw, se), (nw, sw), (ne, nw))):
         arrows |= (inside & ~outside).view(np.uint8) << bit
@@ -684,8 +724,9 @@ def contours(mask):
         first = 0 if bits[start] & 1 else 1
         if not todo[start] >> first & 1:
             continue
-        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right and a hole
-        # down: the hole lies in the polygon of the next upward arrow to the left, which borders on the same pixels.
+        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right and a
+        # hole down: the hole lies in the polygon of the next upward arrow to the left, which borders on the same
+        # pixels.
         if first == 0:
             n = len(polygons)
             polygons.append([])
@@ -703,11 +744,12 @@ def contours(mask):
                 ring.append((at % width, at // width))
             direction = (direction + turn) % 4
         polygons[n] += simple_rings(ring)
-    return [sorted(rings, key=lambda ring: signed_area(ring) < 0) for rings in polygons]  # the outer ring first
+    return [sorted(rings, key=signed_area, reverse=True) for rings in polygons]  # the outer ring first
 
 
 def simple_rings(ring):
-    """A ring of corners -> rings that come to no corner twice: each time it does, the loop in between is cut off."""
+    """A ring of corners -> rings that come to no corner twice: each time it does, the loop in between is
+    cut off."""
     rings, rest, index = [], [], {}
     for corner in ring:
         if corner in index:
@@ -727,7 +769,8 @@ def signed_area(ring):
 
 
 def write_geojson(path, slide, mask, coords):
-    """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the tiles tile objects."""
+    """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the
+    tiles tile objects."""
 
     def feature(kind, rings, name, scale):
         about = {"classification": {"name": name}, "isLocked": True}
@@ -735,7 +778,8 @@ def write_geojson(path, slide, mask, coords):
 
     tissue = (feature("annotation", rings, "Tissue", MASK * slide.scale) for rings in contours(mask))
     tiles = (feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale) for x, y in coords.tolist())
-    with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
         separator = ""
         for text in itertools.chain(tissue, tiles):
@@ -744,17 +788,21 @@ def write_geojson(path, slide, mask, coords):
         file.write("]}\n")
 
 
-CARD = '<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b><br>{text}</figure>\n'
+CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
+<br>{text}</figure>
+"""
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px sans-serif }} figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px;
-padding: 6px; overflow-wrap: anywhere }} img {{ max-width: 240px; max-height: 240px }}
+body {{ font: 14px sans-serif }}
+figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px; overflow-wrap: anywhere }}
+img {{ max-width: 240px; max-height: 240px }}
 .failed {{ outline: 3px solid #c00 }} .empty {{ outline: 3px solid #d80 }}
 </style><h1>{title}</h1>
 """
 
 
 def write_index(data):
-    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a browser."""
+    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a
+    browser."""
     failures, files = read_failures(data), {}
     for path in (data / "features").glob("*.safetensors"):
         with contextlib.suppress(UserError):
@@ -772,13 +820,17 @@ def write_index(data):
     wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title=title) + "".join(cards))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Readers: the workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged so that
-# they take the process with them. What they read they leave in shared memory; only numbers travel.
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Readers: the workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged
+# so that they take the process with them. What they read they leave in shared memory; only numbers travel.
+# ------------------------------------------------------------------------------------------------------------
 
-FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # forked, they share what is loaded
+# forked, they share what is loaded
+FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
+
+
+DIED = "the process that read it died (a damaged file, or no memory left)"
 
 
 class SlideError(Exception):
@@ -788,12 +840,13 @@ class SlideError(Exception):
 class Readers(torch.utils.data.Dataset):
     """What a DataLoader's workers do: a job (method, arguments) -> (job, what came of it or the exception).
 
-    slots: memory that they share with the main process, for a batch of tiles each, used again and again: a fresh tensor
-    for every batch costs up to 0.3 ms a tile in page faults alone.
+    slots: memory that they share with the main process, for a batch of tiles each, used again and again: a
+    fresh tensor for every batch costs up to 0.3 ms a tile in page faults alone.
     """
 
     def __init__(self, workers, batch):
-        self.workers, n = workers, 2 * workers + 1  # two jobs each on their way, and one that is being encoded
+        # two jobs each on their way, and one that is being encoded
+        self.workers, n = workers, 2 * workers + 1
         self.memory = FORK.RawArray("B", n * batch * TILE * TILE * 4)
         self.shape, self.free = (n, batch, TILE, TILE, 4), collections.deque(range(n))
 
@@ -810,7 +863,8 @@ class Readers(torch.utils.data.Dataset):
             return job, error
 
     def run(self, jobs):
-        """Jobs, drawn a few ahead -> their results as they come, in any order. A worker's death is a RuntimeError."""
+        """Jobs, drawn a few ahead -> their results as they come, in any order. A worker's death is a
+        RuntimeError."""
         return torch.utils.data.DataLoader(
             self,
             batch_size=None,
@@ -828,16 +882,18 @@ class Readers(torch.utils.data.Dataset):
     def survey(self, name, path, options):
         """What there is to read of a slide -> dict with its tiles' coords and what Slide knows.
 
-        options: see Preparation.survey_options. Raises SlideError, whatever is wrong with the file, and OSError where a picture
-        cannot be written.
+        options: see Preparation.survey_options. Raises SlideError, whatever is wrong with the file, and
+        OSError where a picture cannot be written.
         """
         step, known, outputs = "open", options["known"], options["outputs"]
         source = str(path), options["given"], options["target_mpp"], options["fallback"]
         try:
             slide = open_slide(*source)
             plan = {"size": slide.file.dimensions, "reader": source, "known": known is not None}
-            plan |= {key: getattr(slide, key) for key in ("mpp", "source", "scale", "level", "hash", "contradicts")}
-            check(known in (None, plan["hash"]), "the features that are there by its name are another slide's; --overwrite")
+            for fact in ("mpp", "source", "scale", "level", "hash", "contradicts"):
+                plan[fact] = getattr(slide, fact)
+            other = "the features that are there by its name are another slide's; --overwrite replaces them"
+            check(known in (None, plan["hash"]), other)
             step = "tissue"
             thumbnail = slide.thumbnail(MASK)
             plan["lost"] = slide.lost
@@ -850,7 +906,7 @@ class Readers(torch.utils.data.Dataset):
             if max(slide.width, slide.height) < TILE:
                 plan["why"] = " (smaller than a tile)"
             elif grey > 0.01:
-                plan["why"] = " (nothing there has a colour: grey, silver and fluorescence slides need --mask)"
+                plan["why"] = " (no colour: grey, silver and fluorescence slides need --mask)"
             coords = tile_grid(mask, options["min_tissue"], options["step"])
             plan["coords"] = coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
             pixel = max(slide.width, slide.height) / 768
@@ -872,7 +928,8 @@ class Readers(torch.utils.data.Dataset):
         return plan
 
     def read_tiles(self, name, source, coords, numbers, slot):
-        """Tiles of a slide, by their numbers -> (those that could be read, the last error). Their pixels go into the slot."""
+        """Tiles of a slide, by their numbers -> (those that could be read, the last error). Their pixels
+        go into the slot."""
         pixels, read, failed = self.slots[slot].numpy(), [], None
         for n, (x, y) in zip(numbers, coords.tolist()):
             for _ in range(2):
@@ -880,15 +937,47 @@ class Readers(torch.utils.data.Dataset):
                     pixels[len(read)] = open_slide(*source).tile(x, y)
                     read.append(n)
                     break
-                except Exception as error:  # OpenSlide refuses everything after an error: the slide is opened anew
+                except Exception as error:  # OpenSlide refuses everything after one: opened anew
                     failed = wsi_llava.one_line(error)
                     open_slide.cache_clear()
         return read, failed
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def tell(source, name, *arguments):
+    """In a reader: a Slide's attribute, or what its method returns."""
+    try:
+        value = getattr(open_slide(*source), name)
+        return value(*arguments) if arguments else value
+    except BAD_SLIDE as error:
+        raise UserError(f"{source[0]}: {wsi_llava.one_line(error)}") from None
+
+
+class SafeSlide:
+    """A Slide for a process that has to survive it: whatever is asked of it is asked in a reader. Raises
+    UserError where that dies."""
+
+    def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
+        self.source = str(path), mpp, target, fallback
+        for fact in ("width", "height", "scale", "corner"):
+            setattr(self, fact, self.ask(fact))
+
+    def ask(self, name, *arguments):
+        with concurrent.futures.ProcessPoolExecutor(1, FORK) as pool:
+            try:
+                return pool.submit(tell, self.source, name, *arguments).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise UserError(f"{self.source[0]}: {DIED}") from None
+
+    def thumbnail(self, pixel):
+        return self.ask("thumbnail", pixel)
+
+    def tile(self, x, y):
+        return self.ask("tile", x, y)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Features
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -904,13 +993,14 @@ def check_same(path, params):
     """Raises UserError where a file of features was made with other parameters."""
     old = feature_metadata(path)["params"]
     for k in params | old:
-        if old.get(k) != params.get(k):
-            raise UserError(f"{path} was made with {k} {old.get(k)}, not {params.get(k)}; --overwrite makes it again")
+        made = f"{path} was made with {k} {old.get(k)}, not {params.get(k)}"
+        check(old.get(k) == params.get(k), f"{made}; --overwrite makes it again")
 
 
 @functools.cache
 def claims_file(data):
-    return open(data / ".claims", "ab")  # never closed: POSIX drops all of a process's locks on a file at the first close
+    # never closed: POSIX drops all of a process's locks on a file at the first close
+    return open(data / ".claims", "ab")
 
 
 @functools.cache
@@ -919,7 +1009,8 @@ def say_once(text):
 
 
 def claim(data, name, give_up=False):
-    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies, however it dies.
+    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies,
+    however it dies.
 
     A lock on one byte of data/.claims, at an offset that follows from the name: nothing is left to clean up.
     """
@@ -933,7 +1024,8 @@ def claim(data, name, give_up=False):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # another process has it
             return False
-        say_once(f"{data}: its file system has no locks ({error.strerror}); don't prepare the same slides in two runs at once")
+        none = f"{data}: its file system has no locks ({error.strerror})"
+        say_once(f"{none}; don't prepare the same slides in two runs at once")
     return True
 
 
@@ -976,7 +1068,8 @@ def write_meta(data, preset, mpp, encoder):
 
 
 def open_data(args):
-    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta, encoder)."""
+    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta,
+    encoder)."""
     data = Path(args.data)
     old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
     if old:  # by default, the encoder that made what is there
@@ -997,23 +1090,27 @@ def disk_errors(data):
         yield
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it goes on"
+            f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it "
+            "goes on"
         ) from None
 
 
 def save_features(path, features, coords, metadata):
     # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
-    wsi_llava.write_tensors(path, {"features": features, "coords": coords}, {"wsi_llava": json.dumps(metadata)})
+    about = {"wsi_llava": json.dumps(metadata)}
+    wsi_llava.write_tensors(path, {"features": features, "coords": coords}, about)
 
 
 class Preparation:
-    """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path, message)]."""
+    """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path,
+    message)]."""
 
     def __init__(self, args, slides, table):
         self.args, self.data, self.slides, self.table = args, Path(args.data), slides, table
         self.meta, self.encoder = (known_meta(args), None) if args.dry_run else open_data(args)
         self.started, self.tiles = time.time(), 0  # tiles encoded
-        self.at_hand, self.settled = {}, set()  # claimed slides and their plans; slides that this run is through with
+        self.at_hand = {}  # claimed slides and their plans
+        self.settled = set()  # slides that this run is through with
         self.failures, self.notes = [], collections.defaultdict(list)
         self.written, self.seen = [], []  # of each slide that was written, its tiles; the plans of a dry run
         self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
@@ -1048,12 +1145,14 @@ class Preparation:
         return wsi_llava.features_file(self.data, name)
 
     def missing(self, name):
-        """Those of the slide's files that are to be made {kind: path}; with --overwrite, what is older than this run."""
+        """Those of the slide's files that are to be made {kind: path}; with --overwrite, what is older
+        than this run."""
         files = {"features": self.file(name), "picture": self.data / "qc" / f"{name}.jpg"}
         if self.args.geojson:
             files["geojson"] = self.data / "qc" / f"{name}.geojson"
         since = self.started if self.args.overwrite else 0
-        return {kind: path for kind, path in files.items() if not path.exists() or path.stat().st_mtime < since}
+        there = {kind for kind, path in files.items() if path.exists() and path.stat().st_mtime >= since}
+        return {kind: files[kind] for kind in files if kind not in there}
 
     def noted(self, name):
         """What the features that are there say of themselves; None where there are none, or no whole file."""
@@ -1062,8 +1161,8 @@ class Preparation:
                 return feature_metadata(self.file(name))
 
     def is_done(self, name):
-        """Whether the slide's files are all there, and this slide's. Raises UserError where its features were made with
-        other parameters."""
+        """Whether the slide's files are all there, and this slide's. Raises UserError where its features
+        were made with other parameters."""
         noted = self.noted(name)
         if not noted or noted.get("file", [])[:2] not in ([], self.identity(name)):
             return False  # in the second case, its hash will tell
@@ -1078,11 +1177,12 @@ class Preparation:
     def check_same(self, name, noted):
         check_same(self.file(name), self.params(name))
         given = self.given(name) or (self.args.mpp if noted.get("mpp_source") == "--mpp" else None)
-        old = noted.get("mpp")
-        check(given in (None, old), f"{self.file(name)} was made with mpp {old}, not {given}; --overwrite makes it again")
+        made = f"{self.file(name)} was made with mpp {noted.get('mpp')}, not {given}"
+        check(given in (None, noted.get("mpp")), f"{made}; --overwrite makes it again")
 
     def take(self, names):
-        """Claims one slide after the other, for as long as it is in hand; yields those that are left to do."""
+        """Claims one slide after the other, for as long as it is in hand; yields those that are left to
+        do."""
         for name in names:
             if not claim(self.data, name):
                 self.notes["left to another run that is at work on them"].append(name)
@@ -1095,8 +1195,9 @@ class Preparation:
                 yield name
 
     def jobs(self, readers, names):
-        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next slides, so that none
-        has to be waited for, then the tiles of the slides that were surveyed, batch by batch."""
+        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next
+        slides, so that none has to be waited for, then the tiles of the slides that were surveyed, batch
+        by batch."""
         names = iter(names) if self.args.dry_run else self.take(names)
         while True:
             name = next(names, None) if self.surveying + len(self.queue) <= readers.workers else None
@@ -1121,17 +1222,19 @@ class Preparation:
         return {**self.params(name), **own, "known": known, "outputs": outputs}
 
     def batches(self, readers, name, plan):
-        """A surveyed slide -> the jobs that read its tiles. All batches are full but its last: a feature's bits depend on
-        the slide alone."""
+        """A surveyed slide -> the jobs that read its tiles. All batches are full but its last: a feature's
+        bits depend on the slide alone."""
         order = np.concatenate(blocks(plan["coords"], self.args.step))
         for start in range(0, len(order), self.args.batch):
             if name in self.settled:
                 return  # it has failed
             numbers = order[start : start + self.args.batch]
-            yield "read_tiles", name, plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
+            tiles = plan["reader"], plan["coords"][numbers], numbers.tolist()
+            yield "read_tiles", name, *tiles, readers.free.popleft()
 
     def run(self, names):
-        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know which it was."""
+        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to
+        know which it was."""
         self.at_hand, self.surveying, self.queue = {}, 0, collections.deque()
         try:
             self.read_and_encode(names)
@@ -1139,10 +1242,9 @@ class Preparation:
             if not str(error).startswith("DataLoader worker"):
                 raise
             suspects = list(self.at_hand)
-            dead = "the process that read it died (a damaged file, or no memory left)"
-            check(suspects, "the reader processes die at once, perhaps for lack of memory; try fewer --workers")
+            check(suspects, "the readers die at once, perhaps for lack of memory; try fewer --workers")
             if len(names) == 1:
-                self.fail(names[0], "read", f"{self.slides[names[0]]}: {dead}")
+                self.fail(names[0], "read", f"{self.slides[names[0]]}: {DIED}")
                 return
             for name in suspects:
                 self.run([name])
@@ -1182,7 +1284,8 @@ class Preparation:
                 self.finish(name)
 
     def encode(self, name, numbers, read, error, tiles):
-        """A batch of a slide's tiles -> their features. numbers: of the batch; read: of those that could be read."""
+        """A batch of a slide's tiles -> their features. numbers: of the batch; read: of those that could
+        be read."""
         plan, n = self.at_hand[name], len(self.at_hand[name]["coords"])
         plan["left"] -= len(numbers)
         plan["dropped"] += len(numbers) - len(read)
@@ -1204,10 +1307,11 @@ class Preparation:
         empty = torch.empty(0, self.encoder.cfg.width, dtype=torch.float16)
         features = torch.cat([empty, *(features.cpu() for _, features in plan["features"])])
         if not features.isfinite().all():
-            self.fail(name, "encode", f"{self.slides[name]}: its features are not finite; try --dtype float32")
+            message = "its features are not finite; try --dtype float32"
+            self.fail(name, "encode", f"{self.slides[name]}: {message}")
             return
         order = np.argsort(numbers)
-        facts = {"mpp": plan["mpp"], "scale": plan["scale"], "mpp_source": plan["source"], "dropped": plan["dropped"]}
+        facts = {key: plan[key] for key in ("mpp", "scale", "dropped")} | {"mpp_source": plan["source"]}
         facts |= {"params": self.params(name), "file": [*self.identity(name), plan["hash"]]}
         facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
         coords = torch.from_numpy(plan["coords"][numbers[order]])
@@ -1238,16 +1342,11 @@ class Preparation:
         seconds = time.time() - self.started
         spent, speed = datetime.timedelta(seconds=round(seconds)), self.tiles / seconds
         print(
-            f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to {self.data}/features in {spent} "
-            f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
+            f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to "
+            f"{self.data}/features in {spent} ({speed:.0f} tiles/s), pictures to {self.data}/qc."
         )
         for what, names in self.notes.items():
             print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
-
-
-def few(names):
-    """The first of many names, for people."""
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 def slide_notes(plan):
@@ -1275,7 +1374,8 @@ def print_table(plans):
     print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  {'level':>5}  {'tiles':>8}")
     for plan in plans:
         size, n = " x ".join(map(str, plan["size"])), len(plan["coords"])
-        print(f"{plan['name']:{width}}  {size:>15}  {plan['mpp']:>7.6}  {plan['source']:15}  {plan['level']:>5}  {n:>8}")
+        line = f"{size:>15}  {plan['mpp']:>7.6}  {plan['source']:15}  {plan['level']:>5}  {n:>8}"
+        print(f"{plan['name']:{width}}  {line}")
     total = sum(len(plan["coords"]) for plan in plans)
     print(f"{count(len(plans), 'slide')}, {count(total, 'tile')}")
 
@@ -1297,18 +1397,18 @@ def read_table(args, slides):
 
 
 def prepare_slides(args, slides, number=0, shares=1):
-    """All slides of {id: path}, or every `shares`-th from `number` on, resuming where an earlier run stopped. Returns the
-    failures, [(path, message)]."""
+    """All slides of {id: path}, or every `shares`-th from `number` on, resuming where an earlier run
+    stopped. Returns the failures, [(path, message)]."""
     with disk_errors(args.data):
         table = read_table(args, slides)
         slides = dict(list(slides.items())[number::shares])
         work = Preparation(args, slides, table)
         if work.meta["encoder"]["source"] == "untrained":
-            print("No GigaPath weights found or named: a small untrained encoder serves, for trying the pipeline only.")
+            print("No GigaPath weights found or named: a small untrained encoder serves, for trying this out.")
         print(
-            f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
-            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {args.data}/features, with "
-            f"{count(args.workers, 'reader')}."
+            f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already; "
+            f"{len(work.todo)} to tile at {args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into "
+            f"{args.data}/features, with {count(args.workers, 'reader')}."
         )
         if work.encoder:
             work.encoder.to(args.device, args.dtype)
@@ -1325,9 +1425,9 @@ def prepare_slides(args, slides, number=0, shares=1):
     return work.failures
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features that were made elsewhere
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_foreign(path):
@@ -1461,9 +1561,9 @@ def import_features(args):
     return failures
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Questions
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _qa_row(entry, task):
@@ -1552,18 +1652,20 @@ def import_qa(files, data, split):
             print(f"  {count(len(missing), 'slide')} without features, all in {path}: {few}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The toy cohort: slides whose reports and questions are true of what is drawn
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SIDE = 2048  # pixels of a toy slide, at 0.5 um/px: 8 x 8 tiles
-TYPES = {  # each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
+# each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
+TYPES = {
     "adenocarcinoma": ((214, 160, 200), 84, 5.5),
     "squamous cell carcinoma": ((228, 138, 168), 34, 7),
     "small cell carcinoma": ((186, 160, 206), 17, 6),
     "mucinous carcinoma": ((206, 212, 234), 92, 6),
 }
-GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}  # tumour's share of the tissue
+# the tumour's share of the tissue
+GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 SUBTYPES = {
     ("positive", "negative"): "luminal A",
@@ -1589,7 +1691,8 @@ def scatter(rng, mask, spacing):
 
 def dots(rng, draw, points, radius, colour):
     """A dot at each point, of about that radius and colour."""
-    for (x, y), size, shade in zip(points, radius * rng.uniform(0.85, 1.15, len(points)), rng.uniform(-14, 14, len(points))):
+    sizes, shades = radius * rng.uniform(0.85, 1.15, len(points)), rng.uniform(-14, 14, len(points))
+    for (x, y), size, shade in zip(points, sizes, shades):
         draw.ellipse((x - size, y - size, x + size, y + size), tuple(int(c + shade) for c in colour))
 
 
@@ -1615,8 +1718,9 @@ def draw_tumour(rng, draw, kind, tumour):
 
 
 def draw_slide(case):
-    """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is the grade, a
-    necrosis in one quadrant, and pigment or none -> (RGB image, the corners of the tiles that hold the pigment)."""
+    """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is
+    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, the corners of the tiles that
+    hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1627,7 +1731,8 @@ def draw_slide(case):
     tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
 
     colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
-    for region, rgb in ((viable, (235, 184, 204)), (tumour, TYPES[case["type"]][0]), (necrosis, (216, 190, 178))):
+    ground = TYPES[case["type"]][0]
+    for region, rgb in ((viable, (235, 184, 204)), (tumour, ground), (necrosis, (216, 190, 178))):
         colour[region] = rgb
     colour += (tissue * (5 * noise(rng, 12) + 5 * noise(rng, 64)))[..., None]
     picture = Image.fromarray(colour.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
@@ -1653,7 +1758,8 @@ def draw_slide(case):
 
 
 def draw_case(case, path):
-    """One process's share of the drawing -> the tiles of the pigment. A plain picture, whose dpi say its um/px."""
+    """One process's share of the drawing -> the tiles of the pigment. A plain picture, whose dpi say its
+    um/px."""
     picture, planted = draw_slide(case)
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
@@ -1680,7 +1786,8 @@ def invent_cases(n_train, n_test, seed):
 
 
 def write_report(case, rng):
-    """A report in the style of one of three pathologists, who differ in their words and in what they mention first."""
+    """A report in the style of one of three pathologists, who differ in their words and in what they
+    mention first."""
     share = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}[case["grade"]]
     some, position = case["focus"] == "present", case["position"]
     tumour = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
@@ -1696,7 +1803,8 @@ def write_report(case, rng):
 
 
 def write_questions(case, rng):
-    """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three of them."""
+    """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three
+    of them."""
     er, her2 = case["receptors"]
     say = {
         "report": (["Write a report of this slide.", "What does this slide show?"], write_report(case, rng)),
@@ -1736,7 +1844,8 @@ def write_questions(case, rng):
 
 
 def draw_cohort(args, recipe, folder):
-    """Slides into the folder, their questions into data/qa, and data/cohort.json, which says what each of them shows."""
+    """Slides into the folder, their questions into data/qa, and data/cohort.json, which says what each of
+    them shows."""
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     print(
         f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
@@ -1760,7 +1869,8 @@ def draw_cohort(args, recipe, folder):
 
 
 def prepare_demo(args):
-    """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide shows."""
+    """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide
+    shows."""
     args.preset, args.max_tiles = "demo", 0  # train.py's --max-tiles is an ablation of the training alone
     recipe = {"train": args.demo_slides, "test": args.demo_slides // 5, "seed": args.seed}
     folder = args.data / "slides"
@@ -1782,9 +1892,9 @@ def prepare_demo(args):
     return cases
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A stand-in for Vicuna, where there is none: a tiny Llama that has read the training texts and seen no slide
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(path, talks):
@@ -1808,7 +1918,8 @@ def train_tokenizer(path, talks):
 
 
 def stand_in_llm(args):
-    """data/tokenizer.model and data/llm, trained on data/qa/train.jsonl. Does nothing where they fit the texts already."""
+    """data/tokenizer.model and data/llm, trained on data/qa/train.jsonl. Does nothing where they fit the
+    texts already."""
     text = (args.data / "qa" / "train.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     mark = hashlib.sha256(f"{args.seed}{text}".encode()).hexdigest()[:16]
@@ -1853,7 +1964,7 @@ def stand_in_llm(args):
     wsi_llava.write_text(folder / "texts", mark)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def add_demo_flags(parser):
@@ -1873,9 +1984,10 @@ def parse(argv=None):
     microns = at_least(MPP_RANGE[0], float, MPP_RANGE[1])
     add("--target-mpp", type=microns, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
     add("--mpp", type=microns, help="um per pixel at level 0 of slides whose metadata do not say it")
-    add("--mpp-csv", metavar="FILE", help="the same slide by slide, lines of slide,mpp; wins over what slides say")
+    add("--mpp-csv", metavar="FILE", help="slide by slide, lines of slide,mpp; wins over what slides say")
     add("--min-tissue", type=share, default=0.25, help="least share of tissue in a tile (default: 0.25)")
-    add("--mask", metavar="DIR", type=some_path, help="what is tissue: a mask picture or QuPath GeoJSON called as the slide")
+    masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
+    add("--mask", metavar="DIR", type=some_path, help=masks)
     add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
     add(
         "--max-tiles",
@@ -1899,7 +2011,8 @@ def with_defaults(args):
 
 
 def own_share(args):
-    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how many)."""
+    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how
+    many)."""
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
@@ -1916,7 +2029,7 @@ def main(argv=None):
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     number, shares = own_share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together:  # by torchrun, which ends all as soon as one of them fails: so they wait for one another below
+    if together:  # by torchrun, which ends all as soon as one fails: so they wait for one another below
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         if args.device == "auto" and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"

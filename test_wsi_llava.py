@@ -2376,6 +2376,34 @@ def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypat
     assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
 
 
+def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsys):
+    """A dry run and a heatmap survive what a run survives: files that kill their process, absurd sizes."""
+    for name in ("deadly", "good", "absurd"):
+        shutil.copy(archive[0] / "s4.tif", tmp_path / f"{name}.tif")
+    absurd = (tmp_path / "absurd.tif").read_bytes()
+    for side in (322, 323):
+        absurd = absurd.replace(struct.pack("<HHII", side, 4, 1, 256), struct.pack("<HHII", side, 4, 1, 2**31))
+    (tmp_path / "absurd.tif").write_bytes(absurd)
+    own_mpp = prepare.Slide._own_mpp
+
+    def deadly(slide, path, fallback):
+        if "deadly" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own_mpp(slide, path, fallback)
+
+    monkeypatch.setattr(prepare.Slide, "_own_mpp", deadly)  # the readers are forked, and have it too
+    with pytest.raises(UserError, match="2 slides could not be prepared .*; the others can be"):
+        prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--dry-run"])
+    printed = capsys.readouterr()
+    assert "\ngood " in printed.out and "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
+    assert "deadly.tif: the process that read it died" in printed.err
+    with pytest.raises(UserError, match="deadly.tif: the process that read it died"):
+        prepare.SafeSlide(tmp_path / "deadly.tif")
+    slide, whole = prepare.SafeSlide(tmp_path / "good.tif"), prepare.Slide(tmp_path / "good.tif")
+    assert (slide.width, slide.scale, slide.corner) == (1024, 1.0, [0, 0])
+    assert np.array_equal(slide.tile(256, 256), whole.tile(256, 256)) and slide.thumbnail(32).size == (32, 32)
+
+
 def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     encoder = wsi_llava.untrained_tile_encoder()
     torch.nn.init.constant_(encoder.norm.bias, math.nan)
@@ -2463,7 +2491,7 @@ def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_pa
     prepare.note_failure(data, "l<o>st", "open", "no & nothing", "a/l<o>st.svs")
     prepare.write_index(data)
     page = (data / "qc" / "index.html").read_text(encoding="utf-8")
-    cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b><br>(.*?)</figure>', page)
+    cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b>\n<br>(.*?)</figure>', page)
     assert cards[0] == ("failed", "l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED (open): no &amp; nothing")
     assert [card[:3] for card in cards[1:]] == [("", f"s{i}.jpg", f"s{i}") for i in range(5)]
     assert cards[1][3] == "12 tiles" and "6 slides, 1 failed" in page
@@ -3844,17 +3872,20 @@ def cpu_seconds():
 GIANT = """
 import multiprocessing, re, sys
 from pathlib import Path
-import prepare, test_wsi_llava as tests
+import numpy as np
+import prepare
 folder = Path(sys.argv[1])
-look = tests.LOOK | {"outputs": {"picture": folder / "giant.jpg", "geojson": folder / "giant.geojson"}}
+look = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+look |= {"known": None, "mask": None, "outputs": {"picture": folder / "giant.jpg", "geojson": folder / "giant.geojson"}}
 readers, plan = prepare.Readers(1, 64), {}
 
 def jobs():
     yield "survey", "giant", folder / "giant.tif", look
     while not plan:
         yield "wait", None
-    found = len(plan["coords"])
-    yield from tests.tile_jobs(readers, plan | {"coords": plan["coords"][found // 2 : found // 2 + 1024]}, 64)
+    order = np.concatenate(prepare.blocks(plan["coords"], 256))
+    for numbers in np.split(order[len(order) // 2 :][:1024], 16):
+        yield "read_tiles", "", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
 
 for (method, *_, slot), result in readers.run(jobs()):
     if method == "survey":
