@@ -289,7 +289,7 @@ def walk(top):
     """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
 
     def unreadable(error):
-        print(f"{error.filename}: cannot be searched ({error.strerror}); left out", file=sys.stderr)
+        print(f"{error.filename}: this folder cannot be read ({error.strerror}); left out", file=sys.stderr)
 
     seen = set()
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):

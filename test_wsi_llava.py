@@ -750,7 +750,7 @@ def stand_in(data):
         (lambda folder: wsi_llava.Tokenizer(folder / "t.model"), "t.model", "?", "not a SentencePiece model"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", None, "no such file; run python prepare.py --qa"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: not a row \('slide'\); run"),
-        (prepare.read_failures, "failures/x.json", "[]", "not what prepare.py writes .*; delete it"),
+        (prepare.read_failures, "failures/x.json", "[]", "; not what prepare.py writes; delete it"),
         (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "not a text file that can be read"),
     ],
 )
@@ -1655,7 +1655,7 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
 
 def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
     """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same features."""
-    image, found = toy_slide[1].crop((0, 0, 1536, 1536)), {}
+    image, found = toy_slide[1].crop((256, 256, 1792, 1792)), {}
     for mpp in (0.5, 0.25, 0.46):
         side = round(1536 * 0.5 / mpp)
         scan = image.resize((side, side), Image.Resampling.BICUBIC)
@@ -1853,7 +1853,7 @@ def test_folders_that_are_hidden_or_cannot_be_read(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(os, "scandir", guarded)
     assert list(prepare.find_slides([tmp_path])) == ["a"]
-    assert "locked: this folder cannot be searched (Permission denied); left out" in capsys.readouterr().err
+    assert "locked: this folder cannot be read (Permission denied); left out" in capsys.readouterr().err
     assert list(prepare.find_slides([tmp_path / ".snapshot"])) == ["d"]
 
 
@@ -2005,7 +2005,7 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5", "--max-tiles", "1"])
     printed = capsys.readouterr().out
     for line in (
-        "no tissue found (nothing there has a colour: grey, silver and fluorescence slides need --mask): silver",
+        "no tissue found (no colour: grey, silver and fluorescence slides need --mask): silver",
         "no tissue found (smaller than a tile): tiny",
         "ink left out, outlined in red in data/qc (--mask decides otherwise): pen",
     ):
@@ -3847,18 +3847,18 @@ def tile_jobs(readers, plan, batch):
 
 
 def read_all(workers, plan, batch=64, encode=lambda tiles: None):
-    """Reads all tiles in new processes -> seconds from when these have started."""
-    readers, started = prepare.Readers(workers, batch), []
+    """Reads all tiles twice -> seconds of the second time: in the first, processes start and their memory is laid out."""
+    readers, ended = prepare.Readers(workers, batch), []
 
     def jobs():
-        started.append(time.perf_counter())
-        yield from tile_jobs(readers, plan, batch)
+        for _ in range(2):
+            yield from tile_jobs(readers, plan, batch)
 
     for (*_, slot), (read, _) in readers.run(jobs()):
         encode(readers.slots[slot][: len(read)])
         readers.free.append(slot)
-        ended = time.perf_counter()
-    return ended - started[0]
+        ended.append(time.perf_counter())
+    return ended[-1] - ended[len(ended) // 2 - 1]
 
 
 def cpu_seconds():
@@ -3964,16 +3964,17 @@ def benchmark_encoding(rounds=2):
             encoder(wsi_llava.preprocess_tiles(tiles[: n - start]))
 
     def together():
-        read_all(1, plan, batch, lambda tiles: prepare.encode(encoder, tiles, device))
+        return read_all(1, plan, batch, lambda tiles: prepare.encode(encoder, tiles, device))
 
     with torch.inference_mode():
-        together()
         for _ in range(rounds):
-            for name, work in (("alone", alone), ("ours", together)):
-                started, spent = time.perf_counter(), cpu_seconds()
-                work()
-                clock[name].append((time.perf_counter() - started) / n * 1e3)
-                cpu[name].append((cpu_seconds() - spent) / n * 1e3)
+            started, spent = time.perf_counter(), cpu_seconds()
+            alone()
+            clock["alone"].append((time.perf_counter() - started) / n * 1e3)
+            cpu["alone"].append((cpu_seconds() - spent) / n * 1e3)
+            spent = cpu_seconds()
+            clock["ours"].append(together() / n * 1e3)
+            cpu["ours"].append((cpu_seconds() - spent) / n / 2 * 1e3)
     clock, cpu = ({k: np.median(v) for k, v in x.items()} for x in (clock, cpu))
     print(
         f"reading and encoding / encoding alone: by the clock {clock['ours']:.1f} / {clock['alone']:.1f} ms a tile, ratio "
