@@ -1,30 +1,33 @@
-"""Slides -> tile features, question files -> one dataset. Everything that train.py and sample.py read comes from here.
+"""Slides -> tile features, question files -> one dataset: everything that train.py and sample.py read.
 
-    python prepare.py --slides PATH...             slides, folders of slides, lists of slides: tissue, tiles, features
+    python prepare.py --slides PATH...             slides, folders of slides, lists: tissue, tiles, features
     python prepare.py --features PATH...           the same from features that were made elsewhere
-    python prepare.py --qa FILE... [--split test]  question files of WSI-Bench and others, into data/qa/
+    python prepare.py --qa FILE... [--split test]  WSI-Bench's question files, either shape, into data/qa/
     python prepare.py --demo                       draws a cohort of toy slides, with reports and questions
 
 A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every tile becomes one vector:
 
-    data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y in pixels at the tiled resolution)
+    data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
     data/qc/<slide>.jpg                 thumbnail with the outline of the tissue and the kept tiles: look at it
-    data/qc/index.jpg                   all of these pictures on one sheet
-    data/failures.jsonl                 the slides that could not be prepared: step and message
+    data/qc/index.html                  all of these pictures on one page, and what failed
+    data/failures/<slide>.json          why a slide could not be prepared: path, step and message
 
-Interrupt it whenever you like, kill it, start it twice: a slide is done once its file in data/features is there, and
-whoever works on a slide holds a lock that dies with the process.
+Interrupt it whenever you like, kill it, start it twice: a slide is done once its files are there, and whoever
+works on a slide holds a lock that dies with the process.
 """
 
 import argparse
 import bisect
 import collections
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import csv
 import datetime
+import errno
 import functools
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -32,13 +35,11 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import struct
 import sys
-import threading
 import time
+import urllib.parse
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 try:
@@ -54,47 +55,99 @@ import safetensors
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import CHAT_FORMATS, PRESETS, TILE, UserError, at_least, check, count, reading, replacing
+from wsi_llava import (
+    CHAT_FORMATS,
+    PRESETS,
+    TILE,
+    UserError,
+    at_least,
+    check,
+    count,
+    feature_metadata,
+    reading,
+    replacing,
+    share,
+    some_path,
+)
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
+GRID = 1000  # tiles along a side for which the slide encoder has positions
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
 BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
-JOB = 2  # blocks that a reader is given at a time; handing over takes as long as half a tile
 PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
-DROPPED = 0.01  # a slide fails where more of its tiles cannot be decoded
+DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
+MICRONS = {"inch": 25400, "centimeter": 10000, "cm": 10000, "mm": 1000, "micron": 1, "um": 1, "nm": 0.001}
+# What OpenSlide and Pillow raise over a damaged file (SyntaxError: Pillow's, of a PNG).
+BAD_SLIDE = (openslide.OpenSlideError, OSError, ValueError, LookupError, TypeError, AttributeError)
+BAD_SLIDE += (ArithmeticError, RuntimeError, EOFError, MemoryError, SyntaxError)
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A slide at the target resolution
-# --------------------------------------------------------------------------------------------------------------------
+# ---- A slide at the target resolution ----------------------------------------------------------------------
+
+
+def number(text):
+    """What a file says, as a finite number; 0 where it says none."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError, ArithmeticError):  # Pillow's fractions can be 0/0
+        return 0
+    return value if math.isfinite(value) else 0
+
+
+def written_mpp(text, x, y):
+    """(source, um/px in x, in y) by a TIFF's description: OME's XML, or ImageJ's unit with pixels per unit
+    x and y."""
+
+    def microns(unit):  # the sign for micro is written in several ways
+        return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
+
+    ome = {key: value for key, value in re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]*)"', text)[:4]}
+    if "X" in ome:
+        sizes = [number(ome.get(axis)) * microns(ome.get(f"{axis}Unit", "um")) for axis in "XY"]
+        return "OME-XML", *sizes
+    unit = re.search(r"^unit=(.+)$", text, re.MULTILINE)
+    if text.startswith("ImageJ=") and unit:
+        return "ImageJ", *(microns(unit[1]) / (number(side) or math.inf) for side in (x, y))
+    return "OME-XML", 0, 0
 
 
 class Slide:
     """A slide seen as one image at the tiled resolution.
 
-    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from. scale: level-0
-    pixels per tiled pixel, exactly target / mpp. Raises UserError where the file is no slide or its um/px are unknown.
+    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from.
+    scale: level-0 pixels per tiled pixel, exactly target / mpp. The argument mpp wins over what the file
+    says; fallback: those of a file that says nothing. Raises UserError where the file is no slide or its
+    um/px are unknown.
     """
 
-    def __init__(self, path, mpp=None, target=TARGET_MPP):
+    def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
         # The folder of an MRXS or DICOM slide lies beside the file, not beside a link to it.
         real = os.path.realpath(path)
         self.path = path if Path(real).suffix != Path(path).suffix else real
         try:
-            self.file = openslide.open_slide(self.path)
-        except (openslide.OpenSlideError, OSError) as error:
-            raise UserError(f"{path}: not a slide that OpenSlide can read ({error})") from None
-        self.mpp, self.source = (mpp, "given") if mpp else self._recorded_mpp(path)
+            self.open()
+        except BAD_SLIDE as error:
+            reason = wsi_llava.one_line(error)
+            raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
+        claimed = number(self.file.properties.get("openslide.level[0].tile-width"))
+        check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
+        self.mpp, self.source = (mpp, "given") if mpp else self._own_mpp(path, fallback)
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
+        check(
+            max(self.width, self.height) <= GRID * TILE,
+            f"{path}: {self.width} x {self.height} px at {target:g} um/px are more than {GRID} x {GRID} tiles, "
+            f"for which the slide encoder has no positions; a damaged file, or its um/px are not {self.mpp:g} "
+            f"({self.source}): --mpp-csv gives others",
+        )
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
         fine = [level for level, d in enumerate(self.downsamples) if d <= self.scale * (1 + NATIVE)]
@@ -103,50 +156,82 @@ class Slide:
         whole = max(1, round(self.zoom))
         self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # the same, if a whole number
 
+    def open(self):
+        """Opens the file, also anew: OpenSlide refuses everything after an error."""
+        self.file = openslide.open_slide(self.path)
+        self.flat = isinstance(self.file, openslide.ImageSlide)  # a picture that Pillow reads, whole
+
+    @property
+    def hash(self):
+        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a plain picture, its
+        bytes'."""
+        quick = self.file.properties.get("openslide.quickhash-1")
+        if quick:
+            return quick
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     @property
     def corner(self):
-        """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from there."""
+        """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from
+        there."""
         return [int(self.file.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
-    def _recorded_mpp(self, path):
+    @property
+    def power(self):
+        return number(self.file.properties.get("openslide.objective-power"))
+
+    @property
+    def contradicts(self):
+        """Whether um/px and objective power cannot both be right: 10x means about 1 um/px, 40x about 0.25."""
+        return self.power > 0 and abs(math.log2(self.mpp * self.power / 10)) > 0.5
+
+    def _own_mpp(self, path, fallback):
+        """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px,
+        source)."""
         get = self.file.properties.get
-        sources = [("metadata", get("openslide.mpp-x"), get("openslide.mpp-y"))]
-        unit = {"inch": 25400, "centimeter": 10000}.get(get("tiff.ResolutionUnit"))
-        if unit and get("tiff.XResolution"):
-            sources.append(("TIFF tags", *(unit / max(1e-9, float(get(f"tiff.{axis}Resolution"))) for axis in "XY")))
-        if isinstance(self.file, openslide.ImageSlide):
-            dpi = Image.open(self.path).info.get("dpi") or (1, 1)
-            sources.append(("TIFF tags", *(25400 / max(1e-9, float(x)) for x in dpi)))
-        if get("openslide.objective-power"):
-            sources.append(("objective power", *[10 / max(1e-9, float(get("openslide.objective-power")))] * 2))
-        for source, x, y in sources:
-            x, y = float(x or y or 0), float(y or x or 0)
-            if MPP_RANGE[0] <= min(x, y) and max(x, y) <= MPP_RANGE[1]:
-                if abs(x / y - 1) > NATIVE:
-                    raise UserError(
-                        f"{path}: its pixels are not square ({x:g} x {y:g} um); --mpp takes them as if they were"
-                    )
-                return (x + y) / 2, source
-        raise UserError(
-            f"{path}: its metadata has no um/px; give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
-        )
+        text, unit = get("tiff.ImageDescription") or "", get("tiff.ResolutionUnit")
+        x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
+        if self.flat:
+            with Image.open(self.path) as image:
+                tags = getattr(image, "tag_v2", {})
+                text, (x, y) = str(tags.get(270, "")), image.info.get("dpi") or (tags.get(282), tags.get(283))
+                unit = "inch" if "dpi" in image.info else None
+        tagged = (MICRONS.get(unit, 0) / (number(side) or math.inf) for side in (x, y))
+        power = 10 / (self.power or math.inf)
+        for source, wide, high in (
+            written_mpp(text, x, y),
+            ("metadata", number(get("openslide.mpp-x")), number(get("openslide.mpp-y"))),
+            ("TIFF tags", *tagged),
+            ("objective power", power, power),
+        ):
+            wide, high = wide or high, high or wide
+            if MPP_RANGE[0] <= min(wide, high) and max(wide, high) <= MPP_RANGE[1]:
+                oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
+                check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
+                return (wide + high) / 2, source
+        hint = "give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
+        check(fallback, f"{path}: its metadata has no um/px; {hint}")
+        return fallback, "--mpp"
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what lies beyond the slide,
-        or was not scanned, is white."""
-        place = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        region = self.file.read_region(place, level, (width, height))
+        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what
+        lies beyond the slide, or was not scanned, is white."""
+        corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
+        region = self.file.read_region(corner, level, (width, height))
         pixels = np.asarray(region)
         if pixels.view("<u4").min() >= 0xFF000000:  # the alpha of every pixel is 255
             return pixels
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A out takes a copy.
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A
+        out takes a copy.
 
-        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds up.
-        Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one: as scanned);
-        otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches into read along.
+        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds
+        up. Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one:
+        as scanned); otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches
+        into read along.
         """
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
@@ -161,140 +246,406 @@ class Slide:
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels takes time then,
-        and not memory."""
-        width, height = (max(1, int(side / pixel)) for side in (self.width, self.height))
+        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels
+        takes time then, and not memory. What cannot be decoded is taken from a finer level; what no level
+        has stays white, up to 1%."""
+        size = [max(1, round(side / pixel)) for side in (self.width, self.height)]
+        picture, self.lost = Image.new("RGB", size, "white"), 0  # pixels of the picture
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
-        picture, side = Image.new("RGB", (width, height)), max(1, int(PART / zoom))
-        for y, x in itertools.product(range(0, height, side), range(0, width, side)):
-            size = min(side, width - x), min(side, height - y)
-            left, top = math.floor(x * zoom), math.floor(y * zoom)
-            right, bottom = (x + size[0]) * zoom, (y + size[1]) * zoom
-            part = self.region(level, left, top, math.ceil(right) - left, math.ceil(bottom) - top)
-            box = (x * zoom - left, y * zoom - top, right - left, bottom - top)
-            picture.paste(Image.fromarray(part).convert("RGB").resize(size, Image.Resampling.BOX, box), (x, y))
+        self._paint(picture, pixel, level, (0, 0, *size), PART)
         return picture
+
+    def _paint(self, picture, pixel, level, box, side):
+        """Pastes a box of the thumbnail from a level, read in squares of `side` level pixels."""
+        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
+        step = max(1, int(side / zoom))
+        for y, x in itertools.product(range(box[1], box[3], step), range(box[0], box[2], step)):
+            right, bottom = min(box[2], x + step), min(box[3], y + step)
+            corner = left, top = math.floor(x * zoom), math.floor(y * zoom)
+            inside = [x * zoom - left, y * zoom - top, right * zoom - left, bottom * zoom - top]
+            try:
+                part = self.region(level, *corner, *map(math.ceil, inside[2:]))
+            except openslide.OpenSlideError as error:  # not Pillow's: it reads a picture whole or not at all
+                self.open()
+                if level > 0:
+                    self._paint(picture, pixel, level - 1, (x, y, right, bottom), PART)
+                elif step > max(1, TILE / pixel):
+                    self._paint(picture, pixel, 0, (x, y, right, bottom), step // 2 * zoom)
+                else:
+                    self.lost += (right - x) * (bottom - y)
+                    share = self.lost / (picture.width * picture.height)
+                    check(share <= DROPPED, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
+                continue
+            part = Image.fromarray(part).convert("RGB")
+            picture.paste(part.resize((right - x, bottom - y), Image.Resampling.BOX, inside), (x, y))
+        return picture
+
+
+# ---- Finding slides, and what they are called --------------------------------------------------------------
 
 
 def walk(top):
     """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
+
+    def unreadable(error):
+        print(f"{error.filename}: this folder cannot be read ({error.strerror}); left out", file=sys.stderr)
+
     seen = set()
-    for folder, folders, files in os.walk(top, followlinks=True):
+    for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
-        else:
-            seen.add(real)
-            folders.sort()
-            yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+            continue
+        seen.add(real)
+        ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
+        # hidden: .snapshot, .Trash-1000
+        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))
+        yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+
+
+def listed(inputs, flag, source="", seen=()):
+    """The files and folders that are named, also in .txt lists -> paths. Raises UserError for one that is
+    not there."""
+    for text in inputs:
+        entry = Path(text)
+        check(os.path.exists(entry), f"{source}{entry}: no such file or folder ({flag})")
+        if not (entry.is_file() and entry.suffix.lower() == ".txt"):
+            yield entry
+            continue
+        real = os.path.realpath(entry)
+        check(real not in seen, f"{source}{entry}: this list names itself; take it out")
+        lines = entry.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        for line, raw in enumerate(lines, 1):
+            name = os.fsdecode(raw.strip())  # as ls writes it
+            if not os.path.exists(name) and os.path.exists(raw.decode("latin-1").strip()):
+                name = raw.decode("latin-1").strip()
+            if name:
+                yield from listed([name], flag, f"{entry}, line {line}: ", (*seen, real))
+
+
+def dicom_tags(path):
+    """A DICOM file's kind (SOP class), series, container and image type, as far as they can be read ->
+    dict of texts."""
+    wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
+    tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
+    with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return tags
+        while True:
+            group, element, kind, length = struct.unpack("<HH2sH", file.read(8))
+            if group == 0xFFFE:  # an item of a sequence, or an end
+                depth -= element == 0xE0DD
+                continue
+            if kind in (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT"):
+                (length,) = struct.unpack("<I", file.read(4))
+            if group > 0x40 or (length == 0xFFFFFFFF and kind != b"SQ"):
+                break
+            if length == 0xFFFFFFFF:
+                depth += 1
+            elif not depth and (group, element) in wanted:
+                tags[wanted[group, element]] = file.read(length).decode("latin-1").strip("\0 ")
+            else:
+                file.seek(length, os.SEEK_CUR)
+    return tags
+
+
+def dicom_slides(folder, files):
+    """The slides of a folder's .dcm files -> [(name, path)]. A slide is a series: a file for each of its
+    levels, perhaps label and macro too. Annotations and segmentations are series as well, and no slides."""
+    slides, others = {}, []
+    for path in files:
+        tags = dicom_tags(path)
+        if tags.get("kind", "").endswith(".77.1.6"):  # VL Whole Slide Microscopy Image Storage
+            label = "VOLUME" not in tags.get("type", "")
+            slides.setdefault(tags.get("series"), []).append((label, path, tags))
+        elif not tags:
+            others.append(path)
+    if not slides and others:  # no slide that can be told: its reader will say so
+        return [(folder.name, others[0])]
+    firsts = [min(series, key=lambda item: item[:2]) for series in slides.values()]
+    if len(firsts) == 1:
+        return [(folder.name, firsts[0][1])]
+    labels = [tags.get("container") or tags.get("series", "") for _, _, tags in firsts]
+    if len(set(labels)) < len(labels):
+        labels = [tags.get("series", "") for _, _, tags in firsts]
+    return [(f"{folder.name}_{label}", path) for label, (_, path, _) in zip(labels, firsts)]
+
+
+def file_name(text):
+    """A slide's id that any file system takes: UTF-8, no separators, at most 180 bytes."""
+    raw = os.fsencode(text)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    text = re.sub(r"[/\\\x00-\x1f]", "_", text)
+    if len(text.encode()) > 180:  # with .safetensors and a temporary file's ending, 255 is the limit
+        start = text.encode()[:170].decode(errors="ignore")
+        text = f"{start}-{hashlib.sha256(raw).hexdigest()[:8]}"
+    return text
+
+
+def few(names):
+    """The first of many names, for people."""
+    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
+def name_slides(slides):
+    """[(name, path)] -> {slide id: path}. Where names meet, as much of the path is put before them as
+    tells them apart."""
+    groups, named = collections.defaultdict(list), {}
+    for name, path in slides:
+        groups[file_name(name).casefold()].append((name, path))  # some file systems take upper for lower case
+    for group in groups.values():
+        ways = [[name for name, _ in group], [f"{name}_{path.suffix[1:]}" for name, path in group]]
+        for depth in range(1, max(len(path.parts) for _, path in group)):
+            folders = ["_".join(path.parent.parts[-depth:]).strip("/") for _, path in group]
+            ways += [[f"{folder}_{name}" for folder, name in zip(folders, way)] for way in ways[:2]]
+        names = next(way for way in ways if len({name.casefold() for name in way}) == len(way))
+        if names is not ways[0]:
+            print(f"{count(len(group), 'slide')} called {group[0][0]}: named {few(names)}")
+        for name, (_, path) in zip(map(file_name, names), group):
+            check(name not in named, f"{path} and {named.get(name)} have the same name; rename one")
+            named[name] = path
+    return dict(sorted(named.items()))
 
 
 def find_slides(inputs):
-    """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the file's stem.
+    """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the
+    file's stem.
 
-    A DICOM slide is a folder of .dcm files: one slide, named as the folder. Hidden files are left out.
+    A DICOM slide is a folder of .dcm files, named as the folder; see dicom_slides. Hidden files and folders
+    are left out.
     """
-    slides = {}
-
-    def add(name, path):
-        if re.fullmatch(r"index(-\d+)?", name):
-            raise UserError(f"{path}: data/qc/{name}.jpg is the sheet of all slides; rename this one")
-        if os.path.realpath(slides.setdefault(name, path)) != os.path.realpath(path):
-            raise UserError(f"{slides[name]} and {path} have the same name; rename one: it is the slide's id")
-
-    for entry in map(Path, inputs):
-        if not entry.exists():
-            raise UserError(f"{entry}: no such file or folder (--slides)")
-        if entry.is_file() and entry.suffix.lower() == ".txt":
-            lines = [line.strip() for line in entry.read_text(encoding="utf-8").splitlines()]
-            for name, path in find_slides([line for line in lines if line]).items():
-                add(name, path)
-        elif entry.is_file():
-            add(entry.stem, entry)
+    found = []
+    for entry in listed(inputs, "--slides"):
+        if not entry.is_dir():
+            found.append((entry.stem, entry))
+            continue
         for folder, files in walk(entry):
-            parts = any(p.suffix.lower() in (".vms", ".vmu") for p in files)  # Hamamatsu: their JPEGs are parts of them
-            dicom = [p for p in files if p.suffix.lower() == ".dcm"]
-            if dicom:
-                add(folder.resolve().name, dicom[0])
+            # Hamamatsu: their JPEGs are parts of them
+            parts = any(path.suffix.lower() in (".vms", ".vmu") for path in files)
+            dicom = [path for path in files if path.suffix.lower() == ".dcm"]
+            found += dicom_slides(folder.resolve(), dicom)
             for path in files:
                 suffix = path.suffix.lower().lstrip(".")
                 if suffix in SUFFIXES and suffix != "dcm" and not (parts and suffix == "jpg"):
-                    add(path.stem, path)
-    if not slides:
-        raise UserError(f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
-    return dict(sorted(slides.items()))
+                    found.append((path.stem, path))
+    check(found, f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
+    once = {}  # a slide may be named twice, by its folder and in a list
+    for name, path in found:
+        once.setdefault((name, os.path.realpath(path)), (name, path))
+    return name_slides(once.values())
+
+
+HEADERS = "mpp mpp_x mpp-x um/px um_per_px microns_per_pixel".split()  # of the columns of --mpp-csv
+SLIDE_HEADERS = "slide slide_id wsi path file filename file_name image name id".split()
 
 
 def read_mpp_csv(path):
-    """Lines of slide,mpp -> {slide: um/px at level 0}. A slide is named by its id or its file; a first line may be a header."""
-    found = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                try:
-                    slide, mpp = row
-                    found[slide.strip()] = float(mpp)
-                    if not MPP_RANGE[0] <= float(mpp) <= MPP_RANGE[1]:
-                        raise ValueError
-                except ValueError:
-                    if row and number > 1:
-                        raise UserError(f"{path}, line {number}: not slide,mpp with 0.05 to 20 um per pixel") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a file that can be read ({error}); --mpp-csv takes lines of slide,mpp") from None
-    return found
+    """Lines of slide,mpp -> {slide: um/px at level 0}. A slide is named by its id, its file or its path.
+
+    A first line may be a header; then the columns are those called so, and there may be others.
+    """
+    table, columns, twice = {}, (0, 1), 0
+    lines = "--mpp-csv takes lines of slide,mpp"
+    with reading(path, lines):
+        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig"), newline="")))
+    for line, row in enumerate(rows, 1):
+        cells = [cell.strip().lower() for cell in row]
+        if line == 1 and any(cell in HEADERS for cell in cells):
+            mpp = next(i for i, cell in enumerate(cells) if cell in HEADERS)
+            others = [i for i in range(len(cells)) if i != mpp] or [0]
+            columns = next((i for i in others if cells[i] in SLIDE_HEADERS), others[0]), mpp
+            continue
+        if not any(cells):
+            continue
+        wrong = f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel"
+        check(len(row) > max(columns) and row[columns[0]].strip(), wrong)
+        slide, mpp = row[columns[0]].strip().replace("\\", "/"), number(row[columns[1]])
+        check(MPP_RANGE[0] <= mpp <= MPP_RANGE[1], wrong)
+        old = table.get(slide, mpp)
+        check(old == mpp, f"{path}, line {line}: {slide} again, with {mpp:g} and {old:g} um/px")
+        twice += slide in table
+        table[slide] = mpp
+    if twice:
+        print(f"{path}: {count(twice, 'line')} said twice")
+    return table
+
+
+def table_rows(table, name, path):
+    """Which rows of --mpp-csv are about a slide: by id, file, stem, or an end of its path."""
+    parts = Path(os.path.realpath(path)).parts
+    ends = ["/".join(parts[-n:]).replace("//", "/") for n in range(1, len(parts) + 1)]
+    return [key for key in (name, path.stem, str(path), *ends) if key in table]
 
 
 def given_mpp(args, table, name, path):
     """What --mpp-csv and --mpp say of a slide, or None."""
-    return table.get(name, table.get(path.name, args.mpp))
+    rows = table_rows(table, name, path)
+    return table[rows[0]] if rows else args.mpp
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tissue and tiles
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Tissue and tiles --------------------------------------------------------------------------------------
+#
+# Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is
+# where it takes more of one colour than of another; glass, dust and black borders take all alike. Whatever
+# else is on the slide, a dark control or a pen, has no say. Ink has colours that tissue rarely has (green and
+# blue; a red that takes green and blue alike), and is smooth; a smooth colour that is most of what is stained
+# is a stain all the same, unless it is smoother than any tissue.
+
+WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
+STRIP = 2**18  # pixels that are looked at together: a thumbnail has 10 million
+HALO = 12  # pixels that the median, roughness and ink reach into the next strip
 
 
-def otsu(counts):
-    """Otsu's threshold of a histogram of 256 values: the cut that separates them into the two most distinct groups."""
-    counts = np.array(counts, float)
-    weight = counts.cumsum()
-    total = (counts * np.arange(256)).cumsum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (total[-1] * weight / weight[-1] - total) ** 2 / (weight * (weight[-1] - weight))
-    return int(np.nanargmax(np.where(np.isfinite(between), between, -1)))
+def box_mean(x, r):
+    """Mean over the (2r+1)^2 pixels around each of float [h,w]."""
+    for _ in range(2):  # columns, then rows
+        padded = np.pad(x, ((r, r), (0, 0)), mode="edge")
+        x = sum(padded[i : i + len(x)] for i in range(2 * r + 1)).T / (2 * r + 1)
+    return x
 
 
-def tissue_mask(thumbnail):
-    """RGB thumbnail -> bool [h,w]: stained tissue has a colour; glass, white or grey, has none, nor have black borders.
+def roughness(x):
+    """Standard deviation over the 5 x 5 pixels around each of float [h,w]."""
+    return np.sqrt(np.maximum(0, box_mean(x * x, 2) - box_mean(x, 2) ** 2))
 
-    The measure is max(R,G,B) - min(R,G,B): unlike the saturation, it is small in the dark, where the hue is noise. Otsu
-    always finds two groups, also where there is only glass or only tissue: hence the bounds on its threshold. Ink is
-    blue or green and far stronger than any stain; around it, where it fades into the glass, nothing counts either.
+
+def strips(picture, every=1):
+    """A picture strip by strip, or every n-th -> (rows of the strip, its pixels uint8 with a margin, where
+    it lies in these)."""
+    rows = max(HALO, STRIP // picture.width)
+    for top in range(0, picture.height, rows * every):
+        above = min(top, HALO)
+        bottom = min(picture.height, top + rows)
+        part = picture.crop((0, top - above, picture.width, min(picture.height, bottom + HALO)))
+        pixels = np.asarray(part.filter(ImageFilter.MedianFilter(3)))
+        yield slice(top, bottom), pixels, slice(above, above + bottom - top)
+
+
+def find_glass(picture):
+    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is
+    stain).
+
+    Glass is bright, smooth, and what most of the brightest smooth pixels look like.
     """
-    colour, rest = np.empty((2, thumbnail.height, thumbnail.width), np.uint8)  # rest: neither black nor ink, 255 or 0
-    halo, rows = 8, 256  # strip by strip, for memory's sake; blur and ink reach 6 pixels into the next
-    for top in range(0, thumbnail.height, rows):
-        above = min(top, halo)
-        strip = thumbnail.crop((0, top - above, thumbnail.width, min(thumbnail.height, top + rows + halo)))
-        red, green, blue = (np.asarray(band.filter(ImageFilter.GaussianBlur(1))) for band in strip.split())
-        high = np.maximum(np.maximum(red, green), blue)
-        spread = high - np.minimum(np.minimum(red, green), blue)
-        black = (high < 25) | (high < 75) & (spread < high // 2)
-        ink = (green > red) & (spread > high // 2 + high // 20) & (spread > 40)
-        ink = np.asarray(Image.fromarray(ink.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(7))) > 0
-        here = slice(above, above + rows)
-        colour[top : top + rows], rest[top : top + rows] = spread[here], ~(black | ink)[here] * np.uint8(255)
-    counts = Image.fromarray(colour).histogram(Image.fromarray(rest))
-    return (rest > 0) & (colour > np.clip(otsu(counts), 8, 30))
+    every = max(1, picture.width * picture.height // 2**19)
+    rgb = np.concatenate([pixels[inside] for _, pixels, inside in strips(picture, every)]).astype(np.float32)
+    grey = rgb.mean(-1)
+    smooth = (grey > 170) & (roughness(grey) < 4)
+    if smooth.mean() < 0.005:
+        return WHITE, 0.03
+    counts = np.convolve(np.bincount(grey[smooth].astype(int), minlength=256), np.ones(5), "same")
+    bright = np.flatnonzero(counts >= counts.max() / 10).max()
+    start = max(0, bright - 12)
+    peak = start + np.argmax(counts[start : bright + 1])
+    pixels = rgb[smooth & (abs(grey - peak) < 6)]
+    glass = np.median(pixels, axis=0)
+    red, green, blue = glass
+    # Haematoxylin and eosin take green first: a bright smooth stroma is no glass.
+    if glass.min() < 178 or np.ptp(glass) > 48 or green < min(red, blue) - 14:
+        return WHITE, 0.03
+    pixels = pixels[abs(pixels - glass).max(-1) < 8]
+    if len(pixels) < 100:
+        return glass, 0.03
+    colour = np.ptp(np.log10(glass / pixels), axis=-1)
+    noise = 1.4826 * np.median(abs(colour - np.median(colour)))
+    return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06))
+
+
+def find_tissue(picture):
+    """RGB thumbnail -> (bool [h,w]: tissue; bool [h,w]: ink, left out; the share of what is dark and has
+    no colour)."""
+    glass, least = find_glass(picture)
+    tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
+    stained, inked = np.zeros((2, picture.height, picture.width), bool)
+    grey = 0  # pixels
+    rough_counts = np.zeros(101, int)  # of ink-coloured pixels, by roughness in thousandths of their density
+    for rows, pixels, inside in strips(picture):
+        r, g, b = (table[pixels[..., i]] for i, table in enumerate(tables))  # optical densities
+        dark, most = (r + g + b) / 3, np.maximum(np.maximum(r, g), b)
+        colour = most - np.minimum(np.minimum(r, g), b)
+        high, low = pixels.max(-1), pixels.min(-1)
+        black = (high < 25) | ((high < 75) & (high - low < high // 2))  # its colour is noise
+        stained[rows] = ((colour > least) & (most > 0.02) & ~black)[inside]
+        grey += ((dark > 0.1) & ~(colour > least))[inside].sum()
+        cold = (r > 0.12) & (r > g + 0.08) & (r > b + 0.05)
+        red = (r < 0.13) & (g > 0.3) & (b > 0.72 * g)
+        if (cold | red).any():
+            rough, here = roughness(dark), (cold | red)[inside]
+            thousandths = (1000 * rough[inside][here] / dark[inside][here]).clip(0, 100).astype(int)
+            rough_counts += np.bincount(thousandths, minlength=101)
+            smooth = (cold | red) & (rough < 0.004 + 0.036 * dark)
+            core = Image.fromarray(smooth.view(np.uint8) * 255).filter(ImageFilter.BoxBlur(3))
+            core = core.point([0] * 255 + [255])  # smooth all around
+            inked[rows] = (np.asarray(core.filter(ImageFilter.BoxBlur(6))) > 0)[inside]
+    inked &= stained
+    smoother_than_tissue = rough_counts[:25].sum() > rough_counts.sum() / 2
+    if inked.sum() > 0.4 * stained.sum() and not smoother_than_tissue:
+        inked[:] = False
+    return stained & ~inked, inked, grey / stained.size
+
+
+def tissue_mask(picture):
+    """RGB thumbnail -> bool [h,w]: what is stained, and no ink."""
+    return find_tissue(picture)[0]
+
+
+def mask_file(folder, name):
+    """--mask: the slide's file in the folder, or None."""
+    for ending in ("png", "tif", "tiff", "bmp", "jpg", "jpeg", "geojson", "json"):
+        path = Path(folder) / f"{name}.{ending}"
+        if path.is_file():
+            return path
+
+
+def given_mask(path, slide, size):
+    """A mask picture of the whole slide, or a QuPath GeoJSON, -> bool [h,w] of that size (width, height)."""
+    with reading(path, "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"):
+        if path.suffix.lower() in (".geojson", ".json"):
+            return drawn_mask(path, slide, size)
+        grey = Image.open(path).convert("L")
+        stretched = (grey.width / grey.height) / (slide.width / slide.height)
+        tolerance = 0.02 + 1 / min(grey.size)
+        wrong = f"{path}: {grey.width} x {grey.height} px are not of the slide's shape"
+        check(abs(stretched - 1) < tolerance, wrong)
+        marked = 127 if grey.getextrema()[1] > 127 else 0  # labels 0, 1, 2... are masks too
+        grey = grey.point([0] * (marked + 1) + [255] * (255 - marked))
+        return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 127
+
+
+def drawn_mask(path, slide, size):
+    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w]."""
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    features = found.get("features", [found]) if isinstance(found, dict) else found
+    mask, scale = Image.new("L", size), MASK * slide.scale
+    for feature in features:
+        if feature.get("properties", {}).get("objectType") in ("tile", "cell", "detection"):
+            continue
+        geometry = feature.get("geometry", feature)
+        check(geometry["type"] in ("Polygon", "MultiPolygon"), f"{path}: a {geometry['type']}, not a polygon")
+        polygons = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+        for outer, *holes in polygons:
+            part = Image.new("L", size) if holes else mask
+            for ring, value in ((outer, 255), *((hole, 0) for hole in holes)):
+                # Pillow counts from pixel centres
+                corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5
+                ImageDraw.Draw(part).polygon(corners.ravel().tolist(), value)
+            if holes:
+                mask.paste(255, mask=part)
+    return np.asarray(mask) > 0
 
 
 def tile_grid(mask, min_tissue, step=TILE):
-    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster order."""
-    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)  # of the tissue above and left of each corner
-    total[1:, 1:] = mask
+    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster
+    order.
+
+    The last tiles of rows and columns may reach beyond the slide, where all is white.
+    """
+    total = np.pad(mask, ((1, 0), (1, 0))).astype(np.int32)  # of the tissue above and left of each corner
     total.cumsum(0, out=total).cumsum(1, out=total)
-    y, x = (np.arange(0, side * MASK - TILE + 1, step) for side in mask.shape)  # whole tiles only
+    y, x = (np.arange(0, max(1, side * MASK - TILE + step), step) for side in mask.shape)
     top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
     bottom, right = top + TILE // MASK, left + TILE // MASK
     top, bottom = np.minimum([top, bottom], mask.shape[0])
@@ -305,7 +656,8 @@ def tile_grid(mask, min_tissue, step=TILE):
 
 
 def draw_tiles(coords, name, max_tiles, seed):
-    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a slide and a seed."""
+    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a
+    slide and a seed."""
     if not max_tiles or len(coords) <= max_tiles:
         return coords
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -313,8 +665,9 @@ def draw_tiles(coords, name, max_tiles, seed):
 
 
 def blocks(coords, step):
-    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the other decodes the
-    JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of these."""
+    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the
+    other decodes the JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of
+    these."""
     side = int(np.clip((BLOCK - 1) * TILE // step + 1, 1, BLOCK))
     cells = coords // (step * side)
     order = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
@@ -322,36 +675,40 @@ def blocks(coords, step):
     return np.split(order, borders) if len(order) else []
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Pictures to check, outlines for QuPath
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Pictures to check, outlines for QuPath ----------------------------------------------------------------
 
 
-def draw_qc(path, picture, pixel, mask, coords):
-    """The slide with the outline of its tissue (green) and the kept tiles (blue): what a person checks before trusting.
-
-    picture: of the whole slide, `pixel` tiled pixels a pixel.
+def draw_qc(path, picture, pixel, mask, ink, coords):
+    """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept
+    tiles (blue): what a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a
+    pixel.
     """
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
-        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None)
-    solid = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
-    solid = solid.point([0] * 128 + [255] * 128)
-    edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
-    picture.paste((0, 150, 60), mask=Image.fromarray(edge.astype(np.uint8) * 255))
+        edge = (30, 80, 255, 140) if side > 6 else None
+        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), edge)
+    for part, colour in ((ink, (220, 0, 0)), (mask, (0, 150, 60))):
+        solid = Image.fromarray(part.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
+        solid = solid.point([0] * 128 + [255] * 128)
+        edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
+        picture.paste(colour, mask=Image.fromarray(edge.astype(np.uint8) * 255))
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=90)
 
 
 def contours(mask):
-    """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of corners (x, y).
+    """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of
+    corners (x, y).
 
-    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A ring follows
-    the arrows and turns right where it can: pixels that touch at a corner stay apart. Outer rings run clockwise.
+    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A
+    ring follows the arrows and turns right where it can: pixels that touch at a corner stay apart. Where it
+    comes to a corner for the second time, what lies between is cut off as a ring of its own, a hole: no ring
+    touches itself. Outer rings run clockwise.
     """
     padded = np.pad(mask, 1)
-    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]  # the pixels around each corner
+    # the pixels around each corner
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     arrows = np.zeros(se.shape, np.uint8)  # of each corner, one bit a direction: right, down, left, up
     for bit, (inside, outside) in enumerate(((se, ne), (sw, se), (nw, sw), (ne, nw))):
         arrows |= (inside & ~outside).view(np.uint8) << bit
@@ -362,8 +719,9 @@ def contours(mask):
         first = 0 if bits[start] & 1 else 1
         if not todo[start] >> first & 1:
             continue
-        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right and a hole
-        # down: the hole lies in the polygon of the next upward arrow to the left, which borders on the same pixels.
+        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right
+        # and a hole down: the hole lies in the polygon of the next upward arrow to the left, which borders on
+        # the same pixels.
         if first == 0:
             n = len(polygons)
             polygons.append([])
@@ -380,12 +738,34 @@ def contours(mask):
             if turn:
                 ring.append((at % width, at // width))
             direction = (direction + turn) % 4
-        polygons[n].append(ring)
-    return polygons
+        polygons[n] += simple_rings(ring)
+    return [sorted(rings, key=signed_area, reverse=True) for rings in polygons]  # the outer ring first
+
+
+def simple_rings(ring):
+    """A ring of corners -> rings that come to no corner twice: each time it does, the loop in between is
+    cut off."""
+    rings, rest, index = [], [], {}
+    for corner in ring:
+        if corner in index:
+            at = index[corner]
+            rings.append(rest[at:])
+            for gone in rest[at:]:
+                del index[gone]
+            del rest[at:]
+        index[corner] = len(rest)
+        rest.append(corner)
+    return [*rings, rest]
+
+
+def signed_area(ring):
+    """Twice the area inside a ring; negative for one that runs against the clock (y points down)."""
+    return sum(ax * by - bx * ay for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]))
 
 
 def write_geojson(path, slide, mask, coords):
-    """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the tiles tile objects."""
+    """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the
+    tiles tile objects."""
 
     def feature(kind, rings, name, scale):
         about = {"classification": {"name": name}, "isLocked": True}
@@ -393,268 +773,272 @@ def write_geojson(path, slide, mask, coords):
 
     tissue = (feature("annotation", rings, "Tissue", MASK * slide.scale) for rings in contours(mask))
     tiles = (feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale) for x, y in coords.tolist())
-    with replacing(path) as temporary, open(temporary, "w") as file:  # written as it is made: a slide has 100,000 tiles
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
-        for i, text in enumerate(itertools.chain(tissue, tiles)):
-            file.write(",\n" * (i > 0) + text)
+        separator = ""
+        for text in itertools.chain(tissue, tiles):
+            file.write(separator + text)
+            separator = ",\n"
         file.write("]}\n")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Readers: processes of their own that survey slides and read tiles (decoding and resizing hold Python's lock too long for
-# threads). What they read they leave in shared memory; only numbers travel.
-# --------------------------------------------------------------------------------------------------------------------
+CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
+<br>{text}</figure>
+"""
+PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 14px sans-serif }}
+figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px; overflow-wrap: anywhere }}
+img {{ max-width: 240px; max-height: 240px }}
+.failed {{ outline: 3px solid #c00 }} .empty {{ outline: 3px solid #d80 }}
+</style><h1>{title}</h1>
+"""
 
-SLOT = (JOB * BLOCK * BLOCK, TILE, TILE, 4)  # the tiles of one job, RGBA
+
+def write_index(data):
+    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a
+    browser."""
+    failures, files = read_failures(data), {}
+    for path in (data / "features").glob("*.safetensors"):
+        with contextlib.suppress(UserError):
+            files[path.name.removesuffix(".safetensors")] = feature_metadata(path)["tiles"]
+    cards = []
+    for name in sorted({*files, *failures}, key=lambda name: (name not in failures, name)):
+        kind, text = "", count(files.get(name, 0), "tile")
+        if name in failures:
+            kind, text = "failed", f"FAILED ({failures[name]['step']}): {failures[name]['message']}"
+        elif not files[name]:
+            kind, text = "empty", "NO TISSUE"
+        href = urllib.parse.quote(f"{name}.jpg")
+        cards.append(CARD.format(kind=kind, href=href, name=html.escape(name), text=html.escape(text)))
+    title = f"{count(len(cards), 'slide')}, {len(failures)} failed"
+    wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title=title) + "".join(cards))
+
+
+# ---- Readers: the workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged 
+# so that they take the process with them. What they read they leave in shared memory; only numbers travel.
+
+# forked, they share what is loaded
+FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
+
+
+DIED = "the process that read it died (a damaged file, or no memory left)"
 
 
 class SlideError(Exception):
     """Why one slide cannot be prepared: args are the step and the message. The others go on."""
 
 
-def start_reader(memory):
-    global slots
-    slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    torch.set_num_threads(1)  # a reader is one of many; and a fork has none of its parent's threads
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # do not outlive it
+class Readers(torch.utils.data.Dataset):
+    """What a DataLoader's workers do: a job (method, arguments) -> (job, what came of it or the exception).
 
-
-def survey(name, path, params, data, geojson):
-    """What there is to read of a slide -> dict with its tiles' coords and what Slide knows; its pictures go into data/qc.
-
-    data None: no pictures. Raises SlideError, whatever the file does to its reader; OSError where the pictures cannot be written.
-    """
-    step, source = "open", (str(path), params["mpp"], params["target_mpp"])
-    try:
-        slide = open_slide(*source)
-        step = "tissue"
-        thumbnail = slide.thumbnail(MASK)
-        mask = tissue_mask(thumbnail)
-        coords = tile_grid(mask, params["min_tissue"], params["step"])
-        pixel = max(slide.width, slide.height) / 768
-        if pixel > MASK:  # not read again: a slide without small levels takes minutes
-            size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
-            picture = thumbnail.resize(size, Image.Resampling.BOX)
-        else:
-            picture = slide.thumbnail(pixel)
-    except Exception as error:
-        open_slide.cache_clear()  # a handle that has failed once fails for good
-        raise SlideError(step, f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
-    coords = draw_tiles(coords, name, params["max_tiles"], params["seed"])
-    if data:
-        draw_qc(data / "qc" / f"{name}.jpg", picture, pixel, mask, coords)
-        if geojson:
-            write_geojson(data / "qc" / f"{name}.geojson", slide, mask, coords)
-    facts = {key: getattr(slide, key) for key in ("mpp", "source", "scale", "level")}
-    about = {"name": name, "path": path, "coords": coords, "size": slide.file.dimensions, "dropped": 0}
-    return about | facts | {"reader": source, "step": params["step"]}
-
-
-def read_tiles(source, coords, slot):
-    """Neighbouring tiles -> (which of them could be read, bool [n]; the last error). Their pixels go into the slot."""
-    read, failed = np.zeros(len(coords), bool), None
-    for i, (x, y) in enumerate(coords.tolist()):
-        for _ in range(2):  # OpenSlide refuses everything after an error: so the slide is opened anew
-            try:
-                slots[slot, i] = open_slide(*source).tile(x, y)
-                read[i] = True
-                break
-            except Exception as error:
-                failed = str(error)
-                open_slide.cache_clear()
-    return read, failed
-
-
-def ahead(pool, function, jobs, depth):
-    """Runs function(*job) in the pool for every (tag, job), `depth` jobs ahead; yields (tag, future) in the jobs' order."""
-    waiting = collections.deque()
-    for tag, job in jobs:
-        waiting.append((tag, pool.submit(function, *job)))
-        if len(waiting) > depth:
-            yield waiting.popleft()
-    yield from waiting
-
-
-class Readers:
-    """A pool of reader processes -> the tiles of many slides, one stream in a fixed order, read ahead across slides.
-
-    On Linux they are forked: they share what is loaded, PyTorch too. Elsewhere they are spawned.
+    slots: memory that they share with the main process, for a batch of tiles each, used again and again: a
+    fresh tensor for every batch costs up to 0.3 ms a tile in page faults alone.
     """
 
-    def __init__(self, workers):
-        kind = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.workers, self.depth = max(1, workers), 2 * max(1, workers) + 2
-        memory = kind.RawArray("B", (self.depth + 1) * math.prod(SLOT))  # unnamed: gone with the processes
-        self.slots = np.frombuffer(memory, np.uint8).reshape(-1, *SLOT)
-        self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, kind, start_reader, (memory,))
+    def __init__(self, workers, batch):
+        # two jobs each on their way, and one that is being encoded
+        self.workers, n = workers, 2 * workers + 1
+        self.memory = FORK.RawArray("B", n * batch * TILE * TILE * 4)
+        self.shape, self.free = (n, batch, TILE, TILE, 4), collections.deque(range(n))
 
-    def __enter__(self):
-        return self
+    @functools.cached_property
+    def slots(self):
+        """uint8 [n,batch,256,256,4], RGBA."""
+        return torch.frombuffer(self.memory, dtype=torch.uint8).view(self.shape)
 
-    def __exit__(self, *_):
-        self.pool.shutdown(wait=True, cancel_futures=True)
+    def __getitem__(self, job):
+        method, *arguments = job
+        try:
+            return job, getattr(self, method)(*arguments)
+        except (SlideError, OSError) as error:
+            return job, error
 
-    def surveys(self, jobs):
-        """(name, arguments of survey) -> (name, future)."""
-        return ahead(self.pool, survey, jobs, self.workers + 1)
+    def run(self, jobs):
+        """Jobs, drawn a few ahead -> their results as they come, in any order. A worker's death is a
+        RuntimeError."""
+        return torch.utils.data.DataLoader(
+            self,
+            batch_size=None,
+            sampler=jobs,
+            num_workers=self.workers,
+            collate_fn=tuple,  # as it is: not turned into tensors
+            multiprocessing_context=FORK,
+            in_order=False,
+        )
 
-    def tiles(self, plans):
-        """Plans from survey -> (plan, indices of tiles, uint8 [n,256,256,4], last error) job by job; the memory is used
-        again when the next job is asked for. A plan's last job is followed by (plan, None, None, None)."""
-        slots = itertools.cycle(range(len(self.slots)))
+    def wait(self, _):
+        """The job where there is nothing to read until a survey is back."""
+        time.sleep(0.02)
 
-        def jobs():
-            for plan in plans:
-                parts = blocks(plan["coords"], plan["step"])
-                for part in [np.concatenate(parts[i : i + JOB]) for i in range(0, len(parts), JOB)]:
-                    if plan["dropped"] > DROPPED * len(plan["coords"]):
-                        break  # it has failed
-                    slot = next(slots)
-                    yield (plan, part, slot), (plan["reader"], plan["coords"][part], slot)
-                yield (plan, None, 0), (plan["reader"], plan["coords"][:0], 0)  # reads nothing: the end of the slide
+    def survey(self, name, path, options):
+        """What there is to read of a slide -> dict with its tiles' coords and what Slide knows.
 
-        for (plan, part, slot), future in ahead(self.pool, read_tiles, jobs(), self.depth):
-            read, error = future.result()
-            if part is None:
-                yield plan, None, None, None
+        options: see Preparation.survey_options. Raises SlideError, whatever is wrong with the file, and
+        OSError where a picture cannot be written.
+        """
+        step, known, outputs = "open", options["known"], options["outputs"]
+        source = str(path), options["given"], options["target_mpp"], options["fallback"]
+        try:
+            slide = open_slide(*source)
+            plan = {"size": slide.file.dimensions, "reader": source, "known": known is not None}
+            for fact in ("mpp", "source", "scale", "level", "hash", "contradicts"):
+                plan[fact] = getattr(slide, fact)
+            other = "the features that are there by its name are another slide's; --overwrite replaces them"
+            check(known in (None, plan["hash"]), other)
+            step = "tissue"
+            thumbnail = slide.thumbnail(MASK)
+            plan["lost"] = slide.lost
+            if options["mask"]:
+                mask, grey = given_mask(options["mask"], slide, thumbnail.size), 0
+                ink = np.zeros_like(mask)
             else:
-                tiles = self.slots[slot, : len(part)]
-                plan["dropped"] += len(part) - read.sum()
-                yield (plan, part, tiles, error) if read.all() else (plan, part[read], tiles[read], error)
+                mask, ink, grey = find_tissue(thumbnail)
+            plan |= {"ink": ink.mean() > 0.001, "why": ""}
+            if max(slide.width, slide.height) < TILE:
+                plan["why"] = " (smaller than a tile)"
+            elif grey > 0.01:
+                plan["why"] = " (no colour: grey, silver and fluorescence slides need --mask)"
+            coords = tile_grid(mask, options["min_tissue"], options["step"])
+            plan["coords"] = coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
+            pixel = max(slide.width, slide.height) / 768
+            if "picture" not in outputs:
+                picture = None
+            elif pixel > MASK:  # not read again: a slide without small levels takes minutes
+                size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
+                picture = thumbnail.resize(size, Image.Resampling.BOX)
+            else:
+                picture = slide.thumbnail(pixel)
+        except Exception as error:
+            open_slide.cache_clear()  # a handle that has failed once fails for good
+            reason = wsi_llava.one_line(error, 500)
+            raise SlideError(step, reason if str(path) in reason else f"{path}: {reason}") from None
+        if picture:
+            draw_qc(outputs["picture"], picture, pixel, mask, ink, coords)
+        if "geojson" in outputs:
+            write_geojson(outputs["geojson"], slide, mask, coords)
+        return plan
+
+    def read_tiles(self, name, source, coords, numbers, slot):
+        """Tiles of a slide, by their numbers -> (those that could be read, the last error). Their pixels
+        go into the slot."""
+        pixels, read, failed = self.slots[slot].numpy(), [], None
+        for n, (x, y) in zip(numbers, coords.tolist()):
+            for _ in range(2):
+                try:
+                    pixels[len(read)] = open_slide(*source).tile(x, y)
+                    read.append(n)
+                    break
+                except Exception as error:  # OpenSlide refuses everything after one: opened anew
+                    failed = wsi_llava.one_line(error)
+                    open_slide.cache_clear()
+        return read, failed
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Features
-# --------------------------------------------------------------------------------------------------------------------
+def tell(source, name, *arguments):
+    """In a reader: a Slide's attribute, or what its method returns."""
+    try:
+        value = getattr(open_slide(*source), name)
+        return value(*arguments) if arguments else value
+    except BAD_SLIDE as error:
+        raise UserError(f"{source[0]}: {wsi_llava.one_line(error)}") from None
 
 
-class Batches:
-    """Tiles of one slide in, their features out. All batches are full but a slide's last: a feature's bits depend on its
-    slide alone. On a GPU, two pinned buffers take turns, so that tiles are copied in while the encoder works."""
+class SafeSlide:
+    """A Slide for a process that has to survive it: whatever is asked of it is asked in a reader. Raises
+    UserError where that dies."""
 
-    def __init__(self, encoder, batch, device):
-        self.encoder, self.device, self.dtype = encoder, device, encoder.cls_token.dtype
-        pinned = device.type == "cuda"
-        self.buffers = [torch.empty(batch, TILE, TILE, 4, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        self.copied = [torch.cuda.Event() if pinned else None for _ in range(2)]
-        self.clear()
+    def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
+        self.source = str(path), mpp, target, fallback
+        for fact in ("width", "height", "scale", "corner"):
+            setattr(self, fact, self.ask(fact))
 
-    def clear(self):
-        self.filled, self.features, self.places = 0, [], []
+    def ask(self, name, *arguments):
+        with concurrent.futures.ProcessPoolExecutor(1, FORK) as pool:
+            try:
+                return pool.submit(tell, self.source, name, *arguments).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise UserError(f"{self.source[0]}: {DIED}") from None
 
-    def add(self, places, tiles):
-        """tiles: uint8 [n,256,256,4], RGBA; places: their rows in the features."""
-        self.places.append(places)
-        while len(tiles):
-            n = min(len(tiles), len(self.buffers[0]) - self.filled)
-            self.buffers[0][self.filled : self.filled + n] = torch.from_numpy(tiles[:n])
-            self.filled, tiles = self.filled + n, tiles[n:]
-            if self.filled == len(self.buffers[0]):
-                self.encode()
+    def thumbnail(self, pixel):
+        return self.ask("thumbnail", pixel)
 
-    @torch.inference_mode()
-    def encode(self):
-        tiles = self.buffers[0][: self.filled].to(self.device, non_blocking=True)
-        if self.copied[0]:
-            self.copied[0].record()
-        self.features.append(self.encoder(wsi_llava.preprocess_tiles(tiles[..., :3]).to(self.dtype)).half())
-        self.buffers.reverse()
-        self.copied.reverse()
-        if self.copied[0]:
-            self.copied[0].synchronize()
-        self.filled = 0
+    def tile(self, x, y):
+        return self.ask("tile", x, y)
 
-    def finish(self):
-        """-> rows in the features, ascending [n]; features float16 [n,C] in that order."""
-        if self.filled:
-            self.encode()
-        places = np.concatenate([*self.places, np.zeros(0, int)]).astype(int)
-        features = torch.cat(self.features).cpu() if self.features else torch.empty(0, self.encoder.cfg.width).half()
-        self.clear()
-        order = np.argsort(places)
-        return places[order], features[torch.from_numpy(order)]
+
+# ---- Features ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def encode(encoder, tiles, device):
+    """uint8 [n,256,256,4] -> features float16 [n,C], on the device."""
+    if device.type == "cuda":
+        tiles = tiles.pin_memory()  # so that the copy runs beside the encoder
+    tiles = tiles.to(device, non_blocking=True)[..., :3]
+    return encoder(wsi_llava.preprocess_tiles(tiles).to(encoder.cls_token.dtype)).half()
 
 
 def check_same(path, params):
     """Raises UserError where a file of features was made with other parameters."""
-    old = wsi_llava.feature_metadata(path)["params"]
+    old = feature_metadata(path)["params"]
     for k in params | old:
-        if old.get(k) != params.get(k):
-            raise UserError(f"{path} was made with {k} {old.get(k)}, not {params.get(k)}; --overwrite makes it again")
+        made = f"{path} was made with {k} {old.get(k)}, not {params.get(k)}"
+        check(old.get(k) == params.get(k), f"{made}; --overwrite makes it again")
 
 
 @functools.cache
 def claims_file(data):
-    return open(data / ".claims", "ab")  # for good: closing it would give up every lock that this process has on it
+    # never closed: POSIX drops all of a process's locks on a file at the first close
+    return open(data / ".claims", "ab")
 
 
-def claim(data, name, how="try"):
-    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies, however it dies.
+@functools.cache
+def say_once(text):
+    print(text, file=sys.stderr)
 
-    how: "try", "wait" or "give up". A lock on one byte of data/.claims, at a place that follows from the name: nothing is
-    left to clean up.
+
+def claim(data, name, give_up=False):
+    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies,
+    however it dies.
+
+    A lock on one byte of data/.claims, at an offset that follows from the name: nothing is left to clean up.
     """
-    file, place = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    file, offset = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         if fcntl:
-            modes = {"try": fcntl.LOCK_EX | fcntl.LOCK_NB, "wait": fcntl.LOCK_EX, "give up": fcntl.LOCK_UN}
-            fcntl.lockf(file, modes[how], 1, place)
+            fcntl.lockf(file, fcntl.LOCK_UN if give_up else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
         else:
-            modes = {"try": msvcrt.LK_NBLCK, "wait": msvcrt.LK_LOCK, "give up": msvcrt.LK_UNLCK}
-            os.lseek(file.fileno(), place, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), modes[how], 1)
-    except (BlockingIOError, PermissionError):  # which of the two depends on the system
-        return False
+            os.lseek(file.fileno(), offset, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK if give_up else msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # another process has it
+            return False
+        none = f"{data}: its file system has no locks ({error.strerror})"
+        say_once(f"{none}; don't prepare the same slides in two runs at once")
     return True
 
 
-@contextlib.contextmanager
-def alone(data, what):
-    """Waits until no other process is at `what`."""
-    claim(data, f"/{what}", "wait")  # no slide is called so
-    try:
-        yield
-    finally:
-        claim(data, f"/{what}", "give up")
-
-
-def sweep(data):
-    """Removes half-written files of runs that were killed: those that nobody is at work on, as their lock tells."""
-    patterns = ".meta.json.*.part", ".failures.jsonl.*.part", "features/.*.part", "qc/.*.part"
-    for path in itertools.chain(*map(data.glob, patterns)):
-        name = re.sub(r"\.[0-9a-f]+\.part$", "", path.name[1:])
-        if path.parent == data:
-            name = f"/{name}"
-        else:
-            name = "/sheets" if re.fullmatch(r"index(-\d+)?\.jpg", name) else name.rsplit(".", 1)[0]
-        if claim(data, name):
-            path.unlink(missing_ok=True)
-            claim(data, name, "give up")
-
-
 def read_failures(data):
-    """data/failures.jsonl -> {slide: {"slide", "step", "message"}}."""
-    try:
-        lines = (data / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-        return {entry["slide"]: entry for entry in map(json.loads, lines)}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{data}/failures.jsonl: not what prepare.py writes ({error}); delete it") from None
+    """data/failures -> {slide: {"slide", "path", "step", "message"}}."""
+    failures = {}
+    for path in sorted((data / "failures").glob("*.json")):
+        with reading(path, "not what prepare.py writes; delete it"):
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            failures[entry["slide"]] = {key: str(entry[key]) for key in ("slide", "path", "step", "message")}
+    return failures
 
 
-def note_failure(data, name, step=None, message=None):
+def note_failure(data, name, step=None, message=None, path=""):
     """Puts a slide on the record of failures, or takes it off."""
-    with alone(data, "failures.jsonl"):
-        old = read_failures(data)
-        new = {slide: entry for slide, entry in old.items() if slide != name}
-        if step:
-            new[name] = {"slide": name, "step": step, "message": message}
-        if new != old:
-            wsi_llava.write_text(data / "failures.jsonl", "".join(json.dumps(entry) + "\n" for entry in new.values()))
+    file = data / "failures" / f"{name}.json"
+    if step is None:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    entry = {"slide": name, "path": str(path), "step": step, "message": message}
+    wsi_llava.write_text(file, json.dumps(entry, indent=1))
 
 
 def write_meta(data, preset, mpp, encoder):
@@ -662,10 +1046,9 @@ def write_meta(data, preset, mpp, encoder):
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
-    with alone(data, "meta.json"):
-        if not (data / "meta.json").exists():
-            wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
-        old = wsi_llava.read_meta(data)
+    if not (data / "meta.json").exists():
+        wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
+    old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
         clash = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
     elif old["mpp"] != mpp:
@@ -676,7 +1059,8 @@ def write_meta(data, preset, mpp, encoder):
 
 
 def open_data(args):
-    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta, encoder)."""
+    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta,
+    encoder)."""
     data = Path(args.data)
     old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
     if old:  # by default, the encoder that made what is there
@@ -692,266 +1076,347 @@ def open_data(args):
 
 @contextlib.contextmanager
 def disk_errors(data):
-    """Slides' own errors stay in the readers: an OSError that comes as far as this is the output folder's."""
+    """Slide errors are caught in the readers, so an OSError here is the output folder's."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
-            f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it goes on"
+            f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it "
+            "goes on"
         ) from None
 
 
 def save_features(path, features, coords, metadata):
     # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
-    wsi_llava.write_tensors(path, {"features": features, "coords": coords}, {"wsi_llava": json.dumps(metadata)})
+    about = {"wsi_llava": json.dumps(metadata)}
+    wsi_llava.write_tensors(path, {"features": features, "coords": coords}, about)
 
 
 class Preparation:
-    """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path, message)]."""
+    """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path,
+    message)]."""
 
-    def __init__(self, args, slides):
-        self.args, self.data, self.slides, self.started = args, Path(args.data), slides, time.time()
-        self.given = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
-        self.meta, self.encoder = open_data(args)
-        self.at_hand, self.settled = set(), set()  # slides that are claimed; slides that this run is through with
-        self.failures, self.busy, self.notes = [], [], {}
-        self.tiles, self.written = 0, []  # tiles encoded; of each slide that was written, their number
-        self.bar, self.todo = None, []  # bar: prepare_slides opens it
-        for name in slides:
-            if not self.is_done(name):
-                self.todo.append(name)
-            elif not args.dry_run:
-                check_same(self.file(name), self.params(name))
+    def __init__(self, args, slides, table):
+        self.args, self.data, self.slides, self.table = args, Path(args.data), slides, table
+        self.meta, self.encoder = (known_meta(args), None) if args.dry_run else open_data(args)
+        self.started, self.tiles = time.time(), 0  # tiles encoded
+        self.at_hand = {}  # claimed slides and their plans
+        self.settled = set()  # slides that this run is through with
+        self.failures, self.notes = [], collections.defaultdict(list)
+        self.written, self.seen = [], []  # of each slide that was written, its tiles; the plans of a dry run
+        self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
+        for path in itertools.chain(*(self.data.glob(f"{folder}/.*.part") for folder in ("features", "qc"))):
+            self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
+        self.todo = [name for name in slides if not self.is_done(name)]
 
     def params(self, name):
-        """What a slide's features depend on, beside the slide."""
-        args = self.args
+        """What a slide's features depend on, beside the slide and its um/px."""
+        args, mask = self.args, self.mask(name)
         return {
             "tile": TILE,
             "target_mpp": args.target_mpp,
-            "mpp": given_mpp(args, self.given, name, self.slides[name]),
             "min_tissue": args.min_tissue,
+            "mask": hashlib.sha256(mask.read_bytes()).hexdigest()[:12] if mask else None,
             "step": args.step,
             "max_tiles": args.max_tiles,
             "seed": args.seed if args.max_tiles else None,
             "encoder": self.meta["encoder"]["fingerprint"],
         }
 
+    def given(self, name):
+        """The slide's um/px by --mpp-csv, or None."""
+        rows = table_rows(self.table, name, self.slides[name])
+        return self.table[rows[0]] if rows else None
+
+    def mask(self, name):
+        """The slide's file in --mask, or None."""
+        return mask_file(self.args.mask, name) if self.args.mask else None
+
     def file(self, name):
         return wsi_llava.features_file(self.data, name)
 
+    def missing(self, name):
+        """Those of the slide's files that are to be made {kind: path}; with --overwrite, what is older
+        than this run."""
+        files = {"features": self.file(name), "picture": self.data / "qc" / f"{name}.jpg"}
+        if self.args.geojson:
+            files["geojson"] = self.data / "qc" / f"{name}.geojson"
+        since = self.started if self.args.overwrite else 0
+        there = {kind for kind, path in files.items() if path.exists() and path.stat().st_mtime >= since}
+        return {kind: files[kind] for kind in files if kind not in there}
+
+    def noted(self, name):
+        """What the features that are there say of themselves; None where there are none, or no whole file."""
+        if "features" not in self.missing(name):
+            with contextlib.suppress(UserError):
+                return feature_metadata(self.file(name))
+
     def is_done(self, name):
-        """Whether the slide's features are there; with --overwrite, whether they are newer than this run."""
-        file = self.file(name)
-        return file.exists() and not (self.args.overwrite and file.stat().st_mtime < self.started)
+        """Whether the slide's files are all there, and this slide's. Raises UserError where its features
+        were made with other parameters."""
+        noted = self.noted(name)
+        if not noted or noted.get("file", [])[:2] not in ([], self.identity(name)):
+            return False  # in the second case, its hash will tell
+        self.check_same(name, noted)
+        return not self.missing(name)
+
+    def identity(self, name):
+        """Path and size of the slide's file, by which it is known again."""
+        path = os.path.abspath(self.slides[name])
+        return [path, os.path.getsize(path) if os.path.exists(path) else 0]
+
+    def check_same(self, name, noted):
+        check_same(self.file(name), self.params(name))
+        given = self.given(name) or (self.args.mpp if noted.get("mpp_source") == "--mpp" else None)
+        made = f"{self.file(name)} was made with mpp {noted.get('mpp')}, not {given}"
+        check(given in (None, noted.get("mpp")), f"{made}; --overwrite makes it again")
 
     def take(self, names):
-        """Claims one slide after the other, for as long as it is in hand; yields those that are left to do."""
+        """Claims one slide after the other, for as long as it is in hand; yields those that are left to
+        do."""
         for name in names:
             if not claim(self.data, name):
-                self.busy.append(name)
+                self.notes["left to another run that is at work on them"].append(name)
                 self.settle(name)
-                continue
-            self.at_hand.add(name)
-            if self.is_done(name):  # another process was faster
+            elif self.is_done(name):  # another process was faster
                 self.settle(name)
             else:
+                for path in self.halves[name]:  # nobody else is at work on it
+                    path.unlink(missing_ok=True)
                 yield name
 
-    def surveys(self, readers, names, data):
-        """Yields the plans of the slides that can be opened, in order; the others are failures. data: see survey."""
-        jobs = ((n, (n, self.slides[n], self.params(n), data, self.args.geojson)) for n in names)
-        for name, future in readers.surveys(jobs):
-            try:
-                yield future.result()
-            except SlideError as error:
-                self.fail(name, *error.args)
+    def jobs(self, readers, names):
+        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next
+        slides, so that none has to be waited for, then the tiles of the slides that were surveyed, batch
+        by batch."""
+        names = iter(names) if self.args.dry_run else self.take(names)
+        while True:
+            name = next(names, None) if self.surveying + len(self.queue) <= readers.workers else None
+            if name:
+                self.at_hand[name], self.surveying = None, self.surveying + 1
+                yield "survey", name, self.slides[name], self.survey_options(name)
+            elif self.queue:
+                job = next(self.queue[0], None)
+                if job:
+                    yield job
+                else:
+                    self.queue.popleft()
+            elif self.surveying:
+                yield "wait", None
+            else:
+                return
+
+    def survey_options(self, name):
+        noted, outputs = self.noted(name), {} if self.args.dry_run else self.missing(name)
+        known = noted["file"][2] if noted and "file" in noted else None
+        own = {"given": self.given(name), "fallback": self.args.mpp, "mask": self.mask(name)}
+        return {**self.params(name), **own, "known": known, "outputs": outputs}
+
+    def batches(self, readers, name, plan):
+        """A surveyed slide -> the jobs that read its tiles. All batches are full but its last: a feature's
+        bits depend on the slide alone."""
+        order = np.concatenate(blocks(plan["coords"], self.args.step))
+        for start in range(0, len(order), self.args.batch):
+            if name in self.settled:
+                return  # it has failed
+            numbers = order[start : start + self.args.batch]
+            tiles = plan["reader"], plan["coords"][numbers], numbers.tolist()
+            yield "read_tiles", name, *tiles, readers.free.popleft()
 
     def run(self, names):
-        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know which it was."""
+        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to
+        know which it was."""
+        self.at_hand, self.surveying, self.queue = {}, 0, collections.deque()
         try:
-            with Readers(self.args.workers) as readers:
-                self.encode(readers.tiles(self.surveys(readers, self.take(names), self.data)))
-        except BrokenProcessPool:
+            self.read_and_encode(names)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
             suspects = list(self.at_hand)
-            if not suspects:
-                message = "the reader processes die at once, perhaps for lack of memory; try fewer --workers"
-                raise UserError(message) from None
+            check(suspects, "the readers die at once, perhaps for lack of memory; try fewer --workers")
             if len(names) == 1:
-                message = f"{self.slides[names[0]]}: the process that read it died (a damaged file, or no memory left)"
-                self.fail(names[0], "read", message)
+                self.fail(names[0], "read", f"{self.slides[names[0]]}: {DIED}")
                 return
             for name in suspects:
                 self.run([name])
             self.run([name for name in names if name not in self.settled])
 
-    def encode(self, stream):
-        """Takes the tiles of all slides, job by job, to their features. stream: of Readers.tiles."""
-        batches = Batches(self.encoder, self.args.batch, self.args.device)
-        for plan, places, tiles, error in stream:
-            name, n = plan["name"], len(plan["coords"])
-            if name in self.settled:
-                continue  # it has failed
-            if plan["dropped"] > DROPPED * n:
-                batches.clear()
-                message = f"{plan['path']}: over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
-                self.fail(name, "read", message)
-            elif places is None:
-                self.finish(plan, *batches.finish())
-            else:
-                batches.add(places, tiles)
-                self.tiles += len(places)
-                speed = self.tiles / (time.time() - self.started)
-                self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
+    def read_and_encode(self, names):
+        readers = Readers(self.args.workers, self.args.batch)
+        for (method, name, *arguments), result in readers.run(self.jobs(readers, names)):
+            if isinstance(result, OSError):
+                raise result  # the output folder's
+            if method == "survey":
+                self.surveying -= 1
+                self.surveyed(readers, name, result)
+            elif method == "read_tiles":
+                _, _, numbers, slot = arguments
+                if name not in self.settled:  # it may have failed meanwhile
+                    self.encode(name, numbers, *result, readers.slots[slot])
+                readers.free.append(slot)
 
-    def finish(self, plan, places, features):
-        name, facts = plan["name"], {key: plan[key] for key in ("mpp", "scale")}
-        if not features.isfinite().all():
-            self.fail(name, "encode", f"{plan['path']}: its features are not finite; try --dtype float32")
+    def surveyed(self, readers, name, plan):
+        if isinstance(plan, SlideError):
+            self.fail(name, *plan.args)
+        elif self.args.dry_run:
+            self.seen.append({"name": name, **plan})
+            self.settle(name)
+        elif plan["known"]:  # its features are there, under another path perhaps; its pictures have been made
+            try:
+                self.check_same(name, self.noted(name))
+                self.settle(name)
+            except UserError as error:
+                self.fail(name, "open", str(error))
+        else:
+            self.at_hand[name] = plan | {"left": len(plan["coords"]), "dropped": 0, "features": []}
+            if len(plan["coords"]):
+                self.queue.append(self.batches(readers, name, plan))
+            else:
+                self.finish(name)
+
+    def encode(self, name, numbers, read, error, tiles):
+        """A batch of a slide's tiles -> their features. numbers: of the batch; read: of those that could
+        be read."""
+        plan, n = self.at_hand[name], len(self.at_hand[name]["coords"])
+        plan["left"] -= len(numbers)
+        plan["dropped"] += len(numbers) - len(read)
+        if plan["dropped"] > DROPPED * n:
+            message = f"over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
+            self.fail(name, "read", f"{self.slides[name]}: {message}")
             return
-        facts |= {"mpp_source": plan["source"], "dropped": int(plan["dropped"]), "params": self.params(name)}
+        if read:
+            plan["features"].append((read, encode(self.encoder, tiles[: len(read)], self.args.device)))
+        self.tiles += len(read)
+        speed = self.tiles / (time.time() - self.started)
+        self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
+        if not plan["left"]:
+            self.finish(name)
+
+    def finish(self, name):
+        plan = self.at_hand[name]
+        numbers = np.array([n for read, _ in plan["features"] for n in read], int)
+        empty = torch.empty(0, self.encoder.cfg.width, dtype=torch.float16)
+        features = torch.cat([empty, *(features.cpu() for _, features in plan["features"])])
+        if not features.isfinite().all():
+            message = "its features are not finite; try --dtype float32"
+            self.fail(name, "encode", f"{self.slides[name]}: {message}")
+            return
+        order = np.argsort(numbers)
+        facts = {key: plan[key] for key in ("mpp", "scale", "dropped")} | {"mpp_source": plan["source"]}
+        facts |= {"params": self.params(name), "file": [*self.identity(name), plan["hash"]]}
         facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
-        save_features(self.file(name), features, torch.from_numpy(plan["coords"][places]), facts)
+        coords = torch.from_numpy(plan["coords"][numbers[order]])
+        save_features(self.file(name), features[torch.from_numpy(order)], coords, facts)
         note_failure(self.data, name)
-        self.written.append(len(places))
-        for what, holds in (
-            ("um/px taken from the objective power", plan["source"] == "objective power"),
-            ("coarser than the target, enlarged", plan["scale"] < 1 - NATIVE),
-            (f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded", plan["dropped"]),
-            ("no tissue found", not len(plan["coords"])),
-        ):
-            if holds:
-                self.notes.setdefault(what, []).append(name)
+        self.written.append(len(numbers))
+        for what in slide_notes(plan):
+            self.notes[what].append(name)
+        if self.args.mask and not self.mask(name):
+            self.notes["not in --mask, so tissue was looked for by its colour"].append(name)
         self.settle(name)
 
     def fail(self, name, step, message):
         self.failures.append((self.slides[name], message))
         if not self.args.dry_run:
-            note_failure(self.data, name, step, message)
+            note_failure(self.data, name, step, message, self.slides[name])
         self.settle(name)
 
     def settle(self, name):
         """This run is through with the slide."""
         self.settled.add(name)
         self.bar.update()
-        if name in self.at_hand:
-            self.at_hand.remove(name)
-            claim(self.data, name, "give up")
+        self.at_hand.pop(name, None)
+        if not self.args.dry_run:
+            claim(self.data, name, give_up=True)
 
     def summary(self):
         seconds = time.time() - self.started
         spent, speed = datetime.timedelta(seconds=round(seconds)), self.tiles / seconds
         print(
-            f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to {self.data}/features in {spent} "
-            f"({speed:.0f} tiles/s), pictures to {self.data}/qc."
+            f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to "
+            f"{self.data}/features in {spent} ({speed:.0f} tiles/s), pictures to {self.data}/qc."
         )
-        if self.busy:
-            self.notes["left to another run that is at work on them"] = self.busy
         for what, names in self.notes.items():
-            print(f"{count(len(names), 'slide')}, {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
-
-    def estimate(self):
-        """--dry-run -> the plans of all slides that can be opened; seconds a tile, by a few batches of the largest."""
-        with Readers(self.args.workers) as readers:
-            plans = list(self.surveys(readers, self.todo, None))
-            seconds, batches = 0.0, Batches(self.encoder, self.args.batch, self.args.device)
-            largest = max((plan for plan in plans if len(plan["coords"])), key=lambda p: len(p["coords"]), default=None)
-            for _ in range(2 if largest else 0):  # the first time warms up
-                started, coords = time.time(), largest["coords"][: 3 * self.args.batch]
-                for _, places, tiles, _ in readers.tiles([largest | {"coords": coords}]):
-                    if places is not None:
-                        batches.add(places, tiles)
-                batches.finish()
-                seconds = (time.time() - started) / len(coords)
-        return plans, seconds
+            print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
 
 
-def print_table(plans, seconds):
-    """What there is and how long it would take. plans, seconds: of Preparation.estimate."""
+def slide_notes(plan):
+    """What a person should know of a slide that was prepared."""
+    where = {"objective power": "the objective power", "--mpp": "--mpp", "given": "--mpp-csv"}
+    if plan["source"] in where:
+        yield f"um/px taken from {where[plan['source']]}"
+    if plan["contradicts"]:
+        yield "um/px and objective power contradict each other"
+    if plan["scale"] < 1 - NATIVE:
+        yield "coarser than the target, enlarged"
+    if plan["dropped"]:
+        yield f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded"
+    if plan["lost"]:
+        yield f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded"
+    if plan["ink"]:
+        yield "ink left out, outlined in red in data/qc (--mask decides otherwise)"
+    if not len(plan["coords"]):
+        yield f"no tissue found{plan['why']}"
+
+
+def print_table(plans):
+    """What a dry run found."""
     width = max([5, *(len(plan["name"]) for plan in plans)])
-
-    def line(name, size, mpp, source, level, n, took):
-        print(f"{name:{width}}  {size:>15}  {mpp:>7}  {source:15}  {level:>5}  {n:>8}  {took!s:>8}")
-
-    line("slide", "level-0 size", "um/px", "from", "level", "tiles", "time")
-    everything = {"name": "all", "coords": range(sum(len(plan["coords"]) for plan in plans))}
-    for plan in [*plans, everything]:
-        n, size = len(plan["coords"]), " x ".join(map(str, plan.get("size", ())))
-        mpp, source, level = (plan.get(key, "") for key in ("mpp", "source", "level"))
-        line(plan["name"], size, f"{mpp:.6}", source, level, n, datetime.timedelta(seconds=round(n * seconds)))
+    print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  {'level':>5}  {'tiles':>8}")
+    for plan in plans:
+        size, n = " x ".join(map(str, plan["size"])), len(plan["coords"])
+        line = f"{size:>15}  {plan['mpp']:>7.6}  {plan['source']:15}  {plan['level']:>5}  {n:>8}"
+        print(f"{plan['name']:{width}}  {line}")
+    total = sum(len(plan["coords"]) for plan in plans)
+    print(f"{count(len(plans), 'slide')}, {count(total, 'tile')}")
 
 
-def prepare_slides(args, slides):
-    """All slides of {id: path}, resuming where an earlier run stopped. Returns the failures, [(path, message)]."""
+def known_meta(args):
+    """What a dry run takes for data/meta.json, which it does not write."""
+    there = (args.data / "meta.json").exists()
+    return wsi_llava.read_meta(args.data) if there else {"encoder": {"source": "", "fingerprint": None}}
+
+
+def read_table(args, slides):
+    """--mpp-csv -> {slide: um/px}. Says which of its lines are about none of the slides."""
+    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    used = {row for name, path in slides.items() for row in table_rows(table, name, path)}
+    lost = [row for row in table if row not in used]
+    if lost:
+        print(f"{args.mpp_csv}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
+    return table
+
+
+def prepare_slides(args, slides, number=0, shares=1):
+    """All slides of {id: path}, or every `shares`-th from `number` on, resuming where an earlier run
+    stopped. Returns the failures, [(path, message)]."""
     with disk_errors(args.data):
-        work = Preparation(args, slides)
+        table = read_table(args, slides)
+        slides = dict(list(slides.items())[number::shares])
+        work = Preparation(args, slides, table)
         if work.meta["encoder"]["source"] == "untrained":
-            print("No GigaPath weights found or named: a small untrained encoder serves, for trying the pipeline only.")
+            print("No GigaPath weights found or named: a small untrained encoder serves, for trying this out.")
         print(
-            f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already; {len(work.todo)} to tile at "
-            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into {args.data}/features, with "
-            f"{count(args.workers, 'reader')}."
+            f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already; "
+            f"{len(work.todo)} to tile at {args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into "
+            f"{args.data}/features, with {count(args.workers, 'reader')}."
         )
-        work.encoder.to(args.device, args.dtype)
+        if work.encoder:
+            work.encoder.to(args.device, args.dtype)
         with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
-            if args.dry_run:
-                found = work.estimate()
-                work.bar.close()
-                print_table(*found)
-                return work.failures
-            sweep(args.data)
             try:
                 work.run(work.todo)
             except torch.OutOfMemoryError:
                 message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
                 raise UserError(message) from None
-        work.summary()
+        if args.dry_run:
+            print_table(sorted(work.seen, key=lambda plan: plan["name"]))
+        else:
+            work.summary()
     return work.failures
 
 
-def draw_cell(sheet, corner, cell, picture, name, text, colour):
-    """One slide's place on a sheet; with a colour, in a frame of it."""
-    (x, y), draw, font = corner, ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    if picture.exists():
-        small = Image.open(picture)
-        small.draft("RGB", (cell, cell))
-        small.thumbnail((cell - 12, cell - 12))
-        sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-    if colour:
-        draw.rectangle((x + 2, y + 2, x + cell - 3, y + cell + 33), outline=colour, width=3)
-    shown = name if len(name) <= 26 else f"{name[:12]}...{name[-11:]}"
-    draw.text((x + cell / 2, y + cell + 2), shown, "black", font, anchor="ma")
-    draw.text((x + cell / 2, y + cell + 17), text, colour or (90, 90, 90), font, anchor="ma")
-
-
-def contact_sheets(data, columns=10, rows=10, cell=192):
-    """data/qc/index.jpg, index-2.jpg...: every slide's picture, its name and number of tiles beneath, for a glance at all."""
-    failures = read_failures(data)
-    counts = {path.stem: wsi_llava.feature_metadata(path)["tiles"] for path in (data / "features").glob("*.safetensors")}
-    names, n = sorted({*counts, *failures}), columns * rows
-    pages = [names[i : i + n] for i in range(0, len(names), n)]
-    paths = [data / "qc" / f"index{f'-{i}' * (i > 1)}.jpg" for i in range(1, len(pages) + 1)]
-    for path, page in zip(paths, pages):
-        size = min(columns, len(page)) * cell, math.ceil(len(page) / columns) * (cell + 36)
-        sheet = Image.new("RGB", size, "white")
-        for i, name in enumerate(page):
-            text, colour = f"{counts.get(name, 0):,} tiles", None
-            if name in failures:
-                text, colour = f"FAILED ({failures[name]['step']})", (200, 0, 0)
-            elif not counts[name]:
-                text, colour = "NO TISSUE", (210, 120, 0)
-            corner = i % columns * cell, i // columns * (cell + 36)
-            draw_cell(sheet, corner, cell, data / "qc" / f"{name}.jpg", name, text, colour)
-        with replacing(path) as temporary:
-            sheet.save(temporary, "JPEG", quality=85)
-    for path in (data / "qc").glob("index-*.jpg"):  # pages of an earlier run that had more slides
-        if re.fullmatch(r"index-\d+", path.stem) and path not in paths:
-            path.unlink()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Features that were made elsewhere
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Features that were made elsewhere ---------------------------------------------------------------------
 
 TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [n,C], or one vector [C]
 BARE = "tiles without coordinates"
@@ -1158,9 +1623,7 @@ def import_features(args, number=0, shares=1):
     return failures
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Questions
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Questions ---------------------------------------------------------------------------------------------
 
 # What is read: a kind's name, and its fields, in lower case, for a row's slide, question (None: a report) and
 # answer ("conversations" are both). A row is of the first kind whose fields it has.
@@ -1473,19 +1936,18 @@ def import_qa(args):
     check(not failures, f"{what}; the others are done")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The toy cohort: slides whose reports and questions are true of what is drawn
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
 
 SIDE = 2048  # pixels of a toy slide, at 0.5 um/px: 8 x 8 tiles
-GROUNDS = {  # each type's colour between the nuclei of the tumour
-    "adenocarcinoma": (214, 160, 200),
-    "squamous cell carcinoma": (228, 138, 168),
-    "small cell carcinoma": (186, 160, 206),
-    "mucinous carcinoma": (206, 212, 234),
+# each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
+TYPES = {
+    "adenocarcinoma": ((214, 160, 200), 84, 5.5),
+    "squamous cell carcinoma": ((228, 138, 168), 34, 7),
+    "small cell carcinoma": ((186, 160, 206), 17, 6),
+    "mucinous carcinoma": ((206, 212, 234), 92, 6),
 }
-TYPES = list(GROUNDS)
-GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}  # tumour's share of the tissue
+# the tumour's share of the tissue
+GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 SUBTYPES = {
     ("positive", "negative"): "luminal A",
@@ -1493,9 +1955,10 @@ SUBTYPES = {
     ("negative", "positive"): "HER2-enriched",
     ("negative", "negative"): "basal-like",
 }
+NUCLEUS, LUMEN = (112, 72, 146), (246, 240, 246)
 
 
-def noise(rng, size, cells):
+def noise(rng, cells, size=SIDE // 8):
     """A smooth random field float32 [size,size], mean 0, with about `cells` bumps across."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
@@ -1504,156 +1967,84 @@ def noise(rng, size, cells):
 def scatter(rng, mask, spacing):
     """Jittered grid points (x, y) in full pixels where the mask (at SIDE / 8) is True."""
     grid = np.stack(np.meshgrid(np.arange(0, SIDE, spacing), np.arange(0, SIDE, spacing)), -1).reshape(-1, 2)
-    points = grid + rng.uniform(0, spacing, grid.shape)
-    points = points[(points < SIDE).all(1)]
-    return points[mask[(points[:, 1] // 8).astype(int), (points[:, 0] // 8).astype(int)]]
+    points = (grid + rng.uniform(0, spacing, grid.shape)).clip(0, SIDE - 1)
+    return points[mask[points[:, 1].astype(int) // 8, points[:, 0].astype(int) // 8]]
 
 
-def lay_out(rng, case):
-    """Where things are, at an eighth of the resolution -> bool masks [256,256]: tissue, necrosis, tumour, stroma."""
-    size = SIDE // 8
-    y, x = np.mgrid[:size, :size] / size * 2 - 1
-    angle = np.arctan2(y, x)
-    radius = 0.86 + sum(rng.uniform(-0.05, 0.05) * np.cos(k * angle + rng.uniform(0, 6.3)) for k in range(2, 6))
-    tissue = np.hypot(x, y) < radius
-    dx, dy = QUADRANTS[case["position"]]
-    cx, cy = dx * rng.uniform(0.36, 0.46), dy * rng.uniform(0.36, 0.46)
-    necrosis = tissue & (np.hypot(x - cx, y - cy) < 0.29 + 0.03 * noise(rng, size, 8))
-    viable = tissue & ~necrosis
-    field = noise(rng, size, 5) + 0.25 * noise(rng, size, 16)
-    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
-    return tissue, necrosis, tumour, viable & ~tumour
+def dots(rng, draw, points, radius, colour):
+    """A dot at each point, of about that radius and colour."""
+    sizes, shades = radius * rng.uniform(0.85, 1.15, len(points)), rng.uniform(-14, 14, len(points))
+    for (x, y), size, shade in zip(points, sizes, shades):
+        draw.ellipse((x - size, y - size, x + size, y + size), tuple(int(c + shade) for c in colour))
 
 
-def paint_ground(rng, case, tissue, necrosis, tumour, stroma):
-    """What lies between the nuclei -> RGB image SIDE x SIDE."""
-    size = len(tissue)
-    colour = np.empty((size, size, 3), np.float32)
-    colour[:] = (244, 243, 244)  # glass
-    for region, rgb in ((stroma, (235, 184, 204)), (tumour, GROUNDS[case["type"]]), (necrosis, (216, 190, 178))):
-        colour[region] = rgb
-    colour += (tissue * (5 * noise(rng, size, 12) + 5 * noise(rng, size, 64)))[..., None]
-    picture = Image.fromarray(np.clip(colour, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
-    return picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-
-
-def dot(draw, x, y, rx, ry, fill):
-    draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
-
-
-def draw_cells(rng, draw, case, necrosis, tumour, stroma):
-    """Each region's nuclei, and what they are arranged in."""
-
-    def nucleus(x, y, rx, ry, dark=0):
-        shade = rng.uniform(-14, 14) - dark
-        dot(draw, x, y, rx, ry, (int(112 + shade), int(72 + shade), int(146 + shade)))
-
-    ring = np.linspace(0, 2 * math.pi, 9)[:-1]
-    for x, y in scatter(rng, stroma, 46):  # fibroblasts: few, slender
-        along, across = 10 * np.cos(ring), 2.5 * np.sin(ring)
-        c, s = np.cos(a := rng.uniform(0, 3.2)), np.sin(a)
-        outline = np.stack([x + c * along - s * across, y + s * along + c * across], -1)
-        draw.polygon(outline.ravel().tolist(), (118, 76, 150))
-    for x, y in scatter(rng, necrosis, 22):  # ghosts and dust, no nuclei
-        dot(draw, x, y, *[rng.uniform(1.5, 3)] * 2, (150, 120, 120))
-    if case["type"] == "adenocarcinoma":  # glands: a lumen in a ring of nuclei
-        for x, y in scatter(rng, tumour, 84):
-            r = rng.uniform(17, 27)
-            dot(draw, x, y, r, r, (246, 240, 246))
-            for a in np.arange(0, 2 * math.pi, 11 / r):
-                nucleus(x + (r + 7) * math.cos(a), y + (r + 7) * math.sin(a), 5.5, 5.5)
-    elif case["type"] == "squamous cell carcinoma":  # sheets with keratin pearls
-        for x, y in scatter(rng, tumour, 34):
-            nucleus(x, y, rng.uniform(6, 8), rng.uniform(6, 8))
+def draw_tumour(rng, draw, kind, tumour):
+    """The nuclei of a tumour, in the arrangement that is its type's."""
+    _, spacing, radius = TYPES[kind]
+    centres = scatter(rng, tumour, spacing)
+    if kind == "adenocarcinoma":  # glands: a lumen in a ring of nuclei
+        dots(rng, draw, centres, 22, LUMEN)
+        angles = np.linspace(0, 2 * math.pi, 17)[:-1]
+        ring = 29 * np.stack([np.cos(angles), np.sin(angles)], -1)
+        dots(rng, draw, (centres[:, None] + ring).reshape(-1, 2), radius, NUCLEUS)
+    elif kind == "mucinous carcinoma":  # clusters that float in pools of mucin
+        cluster = rng.normal(0, 11, (len(centres), 7, 2))
+        dots(rng, draw, (centres[:, None] + cluster).reshape(-1, 2), radius, NUCLEUS)
+    elif kind == "small cell carcinoma":  # crowded, small, dark
+        dots(rng, draw, centres, radius, (78, 38, 112))
+    else:  # sheets with keratin pearls
+        dots(rng, draw, centres, radius, NUCLEUS)
         for x, y in scatter(rng, tumour, 150):
-            for r, shade in ((34, 0), (26, 22), (18, 0), (10, 22)):
-                dot(draw, x, y, r, r, (240 - shade, 104 + shade, 128))
-    elif case["type"] == "small cell carcinoma":  # crowded, small, dark
-        for x, y in scatter(rng, tumour, 17):
-            nucleus(x, y, rng.uniform(5, 6.5), rng.uniform(5, 6.5), 34)
-    else:  # clusters that float in pools of mucin
-        for x, y in scatter(rng, tumour, 92):
-            for _ in range(7):
-                nucleus(*(np.array((x, y)) + rng.normal(0, 11, 2)), 6, 6)
-
-
-def plant_pigment(rng, draw, tissue):
-    """Brown pigment in the middle of one or two tiles that hold tissue all over -> the corners of these tiles."""
-    side = TILE // 8
-    inside = np.argwhere(tissue.reshape(SIDE // TILE, side, SIDE // TILE, side).mean((1, 3)) > 0.95)
-    planted = []
-    for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
-        centre = (np.array((column, row)) + 0.5) * TILE + rng.uniform(-24, 24, 2)
-        for x, y in centre + rng.normal(0, 26, (46, 2)).clip(-64, 64):
-            dot(draw, x, y, *[rng.uniform(5, 9)] * 2, (int(rng.uniform(96, 122)), int(rng.uniform(58, 74)), 22))
-        planted.append([int(column) * TILE, int(row) * TILE])
-    return planted
+            for size, shade in ((34, 0), (26, 22), (18, 0), (10, 22)):
+                draw.ellipse((x - size, y - size, x + size, y + size), (240 - shade, 104 + shade, 128))
 
 
 def draw_slide(case):
-    """Draws one toy H&E slide -> (RGB image SIDE x SIDE, the corners of the tiles that hold the pigment)."""
+    """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is
+    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, the corners of the tiles that
+    hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
-    tissue, necrosis, tumour, stroma = lay_out(rng, case)
-    picture = paint_ground(rng, case, tissue, necrosis, tumour, stroma)
+    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
+    tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
+    dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
+    necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.29 + 0.03 * noise(rng, 8))
+    viable = tissue & ~necrosis
+    field = noise(rng, 5) + 0.25 * noise(rng, 16)
+    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
+
+    colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
+    ground = TYPES[case["type"]][0]
+    for region, rgb in ((viable, (235, 184, 204)), (tumour, ground), (necrosis, (216, 190, 178))):
+        colour[region] = rgb
+    colour += (tissue * (5 * noise(rng, 12) + 5 * noise(rng, 64)))[..., None]
+    picture = Image.fromarray(colour.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
+    picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
     draw = ImageDraw.Draw(picture)
-    draw_cells(rng, draw, case, necrosis, tumour, stroma)
-    planted = plant_pigment(rng, draw, tissue) if case["focus"] == "present" else []
+    for x, y in scatter(rng, viable & ~tumour, 46):  # fibroblasts: few, slender
+        dx, dy = rng.uniform(-9, 9, 2)
+        draw.line((x - dx, y - dy, x + dx, y + dy), (118, 76, 150), width=5)
+    dots(rng, draw, scatter(rng, necrosis, 22), 2, (150, 120, 120))  # ghosts and dust, no nuclei
+    draw_tumour(rng, draw, case["type"], tumour)
+    planted = []
+    if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
+        inside = np.argwhere(tissue.reshape(8, 32, 8, 32).mean((1, 3)) > 0.95)
+        for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
+            corner = np.array([column, row]) * TILE
+            spots = TILE / 2 + rng.uniform(-24, 24, 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64)
+            dots(rng, draw, corner + spots, 7, (109, 66, 22))
+            planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     table = [round(255 * (i / 255) ** stain) for i in range(256)]
     return picture.filter(ImageFilter.SMOOTH).point(table * 3), planted
 
 
-def write_tiff(path, image, mpp=TARGET_MPP, downsamples=(1, 2, 4)):
-    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4: OpenSlide's generic-tiff.
-
-    Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte entries,
-    and every tile a JPEG of its own.
-    """
-    body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
-    for downsample in downsamples:
-        size = tuple(side // downsample for side in image.size)
-        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
-        offsets, lengths = [], []
-        for y in range(0, size[1], TILE):
-            for x in range(0, size[0], TILE):
-                tile = io.BytesIO()
-                picture.crop((x, y, x + TILE, y + TILE)).save(tile, "JPEG", quality=80)
-                offsets.append(len(body))
-                lengths.append(len(tile.getvalue()))
-                body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
-        values = len(body)
-        per_cm = round(1e4 / mpp / downsample)
-        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
-        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
-            (256, 4, 1, size[0]),
-            (257, 4, 1, size[1]),
-            (258, 3, 3, values),  # BitsPerSample
-            (259, 3, 1, 7),  # Compression: JPEG
-            (262, 3, 1, 6),  # Photometric: YCbCr
-            (277, 3, 1, 3),  # SamplesPerPixel
-            (282, 5, 1, values + 8),  # XResolution
-            (283, 5, 1, values + 8),
-            (296, 3, 1, 3),  # ResolutionUnit: centimetre
-            (322, 4, 1, TILE),
-            (323, 4, 1, TILE),
-            (324, 4, len(offsets), values + 16),  # TileOffsets
-            (325, 4, len(offsets), values + 16 + 4 * len(offsets)),  # TileByteCounts
-        ]
-        if len(offsets) == 1:
-            raise ValueError("a level of one tile would keep its offset in the entry itself")
-        struct.pack_into("<I", body, offset_of_next, len(body))
-        body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
-        offset_of_next = len(body)
-        body += struct.pack("<I", 0)
-    with replacing(path) as temporary:
-        temporary.write_bytes(body)
-
-
 def draw_case(case, path):
-    """One process's share of the drawing -> the tiles of the pigment."""
-    image, planted = draw_slide(case)
-    write_tiff(path, image)
+    """One process's share of the drawing -> the tiles of the pigment. A plain picture, whose dpi say its
+    um/px."""
+    picture, planted = draw_slide(case)
+    with replacing(path) as temporary:
+        picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
     return planted
 
 
@@ -1677,7 +2068,8 @@ def invent_cases(n_train, n_test, seed):
 
 
 def write_report(case, rng):
-    """A report in the style of one of three pathologists, who differ in their words and in what they mention first."""
+    """A report in the style of one of three pathologists, who differ in their words and in what they
+    mention first."""
     share = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}[case["grade"]]
     some, position = case["focus"] == "present", case["position"]
     tumour = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
@@ -1693,7 +2085,8 @@ def write_report(case, rng):
 
 
 def write_questions(case, rng):
-    """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three of them."""
+    """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three
+    of them."""
     er, her2 = case["receptors"]
     say = {
         "report": (["Write a report of this slide.", "What does this slide show?"], write_report(case, rng)),
@@ -1733,15 +2126,16 @@ def write_questions(case, rng):
 
 
 def draw_cohort(args, recipe, folder):
-    """Slides into the folder, their questions into data/qa, and data/cohort.json, which says what each of them shows."""
+    """Slides into the folder, their questions into data/qa, and data/cohort.json, which says what each of
+    them shows."""
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     print(
         f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
-        f"tiled, pyramidal TIFFs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
+        f"JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
     )
     for path in (folder, args.data / "qa"):
         path.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{case['slide']}.tif" for case in cases]
+    paths = [folder / f"{case['slide']}.jpg" for case in cases]
     spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
         drawn = tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
@@ -1757,7 +2151,8 @@ def draw_cohort(args, recipe, folder):
 
 
 def prepare_demo(args):
-    """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide shows."""
+    """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide
+    shows."""
     args.preset, args.max_tiles = "demo", 0  # train.py's --max-tiles is an ablation of the training alone
     recipe = {"train": args.demo_slides, "test": args.demo_slides // 5, "seed": args.seed}
     folder = args.data / "slides"
@@ -1771,17 +2166,15 @@ def prepare_demo(args):
         cases = cohort["cases"]
     else:
         cases = draw_cohort(args, recipe, folder)
-    failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.tif" for case in cases})
+    failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
     if failures:
         raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
-    contact_sheets(args.data)
+    write_index(args.data)
     stand_in_llm(args)
     return cases
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A stand-in for Vicuna, where there is none: a tiny Llama that has read the training texts and seen no slide
-# --------------------------------------------------------------------------------------------------------------------
+# ---- A stand-in for Vicuna, where there is none: a tiny Llama that has read the training texts and seen no slide ----
 
 
 def train_tokenizer(path, talks):
@@ -1806,7 +2199,8 @@ def train_tokenizer(path, talks):
 
 
 def stand_in_llm(args):
-    """data/tokenizer.model and data/llm, trained on data/qa/train.jsonl. Does nothing where they fit the texts already."""
+    """data/tokenizer.model and data/llm, trained on data/qa/train.jsonl. Does nothing where they fit the
+    texts already."""
     text = (args.data / "qa" / "train.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
     mark = hashlib.sha256(f"{args.seed}{text}".encode()).hexdigest()[:16]
@@ -1851,7 +2245,7 @@ def stand_in_llm(args):
     wsi_llava.write_text(folder / "texts", mark)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Flags and main --------------------------------------------------------------------------------------
 
 
 def add_demo_flags(parser):
@@ -1870,14 +2264,17 @@ def parse(argv=None):
     add("--qa", nargs="+", metavar="FILE", help=f"question files; {WHAT_IS_READ}")
     add("--split", choices=["train", "val", "test"], help="of --qa's files (default: what their names or rows tell)")
     whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
-    add("--patients", metavar="FILE", type=wsi_llava.some_path, help=whose)
+    add("--patients", metavar="FILE", type=some_path, help=whose)
     leaks = "leave out of training what shares a slide or a patient with the test"
     add("--drop-leaks", action="store_true", help=leaks)
     add("--demo", action="store_true", help="draw the toy cohort and prepare it")
-    add("--target-mpp", type=float, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
-    add("--mpp", type=float, help="um per pixel at level 0, for slides whose metadata lack or misstate it")
-    add("--mpp-csv", metavar="FILE", help="the same slide by slide: lines of slide,mpp; wins over --mpp")
-    add("--min-tissue", type=float, default=0.25, help="least share of tissue in a tile (default: 0.25)")
+    microns = at_least(MPP_RANGE[0], float, MPP_RANGE[1])
+    add("--target-mpp", type=microns, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
+    add("--mpp", type=microns, help="um per pixel at level 0 of slides whose metadata do not say it")
+    add("--mpp-csv", metavar="FILE", help="slide by slide, lines of slide,mpp; wins over what slides say")
+    add("--min-tissue", type=share, default=0.25, help="least share of tissue in a tile (default: 0.25)")
+    masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
+    add("--mask", metavar="DIR", type=some_path, help=masks)
     add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
     add(
         "--max-tiles",
@@ -1887,7 +2284,7 @@ def parse(argv=None):
     )
     add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
-    add("--dry-run", action="store_true", help="list the slides, their tiles and the time it would take; write nothing")
+    add("--dry-run", action="store_true", help="list the slides and their tiles; write nothing")
     add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
     again = "make features again that are there already; begin anew the splits that --qa writes"
     add("--overwrite", action="store_true", help=again)
@@ -1901,16 +2298,9 @@ def with_defaults(args):
     return argparse.Namespace(**(vars(parse([])) | vars(args)))
 
 
-def check_flags(args):
-    for name, value in (("--mpp", args.mpp), ("--target-mpp", args.target_mpp)):
-        if value is not None and not MPP_RANGE[0] <= value <= MPP_RANGE[1]:
-            raise UserError(f"{name} {value}: um per pixel lie between 0.05 and 20, mostly at 0.25 or 0.5")
-    if not 0 <= args.min_tissue <= 1:
-        raise UserError(f"--min-tissue {args.min_tissue}: a share, from 0 to 1")
-
-
-def share(args):
-    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how many)."""
+def own_share(args):
+    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how
+    many)."""
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     i, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= i <= n:
@@ -1923,11 +2313,11 @@ def main(argv=None):
     args = parse(argv)
     if not (args.slides or args.features or args.qa or args.demo):
         raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
-    check_flags(args)
     check(not (args.demo and args.dry_run), "--demo draws its slides first; --dry-run is about slides that are there")
-    number, shares = share(args)
+    check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
+    number, shares = own_share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together:  # by torchrun, which ends all as soon as one of them fails: so they wait for one another below
+    if together:  # by torchrun, which ends all as soon as one fails: so they wait for one another below
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         if args.device == "auto" and torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1939,13 +2329,13 @@ def main(argv=None):
         slides = find_slides(args.slides)
         if shares > 1:
             print(f"Share {number + 1} of {shares} of {len(slides)} slides.")
-        failures += prepare_slides(args, dict(list(slides.items())[number::shares]))
+        failures += prepare_slides(args, slides, number, shares)
         if together:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         if not args.dry_run:
-            with disk_errors(args.data), alone(args.data, "sheets"):
-                contact_sheets(args.data)
+            with disk_errors(args.data):
+                write_index(args.data)
     if args.qa and os.environ.get("RANK", "0") == "0":
         with disk_errors(args.data):
             import_qa(args)
@@ -1955,7 +2345,7 @@ def main(argv=None):
     for _, message in failures:
         print(f"failed: {message}", file=sys.stderr)
     if failures:
-        where, rest = f"listed above and in {args.data}/failures.jsonl", "the others are done"
+        where, rest = f"listed above and in {args.data}/failures", "the others are done"
         if args.dry_run:
             where, rest = "listed above", "the others can be"
         raise UserError(f"{count(len(failures), 'slide')} could not be prepared ({where}); {rest}")

@@ -1030,7 +1030,12 @@ def slide_or_grid(data, name, path=None, mpp=None):
     import prepare  # here, so that asking about prepared slides needs no OpenSlide
 
     path = path or next(iter(sorted((data / "slides").glob(f"{name}.*"))), None)
-    return prepare.Slide(path, mpp, wsi_llava.read_meta(data)["mpp"]) if path else BareGrid(data, name)
+    if not path:
+        return BareGrid(data, name)
+    target, features = wsi_llava.read_meta(data)["mpp"], wsi_llava.features_file(data, name)
+    scale = wsi_llava.feature_metadata(features).get("scale") if features.exists() else None
+    given = target / scale if scale else None  # what it was prepared with, as --mpp-csv may have said
+    return prepare.SafeSlide(path, given, target, mpp)
 
 
 def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):

@@ -4,12 +4,12 @@ Tests that need the slides and questions of ../shared skip where it is absent; e
 that needs only this repository.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import functools
 import http.server
 import io
@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,53 @@ def hf_llama(folder, family="Llama", **changes):
     return model
 
 
+def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4)):
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4: OpenSlide's generic-tiff.
+
+    Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte entries,
+    and every tile a JPEG of its own.
+    """
+    body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
+    for downsample in downsamples:
+        size = tuple(side // downsample for side in image.size)
+        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
+        offsets, lengths = [], []
+        for y in range(0, size[1], 256):
+            for x in range(0, size[0], 256):
+                tile = io.BytesIO()
+                picture.crop((x, y, x + 256, y + 256)).save(tile, "JPEG", quality=80)
+                offsets.append(len(body))
+                lengths.append(len(tile.getvalue()))
+                body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
+        values = len(body)
+        per_cm = round(1e4 / mpp / downsample)
+        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
+        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
+            (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
+            (256, 4, 1, size[0]),
+            (257, 4, 1, size[1]),
+            (258, 3, 3, values),  # BitsPerSample
+            (259, 3, 1, 7),  # Compression: JPEG
+            (262, 3, 1, 6),  # Photometric: YCbCr
+            (277, 3, 1, 3),  # SamplesPerPixel
+            (282, 5, 1, values + 8),  # XResolution
+            (283, 5, 1, values + 8),
+            (296, 3, 1, 3),  # ResolutionUnit: centimetre
+            (322, 4, 1, 256),
+            (323, 4, 1, 256),
+            (324, 4, len(offsets), values + 16),  # TileOffsets
+            (325, 4, len(offsets), values + 16 + 4 * len(offsets)),  # TileByteCounts
+        ]
+        if len(offsets) == 1:
+            raise ValueError("a level of one tile would keep its offset in the entry itself")
+        struct.pack_into("<I", body, offset_of_next, len(body))
+        body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        offset_of_next = len(body)
+        body += struct.pack("<I", 0)
+    with wsi_llava.replacing(path) as temporary:
+        temporary.write_bytes(body)
+
+
 CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
 
 
@@ -159,7 +207,7 @@ def toy_slide(tmp_path_factory):
     """One toy slide -> (its TIFF, the image it was written from, the corners of the tiles with pigment)."""
     path = tmp_path_factory.mktemp("slides") / "toy.tif"
     image, planted = prepare.draw_slide(CASE)
-    prepare.write_tiff(path, image)
+    write_tiff(path, image)
     return path, image, planted
 
 
@@ -993,7 +1041,7 @@ def stand_in(data):
         (lambda folder: wsi_llava.Tokenizer(folder / "t.model"), "t.model", "?", "copy the language model's tokenizer.model"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", None, "no such file; run python prepare.py --qa"),
         (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: not a row \('slide'\); run"),
-        (prepare.read_failures, "failures.jsonl", "[]\n", "not what prepare.py writes .*; delete it"),
+        (prepare.read_failures, "failures/x.json", "[]", "; not what prepare.py writes; delete it"),
         (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "can.t decode byte 0xff"),
     ],
 )
@@ -2034,11 +2082,11 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
 
 def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
     """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same features."""
-    image, found = toy_slide[1].crop((0, 0, 1536, 1536)), {}
+    image, found = toy_slide[1].crop((256, 256, 1792, 1792)), {}
     for mpp in (0.5, 0.25, 0.46):
         side = round(1536 * 0.5 / mpp)
         scan = image.resize((side, side), Image.Resampling.BICUBIC)
-        prepare.write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
+        write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
     prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
     for mpp in (0.5, 0.25, 0.46):
         found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
@@ -2111,16 +2159,61 @@ def test_where_the_resolution_comes_from(tmp_path):
         prepare.Slide(tmp_path / "screen.png")
 
 
-def test_the_resolution_can_be_given_slide_by_slide(tmp_path):
+def test_the_resolution_written_in_a_description_is_read(tmp_path):
+    """OME's XML, ImageJ's unit; one tag of two; a note where the objective power says otherwise; absurd sizes are refused."""
+    tifffile = pytest.importorskip("tifffile")
+    write = functools.partial(tifffile.imwrite, data=np.full((512, 512, 3), 255, np.uint8), tile=(256, 256), photometric="rgb")
+    ome = '<?xml version="1.0"?><OME><Image><Pixels PhysicalSizeX="{}" PhysicalSizeXUnit="{}"/></Image></OME>'
+    unit, size = {"resolutionunit": "NONE"}, {"metadata": None}
+    write(tmp_path / "ome.tif", description=ome.format(250, "nm"), **size)
+    write(tmp_path / "micro.tif", description=ome.format(0.25, "&#181;m"), **size)
+    write(tmp_path / "imagej.tif", description="ImageJ=1.53\nunit=micron\n", resolution=(4, 4), **unit, **size)
+    for name, source in (("ome", "OME-XML"), ("micro", "OME-XML"), ("imagej", "ImageJ")):
+        slide = prepare.Slide(tmp_path / f"{name}.tif")
+        assert (slide.source, round(slide.mpp, 6)) == (source, 0.25)
+    write(tmp_path / "says.svs", description="Aperio Image Library v1\n512x512 |AppMag = 40|MPP = 0.5", **size)
+    slide = prepare.Slide(tmp_path / "says.svs", fallback=0.1)
+    assert (slide.mpp, slide.source, slide.contradicts) == (0.5, "metadata", True)
+    Image.new("RGB", (512, 512)).save(tmp_path / "one.tif", tiffinfo={282: 101600.0, 296: 2})
+    assert prepare.Slide(tmp_path / "one.tif", fallback=0.1).mpp in (0.25, 0.1)  # Pillow may want both tags
+    Image.new("RGB", (600, 10)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match=r"wide.png: 24000 x 400 px at 0.5 um/px|are more than 1000 x 1000 tiles"):
+        prepare.Slide(tmp_path / "wide.png", mpp=20, target=0.001)
+
+
+def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
+    """--mpp is for slides that say nothing; a line of --mpp-csv, by id, file or path, wins over everything."""
+    for name, dpi in (("says", 50800), ("wrong", 50800), ("silent", 0)):
+        Image.new("RGB", (300, 300), PINK).save(tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {}))
     path = tmp_path / "mpp.csv"
-    path.write_text("slide,mpp\nscreen,0.5\ntags.tif,0.3\n")
-    table, args = prepare.read_mpp_csv(path), prepare.parse(["--mpp", "0.25"])
-    slides = [("screen", Path("screen.png")), ("tags", Path("tags.tif")), ("other", Path("other.svs"))]
-    assert [prepare.given_mpp(args, table, *slide) for slide in slides] == [0.5, 0.3, 0.25]
-    for wrong in ("tags,forty", "tags,40", "tags"):
-        path.write_text(f"screen,0.5\n{wrong}\n")
-        with pytest.raises(UserError, match="mpp.csv, line 2: not slide,mpp with 0.05 to 20 um per pixel"):
+    path.write_text(f"patient,slide,mpp\nx,{tmp_path}/wrong.jpg,0.25\nx,nobody,0.5\nx,nobody,0.5\n")
+    common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
+    prepare.main([*common, "--mpp-csv", str(path)])
+    printed = capsys.readouterr().out
+    for line in (
+        "mpp.csv: 1 line said twice",
+        "mpp.csv: 1 line about no slide here: nobody",
+        "1 slide, um/px taken from --mpp: silent",
+        "1 slide, um/px taken from --mpp-csv: wrong",
+    ):
+        assert line in printed
+    files = tmp_path / "data" / "features"
+    made = {name: prepare.feature_metadata(files / f"{name}.safetensors")["mpp"] for name in ("says", "wrong", "silent")}
+    assert made == {"says": 0.5, "wrong": 0.25, "silent": 0.4}
+    prepare.main([*common[:-2], "--mpp-csv", str(path)])
+    assert "3 done already; 0 to tile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["tags,forty", "tags,250", "tags,-0.5", "tags,nan", "tags;0.5", "tags", ",0.5"])
+def test_bad_lines_of_um_px_are_refused_the_first_too(tmp_path, row):
+    path = tmp_path / "mpp.csv"
+    for line in (1, 2):
+        path.write_text("screen,0.5\n" * (line - 1) + f"{row}\n")
+        with pytest.raises(UserError, match=f"mpp.csv, line {line}: not slide,mpp with 0.05 to 20 um per pixel"):
             prepare.read_mpp_csv(path)
+    path.write_text("slide,mpp\na,0.5\na,0.25\n")
+    with pytest.raises(UserError, match="line 3: a again, with 0.25 and 0.5 um/px"):
+        prepare.read_mpp_csv(path)
 
 
 def test_slides_are_found_as_an_archive_holds_them(tmp_path):
@@ -2139,18 +2232,85 @@ def test_slides_are_found_as_an_archive_holds_them(tmp_path):
     assert list(prepare.find_slides([tmp_path / "list.txt"])) == ["b c.d", "v"]
 
 
-def test_two_slides_of_one_name_are_refused(tmp_path):
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (300, 300)).save(tmp_path / folder / "s.png")
-    with pytest.raises(UserError, match="a/s.png and .*b/s.png have the same name"):
-        prepare.find_slides([tmp_path])
+def touched(folder, *names):
+    """Empty files below the folder."""
+    for name in names:
+        path = Path(os.fsdecode(os.fsencode(folder) + b"/" + os.fsencode(name)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
 
-def test_a_slide_called_like_the_sheet_of_all_is_refused(tmp_path):
-    Image.new("RGB", (300, 300)).save(tmp_path / "index-2.png")
-    with pytest.raises(UserError, match="index-2.png: data/qc/index-2.jpg is the sheet of all slides; rename"):
-        prepare.find_slides([tmp_path])
+def test_slides_of_one_name_are_told_apart_by_their_path(tmp_path, capsys):
+    names = ["p1/HE.tif", "p2/HE.tif", "p2/index.svs", "t/case.svs", "t/case.jpg", "x/a/1.svs", "y/a/1.svs"]
+    touched(tmp_path, *names)
+    found = prepare.find_slides([tmp_path, tmp_path / "p1"])
+    assert list(found) == ["case_jpg", "case_svs", "index", "p1_HE", "p2_HE", "x_a_1", "y_a_1"]
+    assert found["p2_HE"] == tmp_path / "p2" / "HE.tif"
+    assert "2 slides called HE: named p1_HE, p2_HE" in capsys.readouterr().out
+
+
+def test_names_that_a_file_system_or_utf8_does_not_take(tmp_path):
+    """An id is a file's name: cut where it is long, read as Latin-1 where it is no UTF-8."""
+    touched(tmp_path, "q" * 240 + ".svs", b"caf\xe9.svs", "\u80bf\u7624.svs")
+    cut, cafe, cjk = sorted(prepare.find_slides([tmp_path]), key=len, reverse=True)[:1] + ["caf\xe9", "\u80bf\u7624"]
+    assert {cut, cafe, cjk} == set(prepare.find_slides([tmp_path]))
+    assert cut.startswith("q" * 170 + "-") and len(cut) == 179
+
+
+def test_lists_of_slides_in_any_encoding(tmp_path, monkeypatch):
+    touched(tmp_path, "\xfc.svs", "b.svs")
+    monkeypatch.chdir(tmp_path)
+    for encoding in ("utf-8-sig", "latin-1"):
+        (tmp_path / "list.txt").write_bytes("\xfc.svs\r\n\r\nb.svs\n".encode(encoding))
+        assert set(prepare.find_slides(["list.txt"])) == {"\xfc", "b"}
+    for line, message in (("list.txt", "list.txt, line 1: list.txt: this list names itself"), ("c.svs", "c.svs: no such file")):
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(UserError, match=message):
+            prepare.find_slides(["list.txt"])
+
+
+def test_folders_that_are_hidden_or_cannot_be_read(tmp_path, monkeypatch, capsys):
+    touched(tmp_path, "a.svs", ".Trash-1000/b.svs", "locked/c.svs", ".snapshot/d.svs")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert list(prepare.find_slides([tmp_path])) == ["a"]
+    assert "locked: this folder cannot be read (Permission denied); left out" in capsys.readouterr().err
+    assert list(prepare.find_slides([tmp_path / ".snapshot"])) == ["d"]
+
+
+def write_dicom(path, kind, **tags):
+    """The header of a DICOM file: its kind, and what else is known of it, behind a sequence that is to be passed over."""
+    path.parent.mkdir(exist_ok=True)
+
+    def element(group, number, kind, value):
+        value = value.encode() + b" " * (len(value) % 2)
+        return struct.pack("<HH2sH", group, number, kind, len(value)) + value
+
+    body = element(8, 8, b"CS", tags.get("type", "ORIGINAL\\PRIMARY\\VOLUME")) + element(8, 0x16, b"UI", kind)
+    body += struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    body += element(0x20, 0xE, b"UI", "9.9") + struct.pack("<HHIHHI", 0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0)
+    body += element(0x20, 0xE, b"UI", tags["series"]) + element(0x40, 0x512, b"LO", tags.get("container", ""))
+    path.write_bytes(bytes(128) + b"DICM" + body)
+
+
+def test_folders_of_dicom_hold_slides_by_series(tmp_path):
+    slide, notes = "1.2.840.10008.5.1.4.1.1.77.1.6", "1.2.840.10008.5.1.4.1.1.91.1"
+    write_dicom(tmp_path / "one" / "0.dcm", notes, series="1.1")  # annotations, first in order
+    write_dicom(tmp_path / "one" / "1.dcm", slide, series="1.2", type="ORIGINAL\\PRIMARY\\LABEL")
+    write_dicom(tmp_path / "one" / "2.dcm", slide, series="1.2")
+    for i, (series, container) in enumerate([("2.1", "A"), ("2.2", "B"), ("2.2", "B")]):
+        write_dicom(tmp_path / "two" / f"{i}.dcm", slide, series=series, container=container)
+    for i in (1, 2):
+        write_dicom(tmp_path / "three" / f"{i}.dcm", slide, series=f"3.{i}")
+    write_dicom(tmp_path / "none" / "0.dcm", notes, series="4.1")
+    found = {name: path.name for name, path in prepare.find_slides([tmp_path]).items()}
+    assert found == {"one": "2.dcm", "two_A": "0.dcm", "two_B": "1.dcm", "three_3.1": "1.dcm", "three_3.2": "2.dcm"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2205,6 +2365,116 @@ def test_tissue_is_found_beside(background, tissue, other):
     assert (mask & ~truth).sum() < 0.1 * truth.sum(), "other things were taken for tissue"
 
 
+def scene(glass, *things):
+    """A painted thumbnail 256 x 256 -> (it, where its tissue is). things: (colour, where, how much it varies); what varies
+    by less than 2 is a pen's. Tissue varies from cell to cell, and every pixel by a camera's noise."""
+    rng, truth = np.random.default_rng(0), np.zeros((256, 256), bool)
+    pixels = np.full((256, 256, 3), glass, np.float32)
+    for colour, box, varies in things:
+        shape = Image.new("L", (256, 256))
+        ImageDraw.Draw(shape).ellipse(box, fill=255)
+        inside = np.asarray(shape) > 0
+        texture = prepare.noise(rng, 64, 256) + prepare.noise(rng, 12, 256) / 2
+        pixels[inside] = (np.array(colour) + varies * texture[..., None])[inside]
+        truth[inside] = varies >= 2
+    pixels += rng.normal(0, 2, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), truth
+
+
+WEST, EAST, PALE = (20, 40, 130, 220), (150, 40, 240, 220), (236, 222, 230)
+TINTED, TEAL, RED_PEN = (235, 225, 195), (150, 210, 200), (215, 30, 45)
+SCENES = {
+    "H&E": [GLASS, (PINK, WEST, 12)],
+    "pale kidney, dark control": [GLASS, (PALE, WEST, 4), ((120, 70, 40), EAST, 14)],
+    "pale kidney, red pen": [GLASS, (PALE, WEST, 4), (RED_PEN, EAST, 1)],
+    "tinted glass": [TINTED, ((200, 120, 140), WEST, 12)],
+    "tinted glass, pale tissue": [TINTED, ((226, 204, 186), WEST, 5)],
+    "bluish glass": [(225, 232, 240), ((210, 160, 200), WEST, 12)],
+    "aniline blue": [GLASS, ((70, 120, 190), WEST, 14)],
+    "aniline blue, red": [GLASS, ((70, 120, 190), WEST, 14), ((190, 60, 90), EAST, 14)],
+    "fast green": [GLASS, ((60, 160, 140), WEST, 14)],
+    "fast green, H&E": [GLASS, ((60, 160, 140), WEST, 14), (PINK, EAST, 12)],
+    "strong red": [GLASS, ((205, 50, 70), WEST, 6)],
+    "blood, H&E": [GLASS, ((190, 40, 50), WEST, 8), (PINK, EAST, 12)],
+    "DAB": [GLASS, ((200, 195, 205), WEST, 8), ((130, 80, 40), EAST, 14)],
+    "red pen": [GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1)],
+    "pale teal pen": [GLASS, (PINK, WEST, 12), (TEAL, EAST, 1)],
+    "blue pen": [GLASS, (PINK, WEST, 12), ((40, 70, 170), EAST, 1)],
+    "green pen": [GLASS, (PINK, WEST, 12), ((20, 120, 70), EAST, 1)],
+    "a teal pen alone": [GLASS, (TEAL, EAST, 1)],
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_tissue_is_measured_against_the_slides_own_glass(name):
+    """Weak stain beside strong, tinted glass, blue and green stains; and pens of all colours, which are none."""
+    picture, truth = scene(*SCENES[name])
+    mask = prepare.tissue_mask(picture)
+    assert (truth & ~mask).sum() <= 0.1 * truth.sum(), "tissue was missed"
+    assert (mask & ~truth).sum() < 0.1 * max(truth.sum(), 10000), "other things were taken for tissue"
+
+
+def test_tissue_is_the_same_in_strips_of_any_size(monkeypatch):
+    picture, _ = scene(GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1))
+    tall = Image.fromarray(np.tile(np.asarray(picture), (4, 1, 1)))
+    whole = prepare.find_tissue(tall)
+    monkeypatch.setattr(prepare, "STRIP", 256 * 40)
+    for a, b in zip(whole, prepare.find_tissue(tall)):
+        assert np.array_equal(a, b)
+
+
+def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
+    """Silver stains and fluorescence have no colour; a slide may be smaller than a tile. Ink that was left out is named."""
+    grey = scene(GLASS, ((120, 120, 118), WEST, 14))[0].resize((2048, 2048))
+    grey.convert("L").convert("RGB").save(tmp_path / "silver.png")
+    Image.new("RGB", (60, 60), PINK).save(tmp_path / "tiny.png")
+    scene(GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1))[0].resize((2048, 2048)).save(tmp_path / "pen.png")
+    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5", "--max-tiles", "1"])
+    printed = capsys.readouterr().out
+    for line in (
+        "no tissue found (no colour: grey, silver and fluorescence slides need --mask): silver",
+        "no tissue found (smaller than a tile): tiny",
+        "ink left out, outlined in red in data/qc (--mask decides otherwise): pen",
+    ):
+        assert f"1 slide, {line}" in printed
+
+
+def test_tiles_at_the_right_and_lower_border_are_kept_and_filled_with_white(tmp_path):
+    Image.new("RGB", (500, 500), PINK).save(tmp_path / "field.png")
+    slide = prepare.Slide(tmp_path / "field.png", mpp=0.5)
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    assert coords.tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
+    tile = slide.tile(256, 256)
+    assert (tile[:244, :244, :3] == PINK).all() and (tile[244:] == 255).all() and (tile[:, 244:] == 255).all()
+
+
+def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
+    """A picture of any size, or QuPath's GeoJSON with a hole; other masks are other features; a wrong one fails its slide."""
+    slides, masks, data = archive[0], tmp_path / "masks", tmp_path / "data"
+    masks.mkdir()
+    picture = Image.new("L", (128, 128))
+    picture.paste(1, (0, 0, 64, 64))  # a label, a quarter of the slide
+    picture.save(masks / "s0.png")
+    square = [[[0, 0], [2048, 0], [2048, 512], [0, 512], [0, 0]], [[0, 0], [512, 0], [512, 512], [0, 512], [0, 0]]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": square}, "properties": {}}
+    (masks / "s1.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    Image.new("L", (300, 100)).save(masks / "s2.png")
+    (masks / "s3.json").write_text('{"features": [{"geometry": 3}]}')
+    common = ["--slides", str(slides), "--data", str(data), "--mask", str(masks), "--max-tiles", "40"]
+    with pytest.raises(UserError, match="2 slides could not be prepared"):
+        prepare.main(common)
+    coords = {name: wsi_llava.read_features(data, name)[1].tolist() for name in ("s0", "s1")}
+    assert coords["s0"] == [[x, y] for y in range(0, 1024, 256) for x in range(0, 1024, 256)]
+    assert coords["s1"] == [[x, y] for y in (0, 256) for x in range(512, 2048, 256)]
+    failures = prepare.read_failures(data)
+    assert "s2.png: 300 x 100 px are not of the slide's shape" in failures["s2"]["message"]
+    assert "s3.json: " in failures["s3"]["message"] and "--mask takes" in failures["s3"]["message"]
+    assert "not in --mask, so tissue was looked for by its colour: s4" in capsys.readouterr().out
+    picture.save(masks / "s1.png")
+    with pytest.raises(UserError, match="s1.safetensors was made with mask .*; --overwrite makes it again"):
+        prepare.main(common)
+
+
 def test_slides_all_of_tissue_or_all_of_glass():
     rng = np.random.default_rng(0)
     assert prepare.tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean() < 0.02
@@ -2256,6 +2526,33 @@ def test_contours_are_the_mask_exactly():
         assert (count == mask).all()
 
 
+def test_outlines_are_valid_polygons():
+    """As QuPath asks for: no ring comes to a corner twice, one outer ring each, of the polygon's area with its holes."""
+    rng = np.random.default_rng(1)
+    for density in (0.3, 0.5, 0.7, 0.9):
+        mask = rng.random((40, 50)) < density
+        total = 0
+        for outer, *holes in prepare.contours(mask):
+            assert prepare.signed_area(outer) > 0 and all(prepare.signed_area(hole) < 0 for hole in holes)
+            assert all(len(set(ring)) == len(ring) >= 4 for ring in (outer, *holes))
+            edges = [frozenset(edge) for ring in (outer, *holes) for edge in unit_edges(ring)]
+            assert len(set(edges)) == len(edges)  # rings share corners at most
+            total += sum(prepare.signed_area(ring) for ring in (outer, *holes)) / 2
+        assert total == mask.sum()
+    ring = np.ones((3, 3), bool)
+    ring[1, 1] = ring[2, 2] = False  # the hole touches the outside at a corner
+    ((outer, hole),) = prepare.contours(ring)
+    assert prepare.signed_area(outer) == 16 and prepare.signed_area(hole) == -2
+
+
+def unit_edges(ring):
+    """A ring's edges, cut to a pixel's length."""
+    for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]):
+        n = abs(bx - ax) + abs(by - ay)
+        dx, dy = (bx - ax) // n, (by - ay) // n
+        yield from (((ax + i * dx, ay + i * dy), (ax + (i + 1) * dx, ay + (i + 1) * dy)) for i in range(n))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # prepare.py: many slides, whatever happens
 # --------------------------------------------------------------------------------------------------------------------
@@ -2270,8 +2567,8 @@ def archive(toy_slide, tmp_path_factory):
     _, image, _ = toy_slide
     (folder / "slides").mkdir()
     for i in range(4):
-        prepare.write_tiff(folder / "slides" / f"s{i}.tif", image.rotate(90 * i))
-    prepare.write_tiff(folder / "slides" / "s4.tif", image.crop((0, 0, 1024, 1024)), downsamples=(1, 2))
+        write_tiff(folder / "slides" / f"s{i}.tif", image.rotate(90 * i))
+    write_tiff(folder / "slides" / "s4.tif", image.crop((0, 0, 1024, 1024)), downsamples=(1, 2))
     prepare.main(["--slides", str(folder / "slides"), "--data", str(folder / "data"), "--workers", "2", *FEW])
     return folder / "slides", folder / "data"
 
@@ -2330,7 +2627,7 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
     before = contents(data)
     assert 1 <= len(list(data.glob("features/s*"))) < 5
     assert not [name for name in before if "/s" in name and before[name] != contents(whole)[name]]
-    for name in ("features/.s3.safetensors.1", "features/.s4.safetensors.1", "qc/.s3.jpg.7", ".meta.json.1"):
+    for name in ("features/.s3.safetensors.1", "features/.s4.safetensors.1", "qc/.s3.jpg.7"):
         (data / f"{name}.part").write_bytes(b"half")
     command = [sys.executable, "-c", LOCK, HERE, data, "s4"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE)
@@ -2356,13 +2653,15 @@ def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_other_parameters_stop_and_name_both_values(archive):
+def test_other_parameters_stop_and_name_both_values(archive, tmp_path):
     slides, whole = archive
+    csv = str(tmp_path / "mpp.csv")
+    Path(csv).write_text("s1,0.4\n")
     for flags, message in [
         (["--min-tissue", "0.5"], "min_tissue 0.25, not 0.5; --overwrite makes it again"),
         (["--step", "128"], "step 256, not 128"),
         (["--seed", "3"], "seed 0, not 3"),
-        (["--mpp", "0.4"], "mpp None, not 0.4"),
+        (["--mpp-csv", csv], "mpp 0.5, not 0.4"),
         (["--max-tiles", "9"], "max_tiles 12, not 9"),
         (["--target-mpp", "0.6"], "holds features at 0.5 um/px, not 0.6"),
     ]:
@@ -2370,6 +2669,74 @@ def test_other_parameters_stop_and_name_both_values(archive):
             prepare.main(["--slides", str(slides), "--data", str(whole), *FEW, *flags])
     with pytest.raises(UserError, match="--shard 3/2: I/N"):
         prepare.main(["--slides", str(slides), "--data", str(whole), "--shard", "3/2"])
+
+
+def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, capsys):
+    """By path and size, and where these differ by the slide's own hash: a moved archive is known again."""
+    slides, data = archive[0], tmp_path / "data"
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(slides / "s4.tif", tmp_path / folder / "s4.tif")
+    common = ["--data", str(data), "--max-tiles", "2"]
+    prepare.main(["--slides", str(tmp_path / "a"), *common])
+    before = contents(data)
+    prepare.main(["--slides", str(tmp_path / "b"), *common])
+    assert "Wrote 0 tiles of 0 slides" in capsys.readouterr().out and contents(data) == before
+    shutil.copy(slides / "s0.tif", tmp_path / "b" / "s4.tif")  # siteB/case1.tif, or a rescan
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare.main(["--slides", str(tmp_path / "b"), *common])
+    message = prepare.read_failures(data)["s4"]["message"]
+    assert "the features that are there by its name are another slide's; --overwrite" in message
+    prepare.main(["--slides", str(tmp_path / "b"), *common, "--overwrite"])
+    assert contents(data)["features/s4.safetensors"] != before["features/s4.safetensors"]
+    assert not prepare.read_failures(data)
+
+
+def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
+    """--geojson on finished slides, a picture that was deleted, features that are damaged; what is there is not touched."""
+    data, path = tmp_path / "data", tmp_path / "data" / "features" / "s4.safetensors"
+    prepare_one(archive[0], data)
+    before, made = contents(data), path.stat().st_mtime_ns
+    (data / "qc" / "s4.jpg").unlink()
+    prepare_one(archive[0], data, "--geojson")
+    assert (data / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
+    (data / "qc" / "s4.geojson").unlink()
+    path.write_bytes(before["features/s4.safetensors"][:-9])
+    prepare_one(archive[0], data)
+    assert contents(data) == before
+
+
+def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepare.fcntl, "lockf", refused)
+    prepare.main(["--slides", str(archive[0]), "--data", str(tmp_path), *FEW])
+    assert contents(tmp_path) == contents(archive[1])
+    assert capsys.readouterr().err.count("its file system has no locks (No locks available)") == 1
+
+
+def test_a_damaged_tile_of_a_coarse_level_costs_nothing(toy_slide, tmp_path):
+    """Its place is looked at on a finer level; a damaged tile of the finest stays white, where it is not too large a share."""
+    image = toy_slide[1]
+    write_tiff(tmp_path / "good.tif", image)
+    whole = prepare.Slide(tmp_path / "good.tif").thumbnail(8)
+    shutil.copy(tmp_path / "good.tif", tmp_path / "bad.tif")
+    damage(tmp_path / "bad.tif", [64 + 16, 64 + 5])  # levels have 64, 16 and 4 tiles
+    slide = prepare.Slide(tmp_path / "bad.tif")
+    again = slide.thumbnail(8)
+    assert slide.lost == 0 and np.abs(np.asarray(whole).astype(int) - np.asarray(again)).mean() < 3
+    large = Image.new("RGB", (4096, 4096))
+    for corner in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
+        large.paste(image, corner)
+    for name, tiles in (("one", [100]), ("many", range(16, 48))):
+        write_tiff(tmp_path / f"{name}.tif", large, downsamples=(1,))
+        damage(tmp_path / f"{name}.tif", tiles)
+    slide = prepare.Slide(tmp_path / "one.tif")
+    slide.thumbnail(32)
+    assert 0 < slide.lost <= 0.01 * 128 * 128
+    with pytest.raises(UserError, match="over 1% of its area cannot be decoded"):
+        prepare.Slide(tmp_path / "many.tif").thumbnail(32)
 
 
 def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
@@ -2400,7 +2767,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     for x, y in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
         large.paste(image, (x, y))
     for name in ("one", "three"):
-        prepare.write_tiff(tmp_path / "slides" / f"{name}.tif", large)
+        write_tiff(tmp_path / "slides" / f"{name}.tif", large)
     damage(tmp_path / "slides" / "one.tif", [16 * 4 + 4])
     damage(tmp_path / "slides" / "three.tif", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])
     (tmp_path / "slides" / "bad.svs").write_bytes(b"not a slide")
@@ -2414,7 +2781,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     failures = prepare.read_failures(data)
     assert {name: entry["step"] for name, entry in failures.items()} == {"bad": "open", "three": "read"}
     assert "cannot be decoded" in failures["three"]["message"]
-    prepare.write_tiff(tmp_path / "slides" / "three.tif", large)
+    write_tiff(tmp_path / "slides" / "three.tif", large)
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main(common)
     assert set(prepare.read_failures(data)) == {"bad"} and (data / "features" / "three.safetensors").exists()
@@ -2436,6 +2803,34 @@ def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypat
     assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
 
 
+def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsys):
+    """A dry run and a heatmap survive what a run survives: files that kill their process, absurd sizes."""
+    for name in ("deadly", "good", "absurd"):
+        shutil.copy(archive[0] / "s4.tif", tmp_path / f"{name}.tif")
+    absurd = (tmp_path / "absurd.tif").read_bytes()
+    for side in (322, 323):
+        absurd = absurd.replace(struct.pack("<HHII", side, 4, 1, 256), struct.pack("<HHII", side, 4, 1, 2**31))
+    (tmp_path / "absurd.tif").write_bytes(absurd)
+    own_mpp = prepare.Slide._own_mpp
+
+    def deadly(slide, path, fallback):
+        if "deadly" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own_mpp(slide, path, fallback)
+
+    monkeypatch.setattr(prepare.Slide, "_own_mpp", deadly)  # the readers are forked, and have it too
+    with pytest.raises(UserError, match="2 slides could not be prepared .*; the others can be"):
+        prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--dry-run"])
+    printed = capsys.readouterr()
+    assert "\ngood " in printed.out and "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
+    assert "deadly.tif: the process that read it died" in printed.err
+    with pytest.raises(UserError, match="deadly.tif: the process that read it died"):
+        prepare.SafeSlide(tmp_path / "deadly.tif")
+    slide, whole = prepare.SafeSlide(tmp_path / "good.tif"), prepare.Slide(tmp_path / "good.tif")
+    assert (slide.width, slide.scale, slide.corner) == (1024, 1.0, [0, 0])
+    assert np.array_equal(slide.tile(256, 256), whole.tile(256, 256)) and slide.thumbnail(32).size == (32, 32)
+
+
 def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     encoder = wsi_llava.untrained_tile_encoder()
     torch.nn.init.constant_(encoder.norm.bias, math.nan)
@@ -2447,10 +2842,10 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
 
 
 def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monkeypatch):
-    def full(batches):
+    def full(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(prepare.Batches, "encode", full)
+    monkeypatch.setattr(prepare, "encode", full)
     with pytest.raises(UserError, match="--batch 64 does not fit cpu's memory; try half of it"):
         prepare_one(archive[0], tmp_path / "data")
 
@@ -2482,13 +2877,16 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+LOOK = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+LOOK |= {"known": None, "mask": None, "outputs": {}}
+
+
 def test_the_picture_of_a_huge_slide_is_small(tmp_path):
     """Made of what its tissue was looked for on: a slide without small levels is read once."""
-    (tmp_path / "qc").mkdir()
     Image.new("RGB", (25600, 300), PINK).save(tmp_path / "wide.png")
-    params = {"target_mpp": 0.5, "mpp": 0.5, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-    assert len(prepare.survey("wide", tmp_path / "wide.png", params, tmp_path, False)["coords"]) == 100
-    assert Image.open(tmp_path / "qc" / "wide.jpg").size == (768, 9)
+    options = LOOK | {"given": 0.5, "outputs": {"picture": tmp_path / "wide.jpg"}}
+    assert len(prepare.Readers(1, 1).survey("wide", tmp_path / "wide.png", options)["coords"]) == 100
+    assert Image.open(tmp_path / "wide.jpg").size == (768, 9)
 
 
 def test_a_slide_without_tissue_is_recorded_as_such(tmp_path, capsys):
@@ -2515,18 +2913,15 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
     assert rings and all(ring[0] == ring[-1] and max(map(max, ring)) > 2048 for ring in rings[:1])
 
 
-def test_contact_sheets_show_every_slide_and_mark_what_failed(archive, tmp_path):
-    _, whole = archive
-    data = shutil.copytree(whole, tmp_path / "data")
-    prepare.note_failure(data, "lost", "open", "x")
-    prepare.contact_sheets(data, columns=2, rows=2, cell=100)
-    sheets = [Image.open(data / "qc" / name) for name in ("index.jpg", "index-2.jpg")]
-    assert [sheet.size for sheet in sheets] == [(200, 272), (200, 136)]  # lost and s0 to s2; s3, s4
-    pixels = np.asarray(sheets[0]).astype(int)
-    red = (pixels[..., 0] > 170) & (pixels[..., 1:].max(-1) < 60)
-    assert red[:136, :100].sum() > 300 and red[:, 100:].sum() == 0
-    prepare.contact_sheets(data)
-    assert not (data / "qc" / "index-2.jpg").exists()
+def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_path):
+    data = shutil.copytree(archive[1], tmp_path / "data")
+    prepare.note_failure(data, "l<o>st", "open", "no & nothing", "a/l<o>st.svs")
+    prepare.write_index(data)
+    page = (data / "qc" / "index.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b>\n<br>(.*?)</figure>', page)
+    assert cards[0] == ("failed", "l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED (open): no &amp; nothing")
+    assert [card[:3] for card in cards[1:]] == [("", f"s{i}.jpg", f"s{i}") for i in range(5)]
+    assert cards[1][3] == "12 tiles" and "6 slides, 1 failed" in page
 
 
 @slow
@@ -2538,7 +2933,7 @@ def test_real_slide_beside_a_broken_one(tmp_path):
     assert [line for line in lines if line.startswith("failed:")] == [line for line in lines if "broken.svs" in line]
     assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
     features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
-    assert features.shape == (len(coords), 128) and 30 < len(coords) < 50 and features.isfinite().all()
+    assert features.shape == (len(coords), 128) and 45 < len(coords) < 60 and features.isfinite().all()
     assert coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
 
 
@@ -3902,6 +4297,8 @@ def test_demo_runs_end_to_end(demo):
         (train, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
         (train, "--demo --workers 0", "--workers: 0 is less than 1"),
         (prepare, "--step 0", "--step: 0 is less than 1"),
+        (prepare, "--slides . --mpp 40", "--mpp: 40 is more than 20"),
+        (prepare, "--slides . --min-tissue 25", "--min-tissue: 25 is more than 1"),
         (prepare, "--seed -1", "--seed: -1 is less than 0"),
         (prepare, "--demo --demo-slides 4", "--demo-slides: 4 is less than 5"),
         (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
@@ -3921,11 +4318,9 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
         (sample, "--slide a b --zero-shot x", "--region and --zero-shot are about one slide; give --slide one name"),
         (prepare, "--slides . --device abacus", "--device abacus: "),
-        (prepare, "--slides . --mpp 40", "--mpp 40.0: um per pixel lie between 0.05 and 20"),
-        (prepare, "--slides . --min-tissue 25", "--min-tissue 25.0: a share, from 0 to 1"),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
         (prepare, "--demo --dry-run", "--demo draws its slides first; --dry-run is about slides that are there"),
-        (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: not a file that can be read"),
+        (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: no such file; --mpp-csv takes lines of slide,mpp"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tmp_path, monkeypatch, program, flags, message):
@@ -4313,35 +4708,67 @@ def mean_tile(slide, x, y):
 
 def reading_plan(path, mpp=None):
     """What survey returns of a slide, less its pictures."""
-    params = {"target_mpp": 0.5, "mpp": mpp, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-    return prepare.survey(path.stem, path, params, None, False)
+    return prepare.Readers(1, 1).survey(path.stem, path, LOOK | {"given": mpp})
 
 
-def cpu_seconds(readers):
-    """CPU time of this process and its readers so far: what counts on a machine that does other things beside."""
-    spent = time.process_time()
-    for pid in readers.pool._processes:
-        utime, stime = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
-        spent += (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
-    return spent
+def tile_jobs(readers, plan, batch):
+    """The jobs that read all tiles of a plan."""
+    order = np.concatenate(prepare.blocks(plan["coords"], 256))
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        yield "read_tiles", "slide", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
+
+
+def read_all(workers, plan, batch=64, encode=lambda tiles: None):
+    """Reads all tiles twice -> seconds of the second time: in the first, processes start and their memory is laid out."""
+    readers, ended = prepare.Readers(workers, batch), []
+
+    def jobs():
+        for _ in range(2):
+            yield from tile_jobs(readers, plan, batch)
+
+    for (*_, slot), (read, _) in readers.run(jobs()):
+        encode(readers.slots[slot][: len(read)])
+        readers.free.append(slot)
+        ended.append(time.perf_counter())
+    return ended[-1] - ended[len(ended) // 2 - 1]
+
+
+def cpu_seconds():
+    """CPU time of this process and of those that it has ended: what counts on a machine that does other things beside."""
+    import resource
+
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 GIANT = """
-import re, sys
+import multiprocessing, re, sys
 from pathlib import Path
+import numpy as np
 import prepare
 folder = Path(sys.argv[1])
-params = {"target_mpp": 0.5, "mpp": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-with prepare.Readers(1) as readers:
-    ((_, future),) = readers.surveys([("giant", ("giant", folder / "giant.tif", params, folder, True))])
-    plan = future.result()
-    found = len(plan["coords"])
-    plan["coords"] = plan["coords"][found // 2 : found // 2 + 1024]
-    for _ in readers.tiles([plan]):
-        pass
-    status = Path(f"/proc/{next(iter(readers.pool._processes))}/status").read_text()
-    peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
-    print(f"a slide of 100,000 x 100,000: {found:,} tiles found, 1,024 read, peak memory of the reader {peak / 1e6:.0f} MB")
+look = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+look |= {"known": None, "mask": None, "outputs": {"picture": folder / "giant.jpg", "geojson": folder / "giant.geojson"}}
+readers, plan = prepare.Readers(1, 64), {}
+
+def jobs():
+    yield "survey", "giant", folder / "giant.tif", look
+    while not plan:
+        yield "wait", None
+    order = np.concatenate(prepare.blocks(plan["coords"], 256))
+    for numbers in np.split(order[len(order) // 2 :][:1024], 16):
+        yield "read_tiles", "", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
+
+for (method, *_, slot), result in readers.run(jobs()):
+    if method == "survey":
+        plan.update(result)
+    elif method == "read_tiles":
+        readers.free.append(slot)
+        status = Path(f"/proc/{multiprocessing.active_children()[0].pid}/status").read_text()
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
+n = len(plan["coords"])
+print(f"a slide of 100,000 x 100,000: {n:,} tiles found, 1,024 read, peak memory of the reader {peak / 1e6:.0f} MB")
 """
 
 
@@ -4371,13 +4798,14 @@ def benchmark_reading(n=2048, rounds=5):
         plan = reading_plan(path, mpp)
         rows = plan["coords"][:, 1] // 256
         plan["coords"] = coords = plan["coords"][rows >= rows.max() // 8 * 4][:n]
-        with prepare.Readers(workers) as readers, multiprocessing.get_context("fork").Pool(workers) as pool:
-            work = {"ours": lambda plan=plan, readers=readers: collections.deque(readers.tiles([plan]), maxlen=0)}
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            work = {}
             for name, tile in peers.items():
                 jobs = [(tile, path, mpp, part) for part in np.array_split(coords, workers)]
                 work[name] = functools.partial(pool.starmap, plain_loop, jobs)
-            took = {name: [] for name in work}
+            took = {name: [] for name in ("ours", *work)}
             for _ in range(rounds + 1):  # in the first one the processes start
+                took["ours"].append(read_all(workers, plan) / len(coords) * 1e3)
                 for name, run in work.items():
                     started = time.perf_counter()
                     run()
@@ -4398,7 +4826,7 @@ def benchmark_encoding(rounds=2):
     encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
     folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
     folder.mkdir(exist_ok=True)
-    prepare.write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
+    write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
     plan = reading_plan(folder / "toy.tif")
     batch, n = 16, len(plan["coords"])
     tiles = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
@@ -4408,20 +4836,18 @@ def benchmark_encoding(rounds=2):
         for start in range(0, n, batch):  # the same batches: full ones, and the slide's last
             encoder(wsi_llava.preprocess_tiles(tiles[: n - start]))
 
-    with prepare.Readers(1) as readers, torch.inference_mode():
+    def together():
+        return read_all(1, plan, batch, lambda tiles: prepare.encode(encoder, tiles, device))
 
-        def together():
-            batches = prepare.Batches(encoder, batch, device)
-            for _, places, found, _ in readers.tiles([plan | {"dropped": 0}]):
-                batches.finish() if places is None else batches.add(places, found)
-
-        together()
+    with torch.inference_mode():
         for _ in range(rounds):
-            for name, work in (("alone", alone), ("ours", together)):
-                started, spent = time.perf_counter(), cpu_seconds(readers)
-                work()
-                clock[name].append((time.perf_counter() - started) / n * 1e3)
-                cpu[name].append((cpu_seconds(readers) - spent) / n * 1e3)
+            started, spent = time.perf_counter(), cpu_seconds()
+            alone()
+            clock["alone"].append((time.perf_counter() - started) / n * 1e3)
+            cpu["alone"].append((cpu_seconds() - spent) / n * 1e3)
+            spent = cpu_seconds()
+            clock["ours"].append(together() / n * 1e3)
+            cpu["ours"].append((cpu_seconds() - spent) / n / 2 * 1e3)
     clock, cpu = ({k: np.median(v) for k, v in x.items()} for x in (clock, cpu))
     print(
         f"reading and encoding / encoding alone: by the clock {clock['ours']:.1f} / {clock['alone']:.1f} ms a tile, ratio "
@@ -4538,11 +4964,31 @@ def benchmark_slide_encoder(*tiles):
         )
 
 
+def benchmark_tissue():
+    """Both kinds of error of the tissue mask, on painted scenes (shares of the tissue), and on the real pictures of
+    ../shared/field where these are (shares of the pictures; what is known of them is in the last column)."""
+    print(f"{'painted':28} {'tissue missed':>14} {'taken for it':>14}")
+    for name, things in SCENES.items():
+        picture, truth = scene(*things)
+        mask = prepare.tissue_mask(picture)
+        n = max(1, truth.sum()) if truth.any() else truth.size
+        print(f"{name:28} {(truth & ~mask).sum() / n:14.1%} {(mask & ~truth).sum() / n:14.1%}")
+    known = {"no-tissue": "none is tissue", "stroma": "all is tissue"}
+    print(f"\n{'real':40} {'tissue':>8} {'ink':>8} {'ms':>6}")
+    for path in sorted((SHARED / "field").glob("*.png")):
+        picture, started = Image.open(path).convert("RGB"), time.perf_counter()
+        tissue, ink, _ = prepare.find_tissue(picture)
+        took = 1e3 * (time.perf_counter() - started)
+        what = next((text for start, text in known.items() if path.stem.startswith(start)), "")
+        print(f"{path.stem:40} {tissue.mean():8.1%} {ink.mean():8.1%} {took:6.0f}  {what}")
+
+
 BENCHMARKS = {
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
     "reading": benchmark_reading,
     "encoding": benchmark_encoding,
+    "tissue": benchmark_tissue,
     "stage1-memory": benchmark_stage1_memory,
     "llama": benchmark_llama,
     "int8": benchmark_int8,
