@@ -2915,7 +2915,7 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
 
 def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_path):
     data = shutil.copytree(archive[1], tmp_path / "data")
-    prepare.note_failure(data, "l<o>st", "open", "no & nothing", "a/l<o>st.svs")
+    prepare.note_failure(data, "l<o>st", "a/l<o>st.svs", "open", "no & nothing")
     prepare.write_index(data)
     page = (data / "qc" / "index.html").read_text(encoding="utf-8")
     cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b>\n<br>(.*?)</figure>', page)
@@ -4727,7 +4727,7 @@ def read_all(workers, plan, batch=64, encode=lambda tiles: None):
         for _ in range(2):
             yield from tile_jobs(readers, plan, batch)
 
-    for (*_, slot), (read, _) in readers.run(jobs()):
+    for _, _, (slot, read, *_) in readers.run(jobs()):
         encode(readers.slots[slot][: len(read)])
         readers.free.append(slot)
         ended.append(time.perf_counter())
@@ -4760,11 +4760,11 @@ def jobs():
     for numbers in np.split(order[len(order) // 2 :][:1024], 16):
         yield "read_tiles", "", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
 
-for (method, *_, slot), result in readers.run(jobs()):
+for method, _, result in readers.run(jobs()):
     if method == "survey":
         plan.update(result)
     elif method == "read_tiles":
-        readers.free.append(slot)
+        readers.free.append(result[0])
         status = Path(f"/proc/{multiprocessing.active_children()[0].pid}/status").read_text()
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
 n = len(plan["coords"])
