@@ -300,7 +300,8 @@ def walk(top):
         ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
         # hidden: .snapshot, .Trash-1000
         folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))
-        yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+        files = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+        yield Path(folder), [path for path in files if path.is_file() or not path.exists()]  # no pipes
 
 
 def listed(inputs, flag, source="", seen=()):
@@ -308,7 +309,7 @@ def listed(inputs, flag, source="", seen=()):
     not there."""
     for text in inputs:
         entry = Path(text)
-        check(os.path.exists(entry), f"{source}{entry}: no such file or folder ({flag})")
+        check(entry.is_file() or entry.is_dir(), f"{source}{entry}: no such file or folder ({flag})")
         if not (entry.is_file() and entry.suffix.lower() == ".txt"):
             yield entry
             continue
@@ -1033,7 +1034,8 @@ def write_meta(data, preset, mpp, encoder):
     if not (data / "meta.json").exists():
         wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
-    made = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
+    was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
+    made = f"of another tile encoder ({was}; not {now})"
     same = old["encoder"]["fingerprint"] == encoder["fingerprint"]
     check(same, f"{data} holds features {made}; name a new folder with --data")
     another = f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
@@ -1835,14 +1837,15 @@ def report_leaks(splits, patients, args):
         questions = collections.Counter(itertools.chain(*map(slides_of, rows)))
         lines = [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
         csv.writer(table, lineterminator="\n").writerows(lines)
-    if not args.dry_run:
-        wsi_llava.write_text(path, table.getvalue())
     people, what = sum(isinstance(mark, tuple) for mark in shared), ""
     if shared:
         what = f", {count(len(leaks['train']), 'question')} of training and {len(leaks['test']):,} of test"
         what += " (left out of training)" if args.drop_leaks else " (--drop-leaks leaves the former out)"
+    if not args.dry_run:
+        wsi_llava.write_text(path, table.getvalue())
+        what += f"; see {path}"
     slides = f"{count(len(shared) - people, 'slide')}, {count(people, 'patient')}"
-    print(f"On both sides of training and test: {slides}{what}; see {path}.")
+    print(f"On both sides of training and test: {slides}{what}.")
     return [row for row in training if not marks(row) & shared]
 
 
@@ -1899,13 +1902,14 @@ def import_qa(args):
             splits["train"] = new["train"] = clean
     for name in new:
         missing = describe_split(paths[name], splits[name], have, "Would write" if args.dry_run else "Wrote")
-        unmatched = paths[name].with_suffix(".unmatched.txt")
+        where = ""
         if not args.dry_run:
             write_qa(paths[name], splits[name])
+            unmatched = paths[name].with_suffix(".unmatched.txt")
             wsi_llava.write_text(unmatched, "".join(f"{slide}\n" for slide in missing))
+            where = f", all in {unmatched}"
         if missing:
-            few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-            print(f"  {count(len(missing), 'slide')} without features, all in {unmatched}: {few}")
+            print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
     check(len(args.qa) > 1 or not failures, "".join(failures))
     for message in failures:
         print(f"failed: {message}", file=sys.stderr)

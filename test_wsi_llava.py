@@ -2271,6 +2271,8 @@ def test_lists_of_slides_in_any_encoding(tmp_path, monkeypatch):
 
 def test_folders_that_are_hidden_or_cannot_be_read(tmp_path, monkeypatch, capsys):
     touched(tmp_path, "a.svs", ".Trash-1000/b.svs", "locked/c.svs", ".snapshot/d.svs")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.svs")  # whoever opens it waits
     scandir = os.scandir
 
     def guarded(path):
