@@ -8,7 +8,7 @@
 A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every tile becomes one vector:
 
     data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
-    data/qc/<slide>.jpg                 thumbnail with the outline of the tissue and the kept tiles: look at it
+    data/qc/<slide>.jpg                 thumbnail with the outlines of tissue and kept tiles: look at it
     data/qc/index.html                  all of these pictures on one page, and what failed
     data/failures/<slide>.json          why a slide could not be prepared: path, step and message
 
@@ -144,9 +144,9 @@ class Slide:
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         check(
             max(self.width, self.height) <= GRID * TILE,
-            f"{path}: {self.width} x {self.height} px at {target:g} um/px are more than {GRID} x {GRID} tiles, "
-            f"for which the slide encoder has no positions; a damaged file, or its um/px are not {self.mpp:g} "
-            f"({self.source}): --mpp-csv gives others",
+            f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles, "
+            f"for which the slide encoder has no positions; a damaged file, or its um/px are not "
+            f"{self.mpp:g} ({self.source}): --mpp-csv gives others",
         )
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
@@ -597,7 +597,8 @@ def mask_file(folder, name):
 
 def given_mask(path, slide, size):
     """A mask picture of the whole slide, or a QuPath GeoJSON, -> bool [h,w] of that size (width, height)."""
-    with reading(path, "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"):
+    kinds = "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"
+    with reading(path, kinds):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(path, slide, size)
         grey = Image.open(path).convert("L")
@@ -812,10 +813,11 @@ def write_index(data):
 
 # ---- Readers -----------------------------------------------------------------------------------------------
 #
-# The workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged so that
-# they take the process with them. What they read they leave in shared memory; only numbers travel.
+# The workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged so
+# that they take the process with them. What they read they leave in shared memory; only numbers travel.
 
-FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # forked, they share PyTorch
+# Forked, they share what is loaded, PyTorch too.
+FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 DIED = "the process that read it died (a damaged file, or no memory left)"
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
 
@@ -825,14 +827,15 @@ class SlideError(Exception):
 
 
 class Readers(torch.utils.data.Dataset):
-    """What a DataLoader's workers do: a job (method, name, arguments) -> (method, name, its result or exception).
+    """What a DataLoader's workers do: a job (method, name, arguments) -> (method, name, result or exception).
 
     slots: memory that they share with the main process, for a batch of tiles each, used again and again: a
     fresh tensor for every batch costs up to 0.3 ms a tile in page faults alone.
     """
 
     def __init__(self, workers, batch):
-        self.workers, n = workers, 2 * workers + 1  # two jobs each on their way, and one that is being encoded
+        n = 2 * workers + 1  # two jobs each on their way, and one that is being encoded
+        self.workers = workers
         self.memory = FORK.RawArray("B", n * batch * TILE * TILE * 4)
         self.shape, self.free = (n, batch, TILE, TILE, 4), collections.deque(range(n))
 
@@ -1118,8 +1121,11 @@ class Work:
 
     def missing(self):
         """Those of the slide's files that are to be made {kind: path}."""
-        there = {kind for kind, path in self.files.items() if path.exists() and path.stat().st_mtime >= self.since}
-        return {kind: path for kind, path in self.files.items() if kind not in there}
+        missing = {}
+        for kind, path in self.files.items():
+            if not path.exists() or path.stat().st_mtime < self.since:
+                missing[kind] = path
+        return missing
 
     def noted(self):
         """What the features that are there say of themselves; None where there are none, or no whole file."""
@@ -1176,7 +1182,7 @@ class Work:
 
 
 class Preparation:
-    """One run over slides {id: path}: what there is to do, and what came of it. failures: [(path, message)]."""
+    """One run over slides {id: path}: what is to do, and what came of it. failures: [(path, message)]."""
 
     def __init__(self, args, slides, table):
         self.args, self.data, self.started = args, args.data, time.time()
@@ -1187,7 +1193,8 @@ class Preparation:
         self.at_hand = {}  # claimed works, by name
         self.queue = collections.deque()  # (work, numbers of tiles): the batches that are to be read
         self.failures, self.notes = [], collections.defaultdict(list)
-        self.tiles, self.written, self.seen = 0, [], []  # tiles encoded; of each slide written; a dry run's works
+        self.tiles, self.written = 0, []  # tiles that were encoded; of each slide that was written, its tiles
+        self.seen = []  # works of a dry run
         self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
         for path in itertools.chain(*(self.data.glob(f"{folder}/.*.part") for folder in ("features", "qc"))):
             self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
@@ -1305,9 +1312,9 @@ class Preparation:
         if not features.isfinite().all():
             self.fail(work, "encode", f"{work.path}: its features are not finite; try --dtype float32")
             return
-        facts = {"mpp": plan["mpp"], "mpp_source": plan["source"], "scale": plan["scale"], "dropped": work.lost}
+        facts = {"mpp": plan["mpp"], "mpp_source": plan["source"], "scale": plan["scale"]}
+        facts |= {"dropped": work.lost, "params": work.params, "file": [*work.identity(), plan["hash"]]}
         facts |= {"width": plan["size"][0], "height": plan["size"][1]}  # level 0
-        facts |= {"params": work.params, "file": [*work.identity(), plan["hash"]]}
         coords = torch.from_numpy(plan["coords"][np.array(work.read, int)[order]])
         save_features(work.files["features"], features, coords, facts)
         note_failure(self.data, work.name, work.path)
@@ -1374,7 +1381,7 @@ def prepare_slides(args, slides, number=0, shares=1):
         slides = dict(list(slides.items())[number::shares])
         work = Preparation(args, slides, table)
         if work.meta["encoder"]["source"] == "untrained":
-            print("No GigaPath weights found or named: a small untrained encoder serves, for trying this out.")
+            print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
         done = f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already;"
         print(
             f"{done} {len(work.todo)} to tile at {args.target_mpp:g} um/px, step {args.step}, and encode on "
@@ -2051,7 +2058,10 @@ def invent_cases(n_train, n_test, seed):
 # task -> (ways to ask, the answer), filled in from what the slide shows
 QUESTIONS = {
     "report": ("Write a report of this slide.|What does this slide show?", ""),
-    "type": ("What is the histological type of the tumor?|Which type of tumor is this?", "The tumor is {a_type}."),
+    "type": (
+        "What is the histological type of the tumor?|Which type of tumor is this?",
+        "The tumor is {a_type}.",
+    ),
     "grade": (
         "What is the grade of the tumor?|How is this tumor graded by its share of the tissue?",
         "The tumor is {grade}.",
@@ -2072,15 +2082,17 @@ QUESTIONS = {
 }
 # Three pathologists, who differ in their words and in what they mention first.
 REPORTS = (
-    "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at the "
-    "{position}. {pigment[0]}",
-    "Sections show {a_type} of {grade} with necrosis at the {position}. {pigment[1]} Tumor fills {share} of the "
-    "tissue.",
-    "{pigment[2]} The {position} is necrotic. With {share} of the tissue taken up, this is {a_type}, {grade}.",
+    "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
+    "the {position}. {pigment[0]}",
+    "Sections show {a_type} of {grade} with necrosis at the {position}. {pigment[1]} Tumor fills {share} of "
+    "the tissue.",
+    "{pigment[2]} The {position} is necrotic. With {share} of the tissue taken up, this is {a_type}, "
+    "{grade}.",
 )
 PIGMENT = {
-    "present": ("A focus of brown pigment is present.", "There is a focus of brown pigment.", "Brown pigment is found."),
-    "absent": ("Brown pigment is absent.", "There is no brown pigment.", "No brown pigment is found."),
+    "present": "A focus of brown pigment is present.|There is a focus of brown pigment.|"
+    "Brown pigment is found.",
+    "absent": "Brown pigment is absent.|There is no brown pigment.|No brown pigment is found.",
 }
 SHARES = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}
 
@@ -2090,7 +2102,10 @@ def write_questions(case, rng):
     er, her2 = case["receptors"]
     words = {**case, "er": er, "her2": her2, "subtype": SUBTYPES[er, her2], "share": SHARES[case["grade"]]}
     words["a_type"] = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
-    words |= {"pigment": PIGMENT[case["focus"]], "yes_no": "Yes" if case["focus"] == "present" else "No"}
+    words |= {
+        "pigment": PIGMENT[case["focus"]].split("|"),
+        "yes_no": "Yes" if case["focus"] == "present" else "No",
+    }
     talks = {}
     for task, (asked, answer) in QUESTIONS.items():
         question, answer = rng.choice(asked.split("|")), answer or rng.choice(REPORTS)
@@ -2111,8 +2126,8 @@ def draw_cohort(args, recipe, folder):
     them shows."""
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     print(
-        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
-        f"JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
+        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into "
+        f"{folder}: JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
     )
     for path in (folder, args.data / "qa"):
         path.mkdir(parents=True, exist_ok=True)
@@ -2231,19 +2246,25 @@ def stand_in_llm(args):
 
 def add_demo_flags(parser):
     add = parser.add_argument
-    add("--demo-slides", type=at_least(5), default=500, help="toy slides to train on; a fifth more are held out")
+    add(
+        "--demo-slides",
+        type=at_least(5),
+        default=500,
+        help="toy slides to train on (default: 500); a fifth more",
+    )
     add("--llm-steps", type=at_least(1), default=250, help="training steps of the stand-in language model")
 
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     add = parser.add_argument
-    add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
-    add("--features", nargs="+", metavar="PATH", help="features made elsewhere, or folders to search (.pt, .h5)")
+    add("--slides", nargs="+", metavar="PATH", help="slides, folders of slides, .txt lists of paths")
+    add("--features", nargs="+", metavar="PATH", help="features made elsewhere (.pt, .h5), or their folders")
     bare = "what tensors without coordinates hold (default: tokens if they have the shape, else tiles)"
     add("--features-are", choices=["tiles", "tokens"], help=bare)
     add("--qa", nargs="+", metavar="FILE", help=f"question files; {WHAT_IS_READ}")
-    add("--split", choices=["train", "val", "test"], help="of --qa's files (default: what their names or rows tell)")
+    told = "of --qa's files (default: what their names or rows tell)"
+    add("--split", choices=["train", "val", "test"], help=told)
     whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
     add("--patients", metavar="FILE", type=some_path, help=whose)
     leaks = "leave out of training what shares a slide or a patient with the test"
@@ -2256,7 +2277,7 @@ def parse(argv=None):
     add("--min-tissue", type=share, default=0.25, help="least share of tissue in a tile (default: 0.25)")
     masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
     add("--mask", metavar="DIR", type=some_path, help=masks)
-    add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
+    add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256)")
     add(
         "--max-tiles",
         type=at_least(0),
@@ -2266,7 +2287,7 @@ def parse(argv=None):
     add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
     add("--dry-run", action="store_true", help="list the slides and their tiles; write nothing")
-    add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
+    add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays")
     again = "make features again that are there already; begin anew the splits that --qa writes"
     add("--overwrite", action="store_true", help=again)
     wsi_llava.add_shared_flags(parser)
@@ -2293,8 +2314,10 @@ def own_share(args):
 def main(argv=None):
     args = parse(argv)
     if not (args.slides or args.features or args.qa or args.demo):
-        raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
-    check(not (args.demo and args.dry_run), "--demo draws its slides first; --dry-run is about slides that are there")
+        raise UserError("nothing to do: give --slides, --features, --qa or --demo (--help explains)")
+    check(
+        not (args.demo and args.dry_run), "--demo draws its slides; --dry-run is about slides that are there"
+    )
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     number, shares = own_share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -2320,7 +2343,12 @@ def main(argv=None):
     if args.qa and os.environ.get("RANK", "0") == "0":
         with disk_errors(args.data):
             import_qa(args)
-    if not args.dry_run and (args.data / "meta.json").exists() and (args.data / "qa" / "train.jsonl").exists() and not args.llm:
+    if (
+        not args.dry_run
+        and (args.data / "meta.json").exists()
+        and (args.data / "qa" / "train.jsonl").exists()
+        and not args.llm
+    ):
         if wsi_llava.read_meta(args.data)["preset"] == "demo":
             stand_in_llm(args)
     for _, message in failures:

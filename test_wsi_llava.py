@@ -2177,7 +2177,7 @@ def test_the_resolution_written_in_a_description_is_read(tmp_path):
     Image.new("RGB", (512, 512)).save(tmp_path / "one.tif", tiffinfo={282: 101600.0, 296: 2})
     assert prepare.Slide(tmp_path / "one.tif", fallback=0.1).mpp in (0.25, 0.1)  # Pillow may want both tags
     Image.new("RGB", (600, 10)).save(tmp_path / "wide.png")
-    with pytest.raises(UserError, match=r"wide.png: 24000 x 400 px at 0.5 um/px|are more than 1000 x 1000 tiles"):
+    with pytest.raises(UserError, match=r"wide.png: .* px at 0.001 um/px are over 1000 x 1000 tiles"):
         prepare.Slide(tmp_path / "wide.png", mpp=20, target=0.001)
 
 
@@ -4321,7 +4321,7 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (sample, "--slide a b --zero-shot x", "--region and --zero-shot are about one slide; give --slide one name"),
         (prepare, "--slides . --device abacus", "--device abacus: "),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
-        (prepare, "--demo --dry-run", "--demo draws its slides first; --dry-run is about slides that are there"),
+        (prepare, "--demo --dry-run", "--demo draws its slides; --dry-run is about slides that are there"),
         (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: no such file; --mpp-csv takes lines of slide,mpp"),
     ],
 )
