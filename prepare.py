@@ -194,9 +194,11 @@ class Slide:
         x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
         if self.flat:
             with Image.open(self.path) as image:
-                tags = getattr(image, "tag_v2", {})
-                text, (x, y) = str(tags.get(270, "")), image.info.get("dpi") or (tags.get(282), tags.get(283))
-                unit = "inch" if "dpi" in image.info else None
+                tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow makes up the other side's dpi
+                text, x, y = str(tags.get(270, "")), tags.get(282), tags.get(283)
+                unit = {2: "inch", 3: "centimeter"}.get(tags.get(296))
+                if not tags and "dpi" in image.info:
+                    (x, y), unit = image.info["dpi"], "inch"
         tagged = (MICRONS.get(unit, 0) / (number(side) or math.inf) for side in (x, y))
         power = 10 / (self.power or math.inf)
         for source, wide, high in (
