@@ -855,16 +855,15 @@ class SlideLayer(nn.Module):
     def in_chunks(self, function, *tensors):
         """A function of tensors [L,...] that works token by token, a chunk of the sequence at a time.
 
-        On a CPU activations then stay in cache (10% faster); everywhere the FFN's memory is capped. In one
-        piece under autograd, which stores them anyway, and in training, where each pass must draw the same
-        dropout.
+        On a CPU activations then stay in cache (10% faster); everywhere the FFN's memory is capped. Under
+        autograd, which stores them anyway, and in training, with its dropout, it is done in one piece.
         """
         rows = 512 if tensors[0].device.type == "cpu" else 16384
         if self.training or torch.is_grad_enabled() or len(tensors[0]) <= rows:
             return function(*tensors)
-        chunks = [function(*chunk) for chunk in zip(*(x.split(rows) for x in tensors))]
+        chunks = list(map(function, *(x.split(rows) for x in tensors)))
         if isinstance(chunks[0], tuple):
-            return tuple(torch.cat(chunk) for chunk in zip(*chunks))
+            return tuple(map(torch.cat, zip(*chunks)))
         return torch.cat(chunks)
 
     def forward(self, x, lengths):
@@ -910,9 +909,10 @@ class SlideEncoder(nn.Module):
             features, coords = features.flatten(0, 1), coords.flatten(0, 1)
         x = self.patch_embed["proj"](features)  # [sum of N,C]
         x = x + position_embedding(coords, self.cfg.width, self.cfg.tile_size, self.cfg.grid).to(x.dtype)
-        cls = self.cls_token[0]  # [1,C]; it has no position
-        x = torch.cat([rows for slide in x.split(lengths) for rows in (cls, slide)])  # [sum of 1+N,C]
-        x, lengths = self.dropout(x), [1 + n for n in lengths]
+        rows = []
+        for slide in x.split(lengths):
+            rows += [self.cls_token[0], slide]  # [1,C], without a position; [N,C]
+        x, lengths = self.dropout(torch.cat(rows)), [1 + n for n in lengths]  # [sum of 1+N,C]
         for layer in self.encoder["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, lengths, use_reentrant=False)
@@ -922,7 +922,8 @@ class SlideEncoder(nn.Module):
 
     def forward(self, features, coords, lengths=None):
         slides = [self.norm(slide) for slide in self.encode(features, coords, lengths)]  # [1+N,C] each
-        cls, tokens = torch.stack([slide[0] for slide in slides]), torch.cat([slide[1:] for slide in slides])
+        cls = torch.stack([slide[0] for slide in slides])  # [S,C]
+        tokens = torch.cat([slide[1:] for slide in slides])  # [sum of N,C]
         return cls, tokens if lengths else tokens.view(*coords.shape[:2], -1)
 
     def visual_tokens(self, features, coords, n, lengths=None):
@@ -969,8 +970,7 @@ def rotary_tables(cfg, start, T, device, dtype):
     frequency = cfg.rope_theta**-share  # [D/2]
     if cfg.rope_scaling:
         # Llama 3 reads longer texts than it was first trained on: channels that turn `high` times or more
-        # over that original context stay, those that turn `low` times or less turn slower by `factor`,
-        # between they are blended.
+        # over that context stay, those that turn `low` times or less turn slower by `factor`; between, a mix.
         factor, low, high, original = cfg.rope_scaling
         turns = original * frequency / (2 * math.pi)
         stays = ((turns - low) / (high - low)).clamp(0, 1)
@@ -1411,13 +1411,23 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds; u
 
 if sys.platform == "linux":
     # Left to itself, glibc keeps freed blocks of up to 32 MB in a heap that fragments: one slide of 10,000
-    # tiles, whose activations are 31 MB each, trained in 6.3 GB instead of 2.1. So: blocks from 16 MB on go
-    # back to the system.
+    # tiles, its activations 31 MB each, trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
 
 # ---- Adapters (LoRA), and weights in int8 ------------------------------------------------------------------
+
+@torch.no_grad()
+def add_update(linear, a, b, scale, dtype=None):
+    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
+    dtype (None: the weight's own, in its own memory: it is mapped copy-on-write, a 7B takes its size once).
+    """
+    weight = linear.weight.data
+    total = weight.float() + scale * (b.float() @ a.float())
+    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
+    return linear
+
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and a trainable update of low rank (arXiv 2106.09685): Wx + (alpha / r) BAx."""
@@ -1437,17 +1447,6 @@ class LoRALinear(nn.Module):
     def merged(self):
         """-> the linear layer with the update added to its weight."""
         return add_update(self.base, self.lora_a, self.lora_b, self.scale)
-
-
-@torch.no_grad()
-def add_update(linear, a, b, scale, dtype=None):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
-    dtype (None: the weight's own). Then in the weight's own memory: files are mapped copy-on-write, so a
-    merged 7B takes its size once."""
-    weight = linear.weight.data
-    total = weight.float() + scale * (b.float() @ a.float())
-    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
-    return linear
 
 
 def decoder_linears(llama):
@@ -1626,6 +1625,14 @@ def read_tensors(path, hint=COPY_AGAIN):
     return tensors
 
 
+def rename(key, table):
+    """A key by the first row (pattern, replacement) that matches all of it; None where the row drops it."""
+    for pattern, replacement in table:
+        if re.fullmatch(pattern, key):
+            return replacement and re.sub(pattern, replacement, key)
+    return key
+
+
 def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
     """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled.
 
@@ -1644,27 +1651,20 @@ def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
         if name in given:
             problems["two keys of one parameter"].append(key)
         elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            shapes = f"{key} is {list(tensor.shape)}{kind}, not {list(expected[name].shape)}"
-            problems["wrong shapes"].append(shapes)
+            dtype_too = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
+            shapes = f"{list(tensor.shape)}{dtype_too}, not {list(expected[name].shape)}"
+            problems["wrong shapes"].append(f"{key} is {shapes}")
         given[name] = tensor if dtype is None else tensor.to(dtype)
     missing = [name for name in expected if name not in given]
     if missing:
         problems["missing keys"] = missing
     texts = []
     for kind, keys in problems.items():
-        texts.append(f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
+        more = ", ..." if len(keys) > 3 else ""
+        texts.append(f"{kind} ({len(keys)}): {', '.join(keys[:3])}{more}")
     check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
     module.load_state_dict(given, assign=True, strict=False)  # checked above
     return module
-
-
-def rename(key, table):
-    """A key by the first row (pattern, replacement) that matches all of it; None where the row drops it."""
-    for pattern, replacement in table:
-        if re.fullmatch(pattern, key):
-            return replacement and re.sub(pattern, replacement, key)
-    return key
 
 
 def fingerprint(module):
@@ -1836,28 +1836,8 @@ def read_folder(folder):
     return tensors
 
 
-def load_llama(folder, dtype=None, lora=None):
-    """A Hugging Face folder of a language model or LLaVA (.safetensors or .bin, in shards or not) -> Llama.
-
-    lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype,
-    memory is filled as pages are touched. Raises UserError, strict both ways.
-    """
-    folder = Path(folder)
-    cfg = read_llama_config(folder)
-    adapters = (folder / "adapter_config.json").exists()
-    check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
-    with torch.device("meta"):
-        llama = Llama(cfg)
-    tied = [(r"(?:.+\.)?lm_head\.weight", None)] if cfg.tied else []  # some store the embedding twice
-    load_strict(llama, read_folder(folder), folder, tied + LLAMA_KEYS)
-    if lora:
-        merge_adapters(llama, Path(lora), dtype)
-    return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
-
-
 # Options of adapter_config.json under which the update is W + scale B A and the base's weights are its own
-# (PiSSA's start, say, changes them). What shows in the tensors' names and shapes, as targets and ranks do, is
-# read off them.
+# (PiSSA's start, say, changes them). What the tensors' names and shapes tell, as targets, is read off them.
 LORA_OPTIONS = {"peft_type": ["LORA"], "bias": ["none", None]}
 LORA_OPTIONS |= {"init_lora_weights": [None, True, False, "gaussian", "orthogonal", "eva"]}
 OFF = "fan_in_fan_out use_dora use_qalora layer_replication lora_bias arrow_config modules_to_save"
@@ -1903,6 +1883,25 @@ def merge_adapters(llama, folder, dtype=None):
         check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {others}")
 
 
+def load_llama(folder, dtype=None, lora=None):
+    """A Hugging Face folder of a language model or LLaVA (.safetensors or .bin, in shards or not) -> Llama.
+
+    lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype,
+    memory is filled as pages are touched. Raises UserError, strict both ways.
+    """
+    folder = Path(folder)
+    cfg = read_llama_config(folder)
+    adapters = (folder / "adapter_config.json").exists()
+    check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
+    with torch.device("meta"):
+        llama = Llama(cfg)
+    tied = [(r"(?:.+\.)?lm_head\.weight", None)] if cfg.tied else []  # some store the embedding twice
+    load_strict(llama, read_folder(folder), folder, tied + LLAMA_KEYS)
+    if lora:
+        merge_adapters(llama, Path(lora), dtype)
+    return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
+
+
 def load_projector(path, dtype=None):
     """The projector in LLaVA's `mm_projector.bin`, or in a folder -> (Linear, GELU, Linear), sized by its
     shapes; None where a folder holds none."""
@@ -1924,8 +1923,7 @@ def load_projector(path, dtype=None):
 
 
 def save_llama(llama, folder, tokenizer=None, projector=None, layout="hf"):
-    """Writes a folder for load_llama and transformers' AutoModelForCausalLM, less the tokenizer; adapters
-    are merged.
+    """Writes a folder for load_llama and transformers, adapters merged; the tokenizer is not copied.
 
     The projector goes into `mm_projector.safetensors` beside the model; with layout "llava", of Llamas only,
     into the model, as LLaVA's own folders have it. config.json comes last, without which the folder is none.
@@ -1948,8 +1946,8 @@ def save_llama(llama, folder, tokenizer=None, projector=None, layout="hf"):
 
 
 def save_lora(model, folder, base, tokenizer=None, layout="hf"):
-    """Writes a WSILLaVA's adapters and projector as a LoRA folder, for load_llama, PEFT and LLaVA. base: the
-    language model's folder."""
+    """Writes a WSILLaVA's adapters to a language model in folder `base`, and its projector, as a LoRA folder
+    for load_llama, PEFT and LLaVA."""
     folder, cfg = Path(folder), model.cfg
     folder.mkdir(parents=True, exist_ok=True)
     prefix, adapters, targets = "base_model.model.model.", {}, set()
@@ -2098,8 +2096,8 @@ def made_by(model, data, slide):
 
 
 def keep_visual_tokens(model, data, slide):
-    """Writes a slide's visual tokens unless they are there, whole, and imported or made from what is there
-    now -> whether it wrote them."""
+    """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
+    be made from now -> whether it wrote them."""
     path, mark = visual_tokens_file(data, slide, model.cfg), None
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, model.cfg)
@@ -2208,8 +2206,8 @@ def pick_slide_encoder(args, meta):
 
 def pick_projector(args, llm, stage, width, cfg):
     """--projector's, or that in --lora's or the language model's folder, if it takes visual tokens of this
-    width, zero-padded to its own, and gives the language model's; else a new one, where stage 2 is still to
-    train it. Says which."""
+    width (zero-padded to its own) and gives the language model's; else, before stage 2, a new one. It says
+    which."""
     for source in filter(None, (args.projector, args.lora, llm)):
         projector = load_projector(source, torch.float32)
         if projector is not None:
@@ -2251,9 +2249,8 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
 
     Frozen parts come from their files: the language model from --llm and --lora, the slide encoder from
     --slide-encoder, out/stage1 or GigaPath's. On top comes what the stage trained; where no stage did, the
-    projector published with the language model, so that weights trained elsewhere answer at once. dtype:
-    --dtype. int8: with the language model's weights rounded. Raises UserError where a piece is missing or was
-    trained beside other pieces.
+    projector published with the language model, so that weights trained elsewhere answer at once. int8: with
+    the language model's weights rounded. Raises UserError for a piece that is missing, or that does not fit.
     """
     dtype = dtype or args.dtype
     folder, tokenizer = pick_llm(args, meta)
