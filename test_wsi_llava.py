@@ -2656,14 +2656,15 @@ def imported(folder, tensors, *flags, name="s.pt", **attributes):
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
 
 
-def test_features_without_coordinates_keep_their_order(tmp_path, capsys):
+def test_features_without_coordinates_keep_their_order(tiny, tmp_path, capsys):
     """CLAM's pt_files, and what other tools save as a bare tensor."""
     tensor = torch.randn(7, 32)
     data, got, metadata = imported(tmp_path, tensor)
     assert torch.equal(got["features"], tensor.half())
     assert metadata["coordinates"] is False and (got["coords"] == -1).all()
     assert "1 slide without coordinates: only --no-slide-encoder takes them" in capsys.readouterr().out
-    wsi_llava.read_features(data, "s", coordinates=False)
+    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
+    assert wsi_llava.cache_visual_tokens(tiny, data, ["s"]) == (1, {})
     with pytest.raises(UserError, match="s.safetensors: its tiles have no coordinates, and a slide encoder needs them; only"):
         wsi_llava.read_features(data, "s")
     for name in ("pt_files/s.pt", "features_uni/s.pt"):  # of 576 tiles: no visual tokens there

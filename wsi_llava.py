@@ -1909,8 +1909,8 @@ def load_projector(path, dtype=None):
     files = [path / "mm_projector.safetensors", path / "mm_projector.bin"]
     files = [path] if path.is_file() else [file for file in files if file.exists()]
     tensors = read_tensors(files[0]) if files else read_folder(path)
-    pattern = "|".join(pattern for pattern, _ in PROJECTOR_KEYS)
-    tensors = {key: tensor for key, tensor in tensors.items() if re.fullmatch(pattern, key)}
+    drop_others = [*PROJECTOR_KEYS, (".*", None)]
+    tensors = {key: tensor for key, tensor in tensors.items() if rename(key, drop_others)}
     if not tensors and not path.is_file():
         return None
     weights = [x for key, x in tensors.items() if rename(key, PROJECTOR_KEYS) == "0.weight"]
@@ -1981,8 +1981,8 @@ def read_meta(data):
     hint = "not what prepare.py writes; prepare the data again"
     meta = read_json(path, hint)
     with reading(path, hint):
-        made_by = meta["version"]
-        check(made_by == VERSION, f"{path}: made by version {made_by} of this project, not {VERSION}; {hint}")
+        version = meta["version"]
+        check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
         encoder = meta["encoder"]
         texts = isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
         numbers = type(encoder["width"]) is int and type(encoder.get("n_visual_tokens", 1)) is int
@@ -2204,26 +2204,28 @@ def pick_slide_encoder(args, meta):
     return encoder
 
 
-def pick_projector(args, llm, stage, width, cfg):
-    """--projector's, or that in --lora's or the language model's folder, if it takes visual tokens of this
-    width (zero-padded to its own) and gives the language model's; else, before stage 2, a new one. It says
-    which."""
+def pick_projector(args, llm, stage):
+    """The published projector, --projector's or that in --lora's or the language model's folder -> (projector
+    or None, where it is from); None where stage 2 is still to train one."""
     for source in filter(None, (args.projector, args.lora, llm)):
         projector = load_projector(source, torch.float32)
         if projector is not None:
-            break
-    if projector is None:
-        if stage > 1:
-            stage_weights(args, stage)  # what is missing is the stage
-        news = f"a new one, since {args.lora or llm} holds none"
-    else:
+            return projector, source
+    if stage > 1:
+        stage_weights(args, stage)  # what is missing is the stage
+    return None, args.lora or llm
+
+
+def fit_projector(projector, source, width, cfg, required):
+    """The projector if it takes visual tokens of this width (zero-padded to its own) and gives the language
+    model's; else a new one, or a UserError where one is required. Says which."""
+    news = f"a new one, since {source} holds none"
+    if projector is not None:
         takes, gives = projector[0].in_features, projector[2].out_features
-        fits = takes >= width and gives == cfg.llama.width
         misfit = f"does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
-        required = stage > 1 or args.projector
-        check(fits or not required, f"{source}: its projector {misfit}; train one with --stage 2 and 3")
         news = f"that of {source}"
-        if not fits:
+        if takes < width or gives != cfg.llama.width:
+            check(not required, f"{source}: its projector {misfit}; train one with --stage 2 and 3")
             projector, news = None, f"a new one, since {news} {misfit}"
     if os.environ.get("RANK", "0") == "0":  # rank 0 only
         print(one_line(f"Projector: {news}."), file=sys.stderr)
@@ -2265,6 +2267,8 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
         trained = stage_weights(args, stage)
         check(not args.projector, f"--projector: {trained.parent} has one of its own; name another --out")
         cfg = load_config(trained.parent)
+    if not trained:
+        projector, source = pick_projector(args, folder, stage)
     # The frozen parts. Weights trained beside one of them mean nothing beside another.
     parts, slide_encoder = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}, None
     if meta["encoder"]["source"] == IMPORTED_TOKENS:  # they have been through a slide encoder
@@ -2285,7 +2289,8 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
         load_trained(model, trained)
     else:
         width = slide_encoder.cfg.width if slide_encoder else meta["encoder"]["width"]
-        model.mm_projector = pick_projector(args, folder, stage, width, cfg)
+        required = stage > 1 or args.projector
+        model.mm_projector = fit_projector(projector, source, width, cfg, required)
         cfg.pad_to = model.mm_projector[0].in_features
     if int8:
         quantize_int8(llama)
