@@ -95,7 +95,7 @@ def why_missing(cfg, data, slide):
         imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
         return None if imported else unknown
     try:
-        empty = not len(read_features(data, slide)[0])
+        empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
     except UserError as error:
         return str(error)
     return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None

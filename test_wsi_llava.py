@@ -1725,6 +1725,9 @@ def test_slides_with_visual_tokens_only_need_no_slide_encoder(demo, tmp_path):
     assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == (0, {})
     (visual,) = sample.slide_tokens(args, model, ["T.1"])
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
+    torch.save(torch.randn(64, 512), tmp_path / "few.pt")
+    prepare.main(["--features", str(tmp_path / "few.pt"), "--features-are", "tokens", "--data", str(tmp_path / "few")])
+    assert wsi_llava.load_model(args, wsi_llava.read_meta(tmp_path / "few"), 1)[0].cfg.n_visual_tokens == 64
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3050,13 +3053,17 @@ def imported(folder, tensors, *flags, name="s.pt", **attributes):
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
 
 
-def test_features_without_coordinates_keep_their_order(tmp_path, capsys):
+def test_features_without_coordinates_keep_their_order(tiny, tmp_path, capsys):
     """CLAM's pt_files, and what other tools save as a bare tensor."""
     tensor = torch.randn(7, 32)
-    _, got, metadata = imported(tmp_path, tensor)
+    data, got, metadata = imported(tmp_path, tensor)
     assert torch.equal(got["features"], tensor.half())
     assert metadata["coordinates"] is False and (got["coords"] == -1).all()
     assert "1 slide without coordinates: only --no-slide-encoder takes them" in capsys.readouterr().out
+    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
+    assert wsi_llava.cache_visual_tokens(tiny, data, ["s"]) == (1, {})
+    with pytest.raises(UserError, match="s.safetensors: its tiles have no coordinates, and a slide encoder needs them; only"):
+        wsi_llava.read_features(data, "s")
     for name in ("pt_files/s.pt", "features_uni/s.pt"):  # of 576 tiles: no visual tokens there
         assert "features" in imported(tmp_path, torch.zeros(576, 1024), name=name)[1]
     assert "features" in imported(tmp_path, torch.zeros(576, 1024), "--features-are", "tiles", name="t.pt")[1]
