@@ -27,7 +27,9 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -841,6 +843,36 @@ class SlideFFN(nn.Module):
         return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
 
 
+SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attention is done densely
+
+
+@functools.lru_cache(256)
+def branch_counts(L, H, segments, dilations, pad_keys):
+    """Of each query and key, how many branches hold the pair (m in the derivation above) -> [H,L,L+1]. The last
+    column counts the zero keys of the padding."""
+    counts = torch.zeros(H, L, L + 1)
+    positions = torch.arange(L)[None, :, None].expand(1, L, H)
+    for where, padded in _branches(L, H, segments, dilations):
+        heads = where[-1]
+        for kept in _kept(positions, *where)[0, :, :, 0]:  # of each segment [n], alike for all these heads
+            counts[heads, kept[:, None], kept] += 1
+            counts[heads, kept, L] += padded if pad_keys else 0
+    return counts
+
+
+@functools.lru_cache(2)
+def short_bias(lengths, H, segments, dilations, pad_keys):
+    """log m, what makes dense attention over slides padded to one length dilated attention -> [S,H,L,L+1]: added
+    to the score of a key, it multiplies e^score by m. The last key is a zero key."""
+    longest = max(lengths)
+    counts = torch.zeros(len(lengths), H, longest, longest + 1)
+    for slide, L in zip(counts, lengths):
+        slide[:, :L, [*range(L), longest]] = branch_counts(L, H, segments, dilations, pad_keys)
+    # A query that no branch keeps, or that is padding, sees the zero key alone, and gets zeros.
+    counts[..., -1] += counts.sum(-1) == 0
+    return counts.log()
+
+
 class SlideLayer(nn.Module):
     """A LongNet layer over a packed sequence, [sum of L,C] -> the same: slides one after the other, `lengths`
     the L of each. All but the attention is done token by token; the attention is done slide by slide."""
@@ -891,17 +923,39 @@ class SlideLayer(nn.Module):
         attended = dilated_attention(q, k, v, self.cfg.segments, self.cfg.dilations, self.cfg.pad_keys)
         return attended.transpose(1, 2).unbind()
 
+    def attend_short(self, q, k, v):
+        """The same within slides of any length up to SHORT, in one call: branch by branch, so few tokens are
+        all overhead. Slides are padded to the longest, and one zero key stands for the padding's."""
+        lengths = [x.shape[1] for x in q]
+        first, L = itertools.accumulate(lengths[:-1], initial=0), torch.arange(max(lengths))
+        index = torch.stack([start + L.clamp(max=n - 1) for start, n in zip(first, lengths)])  # [S,L]
+        own = (L < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0].to(q[0].device)  # not the padding
+        index = index.to(q[0].device)
+        padded = []
+        for slides in (q, k, v):
+            rows = torch.cat([x.transpose(0, 1) for x in slides]).flatten(1)  # [sum of L,C]
+            rows = rows.index_select(0, index.flatten()).view(*index.shape, self.self_attn.n_heads, -1)
+            padded.append(rows.transpose(1, 2))  # [S,H,L,D]
+        q, k, v = padded[0], *(F.pad(x, (0, 0, 0, 1)) for x in padded[1:])  # k, v [S,H,L+1,D]
+        cfg = self.cfg
+        bias = short_bias(tuple(lengths), cfg.heads, cfg.segments, cfg.dilations, cfg.pad_keys)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.device, q.dtype))
+        attended = attended.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, own)  # [sum of L,C]
+        return attended.view(len(own), cfg.heads, -1).transpose(0, 1).split(lengths, dim=1)
+
     def forward(self, x, lengths):
         def after(x, attended):
             x = self.residual(x, self.self_attn.merge(attended), lengths)
             return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
         q, k, v = (y.split(lengths, dim=1) for y in self.in_chunks(self.before, x))  # of each slide [H,L,D]
-        attended = [None] * len(lengths)
-        for length in sorted(set(lengths)):  # one length at a time: fewer and larger calls
-            same = [i for i, L in enumerate(lengths) if L == length]
-            found = self.attend(*([x[i] for i in same] for x in (q, k, v)))
-            for i, slide in zip(same, found):
+        attended, groups = [None] * len(lengths), {}
+        for i, length in enumerate(lengths):  # all short slides at once, the others one length at a time
+            groups.setdefault(max(length, SHORT), []).append(i)
+        for length, group in sorted(groups.items()):
+            attend = self.attend_short if length == SHORT else self.attend
+            found = attend(*([x[i] for i in group] for x in (q, k, v)))
+            for i, slide in zip(group, found):
                 attended[i] = slide
         attended = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)  # [H,sum of L,D]
         return self.in_chunks(after, x, attended)
