@@ -847,6 +847,7 @@ SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attentio
 
 
 @functools.lru_cache(256)
+@torch.inference_mode(False)  # kept, and then used where gradients are taken too
 def branch_counts(L, H, segments, dilations, pad_keys):
     """Of each query and key, how many branches hold the pair (m in the derivation above) -> [H,L,L+1]. The last
     column counts the zero keys of the padding."""
@@ -861,6 +862,7 @@ def branch_counts(L, H, segments, dilations, pad_keys):
 
 
 @functools.lru_cache(2)
+@torch.inference_mode(False)
 def short_bias(lengths, H, segments, dilations, pad_keys):
     """log m, what makes dense attention over slides padded to one length dilated attention -> [S,H,L,L+1]: added
     to the score of a key, it multiplies e^score by m. The last key is a zero key."""
@@ -1239,11 +1241,10 @@ def without_image(text):
 
 
 def slide_first(turns, image=True):
-    """Moves the <image> placeholder to the front of the first turn, as LLaVA does; with image False, takes it
-    out."""
+    """Moves the <image> placeholder to the front of the first turn, as LLaVA does. image: how many there are
+    then, one for each slide of a case; False: none."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
-    if image:
-        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = "<image>\n" * int(image) + turns[0]["value"]
     return turns
 
 
@@ -1358,10 +1359,10 @@ class Tokenizer:
             ids += new
         return ids, labels
 
-    def encode_plain(self, report):
-        """LLaVA's plain form, for stage 2: the image, then its report, nothing else -> ids, labels. The
+    def encode_plain(self, report, images=1):
+        """LLaVA's plain form, for stage 2: the images, then their report, nothing else -> ids, labels. The
         report ends in eos, as every answer, where LLaVA's ends in a newline."""
-        image, answer = self.bos + [IMAGE_TOKEN], self.encode(report) + [self.eos]
+        image, answer = self.bos + [IMAGE_TOKEN] * images, self.encode(report) + [self.eos]
         return image + answer, [IGNORE] * len(image) + answer
 
 
@@ -2171,7 +2172,12 @@ def read_features(data, slide, max_tiles=0, width=None):
         check(coords.shape == (N, 2), f"{path}: holds {N} features but coords {list(coords.shape)}; {hint}")
         check(width in (None, C), f"{path}: its features are {C} wide, not {width}; {hint}")
         check(features.isfinite().all(), f"{path}: its features are not finite; {hint}")
-        grid_cells(coords)
+        if N and (coords == -1).all():  # imported without coordinates
+            placed = feature_metadata(path).get("coordinates", True)
+            bare = "its tiles have no coordinates, which a slide encoder needs; train with --no-slide-encoder"
+            check(width is None and not placed, f"{path}: {bare}")
+        else:
+            grid_cells(coords)
     if max_tiles and max_tiles < N:
         rng = np.random.default_rng(zlib.crc32(slide.encode()))
         chosen = torch.from_numpy(np.sort(rng.choice(N, max_tiles, replace=False)))
@@ -2300,7 +2306,7 @@ def pick_llm(args, meta):
     """The language model's folder and its tokenizer -> (folder, Tokenizer)."""
     folders, hint = LLMS, "name a language model with --llm"
     if meta["preset"] == "demo":  # the demo's own stand-in
-        folders, hint = [args.data / "llm"], f"run python prepare.py --qa FILE... first, or {hint}"
+        folders, hint = [args.data / "llm"], f"run python train.py --stage 1 first, or {hint}"
     folder = args.llm or first(*folders, hint=hint)
     check(folder.is_dir(), f"{folder}: no such folder (--llm)")
     beside = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
@@ -2386,6 +2392,7 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
         cfg = load_config(trained.parent)
     else:
         trained, cfg = None, WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+        cfg.n_visual_tokens = meta["encoder"].get("n_visual_tokens", cfg.n_visual_tokens)
         if stage == 1:
             cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
         projector, source = pick_projector(args, folder, stage)
@@ -2431,15 +2438,16 @@ def at_least(low, kind=int, high=math.inf):
     def number(text):
         try:
             value = kind(text)
+            finite = math.isfinite(value)
         except (ValueError, OverflowError):
-            value = math.nan
+            value, finite = math.nan, False
         for wrong, reason in (
-            (not math.isfinite(value), "is no whole number" if kind is int else "is no number"),
+            (not finite, "is no whole number" if kind is int else "is no number"),
             (value < low, f"is less than {low}"),
             (value > high, f"is more than {high}"),
         ):
             if wrong:
-                raise argparse.ArgumentTypeError(f"{text} {reason}")
+                raise argparse.ArgumentTypeError(f"{one_line(text, 40)} {reason}")
         return value
 
     return number
@@ -2497,7 +2505,7 @@ def add_shared_flags(parser):
     add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
     add_device_flags(add)
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
-    add("--seed", type=at_least(0), default=0, help=seed)
+    add("--seed", type=at_least(0, int, 2**32 - 1), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
     add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help=readers)
     for flag, metavar, help in (
