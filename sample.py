@@ -277,6 +277,7 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **o
 
 # Of a line of --predictions, the fields that hold answers -> their columns in the tables.
 FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
+FIELDS |= {"majority": "majority"}  # each task's most frequent answer in training, whatever the slide
 AT_ONCE = 64  # slides whose visual tokens are in memory together; with more, more questions of one length meet
 
 
@@ -761,6 +762,15 @@ def spearman(x, y):
     return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
 
 
+def majority_answers(training):
+    """{task: its most frequent answer in data/qa/train.jsonl}; {} where that is not there."""
+    counts = collections.defaultdict(collections.Counter)
+    with open(training, encoding="utf-8") if training.exists() else contextlib.nullcontext([]) as file:
+        for row in map(json.loads, file):
+            counts[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
+    return {task: answers.most_common(1)[0][0] for task, answers in counts.items()}
+
+
 def common_and_rare(rows, training):
     """{cancer type: "common ..." or "rare ..."}: rare has fewer slides (in training, if known) than the median type."""
     slides, known = collections.defaultdict(set), training.exists()
@@ -848,6 +858,10 @@ def evaluate(args, path):
     here = [row for row in rows if row["answer"] is not None]
     if not here:
         raise UserError(f"{path}: holds no answers yet; sample.py --qa goes on with it")
+    majority = majority_answers(args.data / "qa" / "train.jsonl")
+    for row in here:
+        if majority:
+            row["majority"] = majority.get(row["task"], "")
     fields, meteor = [field for field in FIELDS if field in here[0]], find_meteor()
     notes = [f"{len(here):,} of {len(rows):,} questions answered. In brackets: 95% bootstrap intervals over slides."]
     if len(rows) > len(here):
