@@ -1650,6 +1650,16 @@ def slides_of(row):
     return row["slide"] if isinstance(row["slide"], list) else [row["slide"]]
 
 
+def check_row(row):
+    """Raises ValueError, or what Python raises over other types, where a row is not as write_qa writes it."""
+    values = [turn["value"] for turn in row["conversations"]]
+    texts = [row["id"], row["task"], row.get("cancer", ""), *slides_of(row), *values]
+    if not slides_of(row) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its id, slide, task or texts are not all texts")
+    if [turn["from"] for turn in row["conversations"]] != ["human", "gpt"] * (len(values) // 2) or not values:
+        raise ValueError("its conversations do not alternate human and gpt")
+
+
 def about_slides(row, names):
     """The row as one about these slides, with one <image> each at the head of its first question."""
     names = list(dict.fromkeys(names))

@@ -271,16 +271,13 @@ def load_rows(data, split, skip_missing=False, tokens=False):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             with reading(f"{path}, line {number}", "not a row; run python prepare.py --qa again"):
-                content = json.loads(line)
-                slides, task = tuple(prepare.slides_of(content)), content["task"]
-                check(
-                    slides and isinstance(task, str),
-                    f"{path}, line {number}: not about any slide, or without a task",
-                )
-                for slide in slides:
-                    if slide not in tiles:
-                        tiles[slide] = count_tiles(data, slide, imported)
-                rows.append(Row(line, slides, task, sum(tiles[slide] for slide in slides)))
+                row = json.loads(line)
+                prepare.check_row(row)
+            slides = tuple(prepare.slides_of(row))
+            for slide in slides:
+                if slide not in tiles:
+                    tiles[slide] = count_tiles(data, slide, imported)
+            rows.append(Row(line, slides, row["task"], sum(tiles[slide] for slide in slides)))
     missing = sorted(slide for slide, n in tiles.items() if not n)  # without tissue there is nothing to learn
     advice = "prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
     what = f"{path} names {len(missing)} slides without features in {data}/features, the first"
@@ -736,11 +733,7 @@ class Conversation:
         self.model.to(args.device).llama.checkpointing = recipe.checkpointing
         self.train, self.val = self.choose(rows)
         self.longest = min(recipe.max_length, self.cfg.llama.context)
-        self.cut, self.lost, self.first_cut = (
-            0,
-            0,
-            None,
-        )  # rows longer than that, those left without an answer
+        self.cut, self.lost, self.first_cut = 0, 0, None  # rows longer than that; left without an answer
         self.check_room()
         if self.sharded:
             shard(self.model, args.dtype)
@@ -792,9 +785,7 @@ class Conversation:
         room = max(0, self.longest - sum(len(tokens) - 1 for tokens in visual))
         example = {"id": content["id"], "visual": torch.stack(visual) if visual else None}
         example |= {"ids": ids[:room], "labels": labels[:room], "cut": len(ids) > room, "lost": False}
-        if all(
-            label < 0 for label in example["labels"][1:]
-        ):  # then one token that teaches nothing takes its place
+        if all(label < 0 for label in example["labels"][1:]):  # one token that teaches nothing in its place
             example |= {"ids": [self.tokenizer.eos], "labels": [IGNORE], "visual": None, "lost": True}
         return example
 
@@ -1213,10 +1204,8 @@ def stand_in_to_train(args):
         vicuna = wsi_llava.CHAT_FORMATS["vicuna"]
         prompt, texts = vicuna.start + vicuna.human.format(""), []
         for row in load_rows(args.data, "train", skip_missing=True, tokens=True):
-            texts += [
-                prompt,
-                *(turn["value"] for turn in wsi_llava.slide_first(row.read()["conversations"], 0)),
-            ]
+            turns = wsi_llava.slide_first(row.read()["conversations"], image=0)
+            texts += [prompt, *(turn["value"] for turn in turns)]
         train_tokenizer(path, texts)
     gather(None)  # the others wait
     tokenizer = wsi_llava.Tokenizer(path)
