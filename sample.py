@@ -5,9 +5,11 @@
     python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
     python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1
     python sample.py --qa FILE --baselines --evaluate       answers to all questions, then tables, in out/
+    python sample.py --qa FILE --tiles 100 1000 0           how many tiles a slide are enough
     python sample.py --evaluate A B C           several systems' predictions in one table
     python sample.py --evaluate A --judge-model M           open answers graded by a language model
     python sample.py --rating-sheet 50 sheet.html A B       the same answers for pathologists to grade, blind
+    python sample.py --benchmark                the time and memory of every step, by size of slide
 
 Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of one.
 """
@@ -32,13 +34,16 @@ import re
 import shlex
 import socket
 import ssl
+import struct
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +85,14 @@ def load_model(args, meta):
 def gigabytes(args):
     """The peak of memory so far, in words."""
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
+
+
+def reset_peak(device):
+    """Lets the peak of memory begin anew, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def check_output(path, mark):
@@ -786,7 +799,7 @@ def in_parallel(work, items, n):
 
 # Of a line of --predictions, the fields that hold answers -> their columns in the tables.
 FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
-KEPT_SLIDES = 256  # whose visual tokens, or pictures, are in memory together
+AT_ONCE = 64  # slides that are asked about together; with more, more questions of one length meet
 
 
 def by_length(prompts, batch):
@@ -920,8 +933,11 @@ def ask_group(model, tokenizer, rows, visual, args):
 def ask_here(args, model, tokenizer, tokens, rows, views):
     """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens. views:
     {field: {slide: the one to show in its place}, or None for no slide}."""
-    for closed in (True, False):
-        part = [row for row in rows if bool(closed_options(row["question"], row["truth"])) == closed]
+    names = sorted({slides_of(row)[0] for row in rows})
+    for k, closed in itertools.product(range(0, len(names), AT_ONCE), (True, False)):
+        near = set(names[k : k + AT_ONCE])
+        part = [row for row in rows if slides_of(row)[0] in near]
+        part = [row for row in part if bool(closed_options(row["question"], row["truth"])) == closed]
         for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
             started, group = time.time(), [part[i] for i in group]
             slides, found = dict.fromkeys(itertools.chain(*map(slides_of, group))), [{} for _ in group]
@@ -1055,6 +1071,26 @@ def answer_into(args, path, rows, settings, problems, ask):
             print(f"{len(names):,} questions {what}: {some(names)}")
 
 
+@torch.inference_mode()
+def drawn_tokens(model, data, count, draw, slide):
+    """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every model, and
+    those of a smaller count among them."""
+    features, coords = read_features(data, slide)
+    if 0 < count < len(features):
+        order = np.random.default_rng([zlib.crc32(slide.encode()), draw]).permutation(len(features))
+        chosen = np.sort(order[:count])
+        features, coords = features[chosen], coords[chosen]
+    return model.encode_slide(features, coords).half()
+
+
+def tile_runs(args):
+    """--tiles and --draws -> (count, draw, its file of predictions) of every run; of all tiles there is one draw."""
+    for count in args.tiles:
+        for draw in range(args.draws if count else 1):
+            name = f"{args.predictions.stem}.{count or 'all'}-tiles.{draw}.jsonl"
+            yield count, draw, args.predictions.with_name(name)
+
+
 def answer_file(args):
     """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be made
     again. Of a dialogue every question is asked, after the true earlier answers."""
@@ -1076,10 +1112,17 @@ def answer_file(args):
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
     settings["max_new_tokens"] = args.max_new_tokens
     problems = {slide: why for slide in slides if (why := why_missing(model.cfg, args.data, slide))}
+    for count, draw, path in tile_runs(args) if args.tiles else ():
+        tokens = functools.lru_cache(4 * AT_ONCE)(functools.partial(drawn_tokens, model, args.data, count, draw))
+        reset_peak(args.device)
+        ask = functools.partial(ask_here, args, model, tokenizer, tokens)
+        answer_into(args, path, rows, settings | {"tiles": count, "draw": draw}, problems, ask)
+    if args.tiles:
+        return
     good = [slide for slide in slides if slide not in problems]
     bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
     problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
-    tokens = functools.lru_cache(KEPT_SLIDES)(lambda slide: read_visual_tokens(args.data, slide, model.cfg))
+    tokens = functools.lru_cache(4 * AT_ONCE)(lambda slide: read_visual_tokens(args.data, slide, model.cfg))
     ask = functools.partial(ask_here, args, model, tokenizer, tokens)
     answer_into(args, args.predictions, rows, settings, problems, ask)
 
@@ -1799,7 +1842,8 @@ def compare(rows, metric, systems, left_out, seed):
         unusable, nothing = scores.count(None), math.nan if left_out else 0.0
         values = np.array([nothing if score is None else score for score in scores], float)
         if not np.isnan(values).all():
-            found[system] = {"unusable": unusable} | paired(values, first, slides, seed, metric == "accuracy")
+            closed = metric in ("accuracy", "exact match") and np.isin(values, (0, 1)).all()  # not the mean of draws
+            found[system] = {"unusable": unusable} | paired(values, first, slides, seed, closed)
         if system == systems[0]:
             first = values
     return found
@@ -1818,7 +1862,7 @@ def tabulate(rows, systems, rarity, args):
     lines = []
     for kind, group in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
         members = groups[kind, group]
-        for metric in METRICS:
+        for metric in METRICS if kind == "all" else METRICS[:-2]:  # costs are the whole run's
             chosen = [row for row in members if any(metric in scores for scores in row["scores"].values())]
             unanswered = [row for row in members if not row["scores"]]
             closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
@@ -1917,6 +1961,33 @@ def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None)
     write_text(path, f"<svg {style}><!-- {MARKS['svg']} -->{''.join(parts)}</svg>\n")
 
 
+def average_draws(rows, merged):
+    """--tiles: adds to the rows' scores those of {system: its draws}, their mean, and what they cost."""
+    for system, draws in merged.items():
+        costs = [row["costs"][draw] for row in rows for draw in draws]
+        peak = max(cost["GB"] for cost in costs)
+        for row in rows:
+            scores = [row["scores"][draw] for draw in draws]
+            found = {metric: float(np.mean([x[metric] or 0.0 for x in scores])) for metric in scores[0]}
+            found["seconds"] = float(np.mean([row["costs"][draw]["seconds"] for draw in draws]))
+            row["scores"][system] = found | {"GB": peak}
+            row["answers"][system] = row["answers"][draws[0]]
+
+
+def draw_tiles(args, path, lines, merged):
+    """The curve of --tiles: what each count of tiles a slide is worth -> True."""
+    series, slides = {}, sorted(path.stem for path in args.data.glob("features/*.safetensors"))
+    have = [slide_facts(args.data, slide).get("tiles", 0) for slide in slides]
+    across = {}
+    for count, system in zip(args.tiles, merged):
+        across[system] = float(np.mean([min(n, count or n) for n in have]))
+    for line in lines:
+        if line.kind == "all" and line.system in merged and line.metric in ("accuracy", "exact match", "ROUGE-L"):
+            series.setdefault(line.metric, []).append((across[line.system], line.mean, line.system))
+    draw_plot(path, "What the number of tiles is worth", "tiles a slide, on average", series, joined=True)
+    return True
+
+
 def draw_rarity(path, lines, threshold):
     """Accuracy of every cancer type by its slides in training, a colour a system -> whether there were types."""
     for metric in ("accuracy", "exact match"):
@@ -1967,10 +2038,10 @@ def describe_scores(rows, first, judge, args):
         yield f"Confidence in the chosen option: {right} where it is right, {wrong} where it is wrong."
 
 
-def evaluate(args, paths):
+def evaluate(args, paths, merged=None):
     """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg beside
-    the first of them."""
-    written = {ending: paths[0].with_name(f"evaluation.{ending}") for ending in MARKS}
+    the first of them. merged: {system: the names of files that are its draws}, of --tiles, in tiles.md ..."""
+    written = {ending: paths[0].with_name(f"{'tiles' if merged else 'evaluation'}.{ending}") for ending in MARKS}
     for ending, mark in MARKS.items():
         check_output(written[ending], mark)
     settings, rows, asked, notes = read_systems(paths)
@@ -1997,15 +2068,29 @@ def evaluate(args, paths):
     meteor = find_meteor()
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
         score_row(row, systems, meteor)
+    if merged:
+        average_draws(here, merged)
+        asked, systems = list(merged), [*merged, *systems[len(asked) :]]
     notes += describe_scores(here, asked[0], judge, args)
     notes += correlations(here, asked)
     if not meteor:
         notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
     lines = tabulate(rows, systems, rarities(rows, training, args.rare), args)
-    write_evaluation(args, written, lines, systems, {"predictions": list(map(str, paths)), "settings": settings, "notes": notes})
+    pictured = draw_tiles(args, written["svg"], lines, merged) if merged else draw_rarity(written["svg"], lines, args.rare)
+    result = {"predictions": list(map(str, paths)), "settings": settings, "notes": notes}
+    write_evaluation(args, written, lines, systems, result, pictured)
 
 
-def write_evaluation(args, written, lines, systems, result):
+def evaluate_tiles(args):
+    """--tiles: the table and the curve of the runs of answer_file."""
+    merged, paths = {}, []
+    for count, _, path in tile_runs(args):
+        merged.setdefault(f"{count:,} tiles" if count else "all tiles", []).append(path.stem)
+        paths.append(path)
+    evaluate(args, paths, merged)
+
+
+def write_evaluation(args, written, lines, systems, result, pictured):
     """The tables and notes of --evaluate: into files, and in short on the screen."""
     result["table"] = [dataclasses.asdict(line) for line in lines]
     write_text(written["json"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -2020,11 +2105,201 @@ def write_evaluation(args, written, lines, systems, result):
         text += f"\n## {beside}\n\n{side_by_side(lines, systems[1:], difference_cell)}\n"
         print(f"{beside}:\n{side_by_side(shown, systems[1:], difference_cell)}\n")
     write_text(written["md"], text)
-    picture = f"; {written['svg']}: by cancer type" if draw_rarity(written["svg"], lines, args.rare) else ""
+    picture = f"; a picture: {written['svg']}" if pictured else ""
     print("\n".join(result["notes"]))
     print(f"All metrics, and each cancer type: {written['md']} (and .csv, .json){picture}")
     if args.json:
         print(json.dumps(result, ensure_ascii=False), file=args.json)
+
+
+# ---- What it costs, by size of slide ------------------------------------------------------------------------
+
+SIZES = (1, 3, 10, 30, 100)  # GB of uncompressed pixels, of the slides that --benchmark makes up
+MEASURING = 20  # seconds at most that tiles are read, and that they are encoded; the rest is extrapolated
+COST_MARK = "# What it costs"
+
+
+@dataclasses.dataclass
+class Cost:
+    """A row of --benchmark: what one slide takes, in seconds and GB. measured: tiles read and encoded."""
+
+    slide: str
+    level_0: str
+    uncompressed_GB: float
+    tiles: int
+    tissue: float  # finding it
+    reading: float  # of all tiles, by one reader
+    tile_encoder: float
+    slide_encoder: float
+    first_token: float
+    tokens_per_s: float
+    CPU_GB: float  # at the peak
+    GPU_GB: float
+    measured: str
+
+
+def jpeg(seed):
+    """A tile of 256 x 256 pixels: tissue with nuclei, or (None) glass -> its JPEG."""
+    rng, picture = np.random.default_rng(seed), Image.new("RGB", (TILE, TILE), (244, 244, 244))
+    if seed is not None:
+        picture = Image.fromarray(rng.normal((226, 178, 206), 9, (TILE, TILE, 3)).clip(0, 255).astype(np.uint8))
+        for x, y in rng.integers(0, TILE, (120, 2)).tolist():
+            ImageDraw.Draw(picture).ellipse((x - 5, y - 4, x + 5, y + 4), (104, 62, 148))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def make_slide(path, gigabytes):
+    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's generic-tiff) with
+    a level at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs. So the file is small, and the work is not."""
+    side = max(8, round(math.sqrt(gigabytes * 1e9 / 3) / TILE)) * TILE
+    body, pictures, link = bytearray(struct.pack("<2sHI", b"II", 42, 0)), [], 4  # link: to the next directory
+    for seed in (None, 0, 1, 2, 3):
+        picture = jpeg(seed)
+        pictures.append((len(body), len(picture)))
+        body += picture + b"\0" * (len(picture) % 2)
+    for level in itertools.count():
+        n = math.ceil(side / 4**level / TILE)  # tiles along each side
+        if n < 2:
+            break
+        y, x = np.mgrid[:n, :n]
+        inside = np.hypot((x + 0.5) * TILE * 4**level / side - 0.5, (y + 0.5) * TILE * 4**level / side - 0.5) < 0.36
+        kind = np.where(inside, 1 + (x * 7 + y * 3) % 4, 0).ravel()
+        offsets, lengths = np.array(pictures, "<u4")[kind].T
+        values = len(body)  # where what does not fit into a directory's entries lies
+        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1) + offsets.tobytes() + lengths.tobytes()
+        pixels, table = side // 4**level, values + 16
+        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
+            *((254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels), (258, 3, 3, values)),  # depth 8, 8, 8
+            *((259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)),  # JPEG, YCbCr, three samples
+            *((282, 5, 1, values + 8), (283, 5, 1, values + 8), (296, 3, 1, 3)),  # pixels per centimetre
+            *((322, 4, 1, TILE), (323, 4, 1, TILE), (324, 4, n * n, table), (325, 4, n * n, table + 4 * n * n)),
+        ]
+        struct.pack_into("<I", body, link, len(body))
+        body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+        link = len(body)
+        body += struct.pack("<I", 0)
+    Path(path).write_bytes(body)
+
+
+def read_through(path, mpp):
+    """In a process of its own: finds the tissue of a slide and reads tiles, MEASURING seconds at most -> a dict."""
+    started = time.time()
+    slide = prepare.Slide(path, None, fallback=mpp)
+    coords = prepare.tile_grid(prepare.find_tissue(slide.thumbnail(prepare.MASK))[0], 0.25)
+    found = {"size": slide.file.dimensions, "coords": coords, "tissue": time.time() - started, "pixels": []}
+    order, started, n = np.random.default_rng(0).permutation(len(coords)), time.time(), 0
+    while n < len(order) and time.time() - started < MEASURING:
+        pixels = slide.tile(*coords[order[n]].tolist())
+        found["pixels"] += [pixels] if n < 256 else []  # a batch or two for the encoder
+        n += 1
+    return found | {"n": n, "seconds": time.time() - started, "peak": wsi_llava.peak_memory()}
+
+
+def random_weights(module, args):
+    """A module of the meta device -> on --device in --dtype, small random weights in it."""
+    module = module.to(args.dtype).to_empty(device=args.device).eval()
+    for x in module.state_dict().values():
+        x.normal_(0, 0.02)
+    return module
+
+
+def benchmark_models(args):
+    """-> (tile encoder, model, the ids of a prompt), of random weights where there are none, which is said."""
+    preset, question = args.preset or "demo", {"from": "human", "value": "Describe what is seen on this slide."}
+    cfg = wsi_llava.PRESETS[preset]
+    try:
+        encoder, source = wsi_llava.pick_tile_encoder(args)
+        source = source or "untrained, of the preset demo"
+    except UserError:
+        with torch.device("meta"):
+            encoder = wsi_llava.TileEncoder(cfg.tile_encoder)
+        encoder, source = random_weights(encoder, args), f"random, of the preset {preset}'s size"
+    try:
+        model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
+        ids, trained = prompt_ids(tokenizer, {"conversations": [question]}), f"as in {args.out}"
+    except UserError as error:
+        with torch.device("meta"):
+            model = wsi_llava.WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
+        model, ids = random_weights(model, args), [1, IMAGE_TOKEN, *range(3, 40)]
+        trained = f"random, of the preset {preset}'s size ({one_line(error)})"
+    print(f"Tile encoder: {source}. Slide encoder and language model: {trained}. On {args.device} in {args.dtype}.")
+    return encoder.to(args.device, args.dtype), model, ids
+
+
+@torch.inference_mode()
+def time_slide(args, path, encoder, model, ids):
+    """All steps from a slide to an answer -> its Cost."""
+    reset_peak(args.device)
+    with concurrent.futures.ProcessPoolExecutor(1, prepare.FORK) as pool:
+        try:
+            found = pool.submit(read_through, path, args.mpp).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(f"{path}: {prepare.DIED}") from None
+    coords, (width, height) = found["coords"], found["size"]
+    check(len(coords), f"{path}: no tissue was found on it")
+    N, pixels, C = len(coords), torch.from_numpy(np.stack(found["pixels"])), encoder.cfg.width
+
+    def timed(work):
+        started = time.time()
+        result = work()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time() - started, result
+
+    timed(lambda: prepare.encode(encoder, pixels[:2], args.device))  # warm
+    encoded = seconds = 0
+    while encoded < N and seconds < MEASURING:
+        batch = pixels[: min(16, N - encoded)]
+        seconds += timed(lambda batch=batch: prepare.encode(encoder, batch, args.device))[0]
+        encoded += len(batch)
+    width_in = model.slide_encoder.cfg.in_width if model.slide_encoder else C
+    features = torch.randn(N, width_in, generator=torch.Generator().manual_seed(0)).half()
+    slide_seconds, visual = timed(lambda: model.encode_slide(features, torch.from_numpy(coords)))
+    answer = model.generate([visual[None]], [ids], max_new_tokens=32)
+    first, _ = timed(lambda: next(answer))
+    rest, tokens = timed(lambda: len(list(answer)))
+    part = ", ".join(f"{n / N:.1%} {what}" for n, what in ((found["n"], "read"), (encoded, "encoded")) if n < N)
+    peaks = max(found["peak"], wsi_llava.peak_memory()), wsi_llava.peak_memory(args.device)
+    return Cost(
+        Path(path).name, f"{width} x {height}", width * height * 3 / 1e9, N, found["tissue"],
+        found["seconds"] * N / found["n"], seconds * N / encoded, slide_seconds, first, tokens / max(rest, 1e-9),
+        peaks[0] / 1e9, peaks[1] / 1e9 if args.device.type == "cuda" else 0.0, part and f"{part}; the rest extrapolated",
+    )  # fmt: skip
+
+
+def benchmark(args):
+    """--benchmark: slides, or made-up ones of SIZES, through every step, a row each -> out/benchmark.md, .csv, .svg."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    marks = {"md": COST_MARK, "csv": "slide,level_0", "svg": MARKS["svg"]}
+    written = {ending: args.out / f"benchmark.{ending}" for ending in marks}
+    for ending, path in written.items():
+        check_output(path, marks[ending])
+    slides = list(prepare.find_slides(args.benchmark).values()) if args.benchmark else []
+    models, rows, names = benchmark_models(args), [], [field.name for field in dataclasses.fields(Cost)]
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES if not slides else ():
+            slides.append(Path(folder) / f"made-up-{size}GB.tif")
+        for path in tqdm(slides, unit="slide"):
+            if path.parent == Path(folder):
+                make_slide(path, float(path.stem.removeprefix("made-up-").removesuffix("GB")))
+            try:
+                rows.append(time_slide(args, path, *models))
+            except UserError as error:
+                print(f"failed: {error}", file=sys.stderr)
+    check(rows, "--benchmark: no slide could be timed, see above")
+    rows.sort(key=lambda row: row.uncompressed_GB)
+    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in vars(row).values()] for row in rows]
+    table = markdown(names, cells)
+    print(f"\n{table}\nSeconds, and GB at the peak; reading is by one reader (prepare.py has --workers of them).")
+    write_text(written["md"], f"{COST_MARK}\n\n{table}\n")
+    write_text(written["csv"], csv_text([names, *(vars(row).values() for row in rows)]))
+    series = {}
+    for step in ("tissue", "reading", "tile_encoder", "slide_encoder", "first_token"):
+        series[step.replace("_", " ")] = [(row.uncompressed_GB, getattr(row, step), row.slide) for row in rows]
+    draw_plot(written["svg"], "Seconds by size of slide", "GB of uncompressed pixels", series, log_y=True, joined=True)
+    print(f"Wrote {', '.join(map(str, written.values()))}")
 
 
 # ---- Flags, and what they start -----------------------------------------------------------------------------
@@ -2114,6 +2389,9 @@ def parse(argv=None):
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **files)
     add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **files)
     add("--baselines", "also answer without the slide, and with another's", action="store_true")
+    tiles = "answer with so many tiles a slide (0: all), drawn at random; a table and a curve"
+    add("--tiles", tiles, nargs="+", type=count, metavar="N")
+    add("--draws", "random draws of each of --tiles (default: 1)", type=at_least(1), default=1)
     add("--choices", "closed questions: by what it says (default), or its likeliest option",
         choices=("generate", "likelihood"), default="generate")  # fmt: skip
     add("--batch-size", "questions at once (default: 8)", type=at_least(1), default=8)
@@ -2134,6 +2412,8 @@ def parse(argv=None):
     add("--judge-repeat", "grade N answers twice: does the judge agree with itself?", type=count, default=0, metavar="N")
     add("--rating-sheet", "a page for experts to grade N questions' answers, blind", metavar="N OUT.html FILE", **many)
     add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **files)
+    what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
+    add("--benchmark", what, nargs="*", type=some_path, metavar="SLIDE")
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
@@ -2144,15 +2424,21 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     check_heatmap_flags(args)
+    alone = not (args.ask_model or args.baselines or args.evaluate)
+    check(not args.tiles or args.qa and alone, "--tiles goes with --qa, without --baselines, --ask-model, --evaluate FILE")
     wsi_llava.resolve_device(args)
-    todo = args.slide or args.qa or args.rating_sheet or args.evaluate is not None
+    todo = args.slide or args.qa or args.rating_sheet or args.evaluate is not None or args.benchmark is not None
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         if args.qa:
             answer_file(args)
+        if args.benchmark is not None:
+            benchmark(args)
         if args.rating_sheet:
             rating_sheet(args)
-        if args.evaluate is not None and not (args.qa and args.dry_run):
+        if args.tiles:
+            evaluate_tiles(args)
+        elif args.evaluate is not None and not (args.qa and args.dry_run):
             evaluate(args, args.evaluate or [args.predictions])
         elif args.slide and not args.qa:
             ask_about_slides(args)

@@ -3777,8 +3777,7 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": truth}]
             rows.append({"id": f"{slide}-{task}", "slide": slide, "task": task, "cancer": "", "conversations": turns})
     prepare.write_qa(tmp_path / "qa.jsonl", rows)
-    (tmp_path / "data" / "visual_tokens").mkdir(exist_ok=True)
-    (tmp_path / "data" / "visual_tokens" / "demo_0001.safetensors").write_bytes(b"half")
+    (tmp_path / "data" / "features" / "demo_0001.safetensors").write_bytes(b"half")
     path = tmp_path / "predictions.jsonl"
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
     sample_with(demo, *flags, "--choices", "likelihood", "--evaluate", data=tmp_path / "data")
