@@ -95,6 +95,9 @@ def reset_peak(device):
         Path("/proc/self/clear_refs").write_text("5")
 
 
+PICTURE_MARK = "wsi-llava picture"  # in the pictures (SVG), so that only these are replaced
+
+
 def check_output(path, mark):
     """Refuses to replace what is not this command's own earlier output, which has the mark near its beginning."""
     path = Path(path)
@@ -105,6 +108,15 @@ def check_output(path, mark):
             beginning = file.read(400)
         what = "exists, and is no earlier output of this command; name another file, or move it away"
         check(not beginning or mark.encode() in beginning, f"{path}: {what}")
+
+
+def check_outputs(stem, **marks):
+    """{ending: file} of what a command writes side by side, a picture among it, each checked."""
+    marks["svg"] = PICTURE_MARK
+    written = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in marks}
+    for ending, path in written.items():
+        check_output(path, marks[ending])
+    return written
 
 
 def prepare_raw(args, names):
@@ -590,9 +602,9 @@ def closed_parser(question, truth):
 
 LONGEST_WAIT = 600  # seconds that a server may ask us to wait; then the run stops instead
 LONGEST_REPLY = 1 << 24  # bytes
+PASSING = (408, 409, 425, 429)  # HTTP's errors that may pass, beside all from 500
 # What reading a reply of another form raises.
 UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-PASSING = (408, 409, 425, 429)  # HTTP's errors that may pass, beside all from 500
 
 
 def whole_lines(path):
@@ -601,8 +613,7 @@ def whole_lines(path):
         data = path.read_bytes() if path.exists() else b""
         end = data.rfind(b"\n") + 1
         lines = [json.loads(line) for line in data[:end].splitlines()]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("not JSON lines of objects")
+        check(all(isinstance(line, dict) for line in lines), f"{path}: not JSON lines of objects; name another")
         return lines, end
 
 
@@ -616,9 +627,8 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirect)
 
 
-def endpoint(flag, url):
-    """The URL of chat completions, by the flag's -> (url, headers with the key). Raises UserError."""
-    where = f"{flag} {url}"
+def endpoint(where, url):
+    """A flag's URL -> (that of chat completions, headers with the key). where: the flag and its value."""
     check(url.startswith(("http://", "https://")), f"{where}: begins with neither http:// nor https://")
     try:
         parts = urllib.parse.urlsplit(url)
@@ -628,11 +638,11 @@ def endpoint(flag, url):
     check(fine, f"{where}: not a URL like https://api.openai.com/v1")
     path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY", "").strip()
+    check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
     if key:
-        check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
         headers["Authorization"] = f"Bearer {key}"
-        if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            print(f"warning: {where}: OPENAI_API_KEY goes there unencrypted; use https", file=sys.stderr)
+    if key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        print(f"warning: {where}: OPENAI_API_KEY goes there unencrypted; use https", file=sys.stderr)
     return urllib.parse.urlunsplit(parts._replace(path=path, fragment="")), headers
 
 
@@ -671,14 +681,14 @@ def reply_text(body):
 
 class Server:
     """A model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under the hash of model and
-    prompt: nothing is paid for twice, and an interrupted run goes on. dry: counts what it would send, and sends
-    nothing. flag: the one that named the url."""
+    prompt: nothing is paid for twice, and an interrupted run goes on. flag: the one that named the url. dry: counts
+    what it would send, and sends nothing."""
 
     def __init__(self, flag, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
         self.where, self.model, self.dry = f"{flag} {url}", model, dry
         self.attempts, self.timeout, self.backoff = attempts, timeout, backoff
         self.options = {"temperature": 0, "max_tokens": 4096}
-        self.url, self.headers = endpoint(flag, url)
+        self.url, self.headers = endpoint(self.where, url)
         lines, end = whole_lines(path)
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
             self.replies = {line["key"]: str(line["reply"]) for line in lines}
@@ -719,12 +729,13 @@ class Server:
         words, wait = "", None
         with contextlib.suppress(OSError, http.client.HTTPException):
             words = server_words(read_body(error, self.timeout))
-        problem = f"HTTP {error.code} {error.reason}: {words}".rstrip(": ")
         with contextlib.suppress(TypeError, ValueError):
-            told = float(error.headers.get("Retry-After"))
-            wait = told if 0 <= told < math.inf else None
-        location = one_line(error.headers.get("Location"))
-        check(not 300 <= error.code < 400, f"{self.where}: redirects to {location}; name that instead")
+            wait = float(error.headers.get("Retry-After"))
+            wait = wait if 0 <= wait < math.inf else None
+        problem = f"HTTP {error.code} {error.reason}: {words}".rstrip(": ")
+        if 300 <= error.code < 400:
+            location = one_line(error.headers.get("Location"))
+            raise UserError(f"{self.where}: redirects to {location}; name that instead")
         check(error.code not in (401, 403, 404), f"{self.where}: {problem}; check it, the model, OPENAI_API_KEY")
         later = f"asks to wait for {wait or 0:,.0f} s; run the same command then, it goes on"
         check((wait or 0) <= LONGEST_WAIT, f"{self.where}: {later}")
@@ -739,13 +750,16 @@ class Server:
     def ask(self, messages, read, stand_in, again=0):
         """read(a reply's text), asking again with the reason where it raises; None where it stays unusable. stand_in:
         the reply of a dry run. again: another reply to the same prompt than that of again=0."""
-        asked = [self.model, messages, again] if again else [self.model, messages]
-        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.model, messages, again]).encode()).hexdigest()
         if key in self.replies:
             with contextlib.suppress(*UNUSABLE):
                 return read(self.replies[key])
         if self.dry:
-            self.plan(key, messages, stand_in)
+            if key not in self.planned:
+                text = json.dumps([messages, stand_in])
+                self.planned.add(key)
+                self.pictures += text.count("data:image/")
+                self.tokens += len(re.sub(r"data:image/[^\"]*", "", text)) // 4  # of four characters
             return read(stand_in)
         for _ in range(self.attempts):
             try:
@@ -767,17 +781,8 @@ class Server:
         self.problems[problem] += 1
         return None
 
-    def plan(self, key, messages, stand_in):
-        """Counts a call of a dry run: its tokens, of four characters each, and its pictures."""
-        if key not in self.planned:
-            self.planned.add(key)
-            self.tokens += len(stand_in) // 4
-            for message in messages:
-                parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
-                self.tokens += sum(len(part.get("text", "")) for part in parts) // 4
-                self.pictures += sum("image_url" in part for part in parts)
-
-    def planned_words(self):
+    def plan(self):
+        """Of a dry run, in words."""
         pictures = f" with {self.pictures:,} pictures" if self.pictures else ""
         calls = f"{self.model} would be called {len(self.planned):,} times{pictures}"
         return f"{calls}, for about {self.tokens:,} tokens. Nothing was sent."
@@ -798,8 +803,39 @@ def in_parallel(work, items, n):
 # ---- Many questions -----------------------------------------------------------------------------------------
 
 # Of a line of --predictions, the fields that hold answers -> their columns in the tables.
-FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
+FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide"}
+FIELDS["answer_shuffled"] = "other slide"
 AT_ONCE = 64  # slides that are asked about together; with more, more questions of one length meet
+
+
+def all_slides(rows):
+    """The slides that rows are about, each once."""
+    return list(dict.fromkeys(itertools.chain(*map(slides_of, rows))))
+
+
+def some(names):
+    """The first of many names."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:5] + ["..."] if len(names) > 5 else names)
+
+
+def read_questions(files, data=None):
+    """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n".
+
+    data: slides there are found by the beginnings of their names. What a file says is for training is left out."""
+    kept, rows = [], []
+    for file in files:
+        kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
+    check(kept, f"{some(map(str, files))}: only questions for training; name a file of test questions")
+    if data:
+        paths = itertools.chain(data.glob("features/*.safetensors"), data.glob("visual_tokens/*.safetensors"))
+        kept = prepare.match_slides(kept, {path.stem for path in paths})
+    for row in kept:
+        talk = row["conversations"]
+        for k in range(0, len(talk), 2):
+            texts = {"question": without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
+            rows.append({"n": len(rows), **row, "turn": k // 2, **texts, "conversations": talk[: k + 1]})
+    return rows
 
 
 def by_length(prompts, batch):
@@ -816,9 +852,7 @@ def by_length(prompts, batch):
 
 def prompt_ids(tokenizer, row, image=True):
     """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at all."""
-    turns = row["conversations"]
-    if turns[-1]["from"] == "gpt":
-        turns = turns[:-1]
+    turns = row["conversations"][:-1] if row["conversations"][-1]["from"] == "gpt" else row["conversations"]
     turns = wsi_llava.slide_first(turns, image=False)
     if image:
         turns[0]["value"] = "<image>\n" * (len(slides_of(row)) if "slide" in row else 1) + turns[0]["value"]
@@ -826,12 +860,12 @@ def prompt_ids(tokenizer, row, image=True):
 
 
 def tokens_of(rows, visual):
-    """The rows' visual tokens out of {slide: [V,C]}, a list of [S,V,C]; None without."""
+    """The rows' visual tokens out of {slide: [V,C]} -> a list of [S,V,C]; None without."""
     if visual is None:
         return None
     slides = [[visual[slide] for slide in slides_of(row)] for row in rows]
-    shapes = {x.shape for x in itertools.chain(*slides)}
-    check(len(shapes) == 1, "data/visual_tokens: the slides have different numbers of them; import them anew")
+    same = len({x.shape for x in itertools.chain(*slides)}) == 1
+    check(same, "data/visual_tokens: the slides have different numbers of them; import them anew")
     return [torch.stack(tokens) for tokens in slides]
 
 
@@ -870,52 +904,8 @@ def likeliest_option(model, tokenizer, row, visual):
     return best | {"confidence": shares}
 
 
-def read_questions(files, data=None):
-    """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n".
-
-    data: slides there are found by the beginnings of their names. What a file says is for training is left out."""
-    have = {path.stem for folder in ("features", "visual_tokens") for path in Path(data or "").glob(f"{folder}/*.safetensors")}
-    read, rows = [], []
-    for file in files:
-        kept = [row for row in prepare.read_qa(file) if row.pop("split", "test") != "train"]
-        check(kept, f"{file}: holds questions for training only; name a file of test questions")
-        read += prepare.match_slides(kept, have) if data else kept
-    for row in read:
-        talk = row["conversations"]
-        for k in range(0, len(talk), 2):
-            texts = {"question": without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
-            rows.append({"n": len(rows), **row, "turn": k // 2, **texts, "conversations": talk[: k + 1]})
-    return rows
-
-
-def read_predictions(path):
-    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row counts."""
-    lines, _ = whole_lines(path)
-    ours = lines and isinstance(lines[0].get("settings"), dict)
-    check(ours, f"{path}: no predictions of sample.py --qa FILE, whose first line would hold the settings")
-    with reading(path, "not what sample.py --qa writes; name another"):
-        return lines[0]["settings"], {row["n"]: row for row in lines[1:]}
-
-
-def open_predictions(path, settings):
-    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_output(path, '{"settings"')
-    lines, end = whole_lines(path)
-    if not lines:
-        write_text(path, json.dumps({"settings": settings}) + "\n")
-        return open(path, "a", encoding="utf-8"), {}
-    old, rows = read_predictions(path)
-    for name, value in settings.items():
-        same = old.get(name) == value
-        check(same, f"{path} was made with {name} {old.get(name)}, not {value}; name another --predictions")
-    os.truncate(path, end)
-    return open(path, "a", encoding="utf-8"), rows
-
-
 def ask_group(model, tokenizer, rows, visual, args):
-    """Rows of equally long prompts -> their answers by one view, a dict each. visual: as for answer_rows. With
-    --choices likelihood, a closed question's is its likeliest option."""
+    """Rows of equally long prompts -> their answers by one view, a dict each. visual: as for answer_rows."""
     by_choice = args.choices == "likelihood"
     try:
         if by_choice and closed_options(rows[0]["question"], rows[0]["truth"]):
@@ -933,16 +923,16 @@ def ask_group(model, tokenizer, rows, visual, args):
 def ask_here(args, model, tokenizer, tokens, rows, views):
     """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens. views:
     {field: {slide: the one to show in its place}, or None for no slide}."""
-    names = sorted({slides_of(row)[0] for row in rows})
+    names = all_slides(rows)
     for k, closed in itertools.product(range(0, len(names), AT_ONCE), (True, False)):
         near = set(names[k : k + AT_ONCE])
         part = [row for row in rows if slides_of(row)[0] in near]
         part = [row for row in part if bool(closed_options(row["question"], row["truth"])) == closed]
         for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
             started, group = time.time(), [part[i] for i in group]
-            slides, found = dict.fromkeys(itertools.chain(*map(slides_of, group))), [{} for _ in group]
+            found = [{} for _ in group]
             for field, instead in views.items():
-                visual = instead and {slide: tokens(instead[slide]) for slide in slides}
+                visual = instead and {slide: tokens(instead[slide]) for slide in all_slides(group)}
                 for answers, new in zip(found, ask_group(model, tokenizer, group, visual, args)):
                     answers |= new if field == "answer" else {field: new["answer"]}
             cost = {"seconds": round((time.time() - started) / len(group), 4)}
@@ -979,39 +969,53 @@ def some_words(reply):
 
 def ask_elsewhere(args, server, rows, views):
     """As ask_here, by the model behind --ask-url. What gets no answer, or has no picture, is missing."""
-    asked = set(itertools.chain(*map(slides_of, rows)))
+    asked = all_slides(rows)
     pictures = {instead[slide]: None for instead in views.values() if instead for slide in asked}
-    for slide in tqdm(sorted(pictures), desc="pictures", unit="slide", disable=not pictures):
+    for slide in tqdm(pictures, desc="pictures", unit="slide", disable=not pictures):
         try:
             pictures[slide] = slide_pictures(args, slide)
         except UserError as error:
             pictures[slide] = error
 
     def work(row):
-        answers = {}
+        answers, talk = {}, []
+        for turn in row["conversations"]:
+            role = "user" if turn["from"] == "human" else "assistant"
+            talk.append({"role": role, "content": without_image(turn["value"])})
         for field, instead in views.items():
-            messages = []
-            for turn in row["conversations"]:
-                role = "user" if turn["from"] == "human" else "assistant"
-                messages.append({"role": role, "content": without_image(turn["value"])})
             seen = [pictures[instead[slide]] for slide in slides_of(row)] if instead else []
-            for problem in seen:
-                if isinstance(problem, UserError):
-                    return row, {"answer": None, "missing": str(problem)}
-            if instead:
-                messages[0]["content"] = [{"type": "text", "text": messages[0]["content"]}, *itertools.chain(*seen)]
-            answers[field] = server.ask(messages, some_words, "An answer of some sentences. " * 8)
+            broken = [str(pictures) for pictures in seen if isinstance(pictures, UserError)]
+            first = [{"type": "text", "text": talk[0]["content"]}, *itertools.chain(*([] if broken else seen))]
+            messages = [talk[0] | {"content": first if instead else talk[0]["content"]}, *talk[1:]]
+            answers[field] = None if broken else server.ask(messages, some_words, "An answer of some sentences. " * 8)
             if answers[field] is None:
-                return row, {"answer": None, "missing": f"no usable reply{server.reasons()}"}
+                return row, {"answer": None, "missing": broken[0] if broken else f"no usable reply{server.reasons()}"}
         return row, answers
 
     return in_parallel(work, rows, 1 if server.dry else args.requests)
 
 
-def some(names):
-    """The first of many names."""
-    names = list(dict.fromkeys(names))
-    return ", ".join(names[:5] + ["..."] if len(names) > 5 else names)
+def read_predictions(path):
+    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row counts."""
+    lines, _ = whole_lines(path)
+    ours = lines and isinstance(lines[0].get("settings"), dict)
+    check(ours, f"{path}: no predictions of sample.py --qa FILE, whose first line would hold the settings")
+    with reading(path, "not what sample.py --qa writes; name another"):
+        return lines[0]["settings"], {row["n"]: row for row in lines[1:]}
+
+
+def open_predictions(path, settings):
+    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path, '{"settings"')
+    if not whole_lines(path)[0]:
+        write_text(path, json.dumps({"settings": settings}) + "\n")
+    old, rows = read_predictions(path)
+    for name, value in settings.items():
+        same = old.get(name) == value
+        check(same, f"{path} was made with {name} {old.get(name)}, not {value}; name another --predictions")
+    os.truncate(path, whole_lines(path)[1])
+    return open(path, "a", encoding="utf-8"), rows
 
 
 def shown(args, slides):
@@ -1035,38 +1039,33 @@ def write_prediction(file, row, answers):
 def answer_into(args, path, rows, settings, problems, ask):
     """Asks what a file of predictions does not hold yet, and appends the answers, a line each, after a line of
     settings. problems: {slide: why it cannot be asked about}. ask(rows, views): as ask_here."""
-    slides = list(dict.fromkeys(itertools.chain(*map(slides_of, rows))))
+    slides = all_slides(rows)
     file, done = open_predictions(path, settings)
     todo = [row for row in rows if done.get(row["n"], {}).get("answer") is None]
-    views = "three ways, " if args.baselines else ""
+    lacking = [row for row in todo if problems.keys() & set(slides_of(row))]
+    askable = [row for row in todo if not problems.keys() & set(slides_of(row))]
     print(
         f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
-        f"{len(rows) - len(todo):,} are answered. Asks the others {views}into {path}."
+        f"{len(rows) - len(todo):,} are answered. Asks the others{' three ways,' if args.baselines else ''} into {path}."
     )
-    lacking, askable = [], []
-    for row in todo:
-        (lacking if problems.keys() & set(slides_of(row)) else askable).append(row)
-    missing, long, silent, started = [], [], [], time.time()
+    failed, started = {"were too long to ask": [], "are about slides that are missing": []}, time.time()
+    failed["got no answer"] = []
     with file, tqdm(total=len(askable), unit="question", disable=not askable) as bar:
         for row in lacking:
             why = next(problems[slide] for slide in slides_of(row) if slide in problems)
-            missing += slides_of(row)
+            failed["are about slides that are missing"] += slides_of(row)[:1]
             if row["n"] not in done:
                 write_prediction(file, row, {"answer": None, "missing": why})
         for row, answers in ask(askable, shown(args, [slide for slide in slides if slide not in problems])):
             write_prediction(file, row, answers)
             bar.update()
             if "error" in answers:
-                long += slides_of(row)
+                failed["were too long to ask"] += slides_of(row)[:1]
             elif answers["answer"] is None:
-                silent.append(f"{slides_of(row)[0]} ({answers['missing']})")
-    answered, seconds = len(askable) - len(long) - len(silent), time.time() - started
+                failed["got no answer"].append(f"{slides_of(row)[0]} ({answers['missing']})")
+    answered, seconds = len(todo) - sum(map(len, failed.values())), time.time() - started
     print(f"Answered {answered:,} questions, {answered / max(seconds, 1e-9):.1f}/s, peak memory {gigabytes(args)}.")
-    for what, names in (
-        ("were too long to ask", long),
-        ("are about slides that are missing", missing),
-        ("got no answer", silent),
-    ):
+    for what, names in failed.items():
         if names:
             print(f"{len(names):,} questions {what}: {some(names)}")
 
@@ -1083,12 +1082,22 @@ def drawn_tokens(model, data, count, draw, slide):
     return model.encode_slide(features, coords).half()
 
 
-def tile_runs(args):
-    """--tiles and --draws -> (count, draw, its file of predictions) of every run; of all tiles there is one draw."""
-    for count in args.tiles:
-        for draw in range(args.draws if count else 1):
-            name = f"{args.predictions.stem}.{count or 'all'}-tiles.{draw}.jsonl"
-            yield count, draw, args.predictions.with_name(name)
+def tile_runs(args, count):
+    """Of a count of --tiles, (draw, its file of predictions) of every draw; of all tiles there is one."""
+    for draw in range(args.draws if count else 1):
+        name = f"{args.predictions.stem}.{count or 'all'}-tiles.{draw}.jsonl"
+        yield draw, args.predictions.with_name(name)
+
+
+def answer_by_server(args, rows, settings):
+    """--qa with --ask-model."""
+    settings |= {name: getattr(args, name) for name in ("ask_model", "ask_url", "ask_thumbnail", "ask_tiles")}
+    kept = args.predictions.with_name(f"{args.predictions.stem}.replies.jsonl")
+    server = Server("--ask-url", args.ask_url, args.ask_model, kept, args.dry_run)
+    if args.dry_run:
+        collections.deque(ask_elsewhere(args, server, rows, shown(args, all_slides(rows))), 0)
+        return print(server.plan())
+    answer_into(args, args.predictions, rows, settings, {}, functools.partial(ask_elsewhere, args, server))
 
 
 def answer_file(args):
@@ -1098,33 +1107,26 @@ def answer_file(args):
     rows = read_questions(args.qa, args.data)
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"baselines": args.baselines, "seed": args.seed}
-    slides = list(dict.fromkeys(itertools.chain(*map(slides_of, rows))))
     if args.ask_model:
-        settings |= {name: getattr(args, name) for name in ("ask_model", "ask_url", "ask_thumbnail", "ask_tiles")}
-        kept = args.predictions.with_name(f"{args.predictions.stem}.replies.jsonl")
-        server = Server("--ask-url", args.ask_url, args.ask_model, kept, args.dry_run)
-        if args.dry_run:
-            collections.deque(ask_elsewhere(args, server, rows, shown(args, slides)), 0)
-            return print(server.planned_words())
-        return answer_into(args, args.predictions, rows, settings, {}, functools.partial(ask_elsewhere, args, server))
+        return answer_by_server(args, rows, settings)
     check(not args.dry_run, "--dry-run counts what a server would be sent: give --ask-model or --judge-model")
     model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
     settings["max_new_tokens"] = args.max_new_tokens
-    problems = {slide: why for slide in slides if (why := why_missing(model.cfg, args.data, slide))}
-    for count, draw, path in tile_runs(args) if args.tiles else ():
-        tokens = functools.lru_cache(4 * AT_ONCE)(functools.partial(drawn_tokens, model, args.data, count, draw))
-        reset_peak(args.device)
-        ask = functools.partial(ask_here, args, model, tokenizer, tokens)
-        answer_into(args, path, rows, settings | {"tiles": count, "draw": draw}, problems, ask)
-    if args.tiles:
-        return
-    good = [slide for slide in slides if slide not in problems]
-    bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
-    problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
-    tokens = functools.lru_cache(4 * AT_ONCE)(lambda slide: read_visual_tokens(args.data, slide, model.cfg))
-    ask = functools.partial(ask_here, args, model, tokenizer, tokens)
-    answer_into(args, args.predictions, rows, settings, problems, ask)
+    problems = {slide: why for slide in all_slides(rows) if (why := why_missing(model.cfg, args.data, slide))}
+    cached, ask = functools.lru_cache(4 * AT_ONCE), functools.partial(ask_here, args, model, tokenizer)
+    for count in args.tiles or ():
+        for draw, path in tile_runs(args, count):
+            reset_peak(args.device)
+            tokens = cached(functools.partial(drawn_tokens, model, args.data, count, draw))
+            about = settings | {"tiles": count, "draw": draw}
+            answer_into(args, path, rows, about, problems, functools.partial(ask, tokens))
+    if not args.tiles:
+        good = [slide for slide in all_slides(rows) if slide not in problems]
+        bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
+        problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
+        tokens = cached(lambda slide: read_visual_tokens(args.data, slide, model.cfg))
+        answer_into(args, args.predictions, rows, settings, problems, functools.partial(ask, tokens))
 
 
 # ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers ----------
@@ -1207,26 +1209,20 @@ def find_meteor():
 
 JUDGED = ("WSI-Precision", "WSI-Relevance")
 SCALE = (1, 0.7, 0.3, 0)
-CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the given answer \
-into claims. {scope}One finding or fact a claim, but keep together what only makes sense together; leave nothing out, \
-repeat nothing, add nothing. Reply with strict JSON alone: {{"claims": ["...", "..."]}}"""
-SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same question. \
-Give each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or deviation. 0.3: the \
-text mentions it, but with an error in its core, such as the grade, the type or whether it is malignant. 0: the text says \
-something else{silent} Reply with strict JSON alone, one score a claim, in the claims' order: {{"scores": [1, 0.3]}}"""
-NOTHING = SCORES.format(silent=", or nothing about it.")
-# What --judge-protocol switches in the texts; Judge.grade has the rest. --judge-prompts brings other texts.
+CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the given \
+answer into claims. {scope}One finding or fact a claim, but keep together what only makes sense together; leave \
+nothing out, repeat nothing, add nothing. Reply with strict JSON alone: {{"claims": ["...", "..."]}}"""
+SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same \
+question. Give each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or \
+deviation. 0.3: the text mentions it, but with an error in its core, such as the grade, the type or whether it is \
+malignant. 0: the text says something else{silent} Reply with strict JSON alone, one score a claim, in the claims' \
+order: {{"scores": [1, 0.3]}}"""
+SCOPE, SILENT = "Take what answers the question and nothing else. ", SCORES.format(silent=", or nothing about it.")
+NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
+# What --judge-protocol switches in the texts; Judge.score has the rest. --judge-prompts brings other texts.
 PROMPTS = {
-    "ours": {
-        "claims": CLAIMS.format(scope="Take what answers the question and nothing else. "),
-        "precision": NOTHING,
-        "relevance": NOTHING,
-    },
-    "authors": {
-        "claims": CLAIMS.format(scope=""),
-        "precision": NOTHING,
-        "relevance": SCORES.format(silent=". null, in place of a score: the text says nothing about it."),
-    },
+    "ours": {"claims": CLAIMS.format(scope=SCOPE), "precision": SILENT, "relevance": SILENT},
+    "authors": {"claims": CLAIMS.format(scope=""), "precision": SILENT, "relevance": NULL},
 }
 
 
@@ -1249,34 +1245,32 @@ def last_json(text, read):
 def listed(reply, name):
     """The list in a reply: {"claims": [...]} or [...], its items bare or {"claim": ..., "explanation": ...}."""
     items = reply[f"{name}s"] if isinstance(reply, dict) else reply
-    return [item[name] if isinstance(item, dict) else item for item in items] if isinstance(items, list) else None
+    return [item[name] if isinstance(item, dict) else item for item in items] if isinstance(items, list) else []
 
 
 def check_claims(reply, least):
     """The judge's claims, at least so many. Raises KeyError or ValueError for a reply of another form."""
     claims = listed(reply, "claim")
-    full = claims is not None and all(isinstance(claim, str) and claim.strip() for claim in claims)
-    if not full or len(claims) < least:
+    if len(claims) < least or not all(isinstance(claim, str) and claim.strip() for claim in claims):
         raise ValueError(f'"claims" must be a list of {least} texts or more')
     return claims
 
 
 def check_scores(reply, n, silence=False):
     """The judge's scores of n claims, texts of numbers too. silence: null is one. Raises as check_claims does."""
-    scores, found = listed(reply, "score"), []
-    if scores is None or len(scores) != n:
+    scores = listed(reply, "score")
+    if len(scores) != n:
         raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
-    for score in scores:
+    for i, score in enumerate(scores):
         with contextlib.suppress(ValueError):
-            score = float(score) if isinstance(score, str) else score
-        if isinstance(score, bool) or not (score in SCALE or (silence and score is None)):
+            scores[i] = float(score) if isinstance(score, str) else score
+        if isinstance(score, bool) or not (scores[i] in SCALE or (silence and score is None)):
             raise ValueError(f"{score} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-        found.append(score)
-    return found
+    return scores
 
 
 class Judge(Server):
-    """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see grade)."""
+    """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see score)."""
 
     def __init__(self, *where, protocol="ours", prompts=None, **options):
         super().__init__("--judge-url", *where, **options)
@@ -1326,14 +1320,13 @@ def find_judge(args, path):
     return Judge(args.judge_url, args.judge_model, path, **options)
 
 
-def grade_rows(judge, rows, systems, n):
-    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once."""
-    kept = f"{len(judge.replies):,} of its replies are kept already"
-    print(f"{len(rows):,} open questions for {judge.model}; {kept}.")
+def grade_rows(judge, rows, systems, n, again=0):
+    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once; of again=1, "graded again"."""
 
     def work(row):
-        answers = row["answers"]
-        row["grades"] = {system: judge.grade(row["question"], answers[system], row["truth"]) for system in systems}
+        grades = row.setdefault("graded again" if again else "grades", {})
+        for system in systems:
+            grades[system] = judge.grade(row["question"], row["answers"][system], row["truth"], again)
 
     graded = in_parallel(work, rows, 1 if judge.dry else n)
     for _ in tqdm(graded, total=len(rows), desc="judge", unit="question", disable=judge.dry):
@@ -1344,38 +1337,30 @@ def judge_twice(judge, rows, system, args):
     """--judge-repeat: how far the judge agrees with itself, in words, over a sample of the graded rows."""
     drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.judge_repeat]
     sample = [rows[i] for i in sorted(drawn)]
-
-    def work(row):
-        return judge.grade(row["question"], row["answers"][system], row["truth"], again=1)
-
-    pairs = collections.defaultdict(list)
-    for row, second in zip(sample, in_parallel(work, sample, args.requests)):
-        for metric in JUDGED:
-            both = row["grades"][system][metric], second[metric]
-            if None not in both:
-                pairs[metric].append(both)
-    for metric, both in pairs.items():
-        first, second = np.array(both).T
+    grade_rows(judge, sample, [system], args.requests, again=1)
+    for metric in JUDGED:
+        both = [(row["grades"][system][metric], row["graded again"][system][metric]) for row in sample]
+        first, second = np.array([pair for pair in both if None not in pair] or [(0, 0)]).T
         apart, same = np.abs(first - second).mean(), (first == second).mean()
         yield (
-            f"{metric} graded twice, {len(both)} answers: they differ by {apart:.3f} on average, {same:.0%} are the same, "
-            f"rank correlation {spearman(first, second):.2f}."
+            f"{metric} graded twice, {len(first)} answers: they differ by {apart:.3f} on average, {same:.0%} are "
+            f"the same, rank correlation {spearman(first, second):.2f}."
         )
 
 
 # ---- Several systems' answers to the same questions ---------------------------------------------------------
 
 # What others call what we call so, the surest first: the scripts of LLaVA, WSI-LLaVA and SlideChat.
-THEIRS = {"id": "id question_id qid", "slide": "slide image", "question": "question prompt", "task": "task metadata"}
-THEIRS |= {"answer": "output text prediction answer", "truth": "truth t-answer"}
+THEIRS = {"id": "id question_id qid", "slide": "slide image", "question": "question prompt"}
+THEIRS |= {"task": "task metadata", "answer": "output text prediction answer", "truth": "truth t-answer"}
 
 
 def read_table(path):
     """A CSV, of whatever spreadsheet, -> its rows as dicts."""
     with reading(path, "not a CSV that can be read; save it as CSV (UTF-8) again"):
         text = path.read_text(encoding="utf-8-sig")
-        header = text.partition("\n")[0]
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         return [{str(key).strip().lower(): value for key, value in row.items()} for row in rows]
 
 
@@ -1390,28 +1375,29 @@ def csv_text(rows):
 
 
 def own_names(row):
-    """A row of anybody's predictions -> the same under our names; what it does not hold is None, or an empty text."""
+    """A row of anybody's predictions -> the same under our names; what it does not hold is None or an empty text."""
     row = {key.strip().lower(): value for key, value in row.items()}
-    found = dict.fromkeys(("n", "turn", "missing", "confidence", "seconds", "peak_memory", "tiles")) | row
+    found = dict.fromkeys(("n", "turn", "confidence")) | row
     for name, theirs in THEIRS.items():
         found[name] = next((row[key] for key in theirs.split() if row.get(key) is not None), None)
     if found["truth"] is None and found["answer"] is not row.get("answer"):
-        found["truth"] = row.get("answer")  # the answer column holds the truth where another holds the answer
+        found["truth"] = row.get("answer")  # the truth, where another column holds what the system said
     if "n" not in row and found["slide"]:  # not ours: files, in folders of their cancer type
         slides = found["slide"] if isinstance(found["slide"], list) else [found["slide"]]
         found["cancer"] = row.get("cancer") or slides[0].rpartition("/")[0]
         found["slide"] = [prepare.slide_id(slide) for slide in slides]
-    for name in ("id", "truth", "task", "cancer", *FIELDS):
+    for name in ("id", "truth", *FIELDS):
         if found.get(name) is not None:
             found[name] = str(found[name])
-    blank = {"question": without_image(found["question"] or ""), "slide": found["slide"] or ""}
-    return found | blank | {"task": found["task"] or "", "cancer": found.get("cancer") or ""}
+    for name in ("question", "slide", "task", "cancer"):
+        found[name] = found.get(name) or ""
+    return found | {"question": without_image(found["question"])}
 
 
 def read_answers(path):
     """Anybody's predictions -> (our settings or {}, rows under our names)."""
-    settings, hint = {}, "expected predictions: of sample.py --qa, JSON lines, a JSON list or a CSV"
-    with reading(path, hint):
+    settings = {}
+    with reading(path, "expected predictions: of sample.py --qa, JSON lines, a JSON list or a CSV"):
         if path.suffix.lower() == ".csv":
             rows = read_table(path)
         elif path.read_bytes().startswith(b'{"settings"'):
@@ -1428,11 +1414,9 @@ def read_answers(path):
 def keys_of(settings, row):
     """What a question can be known by, the surest first; what lacks a part of a key is not known by it."""
     question, slide = plain(row["question"]), " + ".join(slides_of(row))
-    yield "n", settings.get("questions"), row["n"]
-    yield "all", row["id"], slide, row["task"], question
-    yield "id and question", row["id"], question
-    yield "slide and question", slide, question
-    yield "id", row["id"]
+    keys = ("n", settings.get("questions"), row["n"]), ("all", row["id"], slide, row["task"], question)
+    keys += ("question", row["id"], question), ("slide", slide, question), ("id", row["id"])
+    return [key for key in keys if None not in key and "" not in key]
 
 
 def index_rows(settings, rows):
@@ -1440,8 +1424,7 @@ def index_rows(settings, rows):
     index = collections.defaultdict(list)
     for row in rows:
         for key in keys_of(settings, row):
-            if not {None, ""} & set(key):
-                index[key].append(row)
+            index[key].append(row)
     return index
 
 
@@ -1454,33 +1437,31 @@ def read_systems(paths):
     """Files of predictions -> (settings, rows, systems, notes). The questions are the first file's; a row's "answers"
     are {system: text, or None}. A system is a file, or of a single one a field."""
     settings, rows = read_answers(paths[0])
-    complete = all(row["question"] and row["truth"] for row in rows)
     what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
-    check(complete, f"{paths[0]}: {what}")
-    index, systems, notes, stems = index_rows(settings, rows), [], [], [path.stem for path in paths]
+    check(all(row["question"] and row["truth"] for row in rows), f"{paths[0]}: {what}")
     for row in rows:
-        row |= {"answers": {}, "grades": {}, "ratings": {}, "costs": {}, "scores": {}}
+        row |= {"answers": {}, "grades": {}, "ratings": {}, "scores": {}}
+    index, systems, notes, stems = index_rows(settings, rows), [], [], [path.stem for path in paths]
     for path in paths:
-        their_settings, theirs = (settings, rows) if path == paths[0] else read_answers(path)
-        stem = str(path) if stems.count(path.stem) > 1 else path.stem
-        lost, names = [], {field: f"{stem}, {name}" for field, name in FIELDS.items()} | {"answer": stem}
+        about, theirs = (settings, rows) if path == paths[0] else read_answers(path)
+        stem, lost = str(path) if stems.count(path.stem) > 1 else path.stem, []
+        names = {"answer": stem} | {field: f"{stem}, {FIELDS[field]}" for field in list(FIELDS)[1:]}
         names = {field: name for field, name in names.items() if any(field in row for row in theirs)}
         if len(paths) == 1:
             names = {field: FIELDS[field] for field in names}
-        systems += names.values()
         for row in theirs:
-            own = find_row(index, their_settings, row)
+            own = find_row(index, about, row)
             if own is None:
                 lost.append(row["id"] or f"{row['slide']}: {row['question'][:60]}")
-                continue
-            own["answers"] |= {name: row.get(field) for field, name in names.items()}
-            own["costs"][names["answer"]] = {"seconds": row["seconds"], "GB": (row["peak_memory"] or math.nan) / 1e9}
+            else:
+                own["answers"] |= {name: row.get(field) for field, name in names.items()}
         if lost:
             notes.append(f"{path}: {len(lost):,} rows match no question, or several: {some(lost)}.")
-    for name in systems:
-        absent = sum(row["answers"].get(name) is None for row in rows)
-        if absent:
-            notes.append(f"{name}: {absent:,} of {len(rows):,} questions not answered.")
+        for name in names.values():
+            absent = sum(row["answers"].get(name) is None for row in rows)
+            if absent:
+                notes.append(f"{name}: {absent:,} of {len(rows):,} questions not answered.")
+        systems += names.values()
     return settings, rows, systems, notes
 
 
@@ -1523,15 +1504,14 @@ def mcnemar(first, second):
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
 
 
-def paired(values, first, slides, seed, closed=False):
+def paired(values, first, slides, seed, right_or_wrong=False):
     """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what a Line
-    says of them. closed: the values are right or wrong."""
+    says of them."""
     found = dict(zip(("mean", "low", "high"), bootstrap(values, slides, seed)))
     if first is not None and not np.isnan(values - first).all():
         difference = bootstrap(values - first, slides, seed)
         found |= dict(zip(("difference", "difference_low", "difference_high"), difference))
-        if closed:
-            found["p"] = mcnemar(first, values)
+        found |= {"p": mcnemar(first, values)} if right_or_wrong else {}
     return found
 
 
@@ -1546,18 +1526,39 @@ def spearman(x, y):
     return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
 
 
+def krippendorff(ratings):
+    """Ordinal alpha of [units, raters], nan where missing: 1 is full agreement, 0 that of chance."""
+    values = np.unique(ratings[~np.isnan(ratings)])
+    matrix = np.zeros((len(values), len(values)))  # how often two ratings of a unit coincide
+    for unit in ratings:
+        counts = (unit[:, None] == values).sum(0)  # of each value
+        if counts.sum() > 1:
+            matrix += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
+    n = matrix.sum(0)
+    middle = n.cumsum() - n / 2
+    distance = np.subtract.outer(middle, middle) ** 2  # the ratings between two values, half of either's own
+    expected = (np.outer(n, n) * distance).sum() / max(n.sum() - 1, 1)
+    return float(1 - (matrix * distance).sum() / expected) if expected else math.nan
+
+
+def weighted_kappa(x, y):
+    """Cohen's kappa of two raters with quadratic weights (Fleiss and Cohen 1973)."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    expected = np.mean(np.subtract.outer(x, y) ** 2)
+    return float(1 - np.mean((x - y) ** 2) / expected) if expected else math.nan
+
+
 # ---- Experts: a sheet to fill in, blind, and what comes back -------------------------------------------------
 
 EXPERTS = ("experts' correctness", "experts' relevance")  # scored from 1 to 5
 SHEET_COLUMNS = ("sheet", "rater", "item", "answer", "correctness", "relevance", "comment")
 PICTURE = 900  # pixels of a slide's longer side, on the sheet
-PAGE = r"""<!doctype html><meta charset="utf-8"><title>Rating sheet</title><!-- wsi-llava sheet -->
+PAGE = r"""<!doctype html><meta charset="utf-8"><title>Rating sheet</title>
 <style>
 body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
 header { position: sticky; top: 0; background: white; padding: .6em 0; border-bottom: 1px solid #ccc }
-section { border-top: 2px solid #888; margin-top: 2em } img { max-width: 100%; max-height: 32em }
-fieldset { margin: 1em 0; border: 1px solid #ccc } label { margin-right: 1em } textarea { width: 100% }
-.reference { background: #eef4ea; padding: .4em } section p { white-space: pre-wrap }
+section { border-top: 2px solid #888; margin-top: 2em } section p { white-space: pre-wrap }
+img { max-width: 100%; max-height: 32em } fieldset { margin: 1em 0 } textarea { width: 100% }
 </style>
 <header>Your name or code: <input id="rater"> <button id="save">Save as CSV</button> <b id="left"></b></header>
 <h1>Rating sheet</h1>
@@ -1572,7 +1573,7 @@ sheet.items.forEach((item, i) => {
   make("h2", section, {textContent: i + 1});
   item.picture ? make("img", section, {src: item.picture}) : make("p", section, {textContent: "(no picture at hand)"});
   make("b", make("p", section, {}), {textContent: item.question});
-  make("p", section, {textContent: "Reference: " + item.reference, className: "reference"});
+  make("p", section, {textContent: "Reference: " + item.reference});
   item.answers.forEach((answer, k) => {
     const box = make("fieldset", section, {});
     make("legend", box, {textContent: "Answer " + (k + 1)});
@@ -1595,16 +1596,15 @@ const keep = () => {
 };
 try {
   for (const [i, row] of (JSON.parse(localStorage.getItem(sheet.id)) || []).entries()) {
-    rater.value = row[1];
-    scales.forEach((scale, k) => boxes[i].box.querySelectorAll(`input[name$=".${scale}"]`).forEach(
-      input => input.checked = input.value === row[4 + k]));
-    boxes[i].comment.value = row[6];
+    [rater.value, boxes[i].comment.value] = [row[1], row[6]];
+    for (const input of boxes[i].box.querySelectorAll("input"))
+      input.checked = input.value === row[input.name.endsWith(scales[0]) ? 4 : 5];
   }
 } catch { /* the same */ }
 const quote = cell => '"' + (/^[=+@\t\r-]/.test(cell) ? "'" : "") + String(cell).replaceAll('"', '""') + '"';
 document.getElementById("save").onclick = () => {
-  const lines = [sheet.columns, ...read()].map(row => row.map(quote).join(","));
-  const href = URL.createObjectURL(new Blob(["\ufeff" + lines.join("\n") + "\n"], {type: "text/csv"}));
+  const lines = [sheet.columns, ...read()].map(row => row.map(quote).join(",") + "\n");
+  const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
   const name = rater.value.trim().replace(/[^\w-]+/g, "_") || "unnamed";
   make("a", document.body, {href, download: `ratings-${name}.csv`}).click();
 };
@@ -1629,10 +1629,8 @@ def sheet_picture(args, slide):
         file = open_slide(args.data, slide, args.slides, args.mpp)
         return data_url(file.thumbnail(max(1, max(file.width, file.height) / PICTURE)))
     qc = args.data / "qc" / f"{slide}.jpg"
-    if not qc.exists():
-        return None
     with reading(qc, "delete it, or name the slides' folder with --slides"):
-        return data_url(Image.open(qc))
+        return data_url(Image.open(qc)) if qc.exists() else None
 
 
 def rating_sheet(args):
@@ -1650,112 +1648,78 @@ def rating_sheet(args):
     check(here, f"{' '.join(files)}: no question is answered by all")
     chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
     sheet = hashlib.sha256(json.dumps([[row["id"], row["answers"]] for row in chosen]).encode()).hexdigest()[:12]
-    items, known, blanks, unseen = [], [], [], []
+    items, known, lines, unseen = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]], []
     for i, row in enumerate(chosen, 1):
-        order = [systems[k] for k in rng.permutation(len(systems))]
-        answers, slide = [row["answers"][system] for system in order], slides_of(row)[0]
+        slide, order = slides_of(row)[0], [systems[k] for k in rng.permutation(len(systems))]
         item = {"picture": sheet_picture(args, slide), "question": row["question"], "reference": row["truth"]}
-        items.append(item | {"answers": answers})
-        unseen += [] if item["picture"] else [slide]
+        items.append(item | {"answers": [row["answers"][system] for system in order]})
         facts = {name: row[name] for name in ("id", "slide", "task", "turn", "n", "question")}
-        known.append(facts | {"systems": order, "answers": answers})
-        for k, answer in enumerate(answers, 1):
-            blanks.append([sheet, "", i, k, "", "", "", slide, row["question"], row["truth"], answer])
+        known.append(facts | {"systems": order, "answers": items[-1]["answers"]})
+        for k, answer in enumerate(items[-1]["answers"], 1):
+            lines.append([sheet, "", i, k, "", "", "", slide, row["question"], row["truth"], answer])
+        unseen += [] if item["picture"] else [slide]
     about = json.dumps({"id": sheet, "columns": SHEET_COLUMNS, "items": items}).replace("<", "\\u003c")
     write_text(page, PAGE.replace("__SHEET__", about))
-    write_text(table, csv_text([[*SHEET_COLUMNS, "slide", "question", "reference", "text"], *blanks]))
+    write_text(table, csv_text(lines))
     write_text(key, json.dumps({"sheet": sheet, "settings": settings, "items": known}, indent=1) + "\n")
     print("\n".join(notes))
     if unseen:
         print(f"No picture of {len(unseen):,} slides ({some(unseen)}): name the folder of their files with --slides.")
     print(
-        f"{len(chosen):,} questions, {len(blanks):,} answers of {len(systems)} systems. For the raters: {page}, or {table}. "
-        f"Not for them: {key}, which tells the systems. Back again: --ratings {key} *.csv --evaluate {' '.join(files)}"
+        f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: {page}, or "
+        f"{table}. Not for them: {key}, which tells the systems. Back again: --ratings {key} *.csv --evaluate {' '.join(files)}"
     )
 
 
-def coincidences(ratings):
-    """Krippendorff's coincidence matrix of the pairs of ratings of each unit. ratings: [units, raters], nan where a
-    rater said nothing."""
-    values = np.unique(ratings[~np.isnan(ratings)])
-    matrix = np.zeros((len(values), len(values)))
-    for unit in ratings:
-        counts = (unit[:, None] == values).sum(0)  # of each value
-        if counts.sum() > 1:
-            matrix += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
-    return matrix
-
-
-def krippendorff(ratings):
-    """Ordinal alpha of [units, raters], nan where missing: 1 is full agreement, 0 that of chance."""
-    matrix = coincidences(ratings)
-    n = matrix.sum(0)
-    middle = n.cumsum() - n / 2
-    distance = np.subtract.outer(middle, middle) ** 2  # the ratings between two values, half of either's own
-    expected = (np.outer(n, n) * distance).sum() / max(n.sum() - 1, 1)
-    return float(1 - (matrix * distance).sum() / expected) if expected else math.nan
-
-
-def weighted_kappa(x, y):
-    """Cohen's kappa of two raters with quadratic weights (Fleiss and Cohen 1973)."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    expected = np.mean(np.subtract.outer(x, y) ** 2)
-    return float(1 - np.mean((x - y) ** 2) / expected) if expected else math.nan
-
-
 def read_sheets(paths):
-    """--ratings -> [(the key's item, settings, system, its answer, rater, {metric: score}), ...] of every line."""
-    tables = [path for path in paths if path.suffix.lower() != ".json"]
+    """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric: score})."""
+    tables, keys = [path for path in paths if path.suffix.lower() != ".json"], {}
     named = [path for path in paths if path not in tables]
-    keys, found = {}, []
     for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
         key = wsi_llava.read_json(path, "not the key that --rating-sheet wrote")
         keys[key.get("sheet")] = key
     for path in tables:
         for number, cells in enumerate(read_table(path), 2):
-            where, scores = f"{path}, line {number}", {}
-            with reading(where, f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"):
-                sheet, item, answer = cells["sheet"], int(cells["item"]) - 1, int(cells["answer"]) - 1
-                rater = (cells["rater"] or "").strip() or path.stem
-                given = {metric: (cells[metric.split()[1]] or "").strip() for metric in EXPERTS}
+            where, hint = f"{path}, line {number}", f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"
+            with reading(where, hint):
+                cells = {name: (cells[name] or "").strip() for name in SHEET_COLUMNS}
+                sheet, item, answer = cells["sheet"], int(cells["item"]), int(cells["answer"])
             check(sheet in keys, f"{path}: the key of its sheet {sheet} is not here; name it too: --ratings X.key.json")
-            for metric, score in given.items():
-                fine = score in ("", "1", "2", "3", "4", "5")
-                what = f"{metric.split()[1]} {score!r}: a whole number from 1 to 5, or nothing"
-                check(fine, f"{where}: {what}")
-                scores |= {metric: int(score)} if score else {}
             with reading(where, f"no such answer on sheet {sheet}"):
-                check(min(item, answer) >= 0, f"{where}: no such answer on sheet {sheet}")
-                asked = keys[sheet]["items"][item]
-                system, text = asked["systems"][answer], asked["answers"][answer]
-            found.append((asked, keys[sheet]["settings"], system, text, rater, scores))
-    return found
+                asked = keys[sheet]["items"][max(item, 1) - 1]
+                system, text = asked["systems"][max(answer, 1) - 1], asked["answers"][answer - 1]
+            scores = {metric: cells[metric.split()[1]] for metric in EXPERTS}
+            for metric, score in scores.items():
+                what = f"{metric.split()[1]} {score!r}: a whole number from 1 to 5, or nothing"
+                check(score in ("", "1", "2", "3", "4", "5"), f"{where}: {what}")
+            scores = {metric: int(score) for metric, score in scores.items() if score}
+            yield asked, keys[sheet]["settings"], system, text, cells["rater"] or path.stem, scores
 
 
 def read_ratings(paths, settings, rows):
     """--ratings: adds "ratings" {system: {metric: {rater: score}}} to the rows -> notes: how far raters agree."""
     index, lost, units = index_rows(settings, rows), collections.Counter(), {metric: {} for metric in EXPERTS}
-    for asked, their_settings, system, text, rater, scores in read_sheets(paths):
-        own = find_row(index, their_settings, asked)
+    for asked, about, system, text, rater, scores in read_sheets(paths):
+        own = find_row(index, about, asked)
         if own is None or own["answers"].get(system) != text:
             lost[system] += 1
             continue
         for metric, score in scores.items():
-            own["ratings"].setdefault(system, {}).setdefault(metric, {})[rater] = score
-            units[metric].setdefault((id(own), system), {})[rater] = score
+            unit = own["ratings"].setdefault(system, {}).setdefault(metric, {})
+            units[metric][id(unit)] = unit
+            unit[rater] = score
     notes = [f"{n:,} ratings are of other answers of {name} than these; left out." for name, n in lost.items()]
-    for metric, unit in units.items():
-        raters = sorted(set(itertools.chain(*unit.values())))
+    for metric, found in units.items():
+        raters = sorted(set(itertools.chain(*found.values())))
         check(raters, f"--ratings {paths[0]}: {metric.split()[1]} is filled in nowhere")
-        matrix = np.array([[scores.get(rater, np.nan) for rater in raters] for scores in unit.values()])
-        note = f"{metric.capitalize()}: {len(raters)} raters ({some(raters)}), {len(unit):,} answers"
+        matrix = np.array([[unit.get(rater, np.nan) for rater in raters] for unit in found.values()])
+        note = f"{metric.capitalize()}: {len(raters)} raters ({some(raters)}), {len(matrix):,} answers"
         if len(raters) > 1:
             note += f"; Krippendorff's alpha (ordinal) {krippendorff(matrix):.3f}"
         for a, b in itertools.combinations(range(len(raters)), 2):
-            both = matrix[~np.isnan(matrix[:, [a, b]]).any(1)]
+            both = matrix[~np.isnan(matrix[:, [a, b]]).any(1)][:, [a, b]]
             if len(both):
-                kappa = weighted_kappa(both[:, a], both[:, b])
-                note += f"; weighted kappa of {raters[a]} and {raters[b]} {kappa:.3f} ({len(both)} answers)"
+                note += f"; weighted kappa of {raters[a]} and {raters[b]} {weighted_kappa(*both.T):.3f} ({len(both)} answers)"
         notes.append(note + ".")
     return notes
 
@@ -1771,15 +1735,15 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
 NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
-METRICS = (*JUDGED, "accuracy", *NLU, "exact match", *EXPERTS, "seconds", "GB")
-BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match", *METRICS[-4:])  # on the screen
+METRICS = (*JUDGED, "accuracy", *NLU, "exact match", *EXPERTS)
+BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match", *EXPERTS)  # on the screen
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS. Its accuracies are confirmed by MLLM-HWSI (CVPR 2026). Its
 # BLEU to METEOR of reports are left out: other papers give systems on the same reports two and three times as much.
-PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863), "treatment": (0.810, 0.845, 1.0)}
-PUBLISHED |= {"report": (0.380, 0.429), "average": 0.754}  # of the nine figures of the three capabilities
+PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
+PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
+AVERAGE = 0.754  # of the nine figures of the three capabilities
 KINDS = ("all", "capability", "common or rare", "task", "cancer type")  # what a line of the tables is about
 MAJORITY = "majority"  # the system that gives each task's most frequent answer in training
-MARKS = {"md": "# Evaluation", "csv": "kind,group,metric,system", "json": '"predictions"', "svg": "wsi-llava picture"}
 
 
 @dataclasses.dataclass
@@ -1804,24 +1768,27 @@ class Line:
     published: float | None = None
 
 
+def score_answer(row, answer, meteor=None, by_text=True):
+    """{metric: value} of an answer to a row's question; None of a closed answer that names no choice, or several."""
+    parser = closed_parser(row["question"], row["truth"])
+    if parser:
+        said = parser(answer)
+        return {"accuracy": None if said is None else float(said == parser(row["truth"]))}
+    found, truth, tokens = {}, tokenize(row["truth"]), tokenize(answer)
+    if by_text:
+        found = dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
+        found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
+    return found | {"exact match": float(same_answer(answer, row["truth"]))}
+
+
 def score_row(row, systems, meteor):
     """Adds "scores" {system: {metric: value}} to a row; a value is None where an answer or a grade is unusable."""
-    parser = closed_parser(row["question"], row["truth"])
     for system in systems:
-        answer, found = row["answers"].get(system), {}
-        if answer is not None and parser:
-            said = parser(answer)
-            found["accuracy"] = None if said is None else float(said == parser(row["truth"]))
-        elif answer is not None:
-            found["exact match"] = float(same_answer(answer, row["truth"]))
-            if system != MAJORITY:
-                truth, tokens = tokenize(row["truth"]), tokenize(answer)
-                found |= dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
-                found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
-                found |= row["grades"].get(system, {})
+        answer, found = row["answers"].get(system), row["scores"].setdefault(system, {})
+        if answer is not None:
+            found |= score_answer(row, answer, meteor, by_text=system != MAJORITY) | row["grades"].get(system, {})
         for metric, scores in row["ratings"].get(system, {}).items():
             found[metric] = float(np.mean(list(scores.values())))
-        row["scores"][system] = found
 
 
 def rarities(rows, training, threshold):
@@ -1830,58 +1797,58 @@ def rarities(rows, training, threshold):
     for row in rows if not training else ():
         slides.setdefault(row["cancer"], set()).update(slides_of(row))
     counts = {cancer: len(slides.get(cancer, ())) for cancer in {row["cancer"] for row in rows}}
-    sides = {True: f"rare: under {threshold} {where} slides", False: f"common: from {threshold} {where} slides"}
+    sides = f"common: from {threshold} {where} slides", f"rare: under {threshold} {where} slides"
     return {cancer: sides[n < threshold] for cancer, n in counts.items()}, counts
 
 
 def compare(rows, metric, systems, left_out, seed):
-    """{system: what a Line says of its values of a metric}, of the rows that have it."""
+    """{system: what a Line says of its values of a metric}, of rows that have it. left_out: what is unusable counts
+    for nothing, and not as 0."""
     found, first, slides = {}, None, [" + ".join(slides_of(row)) for row in rows]
     for system in systems:
         scores = [row["scores"].get(system, {}).get(metric, math.nan) for row in rows]
-        unusable, nothing = scores.count(None), math.nan if left_out else 0.0
+        nothing = math.nan if left_out else 0.0
         values = np.array([nothing if score is None else score for score in scores], float)
         if not np.isnan(values).all():
-            closed = metric in ("accuracy", "exact match") and np.isin(values, (0, 1)).all()  # not the mean of draws
-            found[system] = {"unusable": unusable} | paired(values, first, slides, seed, closed)
-        if system == systems[0]:
-            first = values
+            facts = paired(values, first, slides, seed, metric in ("accuracy", "exact match"))
+            found[system] = {"unusable": scores.count(None)} | facts
+        first = values if system == systems[0] else first
     return found
 
 
 def tabulate(rows, systems, rarity, args):
     """Scored rows -> Lines, one for each group, metric and system. rarity: rarities'."""
     names, counts = rarity
-    groups = collections.defaultdict(list)
+    groups, lines = collections.defaultdict(list), []
     for row in rows:
         capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
         for key in zip(KINDS, ("all", capability, names[row["cancer"]], row["task"], row["cancer"])):
             groups[key].append(row)
-    if len(set(names.values())) < 2:  # all common, or all rare
-        groups = {key: members for key, members in groups.items() if key[0] != "common or rare"}
-    lines = []
     for kind, group in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
+        if kind == "common or rare" and len(set(names.values())) < 2:
+            continue
         members = groups[kind, group]
-        for metric in METRICS if kind == "all" else METRICS[:-2]:  # costs are the whole run's
+        unanswered = [row for row in members if not row["scores"]]
+        closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
+        for metric in METRICS:
             chosen = [row for row in members if any(metric in scores for scores in row["scores"].values())]
-            unanswered = [row for row in members if not row["scores"]]
-            closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
             facts = {"questions": len(chosen), "missing": closed.count(metric == "accuracy")}
-            if kind == "cancer type":
-                facts["slides"] = counts[group]
-            if kind == "capability":
-                facts["published"] = dict(zip(METRICS, PUBLISHED.get(group, ()))).get(metric)
+            facts["slides"] = counts[group] if kind == "cancer type" else None
+            facts["published"] = dict(zip(METRICS, PUBLISHED.get(group, ()))).get(metric) if kind == "capability" else None
             left_out = metric in JUDGED and args.judge_protocol == "authors"
             found = compare(chosen, metric, systems, left_out, args.seed) if chosen else {}
             lines += [Line(kind, group, metric, system, **facts, **values) for system, values in found.items()]
-    for system in reversed(systems):
-        nine = [line for line in lines if line.system == system and line.group in CAPABILITIES]
-        nine = [line for line in nine if line.metric in METRICS[:3]]
+    return [*averages(lines, systems), *lines]
+
+
+def averages(lines, systems):
+    """The mean of the nine figures of the three capabilities, of every system that has them."""
+    for system in systems:
+        nine = [x for x in lines if x.system == system and x.group in CAPABILITIES and x.metric in METRICS[:3]]
         if len(nine) == 9:
-            sums = {name: sum(getattr(line, name) for line in nine) for name in ("questions", "missing", "unusable")}
-            mean, published = float(np.mean([line.mean for line in nine])), PUBLISHED["average"]
-            lines.insert(0, Line("all", "all", "average", system, mean=mean, published=published, **sums))
-    return lines
+            facts = {name: sum(getattr(line, name) for line in nine) for name in ("questions", "missing", "unusable")}
+            mean = float(np.mean([line.mean for line in nine]))
+            yield Line("all", "all", "average", system, **facts, mean=mean, published=AVERAGE)
 
 
 def markdown(header, rows):
@@ -1892,100 +1859,72 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
-def mean_cell(line):
-    return f"{line.mean:.3f}" + (f" [{line.low:.3f}, {line.high:.3f}]" if line.low is not None else "")
+def with_interval(mean, low, high, sign=""):
+    return f"{mean:{sign}.3f}" + ("" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]")
 
 
-def difference_cell(line):
-    if line.difference is None:
-        return "n/a"
-    p = "" if line.p is None else f" p={line.p:.2g}"
-    return f"{line.difference:+.3f} [{line.difference_low:+.3f}, {line.difference_high:+.3f}]{p}"
-
-
-def side_by_side(lines, systems, cell, columns=()):
-    """Lines -> a Markdown table with a column a system, in which stands cell(line)."""
+def side_by_side(lines, systems, difference=False):
+    """Lines -> a Markdown table with a column a system: the means, or the differences from the first system."""
     groups, rows = collections.defaultdict(dict), []
     for line in lines:
         groups[line.kind, line.group, line.metric][line.system] = line
     for key, found in groups.items():
-        if any(system in found for system in systems):
-            unusable = ", ".join(str(line.unusable) for line in found.values())
-            facts = vars(next(iter(found.values()))) | {"unusable": unusable}
-            cells = [cell(found[system]) if system in found else "n/a" for system in systems]
-            rows.append([*key, *(facts[name] for name in columns[:4]), *cells, *(facts[name] for name in columns[4:])])
-    return markdown(["kind", "group", "metric", *columns[:4], *systems, *columns[4:]], rows)
+        cells, line = [], next(iter(found.values()))
+        for system in systems:
+            x = found.get(system)
+            if x is None or (difference and x.difference is None):
+                cells.append("n/a")
+            elif difference:
+                p = "" if x.p is None else f" p={x.p:.2g}"
+                cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+") + p)
+            else:
+                cells.append(with_interval(x.mean, x.low, x.high))
+        unusable = ", ".join(str(x.unusable) for x in found.values())
+        facts = [] if difference else [line.questions, line.missing, unusable, line.slides]
+        rows.append([*key, *facts, *cells, *([] if difference else [line.published])])
+    facts = [] if difference else ["questions", "missing", "unusable", "slides"]
+    return markdown(["kind", "group", "metric", *facts, *systems, *([] if difference else ["published"])], rows)
 
 
 def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None):
-    """A picture (SVG) over a logarithmic axis. series: {name: [(x, y, label), ...]}, a colour each. y: from 0 to 1, or
-    log_y. joined: with lines between the points. mark: an x with a dashed line."""
+    """A picture (SVG). series: {name: [(x, y, label), ...]}, a colour each. x is on a logarithmic axis, y from 0 to 1,
+    or logarithmic too. joined: with lines between the points. mark: an x with a dashed line."""
     palette = ("#1f5fb4", "#d65a1e", "#3a8f4d", "#8a4fb0", "#555555", "#b8860b")
-    width, height, left, right, top, bottom = 760, 440, 60, 560, 40, 390
-    points = list(itertools.chain(*series.values()))
+    left, right, top, bottom = 60, 560, 40, 390
+    points, parts = list(itertools.chain(*series.values())), ['<rect width="760" height="440" fill="white"/>']
     xs, ys = [x for x, *_ in points] + [mark or 1], [y for _, y, _ in points] if log_y else [0, 1]
 
-    def scaled(value, values, start, end, log):
-        f = (lambda v: math.log10(max(v, 1e-4))) if log == "y" else (lambda v: math.log10(1 + v) if log else v)
+    def axis(values, start, end, f):
         low, high = f(min(values)), f(max(values))
-        return start + (f(value) - low) / max(high - low, 1e-9) * (end - start)
+        return lambda value: start + (f(value) - low) / max(high - low, 1e-9) * (end - start)
 
     def text(x, y, words, more=""):
         parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(str(words))}</text>')
 
-    def at(x, y):
-        return scaled(x, xs, left, right, "x"), scaled(y, ys, bottom, top, log_y and "y")
-
-    parts = [f'<rect width="{width}" height="{height}" fill="white"/>']
+    at_x = axis(xs, left, right, math.log1p)  # from 0 on: not every cancer type is in training
+    at_y = axis(ys, bottom, top, (lambda y: math.log(max(y, 1e-4))) if log_y else float)
     text(left, 22, title, 'font-size="15"')
-    text(left, height - 12, across)
-    ticks = [0] + [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5)]
+    text(left, 428, across)
+    ticks = [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5)]
     for y in [tick for tick in ticks if min(ys) <= tick <= max(ys)] if log_y else (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<path d="M{left} {at(1, y)[1]:.0f}H{right}" stroke="#dddddd"/>')
-        text(left - 8, at(1, y)[1] + 4, f"{y:g}", 'text-anchor="end"')
-    for x in [tick for tick in ticks if min(xs) <= tick <= max(xs) and tick == int(tick)]:
-        text(at(x, ys[0])[0], bottom + 18, f"{x:,g}", 'text-anchor="middle"')
+        parts.append(f'<path d="M{left} {at_y(y):.0f}H{right}" stroke="#dddddd"/>')
+        text(left - 8, at_y(y) + 4, f"{y:g}", 'text-anchor="end"')
+    for x in [tick for tick in [0, *ticks[12:]] if min(xs) <= tick <= max(xs)]:
+        text(at_x(x), bottom + 18, f"{x:,g}", 'text-anchor="middle"')
     if mark:
-        parts.append(f'<path d="M{at(mark, ys[0])[0]:.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
+        parts.append(f'<path d="M{at_x(mark):.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
     for i, (name, found) in enumerate(series.items()):
-        colour, places = palette[i % len(palette)], [at(x, y) for x, y, _ in sorted(found)]
+        colour, line = palette[i % len(palette)], " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in sorted(found))
         if joined:
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for (x, y), (_, value, label) in zip(places, sorted(found)):
-            circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}" fill-opacity="0.75">'
-            parts.append(f"{circle}<title>{html.escape(f'{name}, {label}: {value:.3g}')}</title></circle>")
-        parts.append(f'<circle cx="{right + 20}" cy="{46 + 20 * i}" r="5" fill="{colour}"/>')
+        for x, y, label in [*found, (None, None, None)]:  # the last: the legend's
+            cx, cy = (right + 20, 46 + 20 * i) if label is None else (at_x(x), at_y(y))
+            tip = name if label is None else f"{name}, {label}: {y:.3g}"
+            circle = f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{colour}" fill-opacity="0.75">'
+            parts.append(f"{circle}<title>{html.escape(tip)}</title></circle>")
         text(right + 32, 50 + 20 * i, name)
-    style = f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" viewBox="0 0 {width} {height}"'
-    write_text(path, f"<svg {style}><!-- {MARKS['svg']} -->{''.join(parts)}</svg>\n")
-
-
-def average_draws(rows, merged):
-    """--tiles: adds to the rows' scores those of {system: its draws}, their mean, and what they cost."""
-    for system, draws in merged.items():
-        costs = [row["costs"][draw] for row in rows for draw in draws]
-        peak = max(cost["GB"] for cost in costs)
-        for row in rows:
-            scores = [row["scores"][draw] for draw in draws]
-            found = {metric: float(np.mean([x[metric] or 0.0 for x in scores])) for metric in scores[0]}
-            found["seconds"] = float(np.mean([row["costs"][draw]["seconds"] for draw in draws]))
-            row["scores"][system] = found | {"GB": peak}
-            row["answers"][system] = row["answers"][draws[0]]
-
-
-def draw_tiles(args, path, lines, merged):
-    """The curve of --tiles: what each count of tiles a slide is worth -> True."""
-    series, slides = {}, sorted(path.stem for path in args.data.glob("features/*.safetensors"))
-    have = [slide_facts(args.data, slide).get("tiles", 0) for slide in slides]
-    across = {}
-    for count, system in zip(args.tiles, merged):
-        across[system] = float(np.mean([min(n, count or n) for n in have]))
-    for line in lines:
-        if line.kind == "all" and line.system in merged and line.metric in ("accuracy", "exact match", "ROUGE-L"):
-            series.setdefault(line.metric, []).append((across[line.system], line.mean, line.system))
-    draw_plot(path, "What the number of tiles is worth", "tiles a slide, on average", series, joined=True)
-    return True
+    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" viewBox="0 0 760 440"'
+    write_text(path, f"<svg {style}><!-- {PICTURE_MARK} -->{''.join(parts)}</svg>\n")
 
 
 def draw_rarity(path, lines, threshold):
@@ -2015,12 +1954,16 @@ def correlations(rows, systems):
 
 
 def describe_scores(rows, first, judge, args):
-    """Notes on what was scored: closed answers that name no choice, the judge, confidences. first: a system."""
-    closed = [row for row in rows if "accuracy" in row["scores"][first]]
-    unread = [row for row in closed if row["scores"][first]["accuracy"] is None]
+    """Notes on what was scored: closed answers that name no choice, and the judge. first: a system."""
+    unread = [row for row in rows if row["scores"][first].get("accuracy", 0) is None]
     if unread:
         few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
         yield f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong: {few}"
+    sure = [row for row in rows if row["confidence"]]
+    for right, words in ((True, "right"), (False, "wrong")):
+        shares = [max(row["confidence"]["answer"].values()) for row in sure if row["scores"][first]["accuracy"] == right]
+        if shares:
+            yield f"Confidence in the chosen option where it is {words}: {np.mean(shares):.2f} ({len(shares)} answers)."
     if judge:
         grades = [value for row in rows for grade in row["grades"].values() for value in grade.values()]
         rule = "are left out" if judge.authors else "count as 0"
@@ -2029,27 +1972,18 @@ def describe_scores(rows, first, judge, args):
         yield f"Judge: {judge.model}, protocol {args.judge_protocol}, {prompts}. {unusable}."
         if args.judge_repeat:
             yield from judge_twice(judge, [row for row in rows if row["grades"]], first, args)
-    means = {1.0: [], 0.0: []}
-    for row in closed:
-        if row["confidence"]:
-            means[row["scores"][first]["accuracy"] or 0.0].append(max(row["confidence"]["answer"].values()))
-    if any(means.values()):
-        right, wrong = (f"{np.mean(x):.2f}" if x else "n/a" for x in means.values())
-        yield f"Confidence in the chosen option: {right} where it is right, {wrong} where it is wrong."
 
 
-def evaluate(args, paths, merged=None):
+def evaluate(args, paths):
     """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg beside
-    the first of them. merged: {system: the names of files that are its draws}, of --tiles, in tiles.md ..."""
-    written = {ending: paths[0].with_name(f"{'tiles' if merged else 'evaluation'}.{ending}") for ending in MARKS}
-    for ending, mark in MARKS.items():
-        check_output(written[ending], mark)
+    the first of them."""
+    written = check_outputs(paths[0].with_name("evaluation"), md="# Evaluation", csv="kind,group", json='"predictions"')
     settings, rows, asked, notes = read_systems(paths)
     here = [row for row in rows if all(row["answers"].get(system) is not None for system in asked)]
-    several = "no question is answered by all" if paths[1:] else "holds no answers yet; sample.py --qa goes on with it"
-    check(here, f"{', '.join(map(str, paths))}: {several}")
-    by_all, brackets = "answered by all" if paths[1:] else "answered", "In brackets: 95% bootstrap intervals over slides."
-    notes.insert(0, f"{len(here):,} of {len(rows):,} questions {by_all}; the others are in no mean. {brackets}")
+    none = "no question is answered by all" if paths[1:] else "holds no answers yet; sample.py --qa goes on with it"
+    check(here, f"{', '.join(map(str, paths))}: {none}")
+    answered = f"{len(here):,} of {len(rows):,} questions {'answered by all' if paths[1:] else 'answered'}"
+    notes.insert(0, f"{answered}; the others are in no mean. In brackets: 95% bootstrap intervals over slides.")
 
     training, majority = read_training(args.data / "qa" / "train.jsonl")
     known = [row for row in here if row["task"] in majority]
@@ -2057,90 +1991,92 @@ def evaluate(args, paths, merged=None):
         row["answers"][MAJORITY] = majority[row["task"]]
     systems = [*asked, MAJORITY] if known else asked
     if known:
-        notes.append(f"{MAJORITY}: the most frequent answer of the task in {args.data}/qa/train.jsonl, whatever the slide.")
-    if args.ratings:
-        notes += read_ratings(args.ratings, settings, rows)
+        notes.append(f"{MAJORITY}: a task's most frequent answer in {args.data}/qa/train.jsonl, whatever the slide.")
+    notes += read_ratings(args.ratings, settings, rows) if args.ratings else []
     judge = find_judge(args, paths[0].with_name("judge.jsonl"))
     if judge:
-        grade_rows(judge, [row for row in here if not closed_parser(row["question"], row["truth"])], asked, args.requests)
+        open_rows = [row for row in here if not closed_parser(row["question"], row["truth"])]
+        print(f"{len(open_rows):,} open questions for {judge.model}; {len(judge.replies):,} of its replies are kept.")
+        grade_rows(judge, open_rows, asked, args.requests)
         if judge.dry:
-            return print(judge.planned_words())
+            return print(judge.plan())
     meteor = find_meteor()
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
         score_row(row, systems, meteor)
-    if merged:
-        average_draws(here, merged)
-        asked, systems = list(merged), [*merged, *systems[len(asked) :]]
-    notes += describe_scores(here, asked[0], judge, args)
-    notes += correlations(here, asked)
+    notes += [*describe_scores(here, asked[0], judge, args), *correlations(here, asked)]
     if not meteor:
         notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
     lines = tabulate(rows, systems, rarities(rows, training, args.rare), args)
-    pictured = draw_tiles(args, written["svg"], lines, merged) if merged else draw_rarity(written["svg"], lines, args.rare)
     result = {"predictions": list(map(str, paths)), "settings": settings, "notes": notes}
-    write_evaluation(args, written, lines, systems, result, pictured)
+    write_evaluation(args, written, lines, systems, result)
 
 
-def evaluate_tiles(args):
-    """--tiles: the table and the curve of the runs of answer_file."""
-    merged, paths = {}, []
-    for count, _, path in tile_runs(args):
-        merged.setdefault(f"{count:,} tiles" if count else "all tiles", []).append(path.stem)
-        paths.append(path)
-    evaluate(args, paths, merged)
-
-
-def write_evaluation(args, written, lines, systems, result, pictured):
+def write_evaluation(args, written, lines, systems, result):
     """The tables and notes of --evaluate: into files, and in short on the screen."""
     result["table"] = [dataclasses.asdict(line) for line in lines]
     write_text(written["json"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     header = [field.name for field in dataclasses.fields(Line)]
     write_text(written["csv"], csv_text([header, *(line.values() for line in result["table"])]))
-    columns, notes = ("questions", "missing", "unusable", "slides", "published"), "\n".join(f"- {note}" for note in result["notes"])
-    text = f"{MARKS['md']}\n\n{notes}\n\n{side_by_side(lines, systems, mean_cell, columns)}\n"
+    listed_notes = "".join(f"- {note}\n" for note in result["notes"])
+    text = f"# Evaluation\n\n{listed_notes}\n{side_by_side(lines, systems)}\n"
     shown = [line for line in lines if line.kind != "cancer type" and line.metric in BRIEF]
-    print(f"\n{side_by_side(shown, systems, mean_cell, columns)}\n")
+    print(f"\n{side_by_side(shown, systems)}\n")
     if systems[1:]:
         beside = f"Paired difference from {systems[0]} (p: McNemar's, exact)"
-        text += f"\n## {beside}\n\n{side_by_side(lines, systems[1:], difference_cell)}\n"
-        print(f"{beside}:\n{side_by_side(shown, systems[1:], difference_cell)}\n")
+        text += f"\n## {beside}\n\n{side_by_side(lines, systems[1:], difference=True)}\n"
+        print(f"{beside}:\n{side_by_side(shown, systems[1:], difference=True)}\n")
     write_text(written["md"], text)
-    picture = f"; a picture: {written['svg']}" if pictured else ""
+    picture = f"; a picture: {written['svg']}" if draw_rarity(written["svg"], lines, args.rare) else ""
     print("\n".join(result["notes"]))
     print(f"All metrics, and each cancer type: {written['md']} (and .csv, .json){picture}")
     if args.json:
         print(json.dumps(result, ensure_ascii=False), file=args.json)
 
 
+def evaluate_tiles(args):
+    """--tiles: a row for each count of tiles, of all its draws, in tiles.md and .csv, and the curve, tiles.svg. A
+    question's value is the mean over the draws."""
+    written = check_outputs(args.predictions.with_name("tiles"), md="# Tiles", csv="tiles,")
+    table, series = [], collections.defaultdict(list)
+    for count in args.tiles:
+        values, slides, tiles, peak = collections.defaultdict(lambda: collections.defaultdict(list)), {}, {}, 0.0
+        for _, path in tile_runs(args, count):
+            for n, row in read_predictions(path)[1].items():
+                if row["answer"] is None:
+                    continue
+                slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
+                for slide in slides_of(row):
+                    have = tiles.get(slide) or len(read_features(args.data, slide)[1])
+                    tiles[slide] = min(have, count or have)
+                for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
+                    values[metric][n].append(value or 0.0)
+        check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
+        line = {"tiles": f"{count:,}" if count else "all", "on average": round(float(np.mean(list(tiles.values()))), 1)}
+        line |= {"questions": len(slides), "GB": f"{peak:.2f}"}
+        for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L", "seconds"):
+            found, means = values[metric], [float(np.mean(x)) for x in values[metric].values()]
+            if found:
+                line[metric] = with_interval(*bootstrap(np.array(means), [slides[n] for n in found], args.seed))
+            if found and metric != "seconds":
+                series[metric].append((line["on average"], float(np.mean(means)), f"{line['tiles']} tiles"))
+        table.append(line)
+    header, rows = list(table[0]), [line.values() for line in table]
+    print(f"\n{markdown(header, rows)}")
+    write_text(written["md"], f"# Tiles\n\n{markdown(header, rows)}\n")
+    write_text(written["csv"], csv_text([header, *rows]))
+    draw_plot(written["svg"], "What the number of tiles is worth", "tiles a slide, on average", series, joined=True)
+    print(f"Seconds and the peak of memory are those of a question. Wrote {', '.join(map(str, written.values()))}")
+
+
 # ---- What it costs, by size of slide ------------------------------------------------------------------------
 
 SIZES = (1, 3, 10, 30, 100)  # GB of uncompressed pixels, of the slides that --benchmark makes up
 MEASURING = 20  # seconds at most that tiles are read, and that they are encoded; the rest is extrapolated
-COST_MARK = "# What it costs"
 
 
-@dataclasses.dataclass
-class Cost:
-    """A row of --benchmark: what one slide takes, in seconds and GB. measured: tiles read and encoded."""
-
-    slide: str
-    level_0: str
-    uncompressed_GB: float
-    tiles: int
-    tissue: float  # finding it
-    reading: float  # of all tiles, by one reader
-    tile_encoder: float
-    slide_encoder: float
-    first_token: float
-    tokens_per_s: float
-    CPU_GB: float  # at the peak
-    GPU_GB: float
-    measured: str
-
-
-def jpeg(seed):
-    """A tile of 256 x 256 pixels: tissue with nuclei, or (None) glass -> its JPEG."""
-    rng, picture = np.random.default_rng(seed), Image.new("RGB", (TILE, TILE), (244, 244, 244))
+def made_up_tile(seed):
+    """256 x 256 pixels of tissue with nuclei, or (None) of glass -> a JPEG."""
+    picture, rng = Image.new("RGB", (TILE, TILE), (244, 244, 244)), np.random.default_rng(seed)
     if seed is not None:
         picture = Image.fromarray(rng.normal((226, 178, 206), 9, (TILE, TILE, 3)).clip(0, 255).astype(np.uint8))
         for x, y in rng.integers(0, TILE, (120, 2)).tolist():
@@ -2151,50 +2087,88 @@ def jpeg(seed):
 
 
 def make_slide(path, gigabytes):
-    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's generic-tiff) with
-    a level at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs. So the file is small, and the work is not."""
+    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's generic-tiff) of
+    levels at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs: the file is small, the work is not."""
     side = max(8, round(math.sqrt(gigabytes * 1e9 / 3) / TILE)) * TILE
     body, pictures, link = bytearray(struct.pack("<2sHI", b"II", 42, 0)), [], 4  # link: to the next directory
     for seed in (None, 0, 1, 2, 3):
-        picture = jpeg(seed)
+        picture = made_up_tile(seed)
         pictures.append((len(body), len(picture)))
         body += picture + b"\0" * (len(picture) % 2)
     for level in itertools.count():
-        n = math.ceil(side / 4**level / TILE)  # tiles along each side
-        if n < 2:
+        pixels = side // 4**level
+        n = math.ceil(pixels / TILE)  # tiles along each side
+        if n < 8:
             break
-        y, x = np.mgrid[:n, :n]
-        inside = np.hypot((x + 0.5) * TILE * 4**level / side - 0.5, (y + 0.5) * TILE * 4**level / side - 0.5) < 0.36
-        kind = np.where(inside, 1 + (x * 7 + y * 3) % 4, 0).ravel()
+        y, x = (np.mgrid[:n, :n] + 0.5) / n - 0.5
+        kind = np.where(np.hypot(x, y) < 0.36, 1 + np.arange(n * n).reshape(n, n) * 7 % 4, 0).ravel()
         offsets, lengths = np.array(pictures, "<u4")[kind].T
-        values = len(body)  # where what does not fit into a directory's entries lies
+        at = len(body)  # of what does not fit into the directory's entries
         body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1) + offsets.tobytes() + lengths.tobytes()
-        pixels, table = side // 4**level, values + 16
         entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            *((254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels), (258, 3, 3, values)),  # depth 8, 8, 8
-            *((259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)),  # JPEG, YCbCr, three samples
-            *((282, 5, 1, values + 8), (283, 5, 1, values + 8), (296, 3, 1, 3)),  # pixels per centimetre
-            *((322, 4, 1, TILE), (323, 4, 1, TILE), (324, 4, n * n, table), (325, 4, n * n, table + 4 * n * n)),
+            [(254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels), (258, 3, 3, at)],  # three of 8 bits
+            [(259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)],  # JPEG, YCbCr
+            [(282, 5, 1, at + 8), (283, 5, 1, at + 8), (296, 3, 1, 3)],  # pixels per centimetre
+            [(322, 4, 1, TILE), (323, 4, 1, TILE), (324, 4, n * n, at + 16), (325, 4, n * n, at + 16 + 4 * n * n)],
         ]
         struct.pack_into("<I", body, link, len(body))
-        body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
-        link = len(body)
-        body += struct.pack("<I", 0)
+        directory = b"".join(struct.pack("<HHII", *entry) for entry in itertools.chain(*entries))
+        body += struct.pack("<H", len(directory) // 12) + directory + struct.pack("<I", 0)
+        link = len(body) - 4
     Path(path).write_bytes(body)
 
 
+def timed(device, work):
+    """(seconds, what the work returns)."""
+    started = time.time()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.time() - started, result
+
+
 def read_through(path, mpp):
-    """In a process of its own: finds the tissue of a slide and reads tiles, MEASURING seconds at most -> a dict."""
+    """In a process of its own: finds the tissue of a slide and reads tiles of it, MEASURING seconds at most."""
     started = time.time()
     slide = prepare.Slide(path, None, fallback=mpp)
     coords = prepare.tile_grid(prepare.find_tissue(slide.thumbnail(prepare.MASK))[0], 0.25)
-    found = {"size": slide.file.dimensions, "coords": coords, "tissue": time.time() - started, "pixels": []}
-    order, started, n = np.random.default_rng(0).permutation(len(coords)), time.time(), 0
+    found, started = {"size": slide.file.dimensions, "coords": coords, "tissue": time.time() - started}, time.time()
+    order, pixels, n = np.random.default_rng(0).permutation(len(coords)), [], 0
     while n < len(order) and time.time() - started < MEASURING:
-        pixels = slide.tile(*coords[order[n]].tolist())
-        found["pixels"] += [pixels] if n < 256 else []  # a batch or two for the encoder
+        pixels[n % 16 :] = [slide.tile(*coords[order[n]].tolist())]  # a batch for the encoder is kept
         n += 1
-    return found | {"n": n, "seconds": time.time() - started, "peak": wsi_llava.peak_memory()}
+    return found | {"pixels": pixels, "read": n, "reading": time.time() - started, "peak": wsi_llava.peak_memory()}
+
+
+@torch.inference_mode()
+def time_slide(args, path, encoder, model, ids):
+    """All steps from a slide to an answer -> a row of the table, in seconds and GB."""
+    reset_peak(args.device)
+    clock = functools.partial(timed, args.device)
+    with concurrent.futures.ProcessPoolExecutor(1, prepare.FORK) as pool:
+        try:
+            found = pool.submit(read_through, path, args.mpp).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(f"{path}: {prepare.DIED}") from None
+    N, (width, height) = len(found["coords"]), found["size"]
+    check(N, f"{path}: no tissue was found on it")
+    pixels, encoded, encoding = torch.from_numpy(np.stack(found["pixels"])), 0, 0.0
+    prepare.encode(encoder, pixels[:2], args.device)  # warm
+    while encoded < N and encoding < MEASURING:
+        encoding += clock(lambda: prepare.encode(encoder, pixels, args.device))[0]
+        encoded += len(pixels)
+    C = model.slide_encoder.cfg.in_width if model.slide_encoder else encoder.cfg.width
+    slide_encoder, visual = clock(lambda: model.encode_slide(torch.randn(N, C), torch.from_numpy(found["coords"])))
+    answer = model.generate([visual[None]], [ids], max_new_tokens=32)
+    first_token, _ = clock(lambda: next(answer))
+    seconds, tokens = clock(lambda: len(list(answer)))
+    row = {"slide": path.name, "level 0": f"{width} x {height}", "GB": width * height * 3 / 1e9, "tiles": N}
+    row |= {"tissue": found["tissue"], "reading": found["reading"] * N / found["read"]}
+    row |= {"tile encoder": encoding * N / encoded, "slide encoder": slide_encoder, "first token": first_token}
+    row |= {"tokens/s": tokens / seconds if tokens else 0.0, "CPU GB": max(found["peak"], wsi_llava.peak_memory()) / 1e9}
+    row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9 if args.device.type == "cuda" else 0.0
+    extrapolated = f"from {found['read']:,} tiles read, {encoded:,} encoded"
+    return row | {"extrapolated": extrapolated if min(found["read"], encoded) < N else ""}
 
 
 def random_weights(module, args):
@@ -2211,94 +2185,49 @@ def benchmark_models(args):
     cfg = wsi_llava.PRESETS[preset]
     try:
         encoder, source = wsi_llava.pick_tile_encoder(args)
-        source = source or "untrained, of the preset demo"
+        encoder, source = encoder.to(args.device, args.dtype), source or "untrained, of the preset demo"
     except UserError:
         with torch.device("meta"):
             encoder = wsi_llava.TileEncoder(cfg.tile_encoder)
         encoder, source = random_weights(encoder, args), f"random, of the preset {preset}'s size"
     try:
+        check((args.data / "meta.json").exists(), f"no {args.data}/meta.json")
         model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
-        ids, trained = prompt_ids(tokenizer, {"conversations": [question]}), f"as in {args.out}"
+        ids, weights = prompt_ids(tokenizer, {"conversations": [question]}), f"those of {args.out}"
     except UserError as error:
         with torch.device("meta"):
-            model = wsi_llava.WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
+            model = wsi_llava.WSILLaVA(cfg)
         model, ids = random_weights(model, args), [1, IMAGE_TOKEN, *range(3, 40)]
-        trained = f"random, of the preset {preset}'s size ({one_line(error)})"
-    print(f"Tile encoder: {source}. Slide encoder and language model: {trained}. On {args.device} in {args.dtype}.")
-    return encoder.to(args.device, args.dtype), model, ids
-
-
-@torch.inference_mode()
-def time_slide(args, path, encoder, model, ids):
-    """All steps from a slide to an answer -> its Cost."""
-    reset_peak(args.device)
-    with concurrent.futures.ProcessPoolExecutor(1, prepare.FORK) as pool:
-        try:
-            found = pool.submit(read_through, path, args.mpp).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(f"{path}: {prepare.DIED}") from None
-    coords, (width, height) = found["coords"], found["size"]
-    check(len(coords), f"{path}: no tissue was found on it")
-    N, pixels, C = len(coords), torch.from_numpy(np.stack(found["pixels"])), encoder.cfg.width
-
-    def timed(work):
-        started = time.time()
-        result = work()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.time() - started, result
-
-    timed(lambda: prepare.encode(encoder, pixels[:2], args.device))  # warm
-    encoded = seconds = 0
-    while encoded < N and seconds < MEASURING:
-        batch = pixels[: min(16, N - encoded)]
-        seconds += timed(lambda batch=batch: prepare.encode(encoder, batch, args.device))[0]
-        encoded += len(batch)
-    width_in = model.slide_encoder.cfg.in_width if model.slide_encoder else C
-    features = torch.randn(N, width_in, generator=torch.Generator().manual_seed(0)).half()
-    slide_seconds, visual = timed(lambda: model.encode_slide(features, torch.from_numpy(coords)))
-    answer = model.generate([visual[None]], [ids], max_new_tokens=32)
-    first, _ = timed(lambda: next(answer))
-    rest, tokens = timed(lambda: len(list(answer)))
-    part = ", ".join(f"{n / N:.1%} {what}" for n, what in ((found["n"], "read"), (encoded, "encoded")) if n < N)
-    peaks = max(found["peak"], wsi_llava.peak_memory()), wsi_llava.peak_memory(args.device)
-    return Cost(
-        Path(path).name, f"{width} x {height}", width * height * 3 / 1e9, N, found["tissue"],
-        found["seconds"] * N / found["n"], seconds * N / encoded, slide_seconds, first, tokens / max(rest, 1e-9),
-        peaks[0] / 1e9, peaks[1] / 1e9 if args.device.type == "cuda" else 0.0, part and f"{part}; the rest extrapolated",
-    )  # fmt: skip
+        weights = f"random, of the preset {preset}'s size ({one_line(error)})"
+    print(f"Tile encoder: {source}. Slide encoder and language model: {weights}. {args.device}, {args.dtype}.")
+    return encoder, model, ids
 
 
 def benchmark(args):
-    """--benchmark: slides, or made-up ones of SIZES, through every step, a row each -> out/benchmark.md, .csv, .svg."""
+    """--benchmark: slides, or made-up ones of SIZES, through every step -> out/benchmark.md, .csv, .svg."""
     args.out.mkdir(parents=True, exist_ok=True)
-    marks = {"md": COST_MARK, "csv": "slide,level_0", "svg": MARKS["svg"]}
-    written = {ending: args.out / f"benchmark.{ending}" for ending in marks}
-    for ending, path in written.items():
-        check_output(path, marks[ending])
-    slides = list(prepare.find_slides(args.benchmark).values()) if args.benchmark else []
-    models, rows, names = benchmark_models(args), [], [field.name for field in dataclasses.fields(Cost)]
+    written = check_outputs(args.out / "benchmark", md="# What a slide costs", csv="slide,level 0")
+    slides = prepare.find_slides(args.benchmark).values() if args.benchmark else SIZES
+    models, table, series = benchmark_models(args), [], collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        for size in SIZES if not slides else ():
-            slides.append(Path(folder) / f"made-up-{size}GB.tif")
-        for path in tqdm(slides, unit="slide"):
-            if path.parent == Path(folder):
-                make_slide(path, float(path.stem.removeprefix("made-up-").removesuffix("GB")))
+        for slide in tqdm(slides, unit="slide"):
+            path = slide if args.benchmark else Path(folder) / f"made-up-{slide}GB.tif"
+            if not args.benchmark:
+                make_slide(path, slide)
             try:
-                rows.append(time_slide(args, path, *models))
+                table.append(time_slide(args, path, *models))
             except UserError as error:
                 print(f"failed: {error}", file=sys.stderr)
-    check(rows, "--benchmark: no slide could be timed, see above")
-    rows.sort(key=lambda row: row.uncompressed_GB)
-    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in vars(row).values()] for row in rows]
-    table = markdown(names, cells)
-    print(f"\n{table}\nSeconds, and GB at the peak; reading is by one reader (prepare.py has --workers of them).")
-    write_text(written["md"], f"{COST_MARK}\n\n{table}\n")
-    write_text(written["csv"], csv_text([names, *(vars(row).values() for row in rows)]))
-    series = {}
-    for step in ("tissue", "reading", "tile_encoder", "slide_encoder", "first_token"):
-        series[step.replace("_", " ")] = [(row.uncompressed_GB, getattr(row, step), row.slide) for row in rows]
-    draw_plot(written["svg"], "Seconds by size of slide", "GB of uncompressed pixels", series, log_y=True, joined=True)
+    check(table, "--benchmark: no slide could be timed, see above")
+    table.sort(key=lambda row: row["GB"])
+    for row, step in itertools.product(table, ("tissue", "reading", "tile encoder", "slide encoder", "first token")):
+        series[step].append((row["GB"], row[step], row["slide"]))
+    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in table]
+    text = markdown(list(table[0]), cells)
+    print(f"\n{text}\nSeconds, of one reader (prepare.py has --workers of them), and GB at the peak.")
+    write_text(written["md"], f"# What a slide costs\n\n{text}\n")
+    write_text(written["csv"], csv_text([list(table[0]), *(row.values() for row in table)]))
+    draw_plot(written["svg"], "Seconds by size of slide", "GB of pixels, uncompressed", series, log_y=True, joined=True)
     print(f"Wrote {', '.join(map(str, written.values()))}")
 
 
