@@ -350,10 +350,11 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, progres
         """The trapezoid of an interval, by tile [N]."""
         return (b[0] - a[0]) * (a[2] + b[2]) / 2
 
-    def bounded(a, b):
-        """The same, less what it exceeds the change in log p by: where log p jumps, a slope at one end is no mean."""
+    def scaled(a, b):
+        """The same, scaled to the change in log p, twofold at most: where log p jumps, its slopes at the ends are no
+        mean of those between."""
         change, trapezoid = b[1] - a[1], area(a, b)
-        return trapezoid * min(max(change / (trapezoid.sum().item() or 1.0), 0.0), 1.0)
+        return trapezoid * min(max(change / (trapezoid.sum().item() or 1.0), 0.0), 2.0)
 
     path = []
     for i in progress(range(PASSES)):
@@ -363,7 +364,7 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, progres
             wrong = [abs(b[1] - a[1] - area(a, b).sum().item()) for a, b in itertools.pairwise(path)]
             k = wrong.index(max(wrong)) + 1
             path.insert(k, at((path[k - 1][0] + path[k][0]) / 2))
-    return sum(bounded(a, b) for a, b in itertools.pairwise(path)), path[-1][1] - path[0][1]
+    return sum(scaled(a, b) for a, b in itertools.pairwise(path)), path[-1][1] - path[0][1]
 
 
 def colours(shares):

@@ -4452,6 +4452,76 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
         sample.main(list(map(str, flags)))
 
 
+@contextlib.contextmanager
+def browser(folder):
+    """Chromium without a window, that downloads into the folder -> call(method, **parameters) of its protocol."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("needs Chromium")
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    wiring = f"exec 3<&{theirs_in} 4>&{theirs_out}; exec {program} --headless --no-sandbox --disable-gpu "
+    command = f"{wiring} --user-data-dir={folder}/profile --remote-debugging-pipe"
+    process = subprocess.Popen(
+        ["bash", "-c", command], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.close(theirs_in), os.close(theirs_out)
+    replies, numbers, session = os.fdopen(ours_in, "rb"), itertools.count(1), {}
+
+    def call(method, **parameters):
+        number = next(numbers)
+        os.write(ours_out, json.dumps({"id": number, "method": method, "params": parameters, **session}).encode() + b"\0")
+        while True:
+            reply = b"".join(iter(lambda: replies.read(1), b"\0"))
+            reply = json.loads(reply)
+            if reply.get("id") == number:
+                return reply["result"]
+
+    try:
+        page = call("Target.createTarget", url="about:blank")["targetId"]
+        call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        session["sessionId"] = call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        yield call
+    finally:
+        process.terminate()
+        process.wait()
+        replies.close()
+        os.close(ours_out)
+
+
+@slow
+def test_the_rating_page_is_filled_in_and_saved_with_a_browser(tmp_path):
+    """Offline; what is typed survives a reload; the saved file is read back."""
+    rows = [("open", "What\n<b>1</b>?", "A tumor.", 'A "tumor", </script> of grade 2')]
+    rows += [("open", "What 2?", "A tumor.", "=1+1")]
+    a = write_predictions(tmp_path, rows).rename(tmp_path / "ours.jsonl")
+    sample.main(list(map(str, ["--data", tmp_path, "--rating-sheet", 2, tmp_path / "sheet.html", a])))
+    fill = """
+        document.getElementById("rater").value = "Dr. Ö";
+        const radios = [...document.querySelectorAll("input[type=radio]")];
+        radios.filter(x => x.value === (x.name.endsWith("correctness") ? "5" : "2")).forEach(x => x.click());
+        document.querySelectorAll("textarea").forEach(x => x.value = '=so, "so"');
+        document.querySelector("textarea").dispatchEvent(new Event("input", {bubbles: true}));"""
+    with browser(tmp_path) as call:
+        call("Page.enable")
+        for script in (fill, "document.getElementById('save').click(); document.body.innerText"):
+            call("Page.navigate", url=(tmp_path / "sheet.html").as_uri())  # the second time anew, as it was left
+            done = time.monotonic() + 20
+            ready = "document.readyState === 'complete' && document.querySelectorAll('fieldset').length"
+            while time.monotonic() < done:
+                if call("Runtime.evaluate", expression=ready)["result"].get("value") == 2:
+                    break
+                time.sleep(0.05)
+            said = call("Runtime.evaluate", expression=script)["result"]["value"]
+        saved = tmp_path / "ratings-Dr_.csv"
+        while not saved.exists() and time.monotonic() < done:
+            time.sleep(0.05)
+    assert "all done" in said and "What\n<b>1</b>?" in said and "</script> of grade 2" in said
+    lines = list(sample.read_sheets([saved]))
+    assert [line[-1] for line in lines] == [dict(zip(sample.EXPERTS, (5, 2)))] * 2 and lines[0][-2] == "Dr. Ö"
+    assert {line[3] for line in lines} == {row[3] for row in rows}
+    assert """'=so, ""so""\"""" in saved.read_text(encoding="utf-8-sig")
+
+
 def test_bad_files_of_predictions_are_named(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(UserError, match="predictions.jsonl: no such file; expected predictions: of sample.py --qa"):
