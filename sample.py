@@ -1486,7 +1486,7 @@ def resampled(n, seed):
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 1000).astype(float)
 
 
-def bootstrap(values, slides, seed):
+def interval(values, slides, seed):
     """Mean, and the 95% bootstrap interval over slides: a slide's questions stand and fall together. A value that is
     not a number is left out."""
     known = ~np.isnan(values)
@@ -1508,9 +1508,9 @@ def mcnemar(first, second):
 def paired(values, first, slides, seed, right_or_wrong=False):
     """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what a Line
     says of them."""
-    found = dict(zip(("mean", "low", "high"), bootstrap(values, slides, seed)))
+    found = dict(zip(("mean", "low", "high"), interval(values, slides, seed)))
     if first is not None and not np.isnan(values - first).all():
-        difference = bootstrap(values - first, slides, seed)
+        difference = interval(values - first, slides, seed)
         found |= dict(zip(("difference", "difference_low", "difference_high"), difference))
         found |= {"p": mcnemar(first, values)} if right_or_wrong else {}
     return found
@@ -2057,7 +2057,7 @@ def evaluate_tiles(args):
         for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L", "seconds"):
             found, means = values[metric], [float(np.mean(x)) for x in values[metric].values()]
             if found:
-                line[metric] = with_interval(*bootstrap(np.array(means), [slides[n] for n in found], args.seed))
+                line[metric] = with_interval(*interval(np.array(means), [slides[n] for n in found], args.seed))
             if found and metric != "seconds":
                 series[metric].append((line["on average"], float(np.mean(means)), f"{line['tiles']} tiles"))
         table.append(line)

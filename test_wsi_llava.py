@@ -4340,10 +4340,10 @@ def test_intervals_and_rank_correlations():
     # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
     assert sample.spearman(np.array([1, 2, 3, 4, 5.0]), np.array([2, 1, 4, 3, 5.0])) == pytest.approx(0.8)
     values = np.random.default_rng(0).random(400)
-    mean, low, high = sample.bootstrap(values, np.arange(400), 0)
+    mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
     assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    together = sample.bootstrap(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
+    together = sample.interval(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
     assert together == pytest.approx([mean, low, high])  # four questions that a slide decides are no more than one
 
 
