@@ -8,7 +8,7 @@
 A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every tile becomes one vector:
 
     data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
-    data/qc/<slide>.jpg                 thumbnail with the outline of the tissue and the kept tiles: look at it
+    data/qc/<slide>.jpg                 thumbnail with the outlines of tissue and kept tiles: look at it
     data/qc/index.html                  all of these pictures on one page, and what failed
     data/failures/<slide>.json          why a slide could not be prepared: path, step and message
 
@@ -144,9 +144,9 @@ class Slide:
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         check(
             max(self.width, self.height) <= GRID * TILE,
-            f"{path}: {self.width} x {self.height} px at {target:g} um/px are more than {GRID} x {GRID} tiles, "
-            f"for which the slide encoder has no positions; a damaged file, or its um/px are not {self.mpp:g} "
-            f"({self.source}): --mpp-csv gives others",
+            f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles, "
+            f"for which the slide encoder has no positions; a damaged file, or its um/px are not "
+            f"{self.mpp:g} ({self.source}): --mpp-csv gives others",
         )
         # The coarsest level that is at least as fine as the target; the finest there is where none is.
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
@@ -194,9 +194,11 @@ class Slide:
         x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
         if self.flat:
             with Image.open(self.path) as image:
-                tags = getattr(image, "tag_v2", {})
-                text, (x, y) = str(tags.get(270, "")), image.info.get("dpi") or (tags.get(282), tags.get(283))
-                unit = "inch" if "dpi" in image.info else None
+                tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow makes up the other side's dpi
+                text, x, y = str(tags.get(270, "")), tags.get(282), tags.get(283)
+                unit = {2: "inch", 3: "centimeter"}.get(tags.get(296))
+                if not tags and "dpi" in image.info:
+                    (x, y), unit = image.info["dpi"], "inch"
         tagged = (MICRONS.get(unit, 0) / (number(side) or math.inf) for side in (x, y))
         power = 10 / (self.power or math.inf)
         for source, wide, high in (
@@ -300,7 +302,8 @@ def walk(top):
         ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
         # hidden: .snapshot, .Trash-1000
         folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))
-        yield Path(folder), [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+        files = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
+        yield Path(folder), [path for path in files if path.is_file() or not path.exists()]  # no pipes
 
 
 def listed(inputs, flag, source="", seen=()):
@@ -308,7 +311,7 @@ def listed(inputs, flag, source="", seen=()):
     not there."""
     for text in inputs:
         entry = Path(text)
-        check(os.path.exists(entry), f"{source}{entry}: no such file or folder ({flag})")
+        check(entry.is_file() or entry.is_dir(), f"{source}{entry}: no such file or folder ({flag})")
         if not (entry.is_file() and entry.suffix.lower() == ".txt"):
             yield entry
             continue
@@ -480,12 +483,6 @@ def table_rows(table, name, path):
     return [key for key in (name, path.stem, str(path), *ends) if key in table]
 
 
-def given_mpp(args, table, name, path):
-    """What --mpp-csv and --mpp say of a slide, or None."""
-    rows = table_rows(table, name, path)
-    return table[rows[0]] if rows else args.mpp
-
-
 # ---- Tissue and tiles --------------------------------------------------------------------------------------
 #
 # Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is
@@ -602,7 +599,8 @@ def mask_file(folder, name):
 
 def given_mask(path, slide, size):
     """A mask picture of the whole slide, or a QuPath GeoJSON, -> bool [h,w] of that size (width, height)."""
-    with reading(path, "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"):
+    kinds = "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"
+    with reading(path, kinds):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(path, slide, size)
         grey = Image.open(path).convert("L")
@@ -815,15 +813,15 @@ def write_index(data):
     wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title=title) + "".join(cards))
 
 
-# ---- Readers: the workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged 
-# so that they take the process with them. What they read they leave in shared memory; only numbers travel.
+# ---- Readers -----------------------------------------------------------------------------------------------
+#
+# The workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged so
+# that they take the process with them. What they read they leave in shared memory; only numbers travel.
 
-# forked, they share what is loaded
+# Forked, they share what is loaded, PyTorch too.
 FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
-
-
 DIED = "the process that read it died (a damaged file, or no memory left)"
+open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
 
 
 class SlideError(Exception):
@@ -831,15 +829,15 @@ class SlideError(Exception):
 
 
 class Readers(torch.utils.data.Dataset):
-    """What a DataLoader's workers do: a job (method, arguments) -> (job, what came of it or the exception).
+    """What a DataLoader's workers do: a job (method, name, arguments) -> (method, name, result or exception).
 
     slots: memory that they share with the main process, for a batch of tiles each, used again and again: a
     fresh tensor for every batch costs up to 0.3 ms a tile in page faults alone.
     """
 
     def __init__(self, workers, batch):
-        # two jobs each on their way, and one that is being encoded
-        self.workers, n = workers, 2 * workers + 1
+        n = 2 * workers + 1  # two jobs each on their way, and one that is being encoded
+        self.workers = workers
         self.memory = FORK.RawArray("B", n * batch * TILE * TILE * 4)
         self.shape, self.free = (n, batch, TILE, TILE, 4), collections.deque(range(n))
 
@@ -849,11 +847,11 @@ class Readers(torch.utils.data.Dataset):
         return torch.frombuffer(self.memory, dtype=torch.uint8).view(self.shape)
 
     def __getitem__(self, job):
-        method, *arguments = job
+        method, name, *arguments = job
         try:
-            return job, getattr(self, method)(*arguments)
+            return method, name, getattr(self, method)(name, *arguments)
         except (SlideError, OSError) as error:
-            return job, error
+            return method, name, error
 
     def run(self, jobs):
         """Jobs, drawn a few ahead -> their results as they come, in any order. A worker's death is a
@@ -875,54 +873,43 @@ class Readers(torch.utils.data.Dataset):
     def survey(self, name, path, options):
         """What there is to read of a slide -> dict with its tiles' coords and what Slide knows.
 
-        options: see Preparation.survey_options. Raises SlideError, whatever is wrong with the file, and
-        OSError where a picture cannot be written.
+        options: see Work.options. Raises SlideError, whatever is wrong with the file, and OSError where a
+        picture cannot be written.
         """
-        step, known, outputs = "open", options["known"], options["outputs"]
+        step, outputs = "open", options["outputs"]
         source = str(path), options["given"], options["target_mpp"], options["fallback"]
         try:
             slide = open_slide(*source)
-            plan = {"size": slide.file.dimensions, "reader": source, "known": known is not None}
+            plan = {"size": slide.file.dimensions, "reader": source}
             for fact in ("mpp", "source", "scale", "level", "hash", "contradicts"):
                 plan[fact] = getattr(slide, fact)
             other = "the features that are there by its name are another slide's; --overwrite replaces them"
-            check(known in (None, plan["hash"]), other)
+            check(options["known"] in (None, slide.hash), other)
             step = "tissue"
             thumbnail = slide.thumbnail(MASK)
-            plan["lost"] = slide.lost
-            if options["mask"]:
-                mask, grey = given_mask(options["mask"], slide, thumbnail.size), 0
-                ink = np.zeros_like(mask)
-            else:
-                mask, ink, grey = find_tissue(thumbnail)
-            plan |= {"ink": ink.mean() > 0.001, "why": ""}
-            if max(slide.width, slide.height) < TILE:
-                plan["why"] = " (smaller than a tile)"
-            elif grey > 0.01:
-                plan["why"] = " (no colour: grey, silver and fluorescence slides need --mask)"
+            mask, ink, plan["why"] = tissue_of(slide, thumbnail, options["mask"])
             coords = tile_grid(mask, options["min_tissue"], options["step"])
-            plan["coords"] = coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
+            coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
+            plan |= {"coords": coords, "lost": slide.lost, "ink": ink.mean() > 0.001}
             pixel = max(slide.width, slide.height) / 768
-            if "picture" not in outputs:
-                picture = None
-            elif pixel > MASK:  # not read again: a slide without small levels takes minutes
+            if "picture" in outputs and pixel <= MASK:
+                thumbnail = slide.thumbnail(pixel)
+            elif "picture" in outputs:  # not read again: a slide without small levels takes minutes
                 size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
-                picture = thumbnail.resize(size, Image.Resampling.BOX)
-            else:
-                picture = slide.thumbnail(pixel)
+                thumbnail = thumbnail.resize(size, Image.Resampling.BOX)
         except Exception as error:
             open_slide.cache_clear()  # a handle that has failed once fails for good
             reason = wsi_llava.one_line(error, 500)
             raise SlideError(step, reason if str(path) in reason else f"{path}: {reason}") from None
-        if picture:
-            draw_qc(outputs["picture"], picture, pixel, mask, ink, coords)
+        if "picture" in outputs:
+            draw_qc(outputs["picture"], thumbnail, pixel, mask, ink, coords)
         if "geojson" in outputs:
             write_geojson(outputs["geojson"], slide, mask, coords)
         return plan
 
     def read_tiles(self, name, source, coords, numbers, slot):
-        """Tiles of a slide, by their numbers -> (those that could be read, the last error). Their pixels
-        go into the slot."""
+        """Tiles of a slide, by their numbers, into a slot -> (the slot, those that could be read, how many
+        could not, the last error)."""
         pixels, read, failed = self.slots[slot].numpy(), [], None
         for n, (x, y) in zip(numbers, coords.tolist()):
             for _ in range(2):
@@ -933,7 +920,19 @@ class Readers(torch.utils.data.Dataset):
                 except Exception as error:  # OpenSlide refuses everything after one: opened anew
                     failed = wsi_llava.one_line(error)
                     open_slide.cache_clear()
-        return read, failed
+        return slot, read, len(numbers) - len(read), failed
+
+
+def tissue_of(slide, thumbnail, given=None):
+    """-> (bool [h,w]: tissue, by the mask that is given or by its colour; ink; why there may be none)."""
+    if given:
+        mask = given_mask(given, slide, thumbnail.size)
+        return mask, np.zeros_like(mask), ""
+    mask, ink, grey = find_tissue(thumbnail)
+    if max(slide.width, slide.height) < TILE:
+        return mask, ink, " (smaller than a tile)"
+    colourless = " (no colour: grey, silver and fluorescence slides need --mask)"
+    return mask, ink, colourless if grey > 0.01 else ""
 
 
 def tell(source, name, *arguments):
@@ -968,16 +967,7 @@ class SafeSlide:
         return self.ask("tile", x, y)
 
 
-# ---- Features ----------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def encode(encoder, tiles, device):
-    """uint8 [n,256,256,4] -> features float16 [n,C], on the device."""
-    if device.type == "cuda":
-        tiles = tiles.pin_memory()  # so that the copy runs beside the encoder
-    tiles = tiles.to(device, non_blocking=True)[..., :3]
-    return encoder(wsi_llava.preprocess_tiles(tiles).to(encoder.cls_token.dtype)).half()
+# ---- A folder of features, which several runs may work on --------------------------------------------------
 
 
 def check_same(path, params):
@@ -1030,7 +1020,7 @@ def read_failures(data):
     return failures
 
 
-def note_failure(data, name, step=None, message=None, path=""):
+def note_failure(data, name, path, step=None, message=None):
     """Puts a slide on the record of failures, or takes it off."""
     file = data / "failures" / f"{name}.json"
     if step is None:
@@ -1049,29 +1039,30 @@ def write_meta(data, preset, mpp, encoder):
     if not (data / "meta.json").exists():
         wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
-    if old["encoder"]["fingerprint"] != encoder["fingerprint"]:
-        clash = f"of another tile encoder ({old['encoder']['source']}, not {encoder['source']})"
-    elif old["mpp"] != mpp:
-        clash = f"at {old['mpp']} um/px, not {mpp}"
-    else:
-        return old
-    raise UserError(f"{data} holds features {clash}; name a new folder with --data")
+    was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
+    made = f"of another tile encoder ({was}; not {now})"
+    same = old["encoder"]["fingerprint"] == encoder["fingerprint"]
+    check(same, f"{data} holds features {made}; name a new folder with --data")
+    another = f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
+    check(old["mpp"] == mpp, another)
+    return old
 
 
 def open_data(args):
     """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta,
     encoder)."""
-    data = Path(args.data)
-    old = wsi_llava.read_meta(data) if (data / "meta.json").exists() else None
-    if old:  # by default, the encoder that made what is there
-        args.preset = args.preset or old["preset"]
-        if old["encoder"]["source"] != "untrained" and not old["encoder"]["source"].startswith("imported"):
-            args.tile_encoder = args.tile_encoder or Path(old["encoder"]["source"])
+    there = (args.data / "meta.json").exists()
+    old = wsi_llava.read_meta(args.data) if there else {"encoder": {"source": "", "fingerprint": None}}
+    if args.dry_run:
+        return old, None
+    if there:  # by default, the encoder that made what is there
+        args.preset, source = args.preset or old["preset"], old["encoder"]["source"]
+        if source != "untrained" and not source.startswith("imported"):
+            args.tile_encoder = args.tile_encoder or Path(source)
     encoder, source = wsi_llava.pick_tile_encoder(args)
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
-    preset = args.preset or ("7b" if source else "demo")
-    return {"encoder": info} if args.dry_run else write_meta(data, preset, args.target_mpp, info), encoder
+    return write_meta(args.data, args.preset or ("7b" if source else "demo"), args.target_mpp, info), encoder
 
 
 @contextlib.contextmanager
@@ -1080,10 +1071,8 @@ def disk_errors(data):
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{data} cannot be written ({error}); make room or get the permission, then run the same command: it "
-            "goes on"
-        ) from None
+        what = "make room or get the permission, then run the same command: it goes on"
+        raise UserError(f"{data} cannot be written ({error}); {what}") from None
 
 
 def save_features(path, features, coords, metadata):
@@ -1092,242 +1081,265 @@ def save_features(path, features, coords, metadata):
     wsi_llava.write_tensors(path, {"features": features, "coords": coords}, about)
 
 
-class Preparation:
-    """One run over many slides {id: path}: what there is to do, and what came of it. failures: [(path,
-    message)]."""
+# ---- From slides to features -------------------------------------------------------------------------------
 
-    def __init__(self, args, slides, table):
-        self.args, self.data, self.slides, self.table = args, Path(args.data), slides, table
-        self.meta, self.encoder = (known_meta(args), None) if args.dry_run else open_data(args)
-        self.started, self.tiles = time.time(), 0  # tiles encoded
-        self.at_hand = {}  # claimed slides and their plans
-        self.settled = set()  # slides that this run is through with
-        self.failures, self.notes = [], collections.defaultdict(list)
-        self.written, self.seen = [], []  # of each slide that was written, its tiles; the plans of a dry run
-        self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
-        for path in itertools.chain(*(self.data.glob(f"{folder}/.*.part") for folder in ("features", "qc"))):
-            self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
-        self.todo = [name for name in slides if not self.is_done(name)]
 
-    def params(self, name):
-        """What a slide's features depend on, beside the slide and its um/px."""
-        args, mask = self.args, self.mask(name)
-        return {
+@torch.inference_mode()
+def encode(encoder, tiles, device):
+    """uint8 [n,256,256,4] -> features float16 [n,C], on the device."""
+    if device.type == "cuda":
+        tiles = tiles.pin_memory()  # so that the copy runs beside the encoder
+    tiles = tiles.to(device, non_blocking=True)[..., :3]
+    return encoder(wsi_llava.preprocess_tiles(tiles).to(encoder.cls_token.dtype)).half()
+
+
+class Work:
+    """One slide of a run: what its features depend on, its files, and what has been read of it so far."""
+
+    def __init__(self, args, name, path, table, encoder, since):
+        rows = table_rows(table, name, path)
+        self.name, self.path, self.fallback = name, path, args.mpp
+        self.given = table[rows[0]] if rows else None  # um/px by --mpp-csv
+        self.mask = mask_file(args.mask, name) if args.mask else None
+        self.since = since if args.overwrite else 0  # files that are older are made again
+        self.files = {"features": wsi_llava.features_file(args.data, name)}
+        self.files["picture"] = args.data / "qc" / f"{name}.jpg"
+        if args.geojson:
+            self.files["geojson"] = args.data / "qc" / f"{name}.geojson"
+        with reading(self.mask, "a mask of --mask"):
+            mark = hashlib.sha256(self.mask.read_bytes()).hexdigest()[:12] if self.mask else None
+        self.params = {
             "tile": TILE,
             "target_mpp": args.target_mpp,
             "min_tissue": args.min_tissue,
-            "mask": hashlib.sha256(mask.read_bytes()).hexdigest()[:12] if mask else None,
+            "mask": mark,
             "step": args.step,
             "max_tiles": args.max_tiles,
             "seed": args.seed if args.max_tiles else None,
-            "encoder": self.meta["encoder"]["fingerprint"],
+            "encoder": encoder,
         }
+        self.plan, self.settled = None, False  # what survey returned; whether this run is through with it
+        self.read, self.features, self.lost = [], [], 0  # tiles' numbers, their features; those not decoded
 
-    def given(self, name):
-        """The slide's um/px by --mpp-csv, or None."""
-        rows = table_rows(self.table, name, self.slides[name])
-        return self.table[rows[0]] if rows else None
+    def missing(self):
+        """Those of the slide's files that are to be made {kind: path}."""
+        missing = {}
+        for kind, path in self.files.items():
+            if not path.exists() or path.stat().st_mtime < self.since:
+                missing[kind] = path
+        return missing
 
-    def mask(self, name):
-        """The slide's file in --mask, or None."""
-        return mask_file(self.args.mask, name) if self.args.mask else None
-
-    def file(self, name):
-        return wsi_llava.features_file(self.data, name)
-
-    def missing(self, name):
-        """Those of the slide's files that are to be made {kind: path}; with --overwrite, what is older
-        than this run."""
-        files = {"features": self.file(name), "picture": self.data / "qc" / f"{name}.jpg"}
-        if self.args.geojson:
-            files["geojson"] = self.data / "qc" / f"{name}.geojson"
-        since = self.started if self.args.overwrite else 0
-        there = {kind for kind, path in files.items() if path.exists() and path.stat().st_mtime >= since}
-        return {kind: files[kind] for kind in files if kind not in there}
-
-    def noted(self, name):
+    def noted(self):
         """What the features that are there say of themselves; None where there are none, or no whole file."""
-        if "features" not in self.missing(name):
+        if "features" not in self.missing():
             with contextlib.suppress(UserError):
-                return feature_metadata(self.file(name))
+                return feature_metadata(self.files["features"])
 
-    def is_done(self, name):
-        """Whether the slide's files are all there, and this slide's. Raises UserError where its features
-        were made with other parameters."""
-        noted = self.noted(name)
-        if not noted or noted.get("file", [])[:2] not in ([], self.identity(name)):
+    def is_done(self):
+        """Whether the slide's files are all there, and this slide's. Raises UserError where its features were
+        made with other parameters."""
+        noted = self.noted()
+        if not noted or noted.get("file", [])[:2] not in ([], self.identity()):
             return False  # in the second case, its hash will tell
-        self.check_same(name, noted)
-        return not self.missing(name)
+        self.check_same(noted)
+        return not self.missing()
 
-    def identity(self, name):
+    def identity(self):
         """Path and size of the slide's file, by which it is known again."""
-        path = os.path.abspath(self.slides[name])
+        path = os.path.abspath(self.path)
         return [path, os.path.getsize(path) if os.path.exists(path) else 0]
 
-    def check_same(self, name, noted):
-        check_same(self.file(name), self.params(name))
-        given = self.given(name) or (self.args.mpp if noted.get("mpp_source") == "--mpp" else None)
-        made = f"{self.file(name)} was made with mpp {noted.get('mpp')}, not {given}"
-        check(given in (None, noted.get("mpp")), f"{made}; --overwrite makes it again")
+    def check_same(self, noted):
+        file = self.files["features"]
+        check_same(file, self.params)
+        mpp = self.given or (self.fallback if noted.get("mpp_source") == "--mpp" else None)
+        made = f"{file} was made with mpp {noted.get('mpp')}, not {mpp}"
+        check(mpp in (None, noted.get("mpp")), f"{made}; --overwrite makes it again")
 
-    def take(self, names):
-        """Claims one slide after the other, for as long as it is in hand; yields those that are left to
-        do."""
-        for name in names:
-            if not claim(self.data, name):
-                self.notes["left to another run that is at work on them"].append(name)
-                self.settle(name)
-            elif self.is_done(name):  # another process was faster
-                self.settle(name)
+    def options(self, dry_run):
+        """What a reader has to know. known: the hash of the slide whose features are there by this name."""
+        noted = self.noted()
+        known = noted["file"][2] if noted and "file" in noted else None
+        own = {"given": self.given, "fallback": self.fallback, "mask": self.mask, "known": known}
+        return {**self.params, **own, "outputs": {} if dry_run else self.missing()}
+
+    def notes(self):
+        """What a person should know of a slide that was prepared."""
+        plan = self.plan
+        where = {"objective power": "the objective power", "--mpp": "--mpp", "given": "--mpp-csv"}
+        if plan["source"] in where:
+            yield f"um/px taken from {where[plan['source']]}"
+        if plan["contradicts"]:
+            yield "um/px and objective power contradict each other"
+        if plan["scale"] < 1 - NATIVE:
+            yield "coarser than the target, enlarged"
+        if self.lost:
+            yield f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded"
+        if plan["lost"]:
+            yield f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded"
+        if plan["ink"]:
+            yield "ink left out, outlined in red in data/qc (--mask decides otherwise)"
+        if not len(plan["coords"]):
+            yield f"no tissue found{plan['why']}"
+
+
+class Preparation:
+    """One run over slides {id: path}: what is to do, and what came of it. failures: [(path, message)]."""
+
+    def __init__(self, args, slides, table):
+        self.args, self.data, self.started = args, args.data, time.time()
+        self.meta, self.encoder = open_data(args)
+        made_by = self.meta["encoder"]["fingerprint"], self.started
+        self.works = {name: Work(args, name, path, table, *made_by) for name, path in slides.items()}
+        self.todo = [work for work in self.works.values() if not work.is_done()]
+        self.at_hand = {}  # claimed works, by name
+        self.queue = collections.deque()  # (work, numbers of tiles): the batches that are to be read
+        self.failures, self.notes = [], collections.defaultdict(list)
+        self.tiles, self.written = 0, []  # tiles that were encoded; of each slide that was written, its tiles
+        self.seen = []  # works of a dry run
+        self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
+        for path in itertools.chain(*(self.data.glob(f"{folder}/.*.part") for folder in ("features", "qc"))):
+            self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
+
+    def claimed(self, todo):
+        """Claims one slide after the other, for as long as it is at hand; yields those left to do."""
+        for work in todo:
+            if self.args.dry_run:
+                yield work
+            elif not claim(self.data, work.name):
+                self.notes["left to another run that is at work on them"].append(work.name)
+                self.settle(work)
+            elif work.is_done():  # another process was faster
+                self.settle(work)
             else:
-                for path in self.halves[name]:  # nobody else is at work on it
+                for path in self.halves[work.name]:  # nobody else is at work on it
                     path.unlink(missing_ok=True)
-                yield name
+                yield work
 
-    def jobs(self, readers, names):
-        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next
-        slides, so that none has to be waited for, then the tiles of the slides that were surveyed, batch
-        by batch."""
-        names = iter(names) if self.args.dry_run else self.take(names)
+    def jobs(self, readers, todo):
+        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next slides,
+        so that none has to be waited for, then the tiles of those that were surveyed, batch by batch."""
+        todo = self.claimed(todo)
         while True:
-            name = next(names, None) if self.surveying + len(self.queue) <= readers.workers else None
-            if name:
-                self.at_hand[name], self.surveying = None, self.surveying + 1
-                yield "survey", name, self.slides[name], self.survey_options(name)
+            work = next(todo, None) if len(self.at_hand) <= readers.workers + 1 else None
+            if work:
+                self.at_hand[work.name] = work
+                yield "survey", work.name, work.path, work.options(self.args.dry_run)
             elif self.queue:
-                job = next(self.queue[0], None)
-                if job:
-                    yield job
-                else:
-                    self.queue.popleft()
-            elif self.surveying:
+                work, numbers = self.queue.popleft()
+                if not work.settled:  # it may have failed meanwhile
+                    tiles = work.plan["reader"], work.plan["coords"][numbers], numbers.tolist()
+                    yield "read_tiles", work.name, *tiles, readers.free.popleft()
+            elif self.at_hand:
                 yield "wait", None
             else:
                 return
 
-    def survey_options(self, name):
-        noted, outputs = self.noted(name), {} if self.args.dry_run else self.missing(name)
-        known = noted["file"][2] if noted and "file" in noted else None
-        own = {"given": self.given(name), "fallback": self.args.mpp, "mask": self.mask(name)}
-        return {**self.params(name), **own, "known": known, "outputs": outputs}
-
-    def batches(self, readers, name, plan):
-        """A surveyed slide -> the jobs that read its tiles. All batches are full but its last: a feature's
-        bits depend on the slide alone."""
-        order = np.concatenate(blocks(plan["coords"], self.args.step))
-        for start in range(0, len(order), self.args.batch):
-            if name in self.settled:
-                return  # it has failed
-            numbers = order[start : start + self.args.batch]
-            tiles = plan["reader"], plan["coords"][numbers], numbers.tolist()
-            yield "read_tiles", name, *tiles, readers.free.popleft()
-
-    def run(self, names):
-        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to
-        know which it was."""
-        self.at_hand, self.surveying, self.queue = {}, 0, collections.deque()
+    def run(self, todo):
+        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know
+        which it was."""
         try:
-            self.read_and_encode(names)
+            self.read_and_encode(todo)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            suspects = list(self.at_hand)
+            suspects = list(self.at_hand.values())
             check(suspects, "the readers die at once, perhaps for lack of memory; try fewer --workers")
-            if len(names) == 1:
-                self.fail(names[0], "read", f"{self.slides[names[0]]}: {DIED}")
+            self.at_hand.clear()
+            self.queue.clear()
+            if len(todo) == 1:
+                self.fail(todo[0], "read", f"{todo[0].path}: {DIED}")
                 return
-            for name in suspects:
-                self.run([name])
-            self.run([name for name in names if name not in self.settled])
+            for work in suspects:
+                work.read, work.features, work.lost = [], [], 0
+                self.run([work])
+            self.run([work for work in todo if not work.settled])
 
-    def read_and_encode(self, names):
+    def read_and_encode(self, todo):
         readers = Readers(self.args.workers, self.args.batch)
-        for (method, name, *arguments), result in readers.run(self.jobs(readers, names)):
+        for method, name, result in readers.run(self.jobs(readers, todo)):
             if isinstance(result, OSError):
                 raise result  # the output folder's
             if method == "survey":
-                self.surveying -= 1
-                self.surveyed(readers, name, result)
+                self.surveyed(self.works[name], result)
             elif method == "read_tiles":
-                _, _, numbers, slot = arguments
-                if name not in self.settled:  # it may have failed meanwhile
-                    self.encode(name, numbers, *result, readers.slots[slot])
+                slot, *read = result
+                if not self.works[name].settled:
+                    self.encode(self.works[name], readers.slots[slot], *read)
                 readers.free.append(slot)
 
-    def surveyed(self, readers, name, plan):
+    def surveyed(self, work, plan):
         if isinstance(plan, SlideError):
-            self.fail(name, *plan.args)
-        elif self.args.dry_run:
-            self.seen.append({"name": name, **plan})
-            self.settle(name)
-        elif plan["known"]:  # its features are there, under another path perhaps; its pictures have been made
+            self.fail(work, *plan.args)
+            return
+        work.plan, noted = plan, work.noted()
+        if self.args.dry_run:
+            self.seen.append(work)
+            self.settle(work)
+        elif noted:  # its features are there, under another path perhaps; its pictures have been made
             try:
-                self.check_same(name, self.noted(name))
-                self.settle(name)
+                work.check_same(noted)
+                self.settle(work)
             except UserError as error:
-                self.fail(name, "open", str(error))
-        else:
-            self.at_hand[name] = plan | {"left": len(plan["coords"]), "dropped": 0, "features": []}
-            if len(plan["coords"]):
-                self.queue.append(self.batches(readers, name, plan))
-            else:
-                self.finish(name)
+                self.fail(work, "open", str(error))
+        elif not len(plan["coords"]):
+            self.finish(work)
+        else:  # all batches are full but the last: a feature's bits depend on the slide alone
+            order = np.concatenate(blocks(plan["coords"], self.args.step))
+            batches = np.array_split(order, range(self.args.batch, len(order), self.args.batch))
+            self.queue.extend((work, numbers) for numbers in batches)
 
-    def encode(self, name, numbers, read, error, tiles):
-        """A batch of a slide's tiles -> their features. numbers: of the batch; read: of those that could
-        be read."""
-        plan, n = self.at_hand[name], len(self.at_hand[name]["coords"])
-        plan["left"] -= len(numbers)
-        plan["dropped"] += len(numbers) - len(read)
-        if plan["dropped"] > DROPPED * n:
+    def encode(self, work, tiles, read, lost, error):
+        """A batch of a slide's tiles -> their features. read: the tiles' numbers; lost: how many lack."""
+        work.read += read
+        work.lost += lost
+        n = len(work.plan["coords"])
+        if work.lost > DROPPED * n:
             message = f"over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
-            self.fail(name, "read", f"{self.slides[name]}: {message}")
+            self.fail(work, "read", f"{work.path}: {message}")
             return
         if read:
-            plan["features"].append((read, encode(self.encoder, tiles[: len(read)], self.args.device)))
+            work.features.append(encode(self.encoder, tiles[: len(read)], self.args.device))
         self.tiles += len(read)
         speed = self.tiles / (time.time() - self.started)
-        self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {name[:24]}")
-        if not plan["left"]:
-            self.finish(name)
+        self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {work.name[:24]}")
+        if len(work.read) + work.lost == n:
+            self.finish(work)
 
-    def finish(self, name):
-        plan = self.at_hand[name]
-        numbers = np.array([n for read, _ in plan["features"] for n in read], int)
+    def finish(self, work):
+        """Writes the features of a slide whose tiles have all been read, in raster order."""
+        plan, order = work.plan, np.argsort(work.read)
         empty = torch.empty(0, self.encoder.cfg.width, dtype=torch.float16)
-        features = torch.cat([empty, *(features.cpu() for _, features in plan["features"])])
+        features = torch.cat([empty, *(part.cpu() for part in work.features)])[torch.from_numpy(order)]
         if not features.isfinite().all():
-            message = "its features are not finite; try --dtype float32"
-            self.fail(name, "encode", f"{self.slides[name]}: {message}")
+            self.fail(work, "encode", f"{work.path}: its features are not finite; try --dtype float32")
             return
-        order = np.argsort(numbers)
-        facts = {key: plan[key] for key in ("mpp", "scale", "dropped")} | {"mpp_source": plan["source"]}
-        facts |= {"params": self.params(name), "file": [*self.identity(name), plan["hash"]]}
-        facts |= dict(zip(("width", "height"), plan["size"]))  # level 0
-        coords = torch.from_numpy(plan["coords"][numbers[order]])
-        save_features(self.file(name), features[torch.from_numpy(order)], coords, facts)
-        note_failure(self.data, name)
-        self.written.append(len(numbers))
-        for what in slide_notes(plan):
-            self.notes[what].append(name)
-        if self.args.mask and not self.mask(name):
-            self.notes["not in --mask, so tissue was looked for by its colour"].append(name)
-        self.settle(name)
+        facts = {"mpp": plan["mpp"], "mpp_source": plan["source"], "scale": plan["scale"]}
+        facts |= {"dropped": work.lost, "params": work.params, "file": [*work.identity(), plan["hash"]]}
+        facts |= {"width": plan["size"][0], "height": plan["size"][1]}  # level 0
+        coords = torch.from_numpy(plan["coords"][np.array(work.read, int)[order]])
+        save_features(work.files["features"], features, coords, facts)
+        note_failure(self.data, work.name, work.path)
+        self.written.append(len(features))
+        for what in work.notes():
+            self.notes[what].append(work.name)
+        if self.args.mask and not work.mask:
+            self.notes["not in --mask, so tissue was looked for by its colour"].append(work.name)
+        self.settle(work)
 
-    def fail(self, name, step, message):
-        self.failures.append((self.slides[name], message))
+    def fail(self, work, step, message):
+        self.failures.append((work.path, message))
         if not self.args.dry_run:
-            note_failure(self.data, name, step, message, self.slides[name])
-        self.settle(name)
+            note_failure(self.data, work.name, work.path, step, message)
+        self.settle(work)
 
-    def settle(self, name):
+    def settle(self, work):
         """This run is through with the slide."""
-        self.settled.add(name)
+        work.settled, work.features = True, []
         self.bar.update()
-        self.at_hand.pop(name, None)
+        self.at_hand.pop(work.name, None)
         if not self.args.dry_run:
-            claim(self.data, name, give_up=True)
+            claim(self.data, work.name, give_up=True)
 
     def summary(self):
         seconds = time.time() - self.started
@@ -1340,41 +1352,17 @@ class Preparation:
             print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
 
 
-def slide_notes(plan):
-    """What a person should know of a slide that was prepared."""
-    where = {"objective power": "the objective power", "--mpp": "--mpp", "given": "--mpp-csv"}
-    if plan["source"] in where:
-        yield f"um/px taken from {where[plan['source']]}"
-    if plan["contradicts"]:
-        yield "um/px and objective power contradict each other"
-    if plan["scale"] < 1 - NATIVE:
-        yield "coarser than the target, enlarged"
-    if plan["dropped"]:
-        yield f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded"
-    if plan["lost"]:
-        yield f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded"
-    if plan["ink"]:
-        yield "ink left out, outlined in red in data/qc (--mask decides otherwise)"
-    if not len(plan["coords"]):
-        yield f"no tissue found{plan['why']}"
-
-
-def print_table(plans):
+def print_table(works):
     """What a dry run found."""
-    width = max([5, *(len(plan["name"]) for plan in plans)])
+    width = max([5, *(len(work.name) for work in works)])
     print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  {'level':>5}  {'tiles':>8}")
-    for plan in plans:
-        size, n = " x ".join(map(str, plan["size"])), len(plan["coords"])
+    for work in sorted(works, key=lambda work: work.name):
+        plan, n = work.plan, len(work.plan["coords"])
+        size = " x ".join(map(str, plan["size"]))
         line = f"{size:>15}  {plan['mpp']:>7.6}  {plan['source']:15}  {plan['level']:>5}  {n:>8}"
-        print(f"{plan['name']:{width}}  {line}")
-    total = sum(len(plan["coords"]) for plan in plans)
-    print(f"{count(len(plans), 'slide')}, {count(total, 'tile')}")
-
-
-def known_meta(args):
-    """What a dry run takes for data/meta.json, which it does not write."""
-    there = (args.data / "meta.json").exists()
-    return wsi_llava.read_meta(args.data) if there else {"encoder": {"source": "", "fingerprint": None}}
+        print(f"{work.name:{width}}  {line}")
+    total = sum(len(work.plan["coords"]) for work in works)
+    print(f"{count(len(works), 'slide')}, {count(total, 'tile')}")
 
 
 def read_table(args, slides):
@@ -1395,11 +1383,11 @@ def prepare_slides(args, slides, number=0, shares=1):
         slides = dict(list(slides.items())[number::shares])
         work = Preparation(args, slides, table)
         if work.meta["encoder"]["source"] == "untrained":
-            print("No GigaPath weights found or named: a small untrained encoder serves, for trying this out.")
+            print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
+        done = f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already;"
         print(
-            f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already; "
-            f"{len(work.todo)} to tile at {args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into "
-            f"{args.data}/features, with {count(args.workers, 'reader')}."
+            f"{done} {len(work.todo)} to tile at {args.target_mpp:g} um/px, step {args.step}, and encode on "
+            f"{args.device} into {args.data}/features, with {count(args.workers, 'reader')}."
         )
         if work.encoder:
             work.encoder.to(args.device, args.dtype)
@@ -1410,7 +1398,7 @@ def prepare_slides(args, slides, number=0, shares=1):
                 message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
                 raise UserError(message) from None
         if args.dry_run:
-            print_table(sorted(work.seen, key=lambda plan: plan["name"]))
+            print_table(work.seen)
         else:
             work.summary()
     return work.failures
@@ -1615,7 +1603,7 @@ def import_features(args, number=0, shares=1):
                 failures.append((path, str(error)))
                 failure = "import", str(error)
             if not args.dry_run:
-                note_failure(args.data, name, *failure)
+                note_failure(args.data, name, path, *failure)
     kinds = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing"
     print("Could import" if args.dry_run else "Imported", kinds)
     if counts[BARE]:
@@ -1858,14 +1846,15 @@ def report_leaks(splits, patients, args):
         questions = collections.Counter(itertools.chain(*map(slides_of, rows)))
         lines = [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
         csv.writer(table, lineterminator="\n").writerows(lines)
-    if not args.dry_run:
-        wsi_llava.write_text(path, table.getvalue())
     people, what = sum(isinstance(mark, tuple) for mark in shared), ""
     if shared:
         what = f", {count(len(leaks['train']), 'question')} of training and {len(leaks['test']):,} of test"
         what += " (left out of training)" if args.drop_leaks else " (--drop-leaks leaves the former out)"
+    if not args.dry_run:
+        wsi_llava.write_text(path, table.getvalue())
+        what += f"; see {path}"
     slides = f"{count(len(shared) - people, 'slide')}, {count(people, 'patient')}"
-    print(f"On both sides of training and test: {slides}{what}; see {path}.")
+    print(f"On both sides of training and test: {slides}{what}.")
     return [row for row in training if not marks(row) & shared]
 
 
@@ -1922,13 +1911,14 @@ def import_qa(args):
             splits["train"] = new["train"] = clean
     for name in new:
         missing = describe_split(paths[name], splits[name], have, "Would write" if args.dry_run else "Wrote")
-        unmatched = paths[name].with_suffix(".unmatched.txt")
+        where = ""
         if not args.dry_run:
             write_qa(paths[name], splits[name])
+            unmatched = paths[name].with_suffix(".unmatched.txt")
             wsi_llava.write_text(unmatched, "".join(f"{slide}\n" for slide in missing))
+            where = f", all in {unmatched}"
         if missing:
-            few = f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
-            print(f"  {count(len(missing), 'slide')} without features, all in {unmatched}: {few}")
+            print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
     check(len(args.qa) > 1 or not failures, "".join(failures))
     for message in failures:
         print(f"failed: {message}", file=sys.stderr)
@@ -2067,61 +2057,69 @@ def invent_cases(n_train, n_test, seed):
     return cases
 
 
-def write_report(case, rng):
-    """A report in the style of one of three pathologists, who differ in their words and in what they
-    mention first."""
-    share = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}[case["grade"]]
-    some, position = case["focus"] == "present", case["position"]
-    tumour = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
-    styles = [
-        f"The tumor is {tumour}. It takes up {share} of the tissue, which makes it {case['grade']}. "
-        f"Necrosis is seen at the {position}. {'A focus of brown pigment is present.' if some else 'Brown pigment is absent.'}",
-        f"Sections show {tumour} of {case['grade']} with necrosis at the {position}. "
-        f"{'There is a focus of brown pigment.' if some else 'There is no brown pigment.'} Tumor fills {share} of the tissue.",
-        f"{'Brown pigment is found.' if some else 'No brown pigment is found.'} The {position} is necrotic. "
-        f"With {share} of the tissue taken up, this is {tumour}, {case['grade']}.",
-    ]
-    return styles[rng.integers(3)]
+# task -> (ways to ask, the answer), filled in from what the slide shows
+QUESTIONS = {
+    "report": ("Write a report of this slide.|What does this slide show?", ""),
+    "type": (
+        "What is the histological type of the tumor?|Which type of tumor is this?",
+        "The tumor is {a_type}.",
+    ),
+    "grade": (
+        "What is the grade of the tumor?|How is this tumor graded by its share of the tissue?",
+        "The tumor is {grade}.",
+    ),
+    "position": (
+        "Where on the slide is the necrosis?|Which part of the slide is necrotic?",
+        "The necrosis is at the {position}.",
+    ),
+    "focus": (
+        "Is there a focus of brown pigment?|Can brown pigment be found on this slide?",
+        "{yes_no}, brown pigment is {focus}.",
+    ),
+    # The text gives the answer away: a model without the slide does as well, and the table shows it.
+    "subtype": (
+        "Estrogen receptor is {er} and HER2 is {her2}. What is the molecular subtype?",
+        "The molecular subtype is {subtype}.",
+    ),
+}
+# Three pathologists, who differ in their words and in what they mention first.
+REPORTS = (
+    "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
+    "the {position}. {pigment[0]}",
+    "Sections show {a_type} of {grade} with necrosis at the {position}. {pigment[1]} Tumor fills {share} of "
+    "the tissue.",
+    "{pigment[2]} The {position} is necrotic. With {share} of the tissue taken up, this is {a_type}, "
+    "{grade}.",
+)
+PIGMENT = {
+    "present": "A focus of brown pigment is present.|There is a focus of brown pigment.|"
+    "Brown pigment is found.",
+    "absent": "Brown pigment is absent.|There is no brown pigment.|No brown pigment is found.",
+}
+SHARES = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}
 
 
 def write_questions(case, rng):
-    """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three
-    of them."""
+    """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three."""
     er, her2 = case["receptors"]
-    say = {
-        "report": (["Write a report of this slide.", "What does this slide show?"], write_report(case, rng)),
-        "type": (
-            ["What is the histological type of the tumor?", "Which type of tumor is this?"],
-            f"The tumor is {'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}.",
-        ),
-        "grade": (
-            ["What is the grade of the tumor?", "How is this tumor graded by its share of the tissue?"],
-            f"The tumor is {case['grade']}.",
-        ),
-        "position": (
-            ["Where on the slide is the necrosis?", "Which part of the slide is necrotic?"],
-            f"The necrosis is at the {case['position']}.",
-        ),
-        "focus": (
-            ["Is there a focus of brown pigment?", "Can brown pigment be found on this slide?"],
-            "Yes, brown pigment is present." if case["focus"] == "present" else "No, brown pigment is absent.",
-        ),
-        "subtype": (  # the text gives the answer away: a model without the slide does as well, and the table shows it
-            [f"Estrogen receptor is {er} and HER2 is {her2}. What is the molecular subtype?"],
-            f"The molecular subtype is {SUBTYPES[case['receptors']]}.",
-        ),
+    words = {**case, "er": er, "her2": her2, "subtype": SUBTYPES[er, her2], "share": SHARES[case["grade"]]}
+    words["a_type"] = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
+    words |= {
+        "pigment": PIGMENT[case["focus"]].split("|"),
+        "yes_no": "Yes" if case["focus"] == "present" else "No",
     }
-    turns = {
-        task: [{"from": "human", "value": str(rng.choice(questions))}, {"from": "gpt", "value": answer}]
-        for task, (questions, answer) in say.items()
-    }
+    talks = {}
+    for task, (asked, answer) in QUESTIONS.items():
+        question, answer = rng.choice(asked.split("|")), answer or rng.choice(REPORTS)
+        turns = ("human", question), ("gpt", answer)
+        talks[task] = [{"from": who, "value": str(text).format(**words)} for who, text in turns]
     order = rng.permutation(["type", "grade", "position", "focus"])[:3]
-    turns["dialogue"] = [dict(turn) for task in order for turn in turns[task]]
+    talks["dialogue"] = [turn for task in order for turn in talks[task]]
     rows = []
-    for task, conversation in turns.items():
-        conversation[0]["value"] = "<image>\n" + conversation[0]["value"]
-        name = f"{case['slide']}-{task}"
-        rows.append({"id": name, "slide": case["slide"], "task": task, "cancer": "demo", "conversations": conversation})
+    for task, turns in talks.items():
+        turns = [{**turns[0], "value": f"<image>\n{turns[0]['value']}"}, *turns[1:]]
+        row = {"id": f"{case['slide']}-{task}", "slide": case["slide"], "task": task, "cancer": "demo"}
+        rows.append(row | {"conversations": turns})
     return rows
 
 
@@ -2130,8 +2128,8 @@ def draw_cohort(args, recipe, folder):
     them shows."""
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     print(
-        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into {folder}: "
-        f"JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
+        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into "
+        f"{folder}: JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
     )
     for path in (folder, args.data / "qa"):
         path.mkdir(parents=True, exist_ok=True)
@@ -2250,19 +2248,25 @@ def stand_in_llm(args):
 
 def add_demo_flags(parser):
     add = parser.add_argument
-    add("--demo-slides", type=at_least(5), default=500, help="toy slides to train on; a fifth more are held out")
+    add(
+        "--demo-slides",
+        type=at_least(5),
+        default=500,
+        help="toy slides to train on (default: 500); a fifth more",
+    )
     add("--llm-steps", type=at_least(1), default=250, help="training steps of the stand-in language model")
 
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     add = parser.add_argument
-    add("--slides", nargs="+", metavar="PATH", help="slides, folders to search for slides, .txt lists of paths")
-    add("--features", nargs="+", metavar="PATH", help="features made elsewhere, or folders to search (.pt, .h5)")
+    add("--slides", nargs="+", metavar="PATH", help="slides, folders of slides, .txt lists of paths")
+    add("--features", nargs="+", metavar="PATH", help="features made elsewhere (.pt, .h5), or their folders")
     bare = "what tensors without coordinates hold (default: tokens if they have the shape, else tiles)"
     add("--features-are", choices=["tiles", "tokens"], help=bare)
     add("--qa", nargs="+", metavar="FILE", help=f"question files; {WHAT_IS_READ}")
-    add("--split", choices=["train", "val", "test"], help="of --qa's files (default: what their names or rows tell)")
+    told = "of --qa's files (default: what their names or rows tell)"
+    add("--split", choices=["train", "val", "test"], help=told)
     whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
     add("--patients", metavar="FILE", type=some_path, help=whose)
     leaks = "leave out of training what shares a slide or a patient with the test"
@@ -2275,7 +2279,7 @@ def parse(argv=None):
     add("--min-tissue", type=share, default=0.25, help="least share of tissue in a tile (default: 0.25)")
     masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
     add("--mask", metavar="DIR", type=some_path, help=masks)
-    add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256; less: they overlap)")
+    add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256)")
     add(
         "--max-tiles",
         type=at_least(0),
@@ -2285,7 +2289,7 @@ def parse(argv=None):
     add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
     add("--dry-run", action="store_true", help="list the slides and their tiles; write nothing")
-    add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays: 1/16 to 16/16")
+    add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays")
     again = "make features again that are there already; begin anew the splits that --qa writes"
     add("--overwrite", action="store_true", help=again)
     wsi_llava.add_shared_flags(parser)
@@ -2312,8 +2316,10 @@ def own_share(args):
 def main(argv=None):
     args = parse(argv)
     if not (args.slides or args.features or args.qa or args.demo):
-        raise UserError("nothing to do: give --slides PATH, --features PATH, --qa FILE... or --demo (--help explains)")
-    check(not (args.demo and args.dry_run), "--demo draws its slides first; --dry-run is about slides that are there")
+        raise UserError("nothing to do: give --slides, --features, --qa or --demo (--help explains)")
+    check(
+        not (args.demo and args.dry_run), "--demo draws its slides; --dry-run is about slides that are there"
+    )
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     number, shares = own_share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -2339,7 +2345,12 @@ def main(argv=None):
     if args.qa and os.environ.get("RANK", "0") == "0":
         with disk_errors(args.data):
             import_qa(args)
-    if not args.dry_run and (args.data / "meta.json").exists() and (args.data / "qa" / "train.jsonl").exists() and not args.llm:
+    if (
+        not args.dry_run
+        and (args.data / "meta.json").exists()
+        and (args.data / "qa" / "train.jsonl").exists()
+        and not args.llm
+    ):
         if wsi_llava.read_meta(args.data)["preset"] == "demo":
             stand_in_llm(args)
     for _, message in failures:

@@ -147,7 +147,7 @@ def why_missing(cfg, data, slide):
     if slide_facts(data, slide).get("coordinates") is False and not cfg.no_slide_encoder:
         return "imported without coordinates: only a model of train.py --no-slide-encoder can be asked about it"
     try:
-        empty = not len(read_features(data, slide)[0])
+        empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
     except UserError as error:
         return str(error)
     return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None

@@ -201,7 +201,7 @@ def load_rows(data, split, skip_missing=False, tokens=False):
             offset += len(line)
     rows = Rows(path, index)
     have = {p.stem for p in (data / "features").glob("*.safetensors")} & set(rows.slides())
-    tiles = {slide: len(read_features(data, slide)[1]) for slide in have}
+    tiles = {slide: len(read_features(data, slide, coordinates=not tokens)[1]) for slide in have}
     if tokens and wsi_llava.read_meta(data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS:
         tiles |= {p.stem: 1 for p in (data / "visual_tokens").glob("*.safetensors")}
     missing = [slide for slide in rows.slides() if not tiles.get(slide)]  # without tissue there is nothing to learn

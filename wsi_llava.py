@@ -24,6 +24,7 @@ another part), E channels of the space that slides and reports share, W segment 
 """
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -56,8 +57,7 @@ TILE = 256  # pixels of a tile's side at the tiled resolution
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: the file or flag, what is wrong, what to
-    do."""
+    """A mistake that the user can mend. Its message is one line: file or flag, what is wrong, what to do."""
 
 
 def check(holds, message):
@@ -84,19 +84,21 @@ class Config:
     def from_dict(cls, values):
         """Raises UserError for a field that there is not, or a value that it cannot have."""
         types = {f.name: f.type for f in dataclasses.fields(cls)}
+        given = {}
         for name, value in values.items():
             check(name in types, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            if issubclass(types[name], Config):
-                values = values | {name: types[name].from_dict(value)}
-            elif types[name] is tuple:
-                values = values | {name: tuple(value)}
-        for name, value in values.items():
-            for number in value if isinstance(value, tuple) else [value]:
+            kind = types[name]
+            if issubclass(kind, Config):
+                value = kind.from_dict(value)
+            elif kind is tuple:
+                value = tuple(value)
+            for number in value if kind is tuple else [value]:
                 numeric = isinstance(number, (int, float)) and 0 <= number < LARGEST.get(name, 2**31)
-                fits = numeric if types[name] in (int, float, tuple) else isinstance(value, types[name])
-                whole = types[name] is not int or type(number) is int
+                fits = numeric if kind in (int, float, tuple) else isinstance(value, kind)
+                whole = kind is not int or type(number) is int
                 check(fits and whole, f"{cls.__name__}: {name} cannot be {one_line(value)}")
-        return cls(**values)
+            given[name] = value
+        return cls(**given)
 
     @classmethod
     def from_json(cls, text):
@@ -159,14 +161,13 @@ class TextEncoderConfig(Config):
 
 @dataclass
 class LlamaConfig(Config):
-    """The defaults are Vicuna-7b-v1.5. The fields from head_dim on are what other families of Llama-like
-    models change."""
+    """The defaults are Vicuna-7b-v1.5; the fields from head_dim on are what other families change."""
 
     vocab: int = 32000
     width: int = 4096
     depth: int = 32
     heads: int = 32
-    kv_heads: int = 32
+    kv_heads: int = 32  # 0: as many as heads
     mlp_hidden: int = 11008
     eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -179,6 +180,7 @@ class LlamaConfig(Config):
     family: str = "llama"  # Hugging Face's model_type
 
     def __post_init__(self):
+        self.kv_heads = self.kv_heads or self.heads
         if not self.head_dim:
             check_heads(self)
             self.head_dim = self.width // self.heads
@@ -240,8 +242,7 @@ def preprocess_tiles(tiles):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B,T,C] -> [B,T,C]. mask: broadcast to [B,H,T,T], True where a query may
-    look."""
+    """Self-attention: [B,T,C] -> [B,T,C]. mask: broadcast to [B,H,T,T], True where a query may look."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -309,11 +310,9 @@ class PatchEmbed(nn.Module):
 
 
 class TileEncoder(nn.Module):
-    """Prov-GigaPath's tile encoder: images [B,3,224,224] from preprocess_tiles -> [B,C], the CLS after the
-    final norm.
+    """Prov-GigaPath's tile encoder: preprocessed images [B,3,224,224] -> [B,C], the CLS after the norm.
 
-    Parameter names are those of the published `pytorch_model.bin` (timm's vit_giant_patch14_dinov2 at patch
-    16).
+    Parameter names are those of its `pytorch_model.bin` (timm's vit_giant_patch14_dinov2 at patch 16).
     """
 
     def __init__(self, cfg):
@@ -339,8 +338,7 @@ class TileEncoder(nn.Module):
 
 @torch.no_grad()
 def untrained_tile_encoder(cfg=None, seed=0):
-    """The demo's tile encoder: fixed, seeded, **untrained** weights, for trying the pipeline and not for
-    science.
+    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science.
 
     A random network still tells colours and textures apart (a random projection of every patch, a random
     non-linearity, an average over the tile), which is all that the toy cohort asks of it.
@@ -418,8 +416,7 @@ def _attend(q, k, v):
 
 
 def _attend_backward(grad, q, k, v, out, lse):
-    """Gradients of q, k, v, given `out` and `lse` of the whole union: P = e^{s - lse}, dS = P (dO v^T -
-    dO.out)."""
+    """Gradients of q, k, v, `out` and `lse` being the union's: P = e^{s - lse}, dS = P (dO v^T - dO.out)."""
     if _on_cpu(q):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, lse, 0.0, False)
@@ -458,15 +455,13 @@ def _kept(x, tokens, length, every, heads):
 
 
 class _DilatedAttention(torch.autograd.Function):
-    """The torch path, and the specification of the kernels: branch by branch, through views of q, k, v
-    [B,L,H,D]."""
+    """The torch path, and the kernels' specification: branch by branch, by views of q, k, v [B,L,H,D]."""
 
     @staticmethod
     def forward(ctx, q, k, v, segments, dilations, pad_keys):
         B, L, H, D = q.shape
         accumulate = torch.promote_types(q.dtype, torch.float32)
-        # [B,L,H,...] as everywhere, but each head's rows lie together in memory: a tenth faster to merge
-        # into.
+        # [B,L,H,...] as everywhere, but each head's rows lie together in memory: merging is a tenth faster.
         out = torch.zeros(B, H, L, D, dtype=accumulate, device=q.device).transpose(1, 2)
         lse = torch.full((B, H, L), -math.inf, dtype=accumulate, device=q.device).transpose(1, 2)
         for where, padded in _branches(L, H, segments, dilations):
@@ -560,8 +555,7 @@ if triton is not None:
 
     @triton.jit
     def _tokens(first, kept, stride, D, N: tl.constexpr, BLOCK_D: tl.constexpr):
-        """The N kept tokens from `first` on: their numbers [N], offsets [N,BLOCK_D] and which of these
-        exist."""
+        """The N kept tokens from `first` on: numbers [N], offsets [N,BLOCK_D], and which of these exist."""
         i, d = first + tl.arange(0, N), tl.arange(0, BLOCK_D)
         return i, (i * stride)[:, None] + d[None, :], (i < kept)[:, None] & (d < D)[None, :]
 
@@ -658,8 +652,7 @@ if triton is not None:
         acc_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
         for t in range(0, kept, KEYS):
             i, queries, live = _tokens(t, kept, step * D, D, KEYS, BLOCK_D)
-            # No mask here: queries that do not exist are loaded as zeros with zero gradients, and add
-            # nothing.
+            # No mask here: queries that do not exist are loaded as zeros with zero gradients: they add 0.
             qs = tl.load(q + queries, live, other=0.0)
             gs = tl.load(grad + queries, live, other=0.0)
             z = tl.load(lse + i * step, i < kept, other=0.0)
@@ -690,8 +683,7 @@ def _launch_options(kernel, D, dtype):
 
 
 def _launch(kernel, tensors, branches, **constants):
-    """Runs a kernel branch by branch: a program for each block of the tokens that a head keeps of a
-    segment."""
+    """Runs a kernel branch by branch: a program for each block of tokens that a head keeps of a segment."""
     B, L, H, D = tensors[0].shape
     options = _launch_options(kernel, D, tensors[0].dtype)
     scale = math.log2(math.e) / math.sqrt(D)
@@ -785,8 +777,7 @@ def grid_cells(coords, tile_size=TILE, grid=1000):
 
 
 def position_embedding(coords, width, tile_size=TILE, grid=1000):
-    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in pixels at the tiled resolution ->
-    [...,C].
+    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in tiled pixels -> [...,C].
 
     The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of cell
     / 10000^(i / (C/4)). Computed from the cells: upstream looks them up in a table of grid^2 rows, 3 GB at
@@ -800,8 +791,7 @@ def position_embedding(coords, width, tile_size=TILE, grid=1000):
 
 
 def pool_tokens(tokens, n):
-    """Average [B,N,C] along the raster-ordered sequence into n visual tokens [B,n,C]; fewer than n tokens
-    repeat."""
+    """[B,N,C] averaged along the raster order into n visual tokens [B,n,C]; fewer than n tokens repeat."""
     return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)  # [B,C,N] -> [B,C,n] -> [B,n,C]
 
 
@@ -818,14 +808,13 @@ class SlideAttention(nn.Module):
         self.out_proj = nn.Linear(cfg.width, cfg.width)
 
     def heads(self, x):
-        """[L,C] -> q, k, v, each [H,L,D]."""
-        L, C = x.shape
-        shape = (L, self.n_heads, C // self.n_heads)
-        return tuple(proj(x).view(shape).transpose(0, 1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        """[L,C] -> q, k, v, each [L,H,D]."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [L,C] each
+        return tuple(y.unflatten(1, (self.n_heads, -1)) for y in (q, k, v))
 
     def merge(self, attended):
-        """[H,L,D] -> [L,C]."""
-        return self.out_proj(self.inner_attn_ln(attended.transpose(0, 1).flatten(1)))  # [L,H,D] -> [L,C]
+        """[L,H,D] -> [L,C]."""
+        return self.out_proj(self.inner_attn_ln(attended.flatten(1)))
 
 
 class SlideFFN(nn.Module):
@@ -855,8 +844,7 @@ class SlideLayer(nn.Module):
         self.ffn = SlideFFN(cfg)
 
     def residual(self, x, update, lengths):
-        """x + update, with dropout, and in training now and then without a slide's update at all (stochastic
-        depth)."""
+        """x + update, with dropout; in training now and then without a slide's update (stochastic depth)."""
         update = self.dropout(update)
         if self.training and self.drop_path > 0:
             keep = torch.rand(len(lengths), device=x.device) >= self.drop_path  # [S]
@@ -865,46 +853,32 @@ class SlideLayer(nn.Module):
         return x + update
 
     def in_chunks(self, function, *tensors):
-        """function(*tensors), tensors [...,L,C] that it treats token by token, a chunk of the sequence at a
-        time.
+        """A function of tensors [L,...] that works token by token, a chunk of the sequence at a time.
 
         On a CPU activations then stay in cache (10% faster); everywhere the FFN's memory is capped. Under
-        autograd they are stored anyway, and in training every pass must draw the same dropout: then in one
-        piece.
+        autograd, which stores them anyway, and in training, with its dropout, it is done in one piece.
         """
         rows = 512 if tensors[0].device.type == "cpu" else 16384
-        if self.training or torch.is_grad_enabled() or tensors[0].shape[-2] <= rows:
+        if self.training or torch.is_grad_enabled() or len(tensors[0]) <= rows:
             return function(*tensors)
-        chunks = [function(*chunk) for chunk in zip(*(x.split(rows, dim=-2) for x in tensors))]
+        chunks = list(map(function, *(x.split(rows) for x in tensors)))
         if isinstance(chunks[0], tuple):
-            return tuple(torch.cat(chunk, dim=-2) for chunk in zip(*chunks))
-        return torch.cat(chunks, dim=-2)
-
-    def before(self, x):
-        """[sum of L,C] -> q, k, v, each [H,sum of L,D]."""
-        return self.self_attn.heads(self.self_attn_layer_norm(x))
-
-    def attend(self, q, k, v):
-        """Dilated attention within slides of one length, a list of [H,L,D] each -> a list of [H,L,D]."""
-        q, k, v = (x[0][None] if len(x) == 1 else torch.stack(x) for x in (q, k, v))  # [S,H,L,D]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [S,L,H,D]
-        attended = dilated_attention(q, k, v, self.cfg.segments, self.cfg.dilations, self.cfg.pad_keys)
-        return attended.transpose(1, 2).unbind()
+            return tuple(map(torch.cat, zip(*chunks)))
+        return torch.cat(chunks)
 
     def forward(self, x, lengths):
+        def before(x):
+            return self.self_attn.heads(self.self_attn_layer_norm(x))
+
         def after(x, attended):
             x = self.residual(x, self.self_attn.merge(attended), lengths)
             return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
-        q, k, v = (y.split(lengths, dim=1) for y in self.in_chunks(self.before, x))  # of each slide [H,L,D]
-        attended = [None] * len(lengths)
-        for length in sorted(set(lengths)):  # one length at a time: fewer and larger calls
-            same = [i for i, L in enumerate(lengths) if L == length]
-            found = self.attend(*([x[i] for i in same] for x in (q, k, v)))
-            for i, slide in zip(same, found):
-                attended[i] = slide
-        attended = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)  # [H,sum of L,D]
-        return self.in_chunks(after, x, attended)
+        cfg, attended = self.cfg, []
+        q, k, v = (y[None].split(lengths, dim=1) for y in self.in_chunks(before, x))  # a slide's: [1,L,H,D]
+        for slide in zip(q, k, v):
+            attended.append(dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)[0])
+        return self.in_chunks(after, x, torch.cat(attended))  # [sum of L,H,D]
 
 
 class SlideEncoder(nn.Module):
@@ -935,9 +909,10 @@ class SlideEncoder(nn.Module):
             features, coords = features.flatten(0, 1), coords.flatten(0, 1)
         x = self.patch_embed["proj"](features)  # [sum of N,C]
         x = x + position_embedding(coords, self.cfg.width, self.cfg.tile_size, self.cfg.grid).to(x.dtype)
-        cls = self.cls_token[0]  # [1,C]; it has no position
-        x = torch.cat([rows for slide in x.split(lengths) for rows in (cls, slide)])  # [sum of 1+N,C]
-        x, lengths = self.dropout(x), [1 + n for n in lengths]
+        rows = []
+        for slide in x.split(lengths):
+            rows += [self.cls_token[0], slide]  # [1,C], without a position; [N,C]
+        x, lengths = self.dropout(torch.cat(rows)), [1 + n for n in lengths]  # [sum of 1+N,C]
         for layer in self.encoder["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, lengths, use_reentrant=False)
@@ -947,22 +922,20 @@ class SlideEncoder(nn.Module):
 
     def forward(self, features, coords, lengths=None):
         slides = [self.norm(slide) for slide in self.encode(features, coords, lengths)]  # [1+N,C] each
-        cls, tokens = torch.stack([slide[0] for slide in slides]), torch.cat([slide[1:] for slide in slides])
+        cls = torch.stack([slide[0] for slide in slides])  # [S,C]
+        tokens = torch.cat([slide[1:] for slide in slides])  # [sum of N,C]
         return cls, tokens if lengths else tokens.view(*coords.shape[:2], -1)
 
     def visual_tokens(self, features, coords, n, lengths=None):
-        """What the language model sees: the tiles in context, pooled to n tokens, then normed, [S,n,C]. No
-        CLS."""
+        """What the language model sees: the tiles in context, without CLS, pooled, then normed, [S,n,C]."""
         slides = self.encode(features, coords, lengths)
         return self.norm(torch.cat([pool_tokens(slide[None, 1:], n) for slide in slides]))
 
     @torch.no_grad()
     def standardize_inputs(self, features):
-        """Sets an untrained encoder's first layer so that these features [N,C_tile] enter with mean 0 and
-        deviation 1.
+        """Sets an untrained encoder's first layer so that features [N,C_tile] enter with mean 0, deviation 1.
 
-        What all tiles have in common is many times what tells them apart; untreated, it stalls the training
-        of stage 1.
+        What all tiles have in common is many times what tells them apart; untreated, it stalls stage 1.
         """
         std, mean = torch.std_mean(features.float(), dim=0)  # [C_tile] each
         proj = self.patch_embed["proj"]
@@ -992,14 +965,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(cfg, start, T, device, dtype):
-    """cos and sin [T,D] for positions start..start+T-1, in the half-split layout: channel i turns with i +
-    D/2."""
+    """cos and sin [T,D] of the positions from `start` on, half-split: channel i turns with i + D/2."""
     share = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim
     frequency = cfg.rope_theta**-share  # [D/2]
     if cfg.rope_scaling:
         # Llama 3 reads longer texts than it was first trained on: channels that turn `high` times or more
-        # over that original context stay, those that turn `low` times or less turn slower by `factor`,
-        # between they are blended.
+        # over that context stay, those that turn `low` times or less turn slower by `factor`; between, a mix.
         factor, low, high, original = cfg.rope_scaling
         turns = original * frequency / (2 * math.pi)
         stays = ((turns - low) / (high - low)).clamp(0, 1)
@@ -1010,8 +981,7 @@ def rotary_tables(cfg, start, T, device, dtype):
 
 
 def rotate(x, cos, sin):
-    """x [B,H,T,D] turned by its position. Channels pair up by halves, as the weights want it, not as
-    neighbours."""
+    """x [B,H,T,D] turned by its position; channels pair up by halves, as the weights want it."""
     a, b = x.chunk(2, dim=-1)  # [B,H,T,D/2] each
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
@@ -1035,8 +1005,7 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]. A key head may serve a group of query
-    heads.
+    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head.
 
     cos, sin: rotary_tables of the T positions. cache: the KVCache that holds the positions before them in its
     `layer`, or None: there are none.
@@ -1097,8 +1066,7 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama decoder, or one of its kin (Mistral, Qwen2, Qwen3): ids [B,T] or embeds [B,T,C] -> logits
-    [B,T,vocab].
+    """A Llama decoder or its kin (Mistral, Qwen2, Qwen3): ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
 
     cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last
     position alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab].
@@ -1185,8 +1153,7 @@ def without_image(text):
 
 
 def slide_first(turns, image=True):
-    """Moves the <image> placeholder to the front of the first turn, as LLaVA does; with image False, takes it
-    out."""
+    """Moves the <image> placeholder to the front of the first turn, as LLaVA does, or out (image False)."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
     if image:
         turns[0]["value"] = "<image>\n" + turns[0]["value"]
@@ -1229,14 +1196,15 @@ class Tokenizer:
     """A language model's tokenizer and the prompts that it was trained on.
 
     path: tokenizer.model or tokenizer.json. chat: a row of CHAT_FORMATS, by default the one whose special
-    tokens the tokenizer has. eos: the token that ends an answer; ends: every token that does. Raises
-    UserError.
+    tokens the tokenizer has. eos: the token that ends an answer; ends: every token that does.
     """
 
     def __init__(self, path, chat=None):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
             self.pieces = (TokenizersModel if self.path.suffix == ".json" else SentencePieceModel)(path)
+        self.encode = self.pieces.encode  # a text -> its ids, a list
+        self.id = self.pieces.id  # a special token -> its id, or None
         known = [name for name, row in CHAT_FORMATS.items() if self.special_tokens(row.human)]
         self.chat = CHAT_FORMATS[chat or (known[0] if known else "vicuna")]
         self.bos = [self.id(self.chat.bos)] if self.chat.bos and self.id(self.chat.bos) is not None else []
@@ -1248,29 +1216,19 @@ class Tokenizer:
     def __len__(self):
         return self.pieces.size
 
-    def id(self, token):
-        """The id of a special token, or None."""
-        return self.pieces.id(token)
-
     def special_tokens(self, template):
         """The tokens of a chat that a template names and this tokenizer has."""
         return [token for token in re.findall(TOKENS_OF_A_CHAT, template) if self.id(token) is not None]
 
-    def encode(self, text):
-        """-> ids, a list."""
-        return self.pieces.encode(text)
-
     def decode(self, ids):
-        """ids -> text; the places of images, and what an embedding holds beyond the tokenizer, are left
-        out."""
+        """ids -> text, without images' places and ids that an embedding holds beyond the tokenizer."""
         return self.pieces.decode([i for i in ids if 0 <= i < len(self)])
 
     def encode_template(self, template, value):
         """A template of CHAT_FORMATS with a value for its {} -> ids.
 
         Special tokens are looked up; the text between them, and between <image> placeholders, is encoded
-        piece by piece, each as it stands: LLaVA's prompts keep the space before <image>, and so do the
-        weights trained on them.
+        piece by piece, each as it stands: as in LLaVA, the space before <image> stays.
         """
         ids, special = [], self.special_tokens(template)
         pattern = "|".join(map(re.escape, special))
@@ -1326,8 +1284,7 @@ def sample_token(logits, top_p, top_k, generator):
 
 
 class WSILLaVA(nn.Module):
-    """Slide encoder, projector and language model. The tile encoder stays outside: its features are on
-    disk."""
+    """Slide encoder, projector, language model. The tile encoder stays outside: its features are on disk."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1352,8 +1309,7 @@ class WSILLaVA(nn.Module):
         return self.slide_encoder.visual_tokens(features[None], coords[None], self.cfg.n_visual_tokens)[0]
 
     def project(self, visual):
-        """Visual tokens [V,C] -> [V,C_llm]: zero-padded to the width that the projector takes, then
-        projected."""
+        """Visual tokens [...,C] -> [...,C_llm]: zero-padded to the projector's width, then projected."""
         weight = self.mm_projector[0].weight
         return self.mm_projector(F.pad(visual.to(weight.dtype), (0, self.cfg.pad_to - visual.shape[-1])))
 
@@ -1368,19 +1324,20 @@ class WSILLaVA(nn.Module):
         for b, row in enumerate(ids):
             row = torch.tensor(row, device=self.device)
             label = torch.full_like(row, IGNORE) if labels is None else row.new_tensor(labels[b])
-            slides = None if visual is None else visual[b]
-            slides = [] if slides is None else slides if slides.dim() == 3 else slides[None]
-            places = (row == IMAGE_TOKEN).nonzero().flatten().tolist()
-            if len(places) != len(slides):
-                raise ValueError(f"row {b} has {len(places)} <image> in its text and {len(slides)} slides")
-            text = self.llama.embed_tokens(row.clamp(min=0))  # [T,C]
-            embeds, spliced, start = [], [], 0
-            for place, slide in zip(places, slides):
-                embeds += [text[start:place], self.project(slide.to(self.device)).to(text.dtype)]
-                spliced += [label[start:place], label.new_full((len(slide),), IGNORE)]
-                start = place + 1
-            rows.append(torch.cat(embeds + [text[start:]]))
-            row_labels.append(torch.cat(spliced + [label[start:]]))
+            slides = torch.empty(0, 0, 0) if visual is None or visual[b] is None else visual[b]
+            slides = slides if slides.dim() == 3 else slides[None]  # [S,V,C]
+            marks = int((row == IMAGE_TOKEN).sum())
+            if marks != len(slides):
+                raise ValueError(f"row {b} has {marks} <image> in its text and {len(slides)} slides")
+            times = torch.where(row == IMAGE_TOKEN, slides.shape[1], 1)  # a place for each visual token
+            row, label = row.repeat_interleave(times), label.repeat_interleave(times)
+            places = row == IMAGE_TOKEN
+            embeds = self.llama.embed_tokens(row.clamp(min=0))  # [T+S*V,C_llm]
+            if marks:
+                projected = self.project(slides.to(self.device)).flatten(0, 1)  # [S*V,C_llm]
+                embeds[places] = projected.to(embeds.dtype)
+            rows.append(embeds)
+            row_labels.append(label.masked_fill(places, IGNORE))
         # Padding on the right needs no mask: attention is causal, and IGNORE keeps it out of the loss.
         pad = nn.utils.rnn.pad_sequence
         labels = pad(row_labels, batch_first=True, padding_value=IGNORE)  # [B,T]
@@ -1399,8 +1356,7 @@ class WSILLaVA(nn.Module):
         self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0,
         ends=(2,), cache=None,
     ):  # fmt: skip
-        """Yields the next token of each row, a list of B ids, until all rows have ended (None after a row's
-        end).
+        """Yields a list of each row's next token (None after its end) until all rows have ended.
 
         Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled
         from the top_k most likely (0: all) and the smallest set of probability top_p. ends: the tokens that
@@ -1437,8 +1393,7 @@ class WSILLaVA(nn.Module):
 
     @classmethod
     def load(cls, folder):
-        """The model that save() wrote whole. Raises UserError that names what is missing, extra or of another
-        shape."""
+        """The model that save() wrote whole, loaded strictly."""
         cfg = load_config(folder)
         with torch.device("meta"):
             model = cls(cfg)
@@ -1447,8 +1402,7 @@ class WSILLaVA(nn.Module):
         return model.eval()
 
 
-# ======================================================================================== The rest ==========
-# What is around the model: this machine, adapters and int8, files, published weights, what the scripts share
+# ---- The rest: what is around the model, first of all this machine -----------------------------------------
 
 # Left to themselves, Intel's matrix routines split sums by what the cores happen to be doing, and the last
 # bits differ from run to run. Read at their first use; it costs no measurable time.
@@ -1457,17 +1411,26 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds; u
 
 if sys.platform == "linux":
     # Left to itself, glibc keeps freed blocks of up to 32 MB in a heap that fragments: one slide of 10,000
-    # tiles, whose activations are 31 MB each, trained in 6.3 GB instead of 2.1. So: blocks from 16 MB on go
-    # back to the system.
+    # tiles, its activations 31 MB each, trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
 
 # ---- Adapters (LoRA), and weights in int8 ------------------------------------------------------------------
 
+@torch.no_grad()
+def add_update(linear, a, b, scale, dtype=None):
+    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
+    dtype (None: the weight's own, in its own memory: it is mapped copy-on-write, a 7B takes its size once).
+    """
+    weight = linear.weight.data
+    total = weight.float() + scale * (b.float() @ a.float())
+    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
+    return linear
+
+
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trainable low-rank update (LoRA, arXiv 2106.09685): W x + (alpha / r) B A
-    x."""
+    """A frozen linear layer and a trainable update of low rank (arXiv 2106.09685): Wx + (alpha / r) BAx."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
@@ -1486,20 +1449,8 @@ class LoRALinear(nn.Module):
         return add_update(self.base, self.lora_a, self.lora_b, self.scale)
 
 
-@torch.no_grad()
-def add_update(linear, a, b, scale, dtype=None):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
-    dtype (None: the weight's own). Then in the weight's own memory: files are mapped copy-on-write, so a
-    merged 7B takes its size once.
-    """
-    weight = linear.weight.data
-    total = weight.float() + scale * (b.float() @ a.float())
-    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
-    return linear
-
-
 def decoder_linears(llama):
-    """The linear layers of the decoder's blocks, the lm_head not -> [(module that holds it, name, layer)]."""
+    """The linear layers of the decoder's blocks -> [(module that holds it, name, layer)]. No lm_head."""
     linears = []
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
@@ -1509,8 +1460,8 @@ def decoder_linears(llama):
 
 
 def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
-    """Wraps the linear layers of the decoder's blocks whose names match `target` and freezes the rest. The
-    default is LLaVA's choice: all of them, the lm_head not. Raises UserError where none matches."""
+    """Freezes the llama and wraps those linear layers of its blocks whose names match `target`, by default
+    all of them, as LLaVA does. Raises UserError where none matches."""
     llama.requires_grad_(False)
     linears = decoder_linears(llama)
     try:
@@ -1524,7 +1475,7 @@ def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
 
 
 def merge_lora(llama):
-    """Takes the adapters out again, their sum with the weights in their place -> the llama."""
+    """Puts the sum of weights and adapters in the place of both -> the llama."""
     for part, name, child in decoder_linears(llama):
         if isinstance(child, LoRALinear):
             setattr(part, name, child.merged())
@@ -1532,8 +1483,7 @@ def merge_lora(llama):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's
-    memory.
+    """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's size.
 
     Every weight is off by at most scale / 2. The scale is rounded to bfloat16 before the weights are rounded
     to it, so storing it in 16 bits loses nothing. For inference; a gradient with respect to the input passes.
@@ -1566,12 +1516,10 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first, layer by layer -> the
-    llama.
+    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first -> the llama.
 
-    So memory holds one layer twice, not the model (what is mapped from a file is read a layer at a time as
-    well). The embedding and the lm_head stay: 4% of a 7B model, one of them only looked up, and the other's
-    error would go straight into the logits.
+    Layer by layer, so that memory holds one layer twice and not the model. The embedding and the lm_head
+    stay: 4% of a 7B model, one of them only looked up, the other's error would go straight into the logits.
     """
     for part, name, child in decoder_linears(llama):
         setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
@@ -1581,22 +1529,19 @@ def quantize_int8(llama):
 # ---- Files: read strictly, written whole or not at all -----------------------------------------------------
 
 def printable(text):
-    """The text without what steers a terminal: control characters but line ends and tabs, and changes of
-    direction."""
+    """The text without what steers a terminal: control characters but line ends and tabs, text direction."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
 
 
 def one_line(text, limit=200):
-    """Text of a file, a server or an exception, fit to be printed: its first line, without control
-    characters."""
+    """Text of a file, a server or an exception, fit to be printed: its first line, nothing that steers."""
     lines = printable(str(text)).strip().splitlines() or [""]
     return lines[0] if len(lines[0]) <= limit else lines[0][:limit] + "..."
 
 
 @contextlib.contextmanager
 def reading(path, hint):
-    """Whatever goes wrong inside, with a file of the user's, becomes one line: the file, what is wrong, the
-    hint.
+    """Whatever goes wrong inside, with a user's file, becomes one line: the file, what is wrong, the hint.
 
     Every reader of a file stands inside of one, and checks there the types and shapes that it relies on. What
     a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list.
@@ -1641,24 +1586,24 @@ def write_tensors(path, tensors, metadata=None):
 
 
 def read_json(path, hint):
-    """The object in a JSON file. Raises UserError; `hint` says there what the file would be part of."""
+    """The object in a JSON file. Raises UserError; `hint` says there what to do."""
     with reading(path, hint):
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     check(isinstance(values, dict), f"{path}: holds no JSON object; {hint}")
     return values
 
 
-def read_metadata(path, name):
-    """What a .safetensors file says of itself under a name -> text, or None."""
-    with reading(path, "delete it, or copy it again"), safetensors.safe_open(path, framework="np") as file:
-        return (file.metadata() or {}).get(name)
+COPY_AGAIN = "copy or download it again"
 
 
-def read_checkpoint(path, hint="copy or download it again"):
-    """What a .safetensors or a PyTorch file holds, mapped and not copied. Nothing is ever unpickled.
+def read_metadata(path):
+    """What a .safetensors file says of itself, {text: text}."""
+    with reading(path, COPY_AGAIN), safetensors.safe_open(path, framework="np") as file:
+        return file.metadata() or {}
 
-    Raises UserError for a file that is missing or damaged.
-    """
+
+def read_checkpoint(path, hint=COPY_AGAIN):
+    """What a .safetensors or a PyTorch file holds, mapped and not copied. Nothing is ever unpickled."""
     path = Path(path)
     with reading(path, hint):
         if path.suffix == ".safetensors":
@@ -1672,65 +1617,60 @@ def read_checkpoint(path, hint="copy or download it again"):
             return torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6: not mappable
 
 
-def read_tensors(path, hint="copy or download it again"):
-    """{name: tensor} of a .safetensors or a PyTorch file. Raises UserError where it is missing, damaged or no
-    such."""
+def read_tensors(path, hint=COPY_AGAIN):
+    """{name: tensor} of a .safetensors or a PyTorch file. Raises UserError for anything else."""
     tensors = read_checkpoint(path, hint)
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     check(named, f"{path}: holds no named tensors but a {type(tensors).__name__}; {hint}")
     return tensors
 
 
-def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
-    """Fills `module` (on any device, also meta) from {name: tensor}: every tensor used, every parameter
-    filled.
-
-    table: (pattern, replacement) rows, tried in order by re.fullmatch; a replacement of None drops the key on
-    purpose. only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part of the
-    module. Raises UserError that names the missing and extra keys and the wrong shapes, with `source` first.
-    """
-    expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
-    given, problems = {}, {"missing keys": [], "keys that the model lacks": []}
-    problems |= {"two keys of one parameter": [], "wrong shapes": []}
-    for key, tensor in tensors.items():
-        name = rename(key, table)
-        if name is None:
-            continue
-        if name not in expected or not isinstance(tensor, torch.Tensor):
-            problems["keys that the model lacks"].append(one_line(key))
-        elif name in given:
-            problems["two keys of one parameter"].append(key)
-        elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            kind = f"{list(tensor.shape)}{'' if tensor.is_floating_point() else f' of {tensor.dtype}'}"
-            problems["wrong shapes"].append(f"{key} is {kind}, not {list(expected[name].shape)}")
-            given[name] = None
-        else:
-            given[name] = tensor if dtype is None else tensor.to(dtype)
-    problems["missing keys"] = [name for name in expected if name not in given]
-    text = "; ".join(
-        f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-        for kind, keys in problems.items()
-        if keys
-    )
-    check(not text, f"{source}: does not fit {type(module).__name__}: {text}")
-    module.load_state_dict(given, assign=True, strict=False)  # checked above
-    return module
-
-
 def rename(key, table):
-    """A key by the first row of a table (pattern, replacement) that matches it; None where the row drops
-    it."""
+    """A key by the first row (pattern, replacement) that matches all of it; None where the row drops it."""
     for pattern, replacement in table:
         if re.fullmatch(pattern, key):
             return replacement and re.sub(pattern, replacement, key)
     return key
 
 
-def fingerprint(module):
-    """A short hash of a module's weights: names, shapes and the first 4,096 values of each tensor
-    (bf16-rounded, so that a copy saved in half precision counts as the same). Stored in every file that a
-    model made, so that it is not mixed with another's.
+def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
+    """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled.
+
+    table: as for rename. only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part
+    of the module. Raises UserError that names the keys and shapes that do not fit, with `source` first.
     """
+    expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
+    given, problems = {}, collections.defaultdict(list)
+    for key, tensor in tensors.items():
+        name = rename(key, table)
+        if name is None:
+            continue
+        if name not in expected or not isinstance(tensor, torch.Tensor):
+            problems["keys that the model lacks"].append(one_line(key))
+            continue
+        if name in given:
+            problems["two keys of one parameter"].append(key)
+        elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
+            dtype_too = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
+            shapes = f"{list(tensor.shape)}{dtype_too}, not {list(expected[name].shape)}"
+            problems["wrong shapes"].append(f"{key} is {shapes}")
+        given[name] = tensor if dtype is None else tensor.to(dtype)
+    missing = [name for name in expected if name not in given]
+    if missing:
+        problems["missing keys"] = missing
+    texts = []
+    for kind, keys in problems.items():
+        more = ", ..." if len(keys) > 3 else ""
+        texts.append(f"{kind} ({len(keys)}): {', '.join(keys[:3])}{more}")
+    check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
+    module.load_state_dict(given, assign=True, strict=False)  # checked above
+    return module
+
+
+def fingerprint(module):
+    """A short hash of a module's weights, stored in every file that a model made, so that it is not mixed
+    with another's: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so that a copy
+    saved in half precision counts as the same)."""
     digest = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
         sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
@@ -1747,21 +1687,14 @@ def load_config(folder):
 
 # ---- Published weights, in and out: GigaPath's, language models', LLaVA's, LoRA adapters -------------------
 
-def count_blocks(tensors, pattern):
-    """The number of blocks that a checkpoint holds, read off its keys."""
-    blocks = [int(match[1]) for match in (re.match(pattern, key) for key in tensors) if match]
-    return max(blocks) + 1
-
-
 def load_tile_encoder(path):
-    """Prov-GigaPath's `pytorch_model.bin` (or safetensors; timm's names) -> TileEncoder, sized by the
-    shapes."""
+    """Prov-GigaPath's `pytorch_model.bin` (or safetensors) -> TileEncoder, its size read off the shapes."""
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's tile encoder"):
         width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
         side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
         hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
-        depth = count_blocks(tensors, r"blocks\.(\d+)\.")
+        depth = sum(key.endswith(".norm1.weight") for key in tensors)
         cfg = TileEncoderConfig(side * patch, patch, width, depth, width // 64, hidden)
         with torch.device("meta"):
             encoder = TileEncoder(cfg)
@@ -1776,9 +1709,9 @@ def load_slide_encoder(path):
         tensors = tensors.get("model", tensors)
         width, in_width = tensors["patch_embed.proj.weight"].shape
         hidden = tensors["encoder.layers.0.ffn.fc1.weight"].shape[0]
-        depth = count_blocks(tensors, r"encoder\.layers\.(\d+)\.")
-        config = read_metadata(path, "config") if Path(path).suffix == ".safetensors" else None
+        depth = sum(key.endswith(".ffn.fc1.weight") for key in tensors)
         cfg = SlideEncoderConfig(in_width, width, depth, mlp_hidden=hidden)
+        config = read_metadata(path).get("config") if Path(path).suffix == ".safetensors" else None
         cfg = SlideEncoderConfig.from_json(config) if config else cfg
         with torch.device("meta"):
             encoder = SlideEncoder(cfg)
@@ -1786,8 +1719,7 @@ def load_slide_encoder(path):
 
 
 def save_slide_encoder(cfg, tensors, path):
-    """One file under GigaPath's names, with the config that shapes do not tell: heads, segments,
-    dilations."""
+    """A file under GigaPath's names, with the config that shapes do not tell: heads, segments, dilations."""
     write_tensors(path, tensors, {"config": cfg.to_json()})
 
 
@@ -1806,32 +1738,44 @@ LLAMA_KEYS = [
     (r"(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)", r"\1"),
 ]
 
-# What a config.json means where it is silent: transformers leaves out of `text_config` whatever is the
-# default.
-LLAMA_DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32}
-LLAMA_DEFAULTS |= {"num_attention_heads": 32, "intermediate_size": 11008}
-LLAMA_DEFAULTS |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
+# config.json of Hugging Face: its names for the fields of LlamaConfig, and what it means where it is silent;
+# of a LLaVA's text_config transformers leaves out the sizes too where they are the default.
+LLAMA_FIELDS = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "mlp_hidden",
+    "rms_norm_eps": "eps",
+    "rope_theta": "rope_theta",
+    "max_position_embeddings": "context",
+    "head_dim": "head_dim",
+    "tie_word_embeddings": "tied",
+}
+LLAMA_DEFAULTS = {"model_type": "llama", "num_key_value_heads": 0, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
+LLAMA_DEFAULTS |= {"max_position_embeddings": 2048, "head_dim": 0, "tie_word_embeddings": False}
+LLAVA_DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32}
+LLAVA_DEFAULTS |= {"num_attention_heads": 32, "intermediate_size": 11008}
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # model_type of a config.json -> the family whose decoder it is. LLaVA's own folders put theirs before it.
 FAMILIES = {family: family for family in ("llama", "mistral", "qwen2", "qwen3")}
 FAMILIES |= {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 
 
 def read_llama_config(folder):
-    """`config.json` of a language model or a LLaVA -> LlamaConfig. Raises UserError for what this decoder
-    does not do."""
+    """`config.json` of a language model or a LLaVA -> LlamaConfig. Refuses what this decoder does not do."""
     path = Path(folder) / "config.json"
     hint = f"--llm takes a Hugging Face folder of one of these: {', '.join(FAMILIES)}"
     c = read_json(path, hint)
     with reading(path, hint):
-        kind = c.get("model_type", "llama")
-        if "text_config" in c:
-            c = LLAMA_DEFAULTS | c["text_config"]
-            kind = c.get("model_type", "llama")
+        c = LLAVA_DEFAULTS | c["text_config"] if "text_config" in c else c
+        c = LLAMA_DEFAULTS | {name: value for name, value in c.items() if value is not None}
+        kind = c["model_type"]
         check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported here; {hint}")
-        family, context = FAMILIES[kind], c.get("max_position_embeddings", 2048)
+        family, context = FAMILIES[kind], c["max_position_embeddings"]
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
         for what, supported in (
             (f"hidden_act {c.get('hidden_act')}", c.get("hidden_act", "silu") in ("silu", "swish")),
@@ -1841,25 +1785,12 @@ def read_llama_config(folder):
             ("biases beside those of Qwen2", not (c.get("attention_bias") or c.get("mlp_bias"))),
         ):
             check(supported, f"{path}: {one_line(what)} is not supported here")
-        return LlamaConfig.from_dict(
-            {
-                "vocab": c["vocab_size"],
-                "width": c["hidden_size"],
-                "depth": c["num_hidden_layers"],
-                "heads": c["num_attention_heads"],
-                "kv_heads": c.get("num_key_value_heads") or c["num_attention_heads"],
-                "mlp_hidden": c["intermediate_size"],
-                "eps": c.get("rms_norm_eps", 1e-6),
-                "rope_theta": rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
-                "context": context,
-                "head_dim": c.get("head_dim") or 0,
-                "rope_scaling": [rope[name] for name in scaling] if rope_type == "llama3" else [],
-                "qkv_bias": family == "qwen2",
-                "qk_norm": family == "qwen3",
-                "tied": bool(c.get("tie_word_embeddings", False)),
-                "family": family,
-            }
-        )
+        values = {ours: c[theirs] for theirs, ours in LLAMA_FIELDS.items()}
+        values["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
+        if rope_type == "llama3":
+            values["rope_scaling"] = [rope[name] for name in ROPE_SCALING]
+        values |= {"family": family, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+        return LlamaConfig.from_dict(values)
 
 
 def write_llama_config(llama, folder, tokenizer=None, projector=None):
@@ -1867,63 +1798,93 @@ def write_llama_config(llama, folder, tokenizer=None, projector=None):
     cfg = llama.cfg
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_scaling:
-        factor, low, high, original = cfg.rope_scaling
-        rope |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-        rope["original_max_position_embeddings"] = original
-    config = {
-        "architectures": [f"{cfg.family.title()}ForCausalLM"],
-        "model_type": cfg.family,
-        "vocab_size": cfg.vocab,
-        "hidden_size": cfg.width,
-        "num_hidden_layers": cfg.depth,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_dim,
-        "intermediate_size": cfg.mlp_hidden,
-        "rms_norm_eps": cfg.eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_parameters": rope,
-        "max_position_embeddings": cfg.context,
-        "sliding_window": None,
-        "hidden_act": "silu",
-        "tie_word_embeddings": cfg.tied,
-        "bos_token_id": (tokenizer.bos or [None])[0] if tokenizer else 1,
-        "eos_token_id": tokenizer.eos if tokenizer else 2,
-        "torch_dtype": str(llama.embed_tokens.weight.dtype).removeprefix("torch."),
-    }
+        rope |= {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, cfg.rope_scaling))
+    config = {"architectures": [f"{cfg.family.title()}ForCausalLM"], "model_type": cfg.family}
     if projector is not None:
-        config |= {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
+        config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
         config |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": projector[0].in_features}
+    config |= {theirs: getattr(cfg, ours) for theirs, ours in LLAMA_FIELDS.items()}
+    config |= {"rope_parameters": rope, "sliding_window": None, "hidden_act": "silu"}
+    config["bos_token_id"] = (tokenizer.bos or [None])[0] if tokenizer else 1
+    config["eos_token_id"] = tokenizer.eos if tokenizer else 2
+    config["torch_dtype"] = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
-def read_folder(folder):
-    """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped. Raises UserError where a
-    shard is missing."""
-    folder = Path(folder)
+def weight_files(folder):
+    """The files that hold the tensors of a Hugging Face, LLaVA or PEFT folder: one, or those of an index."""
     for stem in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
-        index, files = folder / f"{stem}.index.json", [folder / stem]
+        index = folder / f"{stem}.index.json"
         if index.is_file():
-            with reading(index, "copy or download it again"):
-                names = sorted(set(read_json(index, "copy or download it again")["weight_map"].values()))
+            with reading(index, COPY_AGAIN):
+                names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
                 inside = names and all(name == Path(name).name for name in names)
-                check(inside, f"{index}: its weight_map leads out of this folder; copy or download it again")
-                files = [folder / name for name in names]
-        elif not files[0].is_file():
-            continue
-        beside = folder / "non_lora_trainables.bin"  # LLaVA's: the projector, trained without adapters
-        if stem.startswith("adapter_model") and beside.is_file():
-            files.append(beside)
-        tensors = {}
-        for file in files:
-            tensors |= read_tensors(file)
-        return tensors
+            check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
+            return [folder / name for name in names]
+        if (folder / stem).is_file():
+            # LLaVA's projector, trained without adapters, lies beside them.
+            beside = folder / "non_lora_trainables.bin"
+            return [folder / stem, beside] if "adapter" in stem and beside.is_file() else [folder / stem]
     raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
 
 
+def read_folder(folder):
+    """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped."""
+    tensors = {}
+    for file in weight_files(Path(folder)):
+        tensors |= read_tensors(file)
+    return tensors
+
+
+# Options of adapter_config.json under which the update is W + scale B A and the base's weights are its own
+# (PiSSA's start, say, changes them). What the tensors' names and shapes tell, as targets, is read off them.
+LORA_OPTIONS = {"peft_type": ["LORA"], "bias": ["none", None]}
+LORA_OPTIONS |= {"init_lora_weights": [None, True, False, "gaussian", "orthogonal", "eva"]}
+OFF = "fan_in_fan_out use_dora use_qalora layer_replication lora_bias arrow_config modules_to_save"
+LORA_OPTIONS |= dict.fromkeys(OFF.split(), [None, False, [], {}])
+
+
+def read_lora_config(path, hint):
+    """adapter_config.json of a PEFT folder. Raises UserError that names an option outside LORA_OPTIONS."""
+    c = read_json(path, hint)
+    with reading(path, hint):
+        # The projector may be there, saved whole: load_projector reads it.
+        whole = [name for name in c.get("modules_to_save") or [] if "projector" not in name]
+        c["modules_to_save"] = ", ".join(whole) or None
+        for name, supported in LORA_OPTIONS.items():
+            value = c.get(name)
+            check(value in supported, f"{path}: not supported here: {name} {one_line(value)}")
+    return c
+
+
+def merge_adapters(llama, folder, dtype=None):
+    """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update."""
+    path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
+    c, tensors = read_lora_config(path, hint), {}
+    for key, tensor in read_folder(folder).items():
+        tensors[rename(key, LLAMA_KEYS)] = tensor
+    tensors.pop(None, None)  # the projector
+    linears = {name: module for name, module in llama.named_modules() if isinstance(module, nn.Linear)}
+    with reading(path, hint):
+        check(tensors, f"{folder}: holds no adapters; {hint}")
+        for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+            name = key.removesuffix(".lora_A.weight")
+            check(name in linears, f"{folder}: has adapters for {name}, which the language model lacks")
+            linear, a, b = linears[name], tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
+            rank, shapes = len(a), f"{list(a.shape)} and {list(b.shape)}"
+            fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
+            fits = fits and rank in (c["r"], *(c.get("rank_pattern") or {}).values())
+            wanted = f"rank {c['r']}, {linear.in_features} -> {linear.out_features}"
+            check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
+            patterns = [p for p in c.get("alpha_pattern") or {} if re.fullmatch(rf"(.*\.)?({p})", name)]
+            alpha = c["alpha_pattern"][patterns[0]] if patterns else c["lora_alpha"]
+            add_update(linear, a, b, alpha / (math.sqrt(rank) if c.get("use_rslora") else rank), dtype)
+        others = ", ".join(list(tensors)[:3])
+        check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {others}")
+
+
 def load_llama(folder, dtype=None, lora=None):
-    """A Hugging Face folder of a language model or LLaVA (safetensors or `pytorch_model*.bin`, in shards or
-    not) -> Llama.
+    """A Hugging Face folder of a language model or LLaVA (.safetensors or .bin, in shards or not) -> Llama.
 
     lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype,
     memory is filled as pages are touched. Raises UserError, strict both ways.
@@ -1941,64 +1902,19 @@ def load_llama(folder, dtype=None, lora=None):
     return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
 
 
-# Options of adapter_config.json under which the update is no W + scale B A, or the base's weights are not its
-# own. All that shows in the tensors' names and shapes, as targets and ranks do, is read off them.
-LORA_OPTIONS = ["fan_in_fan_out", "use_dora", "use_qalora", "layer_replication", "lora_bias", "arrow_config"]
-LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as PiSSA, change the base too
-
-
-def merge_adapters(llama, folder, dtype=None):
-    """Adds the adapters of a PEFT folder (`adapter_config.json`, `adapter_model.*`) to the weights that they
-    update."""
-    path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
-    c = read_json(path, hint)
-    saved = [name for name in c.get("modules_to_save") or [] if "projector" not in str(name)]
-    for what, supported in (
-        (f"peft_type {c.get('peft_type')}", c.get("peft_type") == "LORA"),
-        (f"bias {c.get('bias')}", c.get("bias", "none") == "none"),
-        (f"modules_to_save {', '.join(map(str, saved))}", not saved),
-        (f"init_lora_weights {c.get('init_lora_weights')}", c.get("init_lora_weights", True) in LORA_STARTS),
-        *((f"{name} {c.get(name)}", not c.get(name)) for name in LORA_OPTIONS),
-    ):
-        check(supported, f"{path}: not supported here: {one_line(what)}")
-    tensors = {}
-    for key, tensor in read_folder(folder).items():
-        name = rename(key, LLAMA_KEYS)
-        if name is not None:
-            tensors[name] = tensor
-    linears = {name: module for name, module in llama.named_modules() if isinstance(module, nn.Linear)}
-    with reading(path, hint):
-        check(tensors, f"{folder}: holds no adapters; {hint}")
-        for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
-            name = name.removesuffix(".lora_A.weight")
-            a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
-            linear, rank = linears.get(name), len(a)
-            check(linear, f"{folder}: has adapters for {name}, which the language model lacks")
-            fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
-            fits = fits and rank in (c["r"], *(c.get("rank_pattern") or {}).values())
-            wanted = f"rank {c['r']}, {linear.in_features} -> {linear.out_features}"
-            given = f"{list(a.shape)} and {list(b.shape)}, not of {wanted}"
-            check(fits, f"{folder}: the adapters of {name} are {given}")
-            patterns = [p for p in c.get("alpha_pattern") or {} if re.fullmatch(rf"(.*\.)?({p})", name)]
-            alpha = c["alpha_pattern"][patterns[0]] if patterns else c["lora_alpha"]
-            add_update(linear, a, b, alpha / (math.sqrt(rank) if c.get("use_rslora") else rank), dtype)
-        others = ", ".join(list(tensors)[:3])
-        check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {others}")
-
-
 def load_projector(path, dtype=None):
     """The projector in LLaVA's `mm_projector.bin`, or in a folder -> (Linear, GELU, Linear), sized by its
     shapes; None where a folder holds none."""
     path = Path(path)
-    files = [path] if path.is_file() else [path / "mm_projector.safetensors", path / "mm_projector.bin"]
-    files = [file for file in files if file.exists()]
+    files = [path / "mm_projector.safetensors", path / "mm_projector.bin"]
+    files = [path] if path.is_file() else [file for file in files if file.exists()]
     tensors = read_tensors(files[0]) if files else read_folder(path)
-    pattern = "|".join(pattern for pattern, _ in PROJECTOR_KEYS)
-    tensors = {key: tensor for key, tensor in tensors.items() if re.fullmatch(pattern, key)}
+    drop_others = [*PROJECTOR_KEYS, (".*", None)]
+    tensors = {key: tensor for key, tensor in tensors.items() if rename(key, drop_others)}
     if not tensors and not path.is_file():
         return None
     weights = [x for key, x in tensors.items() if rename(key, PROJECTOR_KEYS) == "0.weight"]
-    two_layers = len(weights) == 1 and weights[0].dim() == 2
+    two_layers = len(weights) == 1 and isinstance(weights[0], torch.Tensor) and weights[0].dim() == 2
     keys = ", ".join(list(tensors)[:4])
     check(two_layers, f"{path}: not a projector of two linear layers (mlp2x_gelu): {keys}")
     with torch.device("meta"):
@@ -2007,30 +1923,31 @@ def load_projector(path, dtype=None):
 
 
 def save_llama(llama, folder, tokenizer=None, projector=None, layout="hf"):
-    """Writes a folder for load_llama and transformers' AutoModelForCausalLM, less the tokenizer, adapters
-    merged.
+    """Writes a folder for load_llama and transformers, adapters merged; the tokenizer is not copied.
 
     The projector goes into `mm_projector.safetensors` beside the model; with layout "llava", of Llamas only,
     into the model, as LLaVA's own folders have it. config.json comes last, without which the folder is none.
     """
-    folder, llava = Path(folder), projector is not None and layout == "llava"
-    family = llama.cfg.family
+    folder, family = Path(folder), llama.cfg.family
+    llava = projector is not None and layout == "llava"
     check(not llava or family == "llama", f"--layout llava: is for a Llama, not for a {family}; leave it out")
     folder.mkdir(parents=True, exist_ok=True)
-    merge_lora(llama)
     state = {}
-    for name, p in llama.state_dict().items():
+    for name, p in merge_lora(llama).state_dict().items():
         state[name if name.startswith("lm_head.") else f"model.{name}"] = p
-    projection = projector.state_dict(prefix="model.mm_projector.") if projector is not None else {}
-    if projection and not llava:
-        write_tensors(folder / "mm_projector.safetensors", projection)
-    write_tensors(folder / "model.safetensors", state | (projection if llava else {}), {"format": "pt"})
+    if projector is not None:
+        projection = projector.state_dict(prefix="model.mm_projector.")
+        if llava:
+            state |= projection
+        else:
+            write_tensors(folder / "mm_projector.safetensors", projection)
+    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     write_llama_config(llama, folder, tokenizer, projector if llava else None)
 
 
 def save_lora(model, folder, base, tokenizer=None, layout="hf"):
-    """Writes a WSILLaVA's adapters and projector as a LoRA folder, for load_llama(base, lora=folder), PEFT
-    and LLaVA."""
+    """Writes a WSILLaVA's adapters to a language model in folder `base`, and its projector, as a LoRA folder
+    for load_llama, PEFT and LLaVA."""
     folder, cfg = Path(folder), model.cfg
     folder.mkdir(parents=True, exist_ok=True)
     prefix, adapters, targets = "base_model.model.model.", {}, set()
@@ -2050,10 +1967,11 @@ def save_lora(model, folder, base, tokenizer=None, layout="hf"):
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
 
 
-# ---- What the scripts share: the data on disk --------------------------------------------------------------
+# ---- The data on disk --------------------------------------------------------------------------------------
 
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
 IMPORTED_TOKENS = "imported: visual tokens"  # the tile encoder in meta.json, where only tokens were imported
+PREPARE_AGAIN = "prepare the slide again, or import it by prepare.py --features"
 
 
 def read_meta(data):
@@ -2063,11 +1981,12 @@ def read_meta(data):
     hint = "not what prepare.py writes; prepare the data again"
     meta = read_json(path, hint)
     with reading(path, hint):
-        made_by = meta["version"]
-        check(made_by == VERSION, f"{path}: made by version {made_by} of this project, not {VERSION}; {hint}")
+        version = meta["version"]
+        check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
         encoder = meta["encoder"]
         texts = isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
-        check(texts and meta["preset"] in PRESETS and type(encoder["width"]) is int, f"{path}: {hint}")
+        numbers = type(encoder["width"]) is int and type(encoder.get("n_visual_tokens", 1)) is int
+        check(texts and numbers and meta["preset"] in PRESETS, f"{path}: {hint}")
     return meta
 
 
@@ -2077,8 +1996,7 @@ def is_report(row):
 
 
 def is_slide_name(slide):
-    """Whether a text can be the name of a slide: a name, wherever it comes from, does not lead out of its
-    folder."""
+    """Whether a text can be the name of a slide: wherever it comes from, it cannot lead out of its folder."""
     return isinstance(slide, str) and bool(slide.strip(".")) and not re.search(r"[/\\\0]", slide)
 
 
@@ -2093,23 +2011,32 @@ def features_file(data, slide):
     return slide_file(Path(data) / "features", slide)
 
 
+def visual_tokens_file(data, slide, cfg):
+    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
+    folder = Path(data) / "visual_tokens"
+    if cfg.no_slide_encoder:
+        folder /= "no-slide-encoder"
+    if cfg.max_tiles:
+        folder /= f"max-tiles-{cfg.max_tiles}"
+    return slide_file(folder, slide)
+
+
 def feature_metadata(path):
-    """What prepare.py noted of a file of features, and "tiles", their number. Raises UserError where nothing
-    is."""
+    """What prepare.py noted of a file of features, and "tiles", their number."""
     hint = "not a file of features; delete it and prepare the slide again"
     with reading(path, hint), safetensors.safe_open(path, framework="np") as file:
         notes = json.loads(file.metadata()["wsi_llava"])
         return notes | {"tiles": file.get_slice("coords").get_shape()[0]}
 
 
-def read_features(data, slide, max_tiles=0, width=None):
+def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
     """data/features of one slide -> features float16 [N,C_tile], coords int32 [N,2].
 
     max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
-    width: what C_tile must be. Raises UserError where there is no such file, or its contents cannot be
-    features of a slide.
+    width: what C_tile must be. coordinates: whether they are needed, as by a slide encoder; some imports have
+    none. Raises UserError where there is no such file, or its contents cannot be features of a slide.
     """
-    path, hint = features_file(data, slide), "prepare the slide again, or import it by prepare.py --features"
+    path, hint = features_file(data, slide), PREPARE_AGAIN
     with reading(path, hint):
         tensors = read_tensors(path, hint)
         features, coords = tensors["features"], tensors["coords"]
@@ -2117,7 +2044,11 @@ def read_features(data, slide, max_tiles=0, width=None):
         check(coords.shape == (N, 2), f"{path}: holds {N} features but coords {list(coords.shape)}; {hint}")
         check(width in (None, C), f"{path}: its features are {C} wide, not {width}; {hint}")
         check(features.isfinite().all(), f"{path}: its features are not finite; {hint}")
-        grid_cells(coords)
+        if json.loads(read_metadata(path).get("wsi_llava", "{}")).get("coordinates", True):
+            grid_cells(coords)
+        else:
+            needed = "its tiles have no coordinates, and a slide encoder needs them"
+            check(not coordinates, f"{path}: {needed}; only a model trained with --no-slide-encoder takes it")
     if max_tiles and max_tiles < N:
         rng = np.random.default_rng(zlib.crc32(slide.encode()))
         chosen = torch.from_numpy(np.sort(rng.choice(N, max_tiles, replace=False)))
@@ -2130,8 +2061,7 @@ def tile_corners(x, y):
 
 
 def geojson_feature(kind, rings, scale, origin=(0, 0), **properties):
-    """A polygon for QuPath: rings of corners (x, y) times `scale` -> in level-0 pixels counted from `origin`,
-    closed.
+    """A polygon for QuPath: rings of corners (x, y) times `scale`, in level-0 pixels counted from `origin`.
 
     kind: "tile" or "annotation". properties: what else QuPath is to know of it.
     """
@@ -2141,16 +2071,6 @@ def geojson_feature(kind, rings, scale, origin=(0, 0), **properties):
         closed.append([[round(x * scale - x0, 2), round(y * scale - y0, 2)] for x, y in [*ring, ring[0]]])
     geometry = {"type": "Polygon", "coordinates": closed}
     return {"type": "Feature", "geometry": geometry, "properties": {"objectType": kind, **properties}}
-
-
-def visual_tokens_file(data, slide, cfg):
-    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
-    folder = Path(data) / "visual_tokens"
-    if cfg.no_slide_encoder:
-        folder /= "no-slide-encoder"
-    if cfg.max_tiles:
-        folder /= f"max-tiles-{cfg.max_tiles}"
-    return slide_file(folder, slide)
 
 
 def read_visual_tokens(data, slide, cfg):
@@ -2163,25 +2083,39 @@ def read_visual_tokens(data, slide, cfg):
 
 
 def made_by(model, data, slide):
-    """What a slide's visual tokens follow from, as a text: the slide encoder, the pool, and the slide's
-    features."""
+    """What a slide's visual tokens follow from, as a text: slide encoder, pool, and the slide's features."""
     path = features_file(data, slide)
-    with reading(path, "prepare the slide again"), safetensors.safe_open(path, framework="pt") as file:
-        digest = hashlib.sha256(json.dumps(file.metadata(), sort_keys=True).encode())
-        digest.update(file.get_tensor("coords").numpy().tobytes())
-        features = file.get_tensor("features")
+    with reading(path, PREPARE_AGAIN):
+        tensors = read_tensors(path, PREPARE_AGAIN)
+        features = tensors["features"]
+        digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
+        digest.update(tensors["coords"].numpy().tobytes())
         digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
     encoder = model.cfg.fingerprints.get("slide_encoder", "none")
     return f"{encoder} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
 
 
-def has_visual_tokens(model, data, slide):
-    """Whether a slide's visual tokens are there, whole, and imported or made from what is there now."""
-    with contextlib.suppress(UserError):
+def keep_visual_tokens(model, data, slide):
+    """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
+    be made from now -> whether it wrote them."""
+    path, mark = visual_tokens_file(data, slide, model.cfg), None
+    with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, model.cfg)
-        mark = read_metadata(visual_tokens_file(data, slide, model.cfg), "made_by")
-        return mark == IMPORTED_TOKENS or mark == made_by(model, data, slide)
-    return False
+        mark = read_metadata(path).get("made_by")
+    if mark == IMPORTED_TOKENS:
+        return False
+    mark_now = made_by(model, data, slide)
+    if mark == mark_now:
+        return False
+    encoder = model.slide_encoder
+    width = None if encoder is None else encoder.cfg.in_width
+    features, coords = read_features(data, slide, model.cfg.max_tiles, width, encoder is not None)
+    check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
+    with torch.inference_mode():
+        tokens = model.encode_slide(features, coords).half()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {"visual_tokens": tokens}, {"made_by": mark_now})
+    return True
 
 
 def cache_visual_tokens(model, data, slides, progress=iter):
@@ -2190,24 +2124,15 @@ def cache_visual_tokens(model, data, slides, progress=iter):
     The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
     """
     written, problems = 0, {}
-    width = None if model.slide_encoder is None else model.slide_encoder.cfg.in_width
     for slide in progress(slides):
         try:
-            if not has_visual_tokens(model, data, slide):
-                features, coords = read_features(data, slide, model.cfg.max_tiles, width)
-                check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
-                with torch.inference_mode():
-                    tokens = model.encode_slide(features, coords).half()
-                path = visual_tokens_file(data, slide, model.cfg)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, {"visual_tokens": tokens}, {"made_by": made_by(model, data, slide)})
-                written += 1
+            written += keep_visual_tokens(model, data, slide)
         except UserError as error:
             problems[slide] = str(error)
     return written, problems
 
 
-# ---- What the scripts share: where weights are looked for, and how the stages' results are put together ----
+# ---- Where weights are looked for, and how the stages' results are put together ----------------------------
 
 WEIGHTS = Path("weights")
 GIGAPATH = WEIGHTS / "gigapath"
@@ -2224,22 +2149,19 @@ def first(*paths, hint):
 
 def stage_weights(args, stage):
     """out/stageN/model.safetensors. Raises UserError where the stage has not been trained."""
-    folder = args.out / f"stage{stage}"
-    path = folder / "model.safetensors"
-    untrained = f"{folder} holds no trained model: run python train.py --stage {stage} first"
-    check(path.exists(), untrained)
+    path = args.out / f"stage{stage}" / "model.safetensors"
+    check(path.exists(), f"{path.parent} holds no trained model: run python train.py --stage {stage} first")
     return path
 
 
 def pick_tile_encoder(args):
-    """(TileEncoder, its file); None for a file is the demo's untrained encoder, where no weights are found or
-    named."""
+    """--tile-encoder's or GigaPath's -> (TileEncoder, its file); with no file, the demo's untrained one."""
     path = args.tile_encoder or GIGAPATH / "pytorch_model.bin"
-    if args.tile_encoder is None and (args.preset == "demo" or not path.exists()):
-        needed = f"--preset {args.preset} needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
-        check(args.preset in (None, "demo"), needed)
-        return untrained_tile_encoder(), None
-    return load_tile_encoder(path), path
+    if args.tile_encoder or (path.exists() and args.preset != "demo"):
+        return load_tile_encoder(path), path
+    needed = f"--preset {args.preset} needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
+    check(args.preset in (None, "demo"), needed)
+    return untrained_tile_encoder(), None
 
 
 def pick_llm(args, meta):
@@ -2249,28 +2171,15 @@ def pick_llm(args, meta):
         folders, hint = [args.data / "llm"], f"run python prepare.py --qa FILE... first, or {hint}"
     folder = args.llm or first(*folders, hint=hint)
     check(folder.is_dir(), f"{folder}: no such folder (--llm)")
-    beside = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
-    files = [place / name for place in beside for name in ("tokenizer.model", "tokenizer.json")]
+    places = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
+    files = [place / name for place in places for name in ("tokenizer.model", "tokenizer.json")]
     path = first(*dict.fromkeys(files), hint="copy it from where the model is from")
     tokenizer = Tokenizer(path, args.chat_format)
     for file in (folder / "generation_config.json", folder / "config.json"):
-        ends = read_json(file, "copy it again").get("eos_token_id") if file.exists() else None
+        ends = read_json(file, COPY_AGAIN).get("eos_token_id") if file.exists() else None
         ends = ends if isinstance(ends, list) else [ends]
         tokenizer.ends |= {end for end in ends if type(end) is int}
     return folder, tokenizer
-
-
-def pick_slide_encoder(args, meta):
-    """--slide-encoder, that of out/stage1, or GigaPath's -> SlideEncoder. Raises UserError where it does not
-    fit."""
-    stage1, gigapath = args.out / "stage1" / "slide_encoder.safetensors", GIGAPATH / "slide_encoder.pth"
-    files = [args.slide_encoder] if args.slide_encoder else [stage1]
-    if not args.slide_encoder and meta["preset"] != "demo":
-        files.append(gigapath)
-    path = first(*files, hint="run python train.py --stage 1 first, or name one with --slide-encoder")
-    encoder = load_slide_encoder(path)
-    check_tile_encoder(encoder.cfg, meta, path)
-    return encoder
 
 
 def check_tile_encoder(cfg, meta, source):
@@ -2283,32 +2192,58 @@ def check_tile_encoder(cfg, meta, source):
         check(takes in ("", given), f"{source}: {what} {takes}, these are {given}: {advice}")
 
 
-def pick_projector(args, folder, stage):
-    """The published projector: --projector's, or that in --lora's or the language model's folder ->
-    (projector, where it is from); None where there is none and stage 2 is still to train one."""
-    for source in filter(None, (args.projector, args.lora, folder)):
+def pick_slide_encoder(args, meta):
+    """--slide-encoder's, that of out/stage1, or GigaPath's -> SlideEncoder."""
+    files = [args.out / "stage1" / "slide_encoder.safetensors"]
+    if meta["preset"] != "demo":
+        files.append(GIGAPATH / "slide_encoder.pth")
+    hint = "run python train.py --stage 1 first, or name one with --slide-encoder"
+    path = args.slide_encoder or first(*files, hint=hint)
+    encoder = load_slide_encoder(path)
+    check_tile_encoder(encoder.cfg, meta, path)
+    return encoder
+
+
+def pick_projector(args, llm, stage):
+    """The published projector, --projector's or that in --lora's or the language model's folder -> (projector
+    or None, where it is from); None where stage 2 is still to train one."""
+    for source in filter(None, (args.projector, args.lora, llm)):
         projector = load_projector(source, torch.float32)
         if projector is not None:
             return projector, source
     if stage > 1:
         stage_weights(args, stage)  # what is missing is the stage
-    return None, args.lora or folder
+    return None, args.lora or llm
 
 
-def fit_projector(projector, source, width, llm_width, required):
-    """The projector if it takes visual tokens of this width, zero-padded to its own, and gives the language
-    model's; else None, for a new one, or a UserError where one is required. Says which."""
+def fit_projector(projector, source, width, cfg, required):
+    """The projector if it takes visual tokens of this width (zero-padded to its own) and gives the language
+    model's; else a new one, or a UserError where one is required. Says which."""
     news = f"a new one, since {source} holds none"
     if projector is not None:
-        news, takes, gives = f"that of {source}", projector[0].in_features, projector[2].out_features
-        if takes < width or gives != llm_width:
-            shape = f"{takes} -> {gives}, not {width} -> {llm_width}"
-            advice = "train one with --stage 2 and 3"
-            check(not required, f"{source}: its projector does not fit ({shape}); {advice}")
-            projector, news = None, f"a new one, since that of {source} does not fit ({shape})"
+        takes, gives = projector[0].in_features, projector[2].out_features
+        misfit = f"does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
+        news = f"that of {source}"
+        if takes < width or gives != cfg.llama.width:
+            check(not required, f"{source}: its projector {misfit}; train one with --stage 2 and 3")
+            projector, news = None, f"a new one, since {news} {misfit}"
     if os.environ.get("RANK", "0") == "0":  # rank 0 only
         print(one_line(f"Projector: {news}."), file=sys.stderr)
+    if projector is None:
+        projector = make_projector(max(cfg.pad_to, width), cfg.llama.width)
     return projector
+
+
+def load_trained(model, path):
+    """Fills a model from what stage 2 or 3 wrote: projector, adapters, or with --full the language model."""
+    tensors, pattern = read_tensors(path), r"mm_projector\..*"
+    if model.cfg.lora_rank:
+        with torch.device("meta"):
+            add_lora(model.llama, model.cfg.lora_rank, model.cfg.lora_alpha, model.cfg.lora_target)
+        pattern += r"|llama\..*\.lora_[ab]"
+    elif any(name.startswith("llama.") for name in tensors):
+        pattern += r"|llama\..*"
+    load_strict(model, tensors, path, only=pattern)
 
 
 def load_model(args, meta, stage=3, dtype=None, int8=False):
@@ -2316,60 +2251,53 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
 
     Frozen parts come from their files: the language model from --llm and --lora, the slide encoder from
     --slide-encoder, out/stage1 or GigaPath's. On top comes what the stage trained; where no stage did, the
-    projector published with the language model, so that weights trained elsewhere answer at once. dtype:
-    --dtype. int8: with the language model's weights rounded. Raises UserError where a piece is missing or was
-    trained beside other pieces.
+    projector published with the language model, so that weights trained elsewhere answer at once. int8: with
+    the language model's weights rounded. Raises UserError for a piece that is missing, or that does not fit.
     """
     dtype = dtype or args.dtype
     folder, tokenizer = pick_llm(args, meta)
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
     sizes = f"has {len(tokenizer):,} tokens, the language model {llama.cfg.vocab:,}"
     check(len(tokenizer) <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}; use the language model's own")
-    any_stage = any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3))
-    if stage > 1 and any_stage:
+    # What was trained, and its config.
+    trained, cfg = None, WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+    if stage == 1:
+        cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
+    elif any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3)):
         trained = stage_weights(args, stage)
         check(not args.projector, f"--projector: {trained.parent} has one of its own; name another --out")
         cfg = load_config(trained.parent)
-    else:
-        trained, cfg = None, WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
-        if stage == 1:
-            cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
+    if not trained:
         projector, source = pick_projector(args, folder, stage)
+    # The frozen parts. Weights trained beside one of them mean nothing beside another.
     parts, slide_encoder = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}, None
-    encoded = meta["encoder"]["source"] == IMPORTED_TOKENS  # they have been through a slide encoder
-    if not cfg.no_slide_encoder and not encoded:
+    if meta["encoder"]["source"] == IMPORTED_TOKENS:  # they have been through a slide encoder
+        cfg.n_visual_tokens = meta["encoder"].get("n_visual_tokens", cfg.n_visual_tokens)
+    elif not cfg.no_slide_encoder:
         slide_encoder = pick_slide_encoder(args, meta)
-        parts["slide_encoder"], cfg.slide_encoder = fingerprint(slide_encoder), slide_encoder.cfg
-    for part, mark in parts.items():  # weights trained beside one encoder or LLM mean nothing beside another
+        cfg.slide_encoder, parts["slide_encoder"] = slide_encoder.cfg, fingerprint(slide_encoder)
+    for part, mark in parts.items():
         old = cfg.fingerprints.get(part, mark)
         other = f"another {part.replace('_', ' ')} ({old}) than the one here ({mark})"
         check(old == mark, f"{trained} was trained with {other}: name that one, or train this stage again")
     cfg.llama, cfg.fingerprints = llama.cfg, parts
-    if not trained:
-        width = slide_encoder.cfg.width if slide_encoder else meta["encoder"]["width"]
-        projector = fit_projector(projector, source, width, llama.cfg.width, stage > 1 or args.projector)
-        cfg.pad_to = projector[0].in_features if projector else max(cfg.pad_to, width)
+    # The model, and in it what was trained.
     with torch.device("meta"):
         model = WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
     model.cfg, model.slide_encoder, model.llama = cfg, slide_encoder, llama
-    if cfg.lora_rank:
-        with torch.device("meta"):
-            add_lora(llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target)
-    if not trained:
-        model.mm_projector = projector or make_projector(cfg.pad_to, llama.cfg.width)
+    if trained:
+        load_trained(model, trained)
     else:
-        tensors, pattern = read_tensors(trained), r"mm_projector\..*"
-        if cfg.lora_rank:
-            pattern += r"|llama\..*\.lora_[ab]"
-        elif any(name.startswith("llama.") for name in tensors):  # trained by --full
-            pattern += r"|llama\..*"
-        load_strict(model, tensors, trained, only=pattern)
+        width = slide_encoder.cfg.width if slide_encoder else meta["encoder"]["width"]
+        required = stage > 1 or args.projector
+        model.mm_projector = fit_projector(projector, source, width, cfg, required)
+        cfg.pad_to = model.mm_projector[0].in_features
     if int8:
         quantize_int8(llama)
     return model.to(dtype).eval(), tokenizer
 
 
-# ---- What the scripts share: flags, and how a script runs --------------------------------------------------
+# ---- Flags, and how a script runs --------------------------------------------------------------------------
 
 def at_least(low, kind=int, high=math.inf):
     """A type for argparse: a finite number from low to high."""
@@ -2391,9 +2319,7 @@ def at_least(low, kind=int, high=math.inf):
     return number
 
 
-def share(text):
-    """A type for argparse: a number from 0 to 1."""
-    return at_least(0, float, 1)(text)
+share = at_least(0, float, 1)
 
 
 def some_text(text):
@@ -2424,24 +2350,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message.removeprefix('argument '))}; --help lists the flags\n")
 
 
-def add_device_flags(add):
-    """--device and --dtype, which resolve_device reads."""
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
-    kinds = ["auto", "float32", "bfloat16"]
-    products = "of matrix products (default: bfloat16 on CUDA, else float32)"
-    add("--dtype", default="auto", choices=kinds, help=products)
-
-
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
     add = parser.add_argument_group("shared by all scripts").add_argument
-    for flag, default, help in (
-        ("--data", "data", "prepared slides and questions (default: data)"),
-        ("--out", "out", "what training leaves, by stage (default: out)"),
-    ):
-        add(flag, metavar="DIR", type=some_path, default=Path(default), help=help)
+    data, out = "prepared slides and questions (default: data)", "what training leaves (default: out)"
+    add("--data", metavar="DIR", type=some_path, default=Path("data"), help=data)
+    add("--out", metavar="DIR", type=some_path, default=Path("out"), help=out)
     add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
-    add_device_flags(add)
+    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    products = "of matrix products (default: bfloat16 on CUDA, else float32)"
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=products)
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
     add("--seed", type=at_least(0), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
@@ -2467,19 +2385,18 @@ def resolve_device(args):
         args.device = torch.device(args.device)
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
+        raise UserError(f"--device {args.device}: {one_line(error)}; use --device cpu") from None
     automatic = "bfloat16" if args.device.type == "cuda" else "float32"
     args.dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
 
 
 def count(n, thing):
     """So many of a thing, for people: 1 slide, 2,000 slides."""
-    return f"{n:,} {thing}{'s' * (n != 1)}"
+    return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
 class Printable:
-    """A stream whose text loses its control characters: names, answers and servers' messages cannot steer a
-    terminal."""
+    """A stream whose text is printable: names, answers and servers' messages cannot steer a terminal."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -2515,12 +2432,8 @@ def run(main, on_interrupt="interrupted"):
         sys.exit(130)
 
 
-
-# ---- python wsi_llava.py: the model's sizes and shapes -----------------------------------------------------
-
 def peak_memory(device=None):
-    """The most memory this process has held so far, in bytes: a GPU's, or else the CPU's (not a number on
-    Windows)."""
+    """The most memory that this process has held, in bytes: a GPU's, or the CPU's (nan on Windows)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -2531,44 +2444,40 @@ def peak_memory(device=None):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+# ---- python wsi_llava.py: the model's sizes and shapes -----------------------------------------------------
+
 def print_sizes():
-    """A table: parameters of each part, for every preset. Built on the meta device, so it costs nothing."""
-    print("Parameters".ljust(24) + "".join(preset.rjust(16) for preset in PRESETS))
-    sizes = {"tile encoder": [], "slide encoder": [], "projector": [], "language model": []}
-    for cfg in PRESETS.values():
+    """Parameters of each part, for every preset. Built on the meta device, so it costs nothing."""
+    names = ("tile encoder", "slide encoder", "projector", "language model")
+    print("Parameters  " + "".join(name.rjust(16) for name in names))
+    for preset, cfg in PRESETS.items():
         with torch.device("meta"):
             model, tile_encoder = WSILLaVA(cfg), TileEncoder(cfg.tile_encoder)
-        parts = (tile_encoder, model.slide_encoder, model.mm_projector, model.llama)
-        for row, part in zip(sizes.values(), parts):
-            row.append(f"{sum(p.numel() for p in part.parameters()):,}".rjust(16))
-    for name, row in sizes.items():
-        print(name.ljust(24) + "".join(row))
+        print(f"{preset:12}", end="")
+        for part in (tile_encoder, model.slide_encoder, model.mm_projector, model.llama):
+            print(f"{sum(p.numel() for p in part.parameters()):16,}", end="")
+        print()
 
 
 @torch.no_grad()
 def print_shapes():
     """One made-up slide of 12 tiles through the demo's model, shape by shape."""
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
-    tiles = torch.randint(0, 256, (12, 256, 256, 3), dtype=torch.uint8)
-    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * 256
-    images = preprocess_tiles(tiles)
-    features = tile_encoder(images)
-    cls, tokens = model.slide_encoder(features[None], coords[None])
-    visual = model.encode_slide(features, coords)
-    embeds, _ = model.splice(visual[None], [[1, 10, IMAGE_TOKEN, 11, 12]])
-    logits = model.llama(embeds=embeds)
     print("\nShapes, for a slide of 12 tiles through the demo's model")
-    for name, x in {
-        "tiles": tiles,
-        "preprocess_tiles": images,
-        "TileEncoder": features,
-        "SlideEncoder, CLS": cls,
-        "SlideEncoder, tokens": tokens,
-        "pool_tokens, norm": visual,
-        "spliced into 4 text tokens": embeds,
-        "Llama, logits": logits,
-    }.items():
+
+    def show(name, x):
         print(f"{name:32}{list(x.shape)}")
+        return x
+
+    tiles = show("tiles", torch.randint(0, 256, (12, TILE, TILE, 3), dtype=torch.uint8))
+    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * TILE
+    features = show("TileEncoder", tile_encoder(show("preprocess_tiles", preprocess_tiles(tiles))))
+    cls, tokens = model.slide_encoder(features[None], coords[None])
+    show("SlideEncoder, CLS", cls)
+    show("SlideEncoder, tokens", tokens)
+    visual = show("pool_tokens, norm", model.encode_slide(features, coords))
+    embeds, _ = model.splice(visual[None], [[1, 10, IMAGE_TOKEN, 11, 12]])
+    show("Llama, logits", model.llama(embeds=show("spliced into 4 text tokens", embeds)))
 
 
 def main():
