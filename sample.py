@@ -144,8 +144,6 @@ def why_missing(cfg, data, slide):
     if not known or not wsi_llava.features_file(data, slide).exists():
         imported = known and wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # no features, but as good
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
-    if slide_facts(data, slide).get("coordinates") is False and not cfg.no_slide_encoder:
-        return "imported without coordinates: only a model of train.py --no-slide-encoder can be asked about it"
     try:
         empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
     except UserError as error:
@@ -480,8 +478,6 @@ def explain(args, model, tokenizer, name, answer):
     """--heatmap and --heatmap-geojson: which tiles of the slide made the model answer --ask so."""
     given = Path(args.slide[0])
     slide = open_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
-    placed = slide_facts(args.data, name).get("coordinates", True)
-    check(placed, f"--heatmap: {name} was imported without coordinates, so its tiles have no place on it")
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
     print(f"Relevance of {len(coords):,} tiles: {PASSES} forward and backward passes on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
@@ -1075,7 +1071,7 @@ def answer_into(args, path, rows, settings, problems, ask):
 def drawn_tokens(model, data, count, draw, slide):
     """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every model, and
     those of a smaller count among them."""
-    features, coords = read_features(data, slide)
+    features, coords = read_features(data, slide, coordinates=model.slide_encoder is not None)
     if 0 < count < len(features):
         order = np.random.default_rng([zlib.crc32(slide.encode()), draw]).permutation(len(features))
         chosen = np.sort(order[:count])
@@ -2047,7 +2043,7 @@ def evaluate_tiles(args):
                     continue
                 slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
                 for slide in slides_of(row):
-                    have = tiles.get(slide) or len(read_features(args.data, slide)[1])
+                    have = slide_facts(args.data, slide).get("tiles", count)
                     tiles[slide] = min(have, count or have)
                 for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
                     values[metric][n].append(value or 0.0)

@@ -4661,7 +4661,7 @@ def test_a_slide_without_a_file_or_a_place_for_its_tiles_has_no_map(tmp_path, to
     tensors["coords"] -= 1
     save_file(tensors, tmp_path / "features" / "bare.safetensors", {"wsi_llava": '{"coordinates": false}'})
     why = sample.why_missing(PRESETS["demo"], tmp_path, "bare")
-    assert "imported without coordinates: only a model of train.py --no-slide-encoder" in why
+    assert "bare.safetensors: its tiles have no coordinates, and a slide encoder needs them" in why
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
