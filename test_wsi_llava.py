@@ -3819,6 +3819,47 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
         sample_with(demo, *flags, data=tmp_path / "data")
 
 
+def test_fewer_tiles_of_a_slide_are_among_more_and_the_same_for_every_model(tiny, tmp_path, monkeypatch):
+    (tmp_path / "features").mkdir()
+    features = torch.randn(20, 128).half()
+    coords = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1).int() * 256
+    save_file({"features": features, "coords": coords}, tmp_path / "features" / "s.safetensors")
+    with torch.no_grad():
+        whole = tiny.encode_slide(features, coords).half()
+    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 0, 0, "s"), whole)
+    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 99, 1, "s"), whole)
+    seen = []
+    monkeypatch.setattr(tiny, "encode_slide", lambda features, coords: seen.append(coords.tolist()) or features)
+    for count, draw in ((4, 0), (9, 0), (9, 0), (9, 1)):
+        sample.drawn_tokens(tiny, tmp_path, count, draw, "s")
+    few, more, again, other = seen
+    assert len(few) == 4 and all(tile in more for tile in few) and more == again != other and sorted(more, key=lambda c: c[::-1]) == more
+
+
+@slow
+def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys):
+    folder, _ = demo
+    path = tmp_path / "p.jsonl"
+    flags = ["--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", path, "--max-new-tokens", 6]
+    flags += ["--batch-size", 9, "--tiles", 4, 0, "--draws", 2]
+    sample_with(demo, *flags)
+    printed = capsys.readouterr().out
+    made = {f"p.{name}.jsonl" for name in ("4-tiles.0", "4-tiles.1", "all-tiles.0")}
+    assert {file.name for file in tmp_path.iterdir()} == made | {"tiles.md", "tiles.csv", "tiles.svg"}
+    few, whole = csv.DictReader(io.StringIO((tmp_path / "tiles.csv").read_text()))
+    assert (few["tiles"], few["on average"], few["questions"]) == ("4", "4.0", "27") and whole["tiles"] == "all"
+    means = []
+    for draw in (0, 1):
+        _, rows = sample.read_predictions(tmp_path / f"p.4-tiles.{draw}.jsonl")
+        means += [sample.same_answer(row["answer"], row["truth"]) for row in rows.values()]
+    assert few["exact match"].startswith(f"{np.mean(means):.3f} [") and "| tiles |" in printed and few["seconds"]
+    xml.etree.ElementTree.parse(tmp_path / "tiles.svg")
+    sample_with(demo, *flags)
+    assert capsys.readouterr().out.count("27 are answered") == 3
+    with pytest.raises(UserError, match="--tiles goes with --qa, without --baselines"):
+        sample_with(demo, *flags, "--baselines")
+
+
 def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide, capsys):
     """Pictures counted before; thumbnail and tiles sent; a slide without a file is missing; resumed without a call."""
     for name in ("features", "slides"):
@@ -4696,6 +4737,40 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path):
         with pytest.raises(UserError, match=f"{path.name}: exists, and is no earlier output of this command"):
             sample.check_heatmap_flags(argparse.Namespace(**(vars(args) | {flag: path})))
         assert path.read_bytes() in (before, b"my own picture")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: what it costs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
+    sample.make_slide(tmp_path / "big.tif", 2)
+    slide = prepare.Slide(tmp_path / "big.tif")
+    width, height = slide.file.dimensions
+    assert width * height * 3 == pytest.approx(2e9, rel=0.02) and (tmp_path / "big.tif").stat().st_size < 1e6
+    assert slide.mpp == 0.25 and slide.file.level_count > 1
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(prepare.MASK)), 0.25)
+    circle = math.pi * (0.36 * slide.width / 256) ** 2
+    assert len(coords) == pytest.approx(circle, rel=0.15)
+    middle = slide.tile(*(np.array([slide.width, slide.height]) // 512 * 256).tolist())
+    assert middle[..., 1].mean() < 200 < slide.tile(0, 0)[..., 1].mean()
+
+
+def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(toy_slide, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "MEASURING", 0.3)
+    (tmp_path / "slides").mkdir()
+    shutil.copy(toy_slide[0], tmp_path / "slides")
+    (tmp_path / "slides" / "broken.svs").write_bytes(b"not a slide")
+    flags = ["--benchmark", tmp_path / "slides", "--data", tmp_path / "none", "--out", tmp_path / "out"]
+    sample.main(list(map(str, flags)))
+    out, err = capsys.readouterr()
+    assert "random, of the preset demo's size (no " in out and "failed: " in err and "broken.svs: not a slide" in err
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "out" / "benchmark.csv").read_text()))
+    assert row["slide"] == "toy.tif" and row["level 0"] == "2048 x 2048" and 20 < int(row["tiles"]) < 64
+    assert all(float(row[step]) > 0 for step in ("tissue", "reading", "tile encoder", "slide encoder", "first token"))
+    assert float(row["tokens/s"]) > 0 and float(row["CPU GB"]) > 0.1
+    xml.etree.ElementTree.parse(tmp_path / "out" / "benchmark.svg")
 
 
 # --------------------------------------------------------------------------------------------------------------------
