@@ -59,21 +59,14 @@ from wsi_llava import (
     IMAGE_TOKEN,
     TILE,
     UserError,
-    at_least,
     check,
     one_line,
     read_features,
-    read_visual_tokens,
     reading,
-    replacing,
-    share,
-    some_path,
-    some_text,
-    without_image,
     write_text,
-)  # fmt: skip
+)
 
-# ---- The slides that are asked about: files and names -> visual tokens --------------------------------------
+# ---- The slides that are asked about: files and names -> visual tokens -------------------------------------
 
 
 def load_model(args, meta):
@@ -99,7 +92,8 @@ PICTURE_MARK = "wsi-llava picture"  # in the pictures (SVG), so that only these 
 
 
 def check_output(path, mark):
-    """Refuses to replace what is not this command's own earlier output, which has the mark near its beginning."""
+    """Refuses to replace what is not this command's own earlier output, which has the mark near its
+    beginning."""
     path = Path(path)
     check(path.parent.is_dir(), f"{path}: the folder {path.parent} does not exist; make it first")
     check(not path.is_dir(), f"{path}: a folder; name a file in it")
@@ -120,7 +114,8 @@ def check_outputs(stem, **marks):
 
 
 def prepare_raw(args, names):
-    """--slide's files and names -> names of slides in data/. Files are prepared first, like any other slide."""
+    """--slide's files and names -> names of slides in data/. Files are prepared first, like any other
+    slide."""
     found, raw = {}, {}
     for name in names:
         known = wsi_llava.is_slide_name(name) and wsi_llava.features_file(args.data, name).exists()
@@ -142,7 +137,7 @@ def why_missing(cfg, data, slide):
     """Why this slide cannot be asked about, in words, or None."""
     known = wsi_llava.is_slide_name(slide)
     if not known or not wsi_llava.features_file(data, slide).exists():
-        imported = known and wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # no features, but as good
+        imported = known and wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # as good as features
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
     try:
         empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
@@ -153,7 +148,8 @@ def why_missing(cfg, data, slide):
 
 @torch.inference_mode()
 def region_tokens(model, data, slide, region):
-    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0 pixels."""
+    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0
+    pixels."""
     scale = slide_facts(data, slide).get("scale")  # level-0 pixels per tiled pixel
     check(scale, f"--region: {wsi_llava.features_file(data, slide)} does not tell its scale to level 0")
     features, coords = read_features(data, slide, model.cfg.max_tiles)
@@ -168,7 +164,8 @@ def region_tokens(model, data, slide, region):
 
 
 def slide_tokens(args, model, slides):
-    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; a region's on the fly."""
+    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; a region's on the
+    fly."""
     for slide in slides:
         problem = why_missing(model.cfg, args.data, slide)
         check(not problem, f"--slide {slide}: {problem}")
@@ -177,7 +174,7 @@ def slide_tokens(args, model, slides):
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides)
     for slide, problem in problems.items():
         raise UserError(f"--slide {slide}: {problem}")
-    tokens = [read_visual_tokens(args.data, slide, model.cfg) for slide in slides]
+    tokens = [wsi_llava.read_visual_tokens(args.data, slide, model.cfg) for slide in slides]
     check(len({x.shape for x in tokens}) == 1, f"--slide {' '.join(slides)}: not equally many visual tokens")
     return torch.stack(tokens)
 
@@ -191,17 +188,19 @@ def zero_shot(args, meta, slide, texts):
     problem = why_missing(cfg, args.data, slide)
     check(not problem, f"--slide {slide}: {problem}")
     features, coords = read_features(args.data, slide, cfg.max_tiles)
-    embedded = model.embed_slides(features.to(args.device, torch.float32), coords.to(args.device), [len(features)])
+    features, coords = features.to(args.device, torch.float32), coords.to(args.device)
+    embedded = model.embed_slides(features, coords, [len(features)])
     ids = [tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts]
     similarity = embedded @ model.embed_words(ids, words).T  # [1,texts]
     return (model.logit_scale.exp().clamp(max=100) * similarity)[0].softmax(-1).tolist()
 
 
-# ---- A conversation -----------------------------------------------------------------------------------------
+# ---- A conversation ----------------------------------------------------------------------------------------
 
 
 class Chat:
-    """A conversation about slides, visual tokens [V,C] or [S,V,C]. The key-value cache is kept between turns."""
+    """A conversation about slides, visual tokens [V,C] or [S,V,C]. The key-value cache is kept between
+    turns."""
 
     def __init__(self, model, tokenizer, visual, **options):
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -213,7 +212,7 @@ class Chat:
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
-        question, n = without_image(question), len(self.visual)
+        question, n = wsi_llava.without_image(question), len(self.visual)
         if not self.cache.length:
             marks = "<image>\n" if n == 1 else "".join(f"Slide {i}: <image>\n" for i in range(1, n + 1))
             question = marks + question
@@ -245,9 +244,10 @@ def stream_answer(args, names, chat, question):
         print("" if args.json else piece, end="", flush=True)
     tokens, seconds = chat.tokens, time.time() - started
     if args.json:
-        said = {"slides": names, "region": args.region, "question": question, "answer": chat.turns[-1]["value"]}
+        said = {"slides": names, "region": args.region, "question": question}
+        said |= {"answer": chat.turns[-1]["value"], "finished": len(chat.tail) == 1}
         said |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
-        said |= {"finished": len(chat.tail) == 1, "peak_memory": wsi_llava.peak_memory(args.device)}
+        said["peak_memory"] = wsi_llava.peak_memory(args.device)
         print(json.dumps(said, ensure_ascii=False), file=args.json, flush=True)
     else:
         print()
@@ -293,18 +293,18 @@ def chat_loop(args, open_chat, names, chat):
             print(f"error: {one_line(error)}", file=sys.stderr)
 
 
-# ---- Where the answer comes from ----------------------------------------------------------------------------
+# ---- Where the answer comes from ---------------------------------------------------------------------------
 #
-# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the
-# way from a slide on which every tile is the average tile to the real one, the gradient with respect to the tiles'
-# features, through the language model, projector, pool and slide encoder, times the change of the features. The
-# shares of all tiles add up to what the slide does for the answer: log p(answer | slide) - log p(answer | average
-# tiles), in nats.
+# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365):
+# on the way from a slide on which every tile is the average tile to the real one, the gradient with respect
+# to the tiles' features, through the language model, projector, pool and slide encoder, times the change of
+# the features. The shares of all tiles add up to what the slide does for the answer: log p(answer | slide) -
+# log p(answer | average tiles), in nats.
 #
-# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is
-# read need not be where the evidence lies. train.py --demo measures it on the held-out slides where the evidence was
-# planted; there (50 slides), of the ways tried, how often the hottest tile holds the evidence, and its relevance
-# over the mean tile's:
+# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token
+# that is read need not be where the evidence lies. train.py --demo measures it on the held-out slides where
+# the evidence was planted; there (50 slides), of the ways tried, how often the hottest tile holds the
+# evidence, and its relevance over the mean tile's:
 #
 #     chance                                                                      3%     1.0
 #     attention; attention times its gradient, rolled out (arXiv 2103.15679)      2%     1.0
@@ -321,9 +321,10 @@ HEATMAP_MARK = "wsi-llava heatmap"  # in the written files, so that only these a
 
 
 def tile_relevance(model, tokenizer, features, coords, question, answer, progress=iter):
-    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against), and what the slide
-    adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in data/features. The weights stay
-    frozen and layers are recomputed in the backward pass, so memory is the model's and one layer's."""
+    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against), and what the
+    slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in data/features.
+    The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and one
+    layer's."""
     check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
     talk = [*wsi_llava.slide_first([{"from": "human", "value": question}]), {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
@@ -349,8 +350,8 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, progres
         return (b[0] - a[0]) * (a[2] + b[2]) / 2
 
     def scaled(a, b):
-        """The same, scaled to the change in log p, twofold at most: where log p jumps, its slopes at the ends are no
-        mean of those between."""
+        """The same, scaled to the change in log p, twofold at most: where log p jumps, its slopes at the ends
+        are no mean of those between."""
         change, trapezoid = b[1] - a[1], area(a, b)
         return trapezoid * min(max(change / (trapezoid.sum().item() or 1.0), 0.0), 2.0)
 
@@ -378,8 +379,8 @@ def slide_files(folder):
 
 
 def open_slide(data, name, path=None, mpp=None):
-    """The file of a prepared slide, read in a process of its own, which a damaged file may kill -> prepare.SafeSlide.
-    path: the file, or a folder with it (default: data/slides)."""
+    """The file of a prepared slide, read in a process of its own, which a damaged file may kill ->
+    prepare.SafeSlide. path: the file, or a folder with it (default: data/slides)."""
     path, target = Path(path or data / "slides"), wsi_llava.read_meta(data)["mpp"]
     file = slide_files(path).get(name) if path.exists() else None
     check(file, f"{name}: its file is not in {path}; name its folder with --slides DIR")
@@ -392,7 +393,8 @@ slide_or_grid = open_slide  # the name that train.py calls
 
 
 def draw_heatmap(path, slide, coords, relevance, lines):
-    """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones enlarged.
+    """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones
+    enlarged.
 
     slide: a prepare.Slide or SafeSlide. coords [N,2], relevance [N]: numpy. lines: the title."""
     pixel = max(slide.width, slide.height) / PANEL  # tiled pixels per pixel of the picture
@@ -408,9 +410,9 @@ def draw_heatmap(path, slide, coords, relevance, lines):
     draw = ImageDraw.Draw(canvas)
     for i, line in enumerate(lines):
         draw.text((left, 20 + 30 * i), line, "black", large)
-    titles = f"the slide and its {len(coords):,} tiles", "relevance to the answer (nats)", "the most relevant tiles"
-    for x, title in zip((left, middle, right), titles):
-        draw.text((x, top - 10), title, grey, small, "ls")
+    draw.text((left, top - 10), f"the slide and its {len(coords):,} tiles", grey, small, "ls")
+    draw.text((middle, top - 10), "relevance to the answer (nats)", grey, small, "ls")
+    draw.text((right, top - 10), "the most relevant tiles", grey, small, "ls")
 
     # The slide and the outlines of its tiles.
     outlined = picture.copy()
@@ -445,7 +447,7 @@ def draw_heatmap(path, slide, coords, relevance, lines):
         draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
     made_by = PngImagePlugin.PngInfo()
     made_by.add_text("Software", HEATMAP_MARK)
-    with replacing(path) as temporary:
+    with wsi_llava.replacing(path) as temporary:
         canvas.save(temporary, "PNG", pnginfo=made_by)
 
 
@@ -456,7 +458,8 @@ def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
     tiles = []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), shades):
         facts = {"color": shade, "measurements": {"relevance": value}}
-        tiles.append(wsi_llava.geojson_feature("tile", [wsi_llava.tile_corners(x, y)], scale, corner, **facts))
+        rings = [wsi_llava.tile_corners(x, y)]
+        tiles.append(wsi_llava.geojson_feature("tile", rings, scale, corner, **facts))
     write_text(path, json.dumps({"type": "FeatureCollection", "made_by": HEATMAP_MARK, "features": tiles}))
 
 
@@ -484,8 +487,10 @@ def explain(args, model, tokenizer, name, answer):
     relevance, gain = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
     relevance, coords = relevance.numpy(), coords.numpy()
     x, y = coords[relevance.argmax()] * slide.scale
-    shares = f"{relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}"
-    print(f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come to {shares}.")
+    print(
+        f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come to "
+        f"{relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
+    )
     if args.heatmap:
         draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"])
     if args.heatmap_geojson:
@@ -493,7 +498,7 @@ def explain(args, model, tokenizer, name, answer):
     print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
 
 
-# ---- Closed answers: choice and yes/no ----------------------------------------------------------------------
+# ---- Closed answers: choice and yes/no ---------------------------------------------------------------------
 
 
 def plain(text):
@@ -514,7 +519,8 @@ STYLES = {
 
 
 def choices(question):
-    """The options of a question: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B": "Sarcoma"}."""
+    """The options of a question: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B":
+    "Sarcoma"}."""
     for labels, pattern in STYLES.items():
         marks = []  # A, B, C, ... in this order; a stray "protein B." inside an option is passed over
         for match in re.finditer(rf"(?<![!-~]){pattern}", question):
@@ -540,7 +546,8 @@ STATING = r"(?i:\b(?:(?:answer|option|choice)(?:\s+(?:is|would be|should be)\b|\
 def mark_options(text, options):
     """The text with every option that it names, by its words or by its label, as a character of OPTION."""
     marks = {label: chr(0xE000 + i) for i, label in enumerate(options)}
-    for label in sorted(options, key=lambda label: -len(options[label])):  # "adenocarcinoma" is in "mucinous ..."
+    # The longest first: "adenocarcinoma" is in "mucinous adenocarcinoma".
+    for label in sorted(options, key=lambda label: -len(options[label])):
         if words := re.escape(" ".join(options[label].split()).strip(".,; ")):
             text = re.sub(rf"(?<!\w){words}(?!\w)", marks[label], text, flags=re.I)
     labels = "".join(options)
@@ -555,14 +562,14 @@ def mark_options(text, options):
         (r"(?<![\w'-])()", alone, r"(?![\w'-])"),
     ):
         text = re.sub(f"{before}({label}){after}", lambda m: m[1] + marks.get(m[2].upper(), m[2]), text)
-    return re.sub(rf"({OPTION})(?:\W*\1)+", r"\1", text)  # "B. Squamous cell carcinoma" names one option, once
+    return re.sub(rf"({OPTION})(?:\W*\1)+", r"\1", text)  # "B. Sarcoma" names one option, once
 
 
 def parse_choice(text, options):
     """The label that an answer chooses: "B", "(b)", "B. Sarcoma", "It is sarcoma."; None for none or several.
 
-    What it says outright counts ("the answer is ..."), else what it begins with, else all that it names. An option
-    that is rejected ("not A", "neither A nor B", "A is unlikely") is not chosen."""
+    What it says outright counts ("the answer is ..."), else what it begins with, else all that it names. An
+    option that is rejected ("not A", "neither A nor B", "A is unlikely") is not chosen."""
     text = mark_options(" ".join(text.split()), options)
     text = re.sub(f"{REJECTING}{BETWEEN}{OPTIONS}", " ", text)
     text = re.sub(f"{OPTIONS}{REJECTED}", " ", text)
@@ -580,7 +587,8 @@ def parse_yes_no(text):
 
 
 def closed_options(question, truth):
-    """The options of a closed question, {label: text}; those of yes/no are "yes" and "no". {} for an open one."""
+    """The options of a closed question, {label: text}; those of yes/no are "yes" and "no". {} for an open
+    one."""
     options = choices(question)
     if options and parse_choice(truth, options):
         return options
@@ -595,7 +603,7 @@ def closed_parser(question, truth):
     return functools.partial(parse_choice, options=options) if options else None
 
 
-# ---- A model behind a server: the judge, and other systems to compare with ----------------------------------
+# ---- A model behind a server: the judge, and other systems to compare with ---------------------------------
 
 LONGEST_WAIT = 600  # seconds that a server may ask us to wait; then the run stops instead
 LONGEST_REPLY = 1 << 24  # bytes
@@ -605,12 +613,14 @@ UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def whole_lines(path):
-    """A JSON lines file, if there is one, less half a last line that a kill left -> (its objects, their bytes)."""
+    """A JSON lines file, if there is one, less half a last line that a kill left -> (its objects, their
+    bytes)."""
     with reading(path, "not the JSON lines that sample.py writes; delete it, or name another, and run again"):
         data = path.read_bytes() if path.exists() else b""
         end = data.rfind(b"\n") + 1
         lines = [json.loads(line) for line in data[:end].splitlines()]
-        check(all(isinstance(line, dict) for line in lines), f"{path}: not JSON lines of objects; name another")
+        objects = all(isinstance(line, dict) for line in lines)
+        check(objects, f"{path}: not JSON lines of objects; name another")
         return lines, end
 
 
@@ -677,9 +687,9 @@ def reply_text(body):
 
 
 class Server:
-    """A model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under the hash of model and
-    prompt: nothing is paid for twice, and an interrupted run goes on. flag: the one that named the url. dry: counts
-    what it would send, and sends nothing."""
+    """A model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under the hash of
+    model and prompt: nothing is paid for twice, and an interrupted run goes on. flag: the one that named the
+    url. dry: counts what it would send, and sends nothing."""
 
     def __init__(self, flag, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
         self.where, self.model, self.dry = f"{flag} {url}", model, dry
@@ -697,8 +707,8 @@ class Server:
         self.problems = collections.Counter()  # why replies stayed unusable
 
     def post(self, messages):
-        """One reply's text. What may pass is tried again, when the server says, or ever later. Raises OSError with
-        the server's own words, and UserError for what no later question will pass either."""
+        """One reply's text. What may pass is tried again, when the server says, or ever later. Raises OSError
+        with the server's own words, and UserError for what no later question will pass either."""
         for attempt in range(self.attempts):
             body = json.dumps({"model": self.model, "messages": messages, **self.options}).encode()
             wait, nobody = self.backoff * 2**attempt, False
@@ -721,8 +731,8 @@ class Server:
         raise OSError(problem)
 
     def refused(self, error):
-        """An HTTP error that may pass -> (what the server says, the seconds that it asks to wait, or None). Raises as
-        post does for one that will not."""
+        """An HTTP error that may pass -> (what the server says, the seconds that it asks to wait, or None).
+        Raises as post does for one that will not."""
         words, wait = "", None
         with contextlib.suppress(OSError, http.client.HTTPException):
             words = server_words(read_body(error, self.timeout))
@@ -733,7 +743,8 @@ class Server:
         if 300 <= error.code < 400:
             location = one_line(error.headers.get("Location"))
             raise UserError(f"{self.where}: redirects to {location}; name that instead")
-        check(error.code not in (401, 403, 404), f"{self.where}: {problem}; check it, the model, OPENAI_API_KEY")
+        mine = error.code in (401, 403, 404)
+        check(not mine, f"{self.where}: {problem}; check it, the model, OPENAI_API_KEY")
         later = f"asks to wait for {wait or 0:,.0f} s; run the same command then, it goes on"
         check((wait or 0) <= LONGEST_WAIT, f"{self.where}: {later}")
         unknown = [name for name in self.options if error.code == 400 and name in words]
@@ -745,8 +756,8 @@ class Server:
         return problem, wait
 
     def ask(self, messages, read, stand_in, again=0):
-        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable. stand_in:
-        the reply of a dry run. again: another reply to the same prompt than that of again=0."""
+        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable.
+        stand_in: the reply of a dry run. again: another reply to the same prompt than that of again=0."""
         key = hashlib.sha256(json.dumps([self.model, messages, again]).encode()).hexdigest()
         if key in self.replies:
             with contextlib.suppress(*UNUSABLE):
@@ -768,7 +779,8 @@ class Server:
             except UNUSABLE as error:
                 problem = f"unusable ({type(error).__name__}: {one_line(error)})"
                 more = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
-                messages = [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": more}]
+                messages = messages + [{"role": "assistant", "content": reply}]
+                messages = messages + [{"role": "user", "content": more}]
             else:
                 with self.lock:
                     self.replies[key] = reply
@@ -789,7 +801,8 @@ class Server:
 
 
 def in_parallel(work, items, n):
-    """Yields work(item) of each, n at once, in order. Ctrl-C: what was asked is kept, what waits is not asked."""
+    """Yields work(item) of each, n at once, in order. Ctrl-C: what was asked is kept, what waits is not
+    asked."""
     pool = concurrent.futures.ThreadPoolExecutor(n)
     try:
         yield from pool.map(work, items)
@@ -797,7 +810,7 @@ def in_parallel(work, items, n):
         pool.shutdown(cancel_futures=True)
 
 
-# ---- Many questions -----------------------------------------------------------------------------------------
+# ---- Many questions ----------------------------------------------------------------------------------------
 
 # Of a line of --predictions, the fields that hold answers -> their columns in the tables.
 FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide"}
@@ -819,7 +832,8 @@ def some(names):
 def read_questions(files, data=None):
     """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n".
 
-    data: slides there are found by the beginnings of their names. What a file says is for training is left out."""
+    data: slides there are found by the beginnings of their names. What a file says is for training is left
+    out."""
     kept, rows = [], []
     for file in files:
         kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
@@ -830,13 +844,14 @@ def read_questions(files, data=None):
     for row in kept:
         talk = row["conversations"]
         for k in range(0, len(talk), 2):
-            texts = {"question": without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
+            texts = {"question": wsi_llava.without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
             rows.append({"n": len(rows), **row, "turn": k // 2, **texts, "conversations": talk[: k + 1]})
     return rows
 
 
 def by_length(prompts, batch):
-    """Indices of the prompts in groups of one length: no batch holds padding, every answer is what it is alone."""
+    """Indices of the prompts in groups of one length: no batch holds padding, every answer is what it is
+    alone."""
 
     def length(i):
         return len(prompts[i]), prompts[i].count(IMAGE_TOKEN)
@@ -848,7 +863,8 @@ def by_length(prompts, batch):
 
 
 def prompt_ids(tokenizer, row, image=True):
-    """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at all."""
+    """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at
+    all."""
     turns = row["conversations"][:-1] if row["conversations"][-1]["from"] == "gpt" else row["conversations"]
     turns = wsi_llava.slide_first(turns, image=False)
     if image:
@@ -889,8 +905,9 @@ def likelihood(model, tokenizer, row, visual, text):
 
 
 def likeliest_option(model, tokenizer, row, visual):
-    """--choices likelihood: {"answer", "answer_by_text", "confidence"} of a closed question. The first is the option
-    whose label is likeliest, the second that whose words are; the confidence is each option's share, both ways."""
+    """--choices likelihood: {"answer", "answer_by_text", "confidence"} of a closed question. The first is the
+    option whose label is likeliest, the second that whose words are; the confidence is each option's share,
+    both ways."""
     options = closed_options(row["question"], row["truth"])
     labels = list(options.values()) if "yes" in options else list(options)
     best, shares = {}, {}
@@ -918,8 +935,8 @@ def ask_group(model, tokenizer, rows, visual, args):
 
 
 def ask_here(args, model, tokenizer, tokens, rows, views):
-    """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens. views:
-    {field: {slide: the one to show in its place}, or None for no slide}."""
+    """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens.
+    views: {field: {slide: the one to show in its place}, or None for no slide}."""
     names = all_slides(rows)
     for k, closed in itertools.product(range(0, len(names), AT_ONCE), (True, False)):
         near = set(names[k : k + AT_ONCE])
@@ -946,7 +963,8 @@ def data_url(picture):
 
 
 def slide_pictures(args, name):
-    """What --ask-model sees of a slide: its thumbnail, and --ask-tiles tiles spread evenly over the tissue."""
+    """What --ask-model sees of a slide: its thumbnail, and --ask-tiles tiles spread evenly over the
+    tissue."""
     slide, pictures = open_slide(args.data, name, args.slides, args.mpp), []
     if args.ask_thumbnail:
         pictures.append(slide.thumbnail(max(1, max(slide.width, slide.height) / args.ask_thumbnail)))
@@ -978,22 +996,26 @@ def ask_elsewhere(args, server, rows, views):
         answers, talk = {}, []
         for turn in row["conversations"]:
             role = "user" if turn["from"] == "human" else "assistant"
-            talk.append({"role": role, "content": without_image(turn["value"])})
+            talk.append({"role": role, "content": wsi_llava.without_image(turn["value"])})
         for field, instead in views.items():
-            seen = [pictures[instead[slide]] for slide in slides_of(row)] if instead else []
-            broken = [str(pictures) for pictures in seen if isinstance(pictures, UserError)]
-            first = [{"type": "text", "text": talk[0]["content"]}, *itertools.chain(*([] if broken else seen))]
-            messages = [talk[0] | {"content": first if instead else talk[0]["content"]}, *talk[1:]]
-            answers[field] = None if broken else server.ask(messages, some_words, "An answer of some sentences. " * 8)
+            messages, seen = list(talk), [pictures[instead[x]] for x in slides_of(row)] if instead else []
+            for problem in seen:
+                if isinstance(problem, UserError):
+                    return row, {"answer": None, "missing": str(problem)}
+            if instead:
+                parts = [{"type": "text", "text": talk[0]["content"]}, *itertools.chain(*seen)]
+                messages[0] = talk[0] | {"content": parts}
+            answers[field] = server.ask(messages, some_words, "An answer of some sentences. " * 8)
             if answers[field] is None:
-                return row, {"answer": None, "missing": broken[0] if broken else f"no usable reply{server.reasons()}"}
+                return row, {"answer": None, "missing": f"no usable reply{server.reasons()}"}
         return row, answers
 
     return in_parallel(work, rows, 1 if server.dry else args.requests)
 
 
 def read_predictions(path):
-    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row counts."""
+    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row
+    counts."""
     lines, _ = whole_lines(path)
     ours = lines and isinstance(lines[0].get("settings"), dict)
     check(ours, f"{path}: no predictions of sample.py --qa FILE, whose first line would hold the settings")
@@ -1002,7 +1024,8 @@ def read_predictions(path):
 
 
 def open_predictions(path, settings):
-    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
+    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other
+    settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path, '{"settings"')
     if not whole_lines(path)[0]:
@@ -1016,7 +1039,8 @@ def open_predictions(path, settings):
 
 
 def shown(args, slides):
-    """{field: {slide: the one to show in its place}, or None for no slide} of what is asked of every question."""
+    """{field: {slide: the one to show in its place}, or None for no slide} of what is asked of every
+    question."""
     views = {"answer": dict(zip(slides, slides))}
     if args.baselines:  # everyone gets another's slide, unless there is only one
         order = np.random.default_rng(args.seed).permutation(slides).tolist()
@@ -1034,16 +1058,17 @@ def write_prediction(file, row, answers):
 
 
 def answer_into(args, path, rows, settings, problems, ask):
-    """Asks what a file of predictions does not hold yet, and appends the answers, a line each, after a line of
-    settings. problems: {slide: why it cannot be asked about}. ask(rows, views): as ask_here."""
+    """Asks what a file of predictions does not hold yet, and appends the answers, a line each, after a line
+    of settings. problems: {slide: why it cannot be asked about}. ask(rows, views): as ask_here."""
     slides = all_slides(rows)
     file, done = open_predictions(path, settings)
     todo = [row for row in rows if done.get(row["n"], {}).get("answer") is None]
     lacking = [row for row in todo if problems.keys() & set(slides_of(row))]
     askable = [row for row in todo if not problems.keys() & set(slides_of(row))]
+    ways = " three ways," if args.baselines else ""
     print(
         f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
-        f"{len(rows) - len(todo):,} are answered. Asks the others{' three ways,' if args.baselines else ''} into {path}."
+        f"{len(rows) - len(todo):,} are answered. Asks the others{ways} into {path}."
     )
     failed, started = {"were too long to ask": [], "are about slides that are missing": []}, time.time()
     failed["got no answer"] = []
@@ -1060,8 +1085,9 @@ def answer_into(args, path, rows, settings, problems, ask):
                 failed["were too long to ask"] += slides_of(row)[:1]
             elif answers["answer"] is None:
                 failed["got no answer"].append(f"{slides_of(row)[0]} ({answers['missing']})")
-    answered, seconds = len(todo) - sum(map(len, failed.values())), time.time() - started
-    print(f"Answered {answered:,} questions, {answered / max(seconds, 1e-9):.1f}/s, peak memory {gigabytes(args)}.")
+    answered = len(todo) - sum(map(len, failed.values()))
+    rate = answered / max(time.time() - started, 1e-9)
+    print(f"Answered {answered:,} questions, {rate:.1f}/s, peak memory {gigabytes(args)}.")
     for what, names in failed.items():
         if names:
             print(f"{len(names):,} questions {what}: {some(names)}")
@@ -1069,8 +1095,8 @@ def answer_into(args, path, rows, settings, problems, ask):
 
 @torch.inference_mode()
 def drawn_tokens(model, data, count, draw, slide):
-    """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every model, and
-    those of a smaller count among them."""
+    """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every
+    model, and those of a smaller count among them."""
     features, coords = read_features(data, slide, coordinates=model.slide_encoder is not None)
     if 0 < count < len(features):
         order = np.random.default_rng([zlib.crc32(slide.encode()), draw]).permutation(len(features))
@@ -1098,8 +1124,8 @@ def answer_by_server(args, rows, settings):
 
 
 def answer_file(args):
-    """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be made
-    again. Of a dialogue every question is asked, after the true earlier answers."""
+    """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be
+    made again. Of a dialogue every question is asked, after the true earlier answers."""
     check(not args.temperature, "--temperature: --qa answers greedily, so that its table can be made again")
     rows = read_questions(args.qa, args.data)
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
@@ -1122,20 +1148,22 @@ def answer_file(args):
         good = [slide for slide in all_slides(rows) if slide not in problems]
         bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
         problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
-        tokens = cached(lambda slide: read_visual_tokens(args.data, slide, model.cfg))
+        tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
         answer_into(args, args.predictions, rows, settings, problems, functools.partial(ask, tokens))
 
 
-# ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers ----------
+# ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers --------
 
 
 def tokenize(text):
-    """Words and punctuation, in their own case: what nltk.word_tokenize makes of 99.5% of WSI-Bench's answers."""
+    """Words and punctuation, in their own case: what nltk.word_tokenize makes of 99.5% of WSI-Bench's
+    answers."""
     return re.findall(r"\w+(?:[-./+=,]+\w+)*\+?|'\w+|[^\w\s]", text)
 
 
 def bleu(reference, candidate):
-    """Tokens -> [BLEU-1, ..., BLEU-4] of one sentence with nltk's smoothing method 4 (Chen and Cherry 2014)."""
+    """Tokens -> [BLEU-1, ..., BLEU-4] of one sentence with nltk's smoothing method 4 (Chen and Cherry
+    2014)."""
 
     def ngrams(tokens, n):
         return collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
@@ -1146,7 +1174,7 @@ def bleu(reference, candidate):
         match, total = (have & ngrams(reference, n)).total(), max(1, have.total())
         if n == 1 and not match:
             return [0.0] * 4
-        if not match and length > 1:  # the more orders have no match, the shorter the answer, the less it counts
+        if not match and length > 1:  # the more orders lack one, the shorter the answer, the less it counts
             empty += 1
             match = math.log(length) / (5 * 2**empty)
         logs.append(math.log(match / total) if match else 0.0)  # nltk leaves an order without any n-gram out
@@ -1175,7 +1203,8 @@ def common_words(x, y):
 
 
 def rouge_l(reference, candidate):
-    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, all sentences' subsequences united."""
+    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, all sentences' subsequences
+    united."""
     sides = []
     for tokens in (reference, candidate):
         sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
@@ -1202,7 +1231,7 @@ def find_meteor():
     return single_meteor_score
 
 
-# ---- The judge: WSI-Precision and WSI-Relevance -------------------------------------------------------------
+# ---- The judge: WSI-Precision and WSI-Relevance ------------------------------------------------------------
 
 JUDGED = ("WSI-Precision", "WSI-Relevance")
 SCALE = (1, 0.7, 0.3, 0)
@@ -1214,7 +1243,8 @@ question. Give each claim one score. 1: the text says the same. 0.7: mostly the 
 deviation. 0.3: the text mentions it, but with an error in its core, such as the grade, the type or whether it is \
 malignant. 0: the text says something else{silent} Reply with strict JSON alone, one score a claim, in the claims' \
 order: {{"scores": [1, 0.3]}}"""
-SCOPE, SILENT = "Take what answers the question and nothing else. ", SCORES.format(silent=", or nothing about it.")
+SCOPE = "Take what answers the question and nothing else. "
+SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
 # What --judge-protocol switches in the texts; Judge.score has the rest. --judge-prompts brings other texts.
 PROMPTS = {
@@ -1224,7 +1254,8 @@ PROMPTS = {
 
 
 def last_json(text, read):
-    """read(the last JSON in the text that it can read): models think aloud, fence their JSON, or say it twice."""
+    """read(the last JSON in the text that it can read): models think aloud, fence their JSON, or say it
+    twice."""
     decoder, place, found, problem = json.JSONDecoder(), 0, None, ValueError("holds no JSON")
     while start := re.compile(r"[\[{]").search(text, place):
         place = start.end()
@@ -1240,9 +1271,11 @@ def last_json(text, read):
 
 
 def listed(reply, name):
-    """The list in a reply: {"claims": [...]} or [...], its items bare or {"claim": ..., "explanation": ...}."""
+    """The list in a reply: {"claims": [...]} or [...], its items bare or {"claim": ..., "explanation":
+    ...}."""
     items = reply[f"{name}s"] if isinstance(reply, dict) else reply
-    return [item[name] if isinstance(item, dict) else item for item in items] if isinstance(items, list) else []
+    items = items if isinstance(items, list) else []
+    return [item[name] if isinstance(item, dict) else item for item in items]
 
 
 def check_claims(reply, least):
@@ -1254,7 +1287,8 @@ def check_claims(reply, least):
 
 
 def check_scores(reply, n, silence=False):
-    """The judge's scores of n claims, texts of numbers too. silence: null is one. Raises as check_claims does."""
+    """The judge's scores of n claims, texts of numbers too. silence: null is one. Raises as check_claims
+    does."""
     scores = listed(reply, "score")
     if len(scores) != n:
         raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
@@ -1267,7 +1301,8 @@ def check_scores(reply, n, silence=False):
 
 
 class Judge(Server):
-    """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see score)."""
+    """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see
+    score)."""
 
     def __init__(self, *where, protocol="ours", prompts=None, **options):
         super().__init__("--judge-url", *where, **options)
@@ -1279,7 +1314,8 @@ class Judge(Server):
         return self.ask(messages, lambda reply: last_json(reply, read), json.dumps(stand_in), again)
 
     def score(self, question, claimed, text, metric, again):
-        """The mean score of one side's claims against the other's text; None where nothing usable came back."""
+        """The mean score of one side's claims against the other's text; None where nothing usable came
+        back."""
         if not claimed.strip() or not text.strip():
             return 0.0
         content = {"question": question, "answer": claimed}
@@ -1297,8 +1333,8 @@ class Judge(Server):
         return float(np.mean(scores)) if scores else None
 
     def grade(self, question, answer, truth, again=0):
-        """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way round}:
-        each the mean over its claims, None where the replies stayed unusable."""
+        """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way
+        round}: each the mean over its claims, None where the replies stayed unusable."""
         sides = (truth, answer, "precision"), (answer, truth, "relevance")
         return {metric: self.score(question, *side, again) for metric, side in zip(JUDGED, sides)}
 
@@ -1345,7 +1381,7 @@ def judge_twice(judge, rows, system, args):
         )
 
 
-# ---- Several systems' answers to the same questions ---------------------------------------------------------
+# ---- Several systems' answers to the same questions --------------------------------------------------------
 
 # What others call what we call so, the surest first: the scripts of LLaVA, WSI-LLaVA and SlideChat.
 THEIRS = {"id": "id question_id qid", "slide": "slide image", "question": "question prompt"}
@@ -1362,7 +1398,8 @@ def read_table(path):
 
 
 def csv_text(rows):
-    """Rows of cells -> a CSV. A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """Rows of cells -> a CSV. A text that a spreadsheet would take for a formula gets an apostrophe before
+    it."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     for row in rows:
@@ -1372,7 +1409,8 @@ def csv_text(rows):
 
 
 def own_names(row):
-    """A row of anybody's predictions -> the same under our names; what it does not hold is None or an empty text."""
+    """A row of anybody's predictions -> the same under our names; what it does not hold is None or an empty
+    text."""
     row = {key.strip().lower(): value for key, value in row.items()}
     found = dict.fromkeys(("n", "turn", "confidence")) | row
     for name, theirs in THEIRS.items():
@@ -1388,7 +1426,7 @@ def own_names(row):
             found[name] = str(found[name])
     for name in ("question", "slide", "task", "cancer"):
         found[name] = found.get(name) or ""
-    return found | {"question": without_image(found["question"])}
+    return found | {"question": wsi_llava.without_image(found["question"])}
 
 
 def read_answers(path):
@@ -1431,8 +1469,8 @@ def find_row(index, settings, row):
 
 
 def read_systems(paths):
-    """Files of predictions -> (settings, rows, systems, notes). The questions are the first file's; a row's "answers"
-    are {system: text, or None}. A system is a file, or of a single one a field."""
+    """Files of predictions -> (settings, rows, systems, notes). The questions are the first file's; a row's
+    "answers" are {system: text, or None}. A system is a file, or of a single one a field."""
     settings, rows = read_answers(paths[0])
     what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
     check(all(row["question"] and row["truth"] for row in rows), f"{paths[0]}: {what}")
@@ -1463,7 +1501,8 @@ def read_systems(paths):
 
 
 def read_training(path):
-    """data/qa/train.jsonl -> ({cancer type: its slides}, {task: its most frequent answer}), empty without it."""
+    """data/qa/train.jsonl -> ({cancer type: its slides}, {task: its most frequent answer}), empty without
+    it."""
     slides, answers = collections.defaultdict(set), collections.defaultdict(collections.Counter)
     if path.exists():
         with reading(path, "prepare.py --qa writes it again"), open(path, encoding="utf-8") as file:
@@ -1473,7 +1512,7 @@ def read_training(path):
     return slides, {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
 
 
-# ---- Statistics ---------------------------------------------------------------------------------------------
+# ---- Statistics --------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(8)
@@ -1483,8 +1522,8 @@ def resampled(n, seed):
 
 
 def interval(values, slides, seed):
-    """Mean, and the 95% bootstrap interval over slides: a slide's questions stand and fall together. A value that is
-    not a number is left out."""
+    """Mean, and the 95% bootstrap interval over slides: a slide's questions stand and fall together. A value
+    that is not a number is left out."""
     known = ~np.isnan(values)
     _, index = np.unique(slides, return_inverse=True)
     sums, counts = np.bincount(index, np.where(known, values, 0)), np.bincount(index, known)
@@ -1502,8 +1541,8 @@ def mcnemar(first, second):
 
 
 def paired(values, first, slides, seed, right_or_wrong=False):
-    """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what a Line
-    says of them."""
+    """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what
+    a Line says of them."""
     found = dict(zip(("mean", "low", "high"), interval(values, slides, seed)))
     if first is not None and not np.isnan(values - first).all():
         difference = interval(values - first, slides, seed)
@@ -1545,7 +1584,7 @@ def weighted_kappa(x, y):
     return float(1 - np.mean((x - y) ** 2) / expected) if expected else math.nan
 
 
-# ---- Experts: a sheet to fill in, blind, and what comes back -------------------------------------------------
+# ---- Experts: a sheet to fill in, blind, and what comes back -----------------------------------------------
 
 EXPERTS = ("experts' correctness", "experts' relevance")  # scored from 1 to 5
 SHEET_COLUMNS = ("sheet", "rater", "item", "answer", "correctness", "relevance", "comment")
@@ -1621,7 +1660,8 @@ def draw_questions(rows, n, seed):
 
 
 def sheet_picture(args, slide):
-    """A slide's picture for the sheet: of its file, or else the one in data/qc; None where there is neither."""
+    """A slide's picture for the sheet: of its file, or else the one in data/qc; None where there is
+    neither."""
     with contextlib.suppress(UserError):
         file = open_slide(args.data, slide, args.slides, args.mpp)
         return data_url(file.thumbnail(max(1, max(file.width, file.height) / PICTURE)))
@@ -1631,21 +1671,25 @@ def sheet_picture(args, slide):
 
 
 def rating_sheet(args):
-    """--rating-sheet N OUT.html A B: the systems' answers to N questions, in random order, their names hidden."""
+    """--rating-sheet N OUT.html A B: the systems' answers to N questions, in random order, their names
+    hidden."""
     number, out, *files = args.rating_sheet
     check(number.isdecimal() and int(number), f"--rating-sheet {number}: comes first: how many questions")
-    check(out.endswith(".html") and files, "--rating-sheet N OUT.html FILE [FILE...]: the page's name ends in .html")
+    named = out.endswith(".html") and files
+    check(named, "--rating-sheet N OUT.html FILE [FILE...]: the page's name ends in .html")
     page, table, key = (Path(out).with_suffix(ending) for ending in (".html", ".csv", ".key.json"))
     for path in (page, table, key):
-        check(not path.exists(), f"{path}: exists, and may be filled in already; name another sheet, or move it away")
+        filled = "exists, and may be filled in already; name another sheet, or move it away"
+        check(not path.exists(), f"{path}: {filled}")
         check_output(path, "")
     settings, rows, systems, notes = read_systems(list(map(Path, files)))
     systems = [name for name in systems if not name.endswith(tuple(FIELDS.values())[1:])]  # no baselines
     here = [row for row in rows if all(row["answers"].get(system) is not None for system in systems)]
     check(here, f"{' '.join(files)}: no question is answered by all")
     chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
-    sheet = hashlib.sha256(json.dumps([[row["id"], row["answers"]] for row in chosen]).encode()).hexdigest()[:12]
-    items, known, lines, unseen = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]], []
+    asked = json.dumps([[row["id"], row["answers"]] for row in chosen])
+    sheet = hashlib.sha256(asked.encode()).hexdigest()[:12]
+    items, known, lines = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]]
     for i, row in enumerate(chosen, 1):
         slide, order = slides_of(row)[0], [systems[k] for k in rng.permutation(len(systems))]
         item = {"picture": sheet_picture(args, slide), "question": row["question"], "reference": row["truth"]}
@@ -1654,22 +1698,25 @@ def rating_sheet(args):
         known.append(facts | {"systems": order, "answers": items[-1]["answers"]})
         for k, answer in enumerate(items[-1]["answers"], 1):
             lines.append([sheet, "", i, k, "", "", "", slide, row["question"], row["truth"], answer])
-        unseen += [] if item["picture"] else [slide]
     about = json.dumps({"id": sheet, "columns": SHEET_COLUMNS, "items": items}).replace("<", "\\u003c")
     write_text(page, PAGE.replace("__SHEET__", about))
     write_text(table, csv_text(lines))
     write_text(key, json.dumps({"sheet": sheet, "settings": settings, "items": known}, indent=1) + "\n")
-    print("\n".join(notes))
+    unseen = [slides_of(row)[0] for row, item in zip(chosen, items) if not item["picture"]]
     if unseen:
-        print(f"No picture of {len(unseen):,} slides ({some(unseen)}): name the folder of their files with --slides.")
+        notes.append(f"No picture of {some(unseen)}: name the folder of the slides' files with --slides.")
+    for note in notes:
+        print(note)
     print(
         f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: {page}, or "
-        f"{table}. Not for them: {key}, which tells the systems. Back again: --ratings {key} *.csv --evaluate {' '.join(files)}"
+        f"{table}. Not for them: {key}, which tells the systems. Back again: --ratings {key} *.csv --evaluate "
+        + " ".join(files)
     )
 
 
 def read_sheets(paths):
-    """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric: score})."""
+    """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric:
+    score})."""
     tables, keys = [path for path in paths if path.suffix.lower() != ".json"], {}
     named = [path for path in paths if path not in tables]
     for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
@@ -1677,11 +1724,12 @@ def read_sheets(paths):
         keys[key.get("sheet")] = key
     for path in tables:
         for number, cells in enumerate(read_table(path), 2):
-            where, hint = f"{path}, line {number}", f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"
-            with reading(where, hint):
+            where = f"{path}, line {number}"
+            with reading(where, f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"):
                 cells = {name: (cells[name] or "").strip() for name in SHEET_COLUMNS}
                 sheet, item, answer = cells["sheet"], int(cells["item"]), int(cells["answer"])
-            check(sheet in keys, f"{path}: the key of its sheet {sheet} is not here; name it too: --ratings X.key.json")
+            lost = f"the key of its sheet {sheet} is not here; name it too: --ratings X.key.json"
+            check(sheet in keys, f"{path}: {lost}")
             with reading(where, f"no such answer on sheet {sheet}"):
                 asked = keys[sheet]["items"][max(item, 1) - 1]
                 system, text = asked["systems"][max(answer, 1) - 1], asked["answers"][answer - 1]
@@ -1694,7 +1742,8 @@ def read_sheets(paths):
 
 
 def read_ratings(paths, settings, rows):
-    """--ratings: adds "ratings" {system: {metric: {rater: score}}} to the rows -> notes: how far raters agree."""
+    """--ratings: adds "ratings" {system: {metric: {rater: score}}} to the rows -> notes: how far raters
+    agree."""
     index, lost, units = index_rows(settings, rows), collections.Counter(), {metric: {} for metric in EXPERTS}
     for asked, about, system, text, rater, scores in read_sheets(paths):
         own = find_row(index, about, asked)
@@ -1705,7 +1754,8 @@ def read_ratings(paths, settings, rows):
             unit = own["ratings"].setdefault(system, {}).setdefault(metric, {})
             units[metric][id(unit)] = unit
             unit[rater] = score
-    notes = [f"{n:,} ratings are of other answers of {name} than these; left out." for name, n in lost.items()]
+    other = "ratings are of other answers than these; left out."
+    notes = [f"{name}: {n:,} {other}" for name, n in lost.items()]
     for metric, found in units.items():
         raters = sorted(set(itertools.chain(*found.values())))
         check(raters, f"--ratings {paths[0]}: {metric.split()[1]} is filled in nowhere")
@@ -1716,12 +1766,13 @@ def read_ratings(paths, settings, rows):
         for a, b in itertools.combinations(range(len(raters)), 2):
             both = matrix[~np.isnan(matrix[:, [a, b]]).any(1)][:, [a, b]]
             if len(both):
-                note += f"; weighted kappa of {raters[a]} and {raters[b]} {weighted_kappa(*both.T):.3f} ({len(both)} answers)"
+                kappa = f"{weighted_kappa(*both.T):.3f} ({len(both)} answers)"
+                note += f"; weighted kappa of {raters[a]} and {raters[b]} {kappa}"
         notes.append(note + ".")
     return notes
 
 
-# ---- The tables ---------------------------------------------------------------------------------------------
+# ---- The tables --------------------------------------------------------------------------------------------
 
 CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
     "morphology": "Global_Morphology_Description Key_Diagnostic_Description Regional_Structure_Description "
@@ -1734,8 +1785,9 @@ CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tas
 NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
 METRICS = (*JUDGED, "accuracy", *NLU, "exact match", *EXPERTS)
 BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match", *EXPERTS)  # on the screen
-# WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS. Its accuracies are confirmed by MLLM-HWSI (CVPR 2026). Its
-# BLEU to METEOR of reports are left out: other papers give systems on the same reports two and three times as much.
+# WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS. Its accuracies are confirmed by MLLM-HWSI (CVPR
+# 2026). Its BLEU to METEOR of reports are left out: other papers give systems on the same reports two and
+# three times as much.
 PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
 PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
 AVERAGE = 0.754  # of the nine figures of the three capabilities
@@ -1766,7 +1818,8 @@ class Line:
 
 
 def score_answer(row, answer, meteor=None, by_text=True):
-    """{metric: value} of an answer to a row's question; None of a closed answer that names no choice, or several."""
+    """{metric: value} of an answer to a row's question; None of a closed answer that names no choice, or
+    several."""
     parser = closed_parser(row["question"], row["truth"])
     if parser:
         said = parser(answer)
@@ -1779,17 +1832,20 @@ def score_answer(row, answer, meteor=None, by_text=True):
 
 
 def score_row(row, systems, meteor):
-    """Adds "scores" {system: {metric: value}} to a row; a value is None where an answer or a grade is unusable."""
+    """Adds "scores" {system: {metric: value}} to a row; a value is None where an answer or a grade is
+    unusable."""
     for system in systems:
         answer, found = row["answers"].get(system), row["scores"].setdefault(system, {})
         if answer is not None:
-            found |= score_answer(row, answer, meteor, by_text=system != MAJORITY) | row["grades"].get(system, {})
+            found |= score_answer(row, answer, meteor, by_text=system != MAJORITY)
+            found |= row["grades"].get(system, {})
         for metric, scores in row["ratings"].get(system, {}).items():
             found[metric] = float(np.mean(list(scores.values())))
 
 
 def rarities(rows, training, threshold):
-    """({cancer type: "common ..." or "rare ..."}, {cancer type: slides}), by the slides in training, where known."""
+    """({cancer type: "common ..." or "rare ..."}, {cancer type: slides}), by the slides in training, where
+    known."""
     slides, where = dict(training), "training" if training else "these"
     for row in rows if not training else ():
         slides.setdefault(row["cancer"], set()).update(slides_of(row))
@@ -1799,8 +1855,8 @@ def rarities(rows, training, threshold):
 
 
 def compare(rows, metric, systems, left_out, seed):
-    """{system: what a Line says of its values of a metric}, of rows that have it. left_out: what is unusable counts
-    for nothing, and not as 0."""
+    """{system: what a Line says of its values of a metric}, of rows that have it. left_out: what is unusable
+    counts for nothing, and not as 0."""
     found, first, slides = {}, None, [" + ".join(slides_of(row)) for row in rows]
     for system in systems:
         scores = [row["scores"].get(system, {}).get(metric, math.nan) for row in rows]
@@ -1821,39 +1877,55 @@ def tabulate(rows, systems, rarity, args):
         capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
         for key in zip(KINDS, ("all", capability, names[row["cancer"]], row["task"], row["cancer"])):
             groups[key].append(row)
+    several = collections.Counter(kind for kind, _ in groups)
     for kind, group in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
-        if kind == "common or rare" and len(set(names.values())) < 2:
+        if kind != "all" and several[kind] == 1:  # it would say the same once more
             continue
-        members = groups[kind, group]
+        members, facts = groups[kind, group], {"slides": counts[group] if kind == "cancer type" else None}
+        published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
         unanswered = [row for row in members if not row["scores"]]
         closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
         for metric in METRICS:
-            chosen = [row for row in members if any(metric in scores for scores in row["scores"].values())]
-            facts = {"questions": len(chosen), "missing": closed.count(metric == "accuracy")}
-            facts["slides"] = counts[group] if kind == "cancer type" else None
-            facts["published"] = dict(zip(METRICS, PUBLISHED.get(group, ()))).get(metric) if kind == "capability" else None
+            chosen = [row for row in members if any(metric in x for x in row["scores"].values())]
+            facts |= {"questions": len(chosen), "missing": closed.count(metric == "accuracy")}
+            facts["published"] = published.get(metric)
             left_out = metric in JUDGED and args.judge_protocol == "authors"
             found = compare(chosen, metric, systems, left_out, args.seed) if chosen else {}
-            lines += [Line(kind, group, metric, system, **facts, **values) for system, values in found.items()]
+            for system, values in found.items():
+                lines.append(Line(kind, group, metric, system, **facts, **values))
     return [*averages(lines, systems), *lines]
 
 
 def averages(lines, systems):
     """The mean of the nine figures of the three capabilities, of every system that has them."""
     for system in systems:
-        nine = [x for x in lines if x.system == system and x.group in CAPABILITIES and x.metric in METRICS[:3]]
+        nine = [line for line in lines if line.system == system and line.group in CAPABILITIES]
+        nine = [line for line in nine if line.metric in METRICS[:3]]
         if len(nine) == 9:
-            facts = {name: sum(getattr(line, name) for line in nine) for name in ("questions", "missing", "unusable")}
-            mean = float(np.mean([line.mean for line in nine]))
-            yield Line("all", "all", "average", system, **facts, mean=mean, published=AVERAGE)
+            line = Line("all", "all", "average", system, published=AVERAGE)
+            line.mean = float(np.mean([x.mean for x in nine]))
+            for name in ("questions", "missing", "unusable"):
+                setattr(line, name, sum(getattr(x, name) for x in nine))
+            yield line
 
 
 def markdown(header, rows):
     """A Markdown table whose columns are aligned, to be read as it is."""
-    table = [[one_line("" if cell is None else cell).replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    table = []
+    for row in (header, *rows):
+        table.append([one_line("" if cell is None else cell).replace("|", "\\|") for cell in row])
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+
+def write_rows(written, title, rows):
+    """Rows, dicts of the same keys, -> a Markdown and a CSV file -> the former's table."""
+    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
+    text = markdown(list(rows[0]), cells)
+    write_text(written["md"], f"{title}\n\n{text}\n")
+    write_text(written["csv"], csv_text([list(rows[0]), *(row.values() for row in rows)]))
+    return text
 
 
 def with_interval(mean, low, high, sign=""):
@@ -1861,10 +1933,14 @@ def with_interval(mean, low, high, sign=""):
 
 
 def side_by_side(lines, systems, difference=False):
-    """Lines -> a Markdown table with a column a system: the means, or the differences from the first system."""
+    """Lines -> a Markdown table with a column a system: the means, or the differences from the first
+    system."""
     groups, rows = collections.defaultdict(dict), []
     for line in lines:
         groups[line.kind, line.group, line.metric][line.system] = line
+    header = ["kind", "group", "metric", *systems]
+    if not difference:
+        header += ["questions", "missing", "unusable", "slides", "published"]
     for key, found in groups.items():
         cells, line = [], next(iter(found.values()))
         for system in systems:
@@ -1877,15 +1953,14 @@ def side_by_side(lines, systems, difference=False):
             else:
                 cells.append(with_interval(x.mean, x.low, x.high))
         unusable = ", ".join(str(x.unusable) for x in found.values())
-        facts = [] if difference else [line.questions, line.missing, unusable, line.slides]
-        rows.append([*key, *facts, *cells, *([] if difference else [line.published])])
-    facts = [] if difference else ["questions", "missing", "unusable", "slides"]
-    return markdown(["kind", "group", "metric", *facts, *systems, *([] if difference else ["published"])], rows)
+        facts = line.questions, line.missing, unusable, line.slides, line.published
+        rows.append([*key, *cells, *([] if difference else facts)])
+    return markdown(header, rows)
 
 
 def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None):
-    """A picture (SVG). series: {name: [(x, y, label), ...]}, a colour each. x is on a logarithmic axis, y from 0 to 1,
-    or logarithmic too. joined: with lines between the points. mark: an x with a dashed line."""
+    """A picture (SVG). series: {name: [(x, y, label), ...]}, a colour each. x is on a logarithmic axis, y
+    from 0 to 1, or logarithmic too. joined: with lines between the points. mark: an x with a dashed line."""
     palette = ("#1f5fb4", "#d65a1e", "#3a8f4d", "#8a4fb0", "#555555", "#b8860b")
     left, right, top, bottom = 60, 560, 40, 390
     points, parts = list(itertools.chain(*series.values())), ['<rect width="760" height="440" fill="white"/>']
@@ -1911,8 +1986,9 @@ def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None)
     if mark:
         parts.append(f'<path d="M{at_x(mark):.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
     for i, (name, found) in enumerate(series.items()):
-        colour, line = palette[i % len(palette)], " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in sorted(found))
+        colour = palette[i % len(palette)]
         if joined:
+            line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in sorted(found))
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y, label in [*found, (None, None, None)]:  # the last: the legend's
             cx, cy = (right + 20, 46 + 20 * i) if label is None else (at_x(x), at_y(y))
@@ -1925,7 +2001,8 @@ def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None)
 
 
 def draw_rarity(path, lines, threshold):
-    """Accuracy of every cancer type by its slides in training, a colour a system -> whether there were types."""
+    """Accuracy of every cancer type by its slides in training, a colour a system -> whether there were
+    types."""
     for metric in ("accuracy", "exact match"):
         types, series = [line for line in lines if (line.kind, line.metric) == ("cancer type", metric)], {}
         for line in types:
@@ -1956,11 +2033,12 @@ def describe_scores(rows, first, judge, args):
     if unread:
         few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
         yield f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong: {few}"
-    sure = [row for row in rows if row["confidence"]]
-    for right, words in ((True, "right"), (False, "wrong")):
-        shares = [max(row["confidence"]["answer"].values()) for row in sure if row["scores"][first]["accuracy"] == right]
+    sure = [(max(x["confidence"]["answer"].values()), x["scores"][first]) for x in rows if x["confidence"]]
+    for right, words in ((1, "right"), (0, "wrong")):
+        shares = [share for share, scores in sure if scores["accuracy"] == right]
         if shares:
-            yield f"Confidence in the chosen option where it is {words}: {np.mean(shares):.2f} ({len(shares)} answers)."
+            mean = f"{np.mean(shares):.2f} ({len(shares)} answers)"
+            yield f"Confidence in the chosen option where it is {words}: {mean}."
     if judge:
         grades = [value for row in rows for grade in row["grades"].values() for value in grade.values()]
         rule = "are left out" if judge.authors else "count as 0"
@@ -1972,29 +2050,31 @@ def describe_scores(rows, first, judge, args):
 
 
 def evaluate(args, paths):
-    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg beside
-    the first of them."""
-    written = check_outputs(paths[0].with_name("evaluation"), md="# Evaluation", csv="kind,group", json='"predictions"')
+    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg
+    beside the first of them."""
+    marks = {"md": "# Evaluation", "csv": "kind,group", "json": '"predictions"'}
+    written = check_outputs(paths[0].with_name("evaluation"), **marks)
     settings, rows, asked, notes = read_systems(paths)
     here = [row for row in rows if all(row["answers"].get(system) is not None for system in asked)]
-    none = "no question is answered by all" if paths[1:] else "holds no answers yet; sample.py --qa goes on with it"
-    check(here, f"{', '.join(map(str, paths))}: {none}")
-    answered = f"{len(here):,} of {len(rows):,} questions {'answered by all' if paths[1:] else 'answered'}"
-    notes.insert(0, f"{answered}; the others are in no mean. In brackets: 95% bootstrap intervals over slides.")
-
+    check(here, f"{', '.join(map(str, paths))}: no question is answered{' by all' if paths[1:] else ''}")
+    by_all = "answered by all" if paths[1:] else "answered"
+    answered = f"{len(here):,} of {len(rows):,} questions {by_all}; the others are in no mean"
+    notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
     training, majority = read_training(args.data / "qa" / "train.jsonl")
     known = [row for row in here if row["task"] in majority]
     for row in known:
         row["answers"][MAJORITY] = majority[row["task"]]
     systems = [*asked, MAJORITY] if known else asked
     if known:
-        notes.append(f"{MAJORITY}: a task's most frequent answer in {args.data}/qa/train.jsonl, whatever the slide.")
+        file = f"{args.data}/qa/train.jsonl"
+        notes.append(f"{MAJORITY}: a task's most frequent answer in {file}, whatever the slide.")
     notes += read_ratings(args.ratings, settings, rows) if args.ratings else []
     judge = find_judge(args, paths[0].with_name("judge.jsonl"))
     if judge:
-        open_rows = [row for row in here if not closed_parser(row["question"], row["truth"])]
-        print(f"{len(open_rows):,} open questions for {judge.model}; {len(judge.replies):,} of its replies are kept.")
-        grade_rows(judge, open_rows, asked, args.requests)
+        todo = [row for row in here if not closed_parser(row["question"], row["truth"])]
+        kept = f"{len(judge.replies):,} of its replies are kept already"
+        print(f"{len(todo):,} open questions for {judge.model}; {kept}.")
+        grade_rows(judge, todo, asked, args.requests)
         if judge.dry:
             return print(judge.plan())
     meteor = find_meteor()
@@ -2030,42 +2110,48 @@ def write_evaluation(args, written, lines, systems, result):
         print(json.dumps(result, ensure_ascii=False), file=args.json)
 
 
-def evaluate_tiles(args):
-    """--tiles: a row for each count of tiles, of all its draws, in tiles.md and .csv, and the curve, tiles.svg. A
-    question's value is the mean over the draws."""
-    written = check_outputs(args.predictions.with_name("tiles"), md="# Tiles", csv="tiles,")
-    table, series = [], collections.defaultdict(list)
-    for count in args.tiles:
-        values, slides, tiles, peak = collections.defaultdict(lambda: collections.defaultdict(list)), {}, {}, 0.0
-        for _, path in tile_runs(args, count):
-            for n, row in read_predictions(path)[1].items():
-                if row["answer"] is None:
-                    continue
+def tile_scores(args, count):
+    """What the draws of one count of --tiles came to -> ({metric: {question: [values]}}, {question: its
+    slides}, the mean tiles of a slide, GB at the peak)."""
+    values, slides = collections.defaultdict(lambda: collections.defaultdict(list)), {}
+    tiles, peak = {}, 0.0
+    for _, path in tile_runs(args, count):
+        for n, row in read_predictions(path)[1].items():
+            if row["answer"] is not None:
                 slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
+                for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
+                    values[metric][n].append(value or 0.0)
                 for slide in slides_of(row):
                     have = slide_facts(args.data, slide).get("tiles", count)
                     tiles[slide] = min(have, count or have)
-                for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
-                    values[metric][n].append(value or 0.0)
-        check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
-        line = {"tiles": f"{count:,}" if count else "all", "on average": round(float(np.mean(list(tiles.values()))), 1)}
+    check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
+    return values, slides, float(np.mean(list(tiles.values()))), peak
+
+
+def evaluate_tiles(args):
+    """--tiles: a row for each count of tiles, in tiles.md and .csv, and the curve, tiles.svg. A question's
+    value is the mean over the draws."""
+    written = check_outputs(args.predictions.with_name("tiles"), md="# Tiles", csv="tiles,")
+    table, series = [], collections.defaultdict(list)
+    for count in args.tiles:
+        values, slides, tiles, peak = tile_scores(args, count)
+        line = {"tiles": f"{count:,}" if count else "all", "on average": round(tiles, 1)}
         line |= {"questions": len(slides), "GB": f"{peak:.2f}"}
         for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L", "seconds"):
-            found, means = values[metric], [float(np.mean(x)) for x in values[metric].values()]
-            if found:
-                line[metric] = with_interval(*interval(np.array(means), [slides[n] for n in found], args.seed))
-            if found and metric != "seconds":
-                series[metric].append((line["on average"], float(np.mean(means)), f"{line['tiles']} tiles"))
+            if values[metric]:
+                means = np.array([float(np.mean(x)) for x in values[metric].values()])
+                found = interval(means, [slides[n] for n in values[metric]], args.seed)
+                line[metric] = with_interval(*found)
+                if metric != "seconds":
+                    series[metric].append((tiles, found[0], f"{line['tiles']} tiles"))
         table.append(line)
-    header, rows = list(table[0]), [line.values() for line in table]
-    print(f"\n{markdown(header, rows)}")
-    write_text(written["md"], f"# Tiles\n\n{markdown(header, rows)}\n")
-    write_text(written["csv"], csv_text([header, *rows]))
-    draw_plot(written["svg"], "What the number of tiles is worth", "tiles a slide, on average", series, joined=True)
-    print(f"Seconds and the peak of memory are those of a question. Wrote {', '.join(map(str, written.values()))}")
+    text = write_rows(written, "# Tiles", table)
+    print(f"\n{text}\nSeconds a question, and GB at the peak.")
+    draw_plot(written["svg"], "What the number of tiles is worth", "tiles a slide", series, joined=True)
+    print(f"Wrote {', '.join(map(str, written.values()))}")
 
 
-# ---- What it costs, by size of slide ------------------------------------------------------------------------
+# ---- What it costs, by size of slide -----------------------------------------------------------------------
 
 SIZES = (1, 3, 10, 30, 100)  # GB of uncompressed pixels, of the slides that --benchmark makes up
 MEASURING = 20  # seconds at most that tiles are read, and that they are encoded; the rest is extrapolated
@@ -2075,7 +2161,8 @@ def made_up_tile(seed):
     """256 x 256 pixels of tissue with nuclei, or (None) of glass -> a JPEG."""
     picture, rng = Image.new("RGB", (TILE, TILE), (244, 244, 244)), np.random.default_rng(seed)
     if seed is not None:
-        picture = Image.fromarray(rng.normal((226, 178, 206), 9, (TILE, TILE, 3)).clip(0, 255).astype(np.uint8))
+        stroma = rng.normal((226, 178, 206), 9, (TILE, TILE, 3))
+        picture = Image.fromarray(stroma.clip(0, 255).astype(np.uint8))
         for x, y in rng.integers(0, TILE, (120, 2)).tolist():
             ImageDraw.Draw(picture).ellipse((x - 5, y - 4, x + 5, y + 4), (104, 62, 148))
     file = io.BytesIO()
@@ -2084,8 +2171,9 @@ def made_up_tile(seed):
 
 
 def make_slide(path, gigabytes):
-    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's generic-tiff) of
-    levels at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs: the file is small, the work is not."""
+    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's
+    generic-tiff) of levels at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs: the file is
+    small, the work is not."""
     side = max(8, round(math.sqrt(gigabytes * 1e9 / 3) / TILE)) * TILE
     body, pictures, link = bytearray(struct.pack("<2sHI", b"II", 42, 0)), [], 4  # link: to the next directory
     for seed in (None, 0, 1, 2, 3):
@@ -2100,13 +2188,15 @@ def make_slide(path, gigabytes):
         y, x = (np.mgrid[:n, :n] + 0.5) / n - 0.5
         kind = np.where(np.hypot(x, y) < 0.36, 1 + np.arange(n * n).reshape(n, n) * 7 % 4, 0).ravel()
         offsets, lengths = np.array(pictures, "<u4")[kind].T
-        at = len(body)  # of what does not fit into the directory's entries
-        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1) + offsets.tobytes() + lengths.tobytes()
+        at, table = len(body), len(body) + 16  # of what does not fit into the directory's entries
+        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1)
+        body += offsets.tobytes() + lengths.tobytes()
         entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            [(254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels), (258, 3, 3, at)],  # three of 8 bits
-            [(259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)],  # JPEG, YCbCr
+            [(254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels)],  # width and height
+            [(258, 3, 3, at), (259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)],  # 3 x 8 bits, JPEG, YCbCr
             [(282, 5, 1, at + 8), (283, 5, 1, at + 8), (296, 3, 1, 3)],  # pixels per centimetre
-            [(322, 4, 1, TILE), (323, 4, 1, TILE), (324, 4, n * n, at + 16), (325, 4, n * n, at + 16 + 4 * n * n)],
+            [(322, 4, 1, TILE), (323, 4, 1, TILE)],
+            [(324, 4, n * n, table), (325, 4, n * n, table + 4 * n * n)],
         ]
         struct.pack_into("<I", body, link, len(body))
         directory = b"".join(struct.pack("<HHII", *entry) for entry in itertools.chain(*entries))
@@ -2125,16 +2215,19 @@ def timed(device, work):
 
 
 def read_through(path, mpp):
-    """In a process of its own: finds the tissue of a slide and reads tiles of it, MEASURING seconds at most."""
+    """In a process of its own: finds the tissue of a slide and reads tiles of it, MEASURING seconds at most
+    -> (its size, the tiles' corners, seconds of finding them, some tiles, how many were read, in how long,
+    peak memory)."""
     started = time.time()
     slide = prepare.Slide(path, None, fallback=mpp)
     coords = prepare.tile_grid(prepare.find_tissue(slide.thumbnail(prepare.MASK))[0], 0.25)
-    found, started = {"size": slide.file.dimensions, "coords": coords, "tissue": time.time() - started}, time.time()
+    tissue, started = time.time() - started, time.time()
     order, pixels, n = np.random.default_rng(0).permutation(len(coords)), [], 0
     while n < len(order) and time.time() - started < MEASURING:
         pixels[n % 16 :] = [slide.tile(*coords[order[n]].tolist())]  # a batch for the encoder is kept
         n += 1
-    return found | {"pixels": pixels, "read": n, "reading": time.time() - started, "peak": wsi_llava.peak_memory()}
+    reading = time.time() - started
+    return slide.file.dimensions, coords, tissue, pixels, n, reading, wsi_llava.peak_memory()
 
 
 @torch.inference_mode()
@@ -2147,25 +2240,27 @@ def time_slide(args, path, encoder, model, ids):
             found = pool.submit(read_through, path, args.mpp).result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(f"{path}: {prepare.DIED}") from None
-    N, (width, height) = len(found["coords"]), found["size"]
+    (width, height), coords, tissue, pixels, read, reading, readers_peak = found
+    N, encoded, encoding = len(coords), 0, 0.0
     check(N, f"{path}: no tissue was found on it")
-    pixels, encoded, encoding = torch.from_numpy(np.stack(found["pixels"])), 0, 0.0
+    pixels = torch.from_numpy(np.stack(pixels))
     prepare.encode(encoder, pixels[:2], args.device)  # warm
     while encoded < N and encoding < MEASURING:
         encoding += clock(lambda: prepare.encode(encoder, pixels, args.device))[0]
         encoded += len(pixels)
     C = model.slide_encoder.cfg.in_width if model.slide_encoder else encoder.cfg.width
-    slide_encoder, visual = clock(lambda: model.encode_slide(torch.randn(N, C), torch.from_numpy(found["coords"])))
+    features, coords = torch.randn(N, C), torch.from_numpy(coords)
+    slide_encoder, visual = clock(lambda: model.encode_slide(features, coords))
     answer = model.generate([visual[None]], [ids], max_new_tokens=32)
     first_token, _ = clock(lambda: next(answer))
-    seconds, tokens = clock(lambda: len(list(answer)))
+    seconds, tokens = clock(lambda: len(list(answer)))  # none, where the first one ended it
     row = {"slide": path.name, "level 0": f"{width} x {height}", "GB": width * height * 3 / 1e9, "tiles": N}
-    row |= {"tissue": found["tissue"], "reading": found["reading"] * N / found["read"]}
-    row |= {"tile encoder": encoding * N / encoded, "slide encoder": slide_encoder, "first token": first_token}
-    row |= {"tokens/s": tokens / seconds if tokens else 0.0, "CPU GB": max(found["peak"], wsi_llava.peak_memory()) / 1e9}
+    row |= {"tissue": tissue, "reading": reading * N / read, "tile encoder": encoding * N / encoded}
+    row |= {"slide encoder": slide_encoder, "first token": first_token, "tokens/s": tokens / seconds}
+    row["CPU GB"] = max(readers_peak, wsi_llava.peak_memory()) / 1e9
     row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9 if args.device.type == "cuda" else 0.0
-    extrapolated = f"from {found['read']:,} tiles read, {encoded:,} encoded"
-    return row | {"extrapolated": extrapolated if min(found["read"], encoded) < N else ""}
+    extrapolated = f"from {read:,} tiles read, {encoded:,} encoded"
+    return row | {"extrapolated": extrapolated if min(read, encoded) < N else ""}
 
 
 def random_weights(module, args):
@@ -2177,8 +2272,9 @@ def random_weights(module, args):
 
 
 def benchmark_models(args):
-    """-> (tile encoder, model, the ids of a prompt), of random weights where there are none, which is said."""
-    preset, question = args.preset or "demo", {"from": "human", "value": "Describe what is seen on this slide."}
+    """-> (tile encoder, model, the ids of a prompt), of random weights where there are none, which is
+    said."""
+    preset, question = args.preset or "demo", {"from": "human", "value": "Describe what is seen."}
     cfg = wsi_llava.PRESETS[preset]
     try:
         encoder, source = wsi_llava.pick_tile_encoder(args)
@@ -2196,7 +2292,8 @@ def benchmark_models(args):
             model = wsi_llava.WSILLaVA(cfg)
         model, ids = random_weights(model, args), [1, IMAGE_TOKEN, *range(3, 40)]
         weights = f"random, of the preset {preset}'s size ({one_line(error)})"
-    print(f"Tile encoder: {source}. Slide encoder and language model: {weights}. {args.device}, {args.dtype}.")
+    print(f"Tile encoder: {source}. Slide encoder and language model: {weights}.")
+    print(f"On {args.device} in {args.dtype}.")
     return encoder, model, ids
 
 
@@ -2217,18 +2314,17 @@ def benchmark(args):
                 print(f"failed: {error}", file=sys.stderr)
     check(table, "--benchmark: no slide could be timed, see above")
     table.sort(key=lambda row: row["GB"])
-    for row, step in itertools.product(table, ("tissue", "reading", "tile encoder", "slide encoder", "first token")):
+    steps = ("tissue", "reading", "tile encoder", "slide encoder", "first token")
+    for row, step in itertools.product(table, steps):
         series[step].append((row["GB"], row[step], row["slide"]))
-    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in table]
-    text = markdown(list(table[0]), cells)
+    text = write_rows(written, "# What a slide costs", table)
     print(f"\n{text}\nSeconds, of one reader (prepare.py has --workers of them), and GB at the peak.")
-    write_text(written["md"], f"# What a slide costs\n\n{text}\n")
-    write_text(written["csv"], csv_text([list(table[0]), *(row.values() for row in table)]))
-    draw_plot(written["svg"], "Seconds by size of slide", "GB of pixels, uncompressed", series, log_y=True, joined=True)
+    style = {"log_y": True, "joined": True}
+    draw_plot(written["svg"], "Seconds by size of slide", "GB of pixels, uncompressed", series, **style)
     print(f"Wrote {', '.join(map(str, written.values()))}")
 
 
-# ---- Flags, and what they start -----------------------------------------------------------------------------
+# ---- Flags, and what they start ----------------------------------------------------------------------------
 
 
 def ask_about_slides(args):
@@ -2236,24 +2332,26 @@ def ask_about_slides(args):
     started = time.time()
     one = len(args.slide) == 1 or not (args.region or args.zero_shot)
     check(one, "--region and --zero-shot are about one slide; give --slide one name")
-    names = prepare_raw(args, args.slide)
+    slides = prepare_raw(args, args.slide)
     meta = wsi_llava.read_meta(args.data)
     if args.zero_shot:
-        found = dict(zip(args.zero_shot, zero_shot(args, meta, names[0], args.zero_shot)))
-        print(f"{names[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
+        found = dict(zip(args.zero_shot, zero_shot(args, meta, slides[0], args.zero_shot)))
+        print(f"{slides[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
         for text, p in sorted(found.items(), key=lambda item: -item[1]):
             print(f"{p:8.4f}  {text}")
         if args.json:
-            print(json.dumps({"slide": names[0], "probabilities": found}, ensure_ascii=False), file=args.json)
+            said = {"slide": slides[0], "probabilities": found}
+            print(json.dumps(said, ensure_ascii=False), file=args.json)
         return
     model, tokenizer = load_model(args, meta)
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    options = {name: getattr(args, name) for name in names}
 
     def open_chat(names):
         names = prepare_raw(args, names)
         return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
 
-    names, chat = open_chat(names)
+    names, chat = open_chat(slides)
     trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
     origin = f"model of {trained}" if trained.exists() else "published model"
     where = f"{origin} on {args.device} in {dtype}, {time.time() - started:.1f} s"
@@ -2279,7 +2377,7 @@ def rectangle(text):
 
 def temperature(text):
     """A type for argparse: 0, or what logits can be divided by."""
-    value = at_least(0, float, 100)(text)
+    value = wsi_llava.at_least(0, float, 100)(text)
     if 0 < value < 0.001:
         raise argparse.ArgumentTypeError(f"{text} is neither 0 (the most likely token) nor from 0.001 to 100")
     return value
@@ -2287,73 +2385,93 @@ def temperature(text):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    count, openai = at_least(0), "https://api.openai.com/v1"
+    count = wsi_llava.at_least(0)
 
     def group(title):
         add = parser.add_argument_group(title).add_argument
         return lambda flag, help, **options: add(flag, help=help, **options)
 
     add = group("one slide, or one case")
-    files = {"type": some_path, "metavar": "FILE"}
-    many = {"nargs": "+", "type": some_text}
+    file, folder = (
+        {"type": wsi_llava.some_path, "metavar": "FILE"},
+        {"type": wsi_llava.some_path, "metavar": "DIR"},
+    )
+    many, name = {"nargs": "+", "type": wsi_llava.some_text}, {"type": wsi_llava.some_text, "metavar": "M"}
     add("--slide", "a slide file, or the name of a prepared slide; several: one case", metavar="S", **many)
-    add("--ask", "one question; without it, a chat", type=some_text, metavar="Q")
+    add("--ask", "one question; without it, a chat", type=wsi_llava.some_text, metavar="Q")
     add("--region", "only this part of the slide, in level-0 pixels", metavar="X,Y,W,H", type=rectangle)
     add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", **many)
-    add("--heatmap", "with --ask: a picture (PNG) of which tiles made the answer what it is", **files)
-    add("--heatmap-geojson", "the same for QuPath, a square a tile", **files)
-    add("--mpp", "um per pixel at level 0, for a raw slide whose metadata lack it", type=at_least(0.05, float, 20))
-    add("--slides", "where the slides' files are, for pictures (default: slides in --data)", type=some_path, metavar="DIR")
-    add("--json", "for programs: JSON on stdout, an object an answer, nothing else there", action="store_true")
+    add("--heatmap", "with --ask: a picture (PNG) of which tiles made the answer what it is", **file)
+    add("--heatmap-geojson", "the same for QuPath, a square a tile", **file)
+    mpp = wsi_llava.at_least(0.05, float, 20)
+    add("--mpp", "um per pixel at level 0, for a raw slide whose metadata lack it", type=mpp)
+    add("--slides", "where the slides' files are, for pictures (default: slides in --data)", **folder)
+    add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
     add = group("how it answers")
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
-    add("--max-new-tokens", "longest answer, in tokens (default: 512)", type=at_least(1), default=512)
+    add(
+        "--max-new-tokens",
+        "longest answer, in tokens (default: 512)",
+        type=wsi_llava.at_least(1),
+        default=512,
+    )
     add("--temperature", "0 (default): the most likely token; above: sampled", type=temperature, default=0.0)
-    add("--top-p", "sample from the likeliest tokens of this probability (default: 1)", type=share, default=1.0)
+    add(
+        "--top-p",
+        "sample from the likeliest tokens of this probability (default: 1)",
+        type=wsi_llava.share,
+        default=1,
+    )
     add("--top-k", "sample from the k most likely tokens (default: 0, all)", type=count, default=0)
     add = group("many questions")
-    add("--qa", "answer all of these files' questions; resumes", nargs="+", **files)
-    add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **files)
+    add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
+    add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
     add("--baselines", "also answer without the slide, and with another's", action="store_true")
+    how = {"choices": ("generate", "likelihood"), "default": "generate"}
+    add("--choices", "closed questions: by what it says (default), or its likeliest option", **how)
     tiles = "answer with so many tiles a slide (0: all), drawn at random; a table and a curve"
     add("--tiles", tiles, nargs="+", type=count, metavar="N")
-    add("--draws", "random draws of each of --tiles (default: 1)", type=at_least(1), default=1)
-    add("--choices", "closed questions: by what it says (default), or its likeliest option",
-        choices=("generate", "likelihood"), default="generate")  # fmt: skip
-    add("--batch-size", "questions at once (default: 8)", type=at_least(1), default=8)
-    add("--ask-model", "let this vision model behind --ask-url answer --qa", type=some_text, metavar="M")
-    add("--ask-url", "OpenAI-compatible (default: OpenAI's); key in OPENAI_API_KEY", default=openai, metavar="URL")
-    add("--ask-thumbnail", "it sees the slide at so many pixels (default: 1024; 0: not)", type=count, default=1024)
+    add("--draws", "random draws of each of --tiles (default: 1)", type=wsi_llava.at_least(1), default=1)
+    add("--batch-size", "questions at once (default: 8)", type=wsi_llava.at_least(1), default=8)
+    add = group("many questions to a model behind a server; its key: OPENAI_API_KEY")
+    url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
+    add("--ask-model", "let this vision model answer --qa", **name)
+    add("--ask-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
+    add("--ask-thumbnail", "it sees the slide, so many pixels (default: 1024)", type=count, default=1024)
     add("--ask-tiles", "it sees so many tiles, spread over the tissue (default: 0)", type=count, default=0)
-    add("--requests", "requests to a server at once (default: 8)", type=at_least(1), default=8)
+    add("--requests", "requests to a server at once (default: 8)", type=wsi_llava.at_least(1), default=8)
     add("--dry-run", "only count what a server would be sent", action="store_true")
     add = group("evaluation")
-    add("--evaluate", "tables of files of predictions, ours first (default: --predictions)", nargs="*", **files)
-    add("--rare", "a cancer type is rare below so many training slides (default: 100)", type=at_least(1), default=100)
-    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", type=some_text, metavar="M")
-    add("--judge-url", "OpenAI-compatible (default: OpenAI's); key in OPENAI_API_KEY", default=openai, metavar="URL")
-    add("--judge-protocol", "what counts: ours (default), or as in the authors' released evaluation",
-        choices=PROMPTS, default="ours")  # fmt: skip
-    add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **files)
-    add("--judge-repeat", "grade N answers twice: does the judge agree with itself?", type=count, default=0, metavar="N")
-    add("--rating-sheet", "a page for experts to grade N questions' answers, blind", metavar="N OUT.html FILE", **many)
-    add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **files)
+    add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
+    rare = "a cancer type is rare below so many training slides (default: 100)"
+    add("--rare", rare, type=wsi_llava.at_least(1), default=100)
+    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", **name)
+    add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
+    rules = "what counts: ours (default), or as in the authors' released evaluation"
+    add("--judge-protocol", rules, choices=PROMPTS, default="ours")
+    add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
+    add("--judge-repeat", "grade so many answers twice: does the judge agree?", type=count, default=0)
+    sheet = "a page for experts to grade N questions' answers, blind"
+    add("--rating-sheet", sheet, metavar="N OUT.html FILE", **many)
+    add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **file)
     what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
-    add("--benchmark", what, nargs="*", type=some_path, metavar="SLIDE")
+    add("--benchmark", what, nargs="*", type=wsi_llava.some_path, metavar="SLIDE")
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
-    args.json = sys.stdout if args.json else None  # what a program reads; all that is printed goes to stderr then
+    args.json = sys.stdout if args.json else None  # a program reads it; all else goes to stderr then
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     check_heatmap_flags(args)
-    alone = not (args.ask_model or args.baselines or args.evaluate)
-    check(not args.tiles or args.qa and alone, "--tiles goes with --qa, without --baselines, --ask-model, --evaluate FILE")
+    alone = args.qa and not (args.ask_model or args.baselines or args.evaluate)
+    goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
+    check(alone or not args.tiles, f"--tiles {goes}")
     wsi_llava.resolve_device(args)
-    todo = args.slide or args.qa or args.rating_sheet or args.evaluate is not None or args.benchmark is not None
+    tables = args.evaluate is not None or args.benchmark is not None
+    todo = args.slide or args.qa or args.rating_sheet or tables
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         if args.qa:
