@@ -54,17 +54,7 @@ from tqdm import tqdm
 import prepare
 import wsi_llava
 from prepare import slides_of
-from wsi_llava import (
-    IGNORE,
-    IMAGE_TOKEN,
-    TILE,
-    UserError,
-    check,
-    one_line,
-    read_features,
-    reading,
-    write_text,
-)
+from wsi_llava import IMAGE_TOKEN, TILE, UserError, check, one_line, read_features, reading, write_text
 
 # ---- The slides that are asked about: files and names -> visual tokens -------------------------------------
 
@@ -328,7 +318,7 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, progres
     check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
     talk = [*wsi_llava.slide_first([{"from": "human", "value": question}]), {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
-    labels[-1] = IGNORE  # the </s> after the answer
+    labels[-1] = wsi_llava.IGNORE  # the </s> after the answer
     room = model.llama.cfg.context - model.cfg.n_visual_tokens + 1  # an answer may have filled the context
     ids, labels = ids[:room], labels[:room]
     model.requires_grad_(False)
@@ -901,7 +891,9 @@ def likelihood(model, tokenizer, row, visual, text):
     """Mean log-probability of a token of the text as the answer to the row's question: a long option is at no
     disadvantage. visual: as for answer_rows."""
     prompt, answer = prompt_ids(tokenizer, row, visual is not None), tokenizer.encode(text)
-    return -model(tokens_of([row], visual), [prompt + answer], [[IGNORE] * len(prompt) + answer]).item()
+    return -model(
+        tokens_of([row], visual), [prompt + answer], [[wsi_llava.IGNORE] * len(prompt) + answer]
+    ).item()
 
 
 def likeliest_option(model, tokenizer, row, visual):
@@ -2056,7 +2048,9 @@ def evaluate(args, paths):
     written = check_outputs(paths[0].with_name("evaluation"), **marks)
     settings, rows, asked, notes = read_systems(paths)
     here = [row for row in rows if all(row["answers"].get(system) is not None for system in asked)]
-    check(here, f"{', '.join(map(str, paths))}: no question is answered{' by all' if paths[1:] else ''}")
+    none = "holds no answers yet; sample.py --qa goes on with it"
+    none = "no question is answered by all" if paths[1:] else none
+    check(here, f"{some(map(str, paths))}: {none}")
     by_all = "answered by all" if paths[1:] else "answered"
     answered = f"{len(here):,} of {len(rows):,} questions {by_all}; the others are in no mean"
     notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
