@@ -1413,11 +1413,18 @@ def own_names(row):
         slides = found["slide"] if isinstance(found["slide"], list) else [found["slide"]]
         found["cancer"] = row.get("cancer") or slides[0].rpartition("/")[0]
         found["slide"] = [prepare.slide_id(slide) for slide in slides]
-    for name in ("id", "truth", *FIELDS):
+    for name in ("id", "truth", "task", "cancer", *FIELDS):
         if found.get(name) is not None:
             found[name] = str(found[name])
     for name in ("question", "slide", "task", "cancer"):
         found[name] = found.get(name) or ""
+    if not all(isinstance(slide, str) for slide in slides_of(found)) or type(found["n"]) not in (
+        int,
+        type(None),
+    ):
+        raise ValueError(
+            f"its slide or number is of another type than expected: {found['slide']}, {found['n']}"
+        )
     return found | {"question": wsi_llava.without_image(found["question"])}
 
 
@@ -1441,7 +1448,8 @@ def read_answers(path):
 def keys_of(settings, row):
     """What a question can be known by, the surest first; what lacks a part of a key is not known by it."""
     question, slide = plain(row["question"]), " + ".join(slides_of(row))
-    keys = ("n", settings.get("questions"), row["n"]), ("all", row["id"], slide, row["task"], question)
+    ours = str(settings.get("questions") or "")
+    keys = ("n", ours, row["n"]), ("all", row["id"], slide, row["task"], question)
     keys += ("question", row["id"], question), ("slide", slide, question), ("id", row["id"])
     return [key for key in keys if None not in key and "" not in key]
 
@@ -1528,8 +1536,12 @@ def interval(values, slides, seed):
 def mcnemar(first, second):
     """Exact two-sided p of McNemar's test of two systems, right (1) or wrong (0) on the same questions."""
     only_first, only_second = np.sum((first == 1) & (second == 0)), np.sum((first == 0) & (second == 1))
-    n, least = int(only_first + only_second), int(min(only_first, only_second))
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+    n, ways = int(only_first + only_second), 1  # ways to choose k of n, for one k after the other
+    tail = ways
+    for k in range(int(min(only_first, only_second))):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
 
 
 def paired(values, first, slides, seed, right_or_wrong=False):
@@ -1713,7 +1725,7 @@ def read_sheets(paths):
     named = [path for path in paths if path not in tables]
     for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
         key = wsi_llava.read_json(path, "not the key that --rating-sheet wrote")
-        keys[key.get("sheet")] = key
+        keys[str(key.get("sheet"))] = key
     for path in tables:
         for number, cells in enumerate(read_table(path), 2):
             where = f"{path}, line {number}"
@@ -1725,12 +1737,14 @@ def read_sheets(paths):
             with reading(where, f"no such answer on sheet {sheet}"):
                 asked = keys[sheet]["items"][max(item, 1) - 1]
                 system, text = asked["systems"][max(answer, 1) - 1], asked["answers"][answer - 1]
+                asked, about = own_names(asked), dict(keys[sheet]["settings"])
+                check(isinstance(system, str), f"{where}: its key names no system; copy the key again")
             scores = {metric: cells[metric.split()[1]] for metric in EXPERTS}
             for metric, score in scores.items():
                 what = f"{metric.split()[1]} {score!r}: a whole number from 1 to 5, or nothing"
                 check(score in ("", "1", "2", "3", "4", "5"), f"{where}: {what}")
             scores = {metric: int(score) for metric, score in scores.items() if score}
-            yield asked, keys[sheet]["settings"], system, text, cells["rater"] or path.stem, scores
+            yield asked, about, system, text, cells["rater"] or path.stem, scores
 
 
 def read_ratings(paths, settings, rows):
@@ -2025,9 +2039,12 @@ def describe_scores(rows, first, judge, args):
     if unread:
         few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
         yield f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong: {few}"
-    sure = [(max(x["confidence"]["answer"].values()), x["scores"][first]) for x in rows if x["confidence"]]
+    sure = [row for row in rows if isinstance(row["confidence"], dict)]  # of --choices likelihood
     for right, words in ((1, "right"), (0, "wrong")):
-        shares = [share for share, scores in sure if scores["accuracy"] == right]
+        chosen = [
+            row["confidence"]["answer"] for row in sure if row["scores"][first].get("accuracy") == right
+        ]
+        shares = [max(confidence.values()) for confidence in chosen]
         if shares:
             mean = f"{np.mean(shares):.2f} ({len(shares)} answers)"
             yield f"Confidence in the chosen option where it is {words}: {mean}."
