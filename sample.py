@@ -1509,7 +1509,7 @@ def read_training(path):
             for row in map(json.loads, file):
                 slides[row.get("cancer") or ""].update(slides_of(row))
                 answers[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
-    return slides, {task: counts.most_common(1)[0][0] for task, counts in answers.items()}
+    return slides, {task: counts.most_common(1)[0][0] for task, counts in answers.items() if counts}
 
 
 # ---- Statistics --------------------------------------------------------------------------------------------
