@@ -866,10 +866,9 @@ def tokens_of(rows, visual):
     """The rows' visual tokens out of {slide: [V,C]} -> a list of [S,V,C]; None without."""
     if visual is None:
         return None
-    slides = [[visual[slide] for slide in slides_of(row)] for row in rows]
-    same = len({x.shape for x in itertools.chain(*slides)}) == 1
+    same = len({visual[slide].shape for slide in all_slides(rows)}) == 1
     check(same, "data/visual_tokens: the slides have different numbers of them; import them anew")
-    return [torch.stack(tokens) for tokens in slides]
+    return [torch.stack(list(map(visual.get, slides_of(row)))) for row in rows]
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **options):
@@ -1386,7 +1385,8 @@ def read_table(path):
         text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        return [{str(key).strip().lower(): value for key, value in row.items()} for row in rows]
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
+        return list(rows)
 
 
 def csv_text(rows):
@@ -1481,7 +1481,8 @@ def read_systems(paths):
         about, theirs = (settings, rows) if path == paths[0] else read_answers(path)
         stem, lost = str(path) if stems.count(path.stem) > 1 else path.stem, []
         names = {"answer": stem} | {field: f"{stem}, {FIELDS[field]}" for field in list(FIELDS)[1:]}
-        names = {field: name for field, name in names.items() if any(field in row for row in theirs)}
+        present = set().union(*theirs)
+        names = {field: name for field, name in names.items() if field in present}
         if len(paths) == 1:
             names = {field: FIELDS[field] for field in names}
         for row in theirs:
@@ -1498,6 +1499,10 @@ def read_systems(paths):
                 notes.append(f"{name}: {absent:,} of {len(rows):,} questions not answered.")
         systems += names.values()
     return settings, rows, systems, notes
+
+
+def answered_by_all(rows, systems):
+    return [row for row in rows if None not in map(row["answers"].get, systems)]
 
 
 def read_training(path):
@@ -1688,7 +1693,7 @@ def rating_sheet(args):
         check_output(path, "")
     settings, rows, systems, notes = read_systems(list(map(Path, files)))
     systems = [name for name in systems if not name.endswith(tuple(FIELDS.values())[1:])]  # no baselines
-    here = [row for row in rows if all(row["answers"].get(system) is not None for system in systems)]
+    here = answered_by_all(rows, systems)
     check(here, f"{' '.join(files)}: no question is answered by all")
     chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
     asked = json.dumps([[row["id"], row["answers"]] for row in chosen])
@@ -1765,7 +1770,7 @@ def read_ratings(paths, settings, rows):
     for metric, found in units.items():
         raters = sorted(set(itertools.chain(*found.values())))
         check(raters, f"--ratings {paths[0]}: {metric.split()[1]} is filled in nowhere")
-        matrix = np.array([[unit.get(rater, np.nan) for rater in raters] for unit in found.values()])
+        matrix = np.array([list(map(unit.get, raters)) for unit in found.values()], float)  # None: nan
         note = f"{metric.capitalize()}: {len(raters)} raters ({some(raters)}), {len(matrix):,} answers"
         if len(raters) > 1:
             note += f"; Krippendorff's alpha (ordinal) {krippendorff(matrix):.3f}"
@@ -1855,7 +1860,8 @@ def rarities(rows, training, threshold):
     slides, where = dict(training), "training" if training else "these"
     for row in rows if not training else ():
         slides.setdefault(row["cancer"], set()).update(slides_of(row))
-    counts = {cancer: len(slides.get(cancer, ())) for cancer in {row["cancer"] for row in rows}}
+    cancers = {row["cancer"] for row in rows}
+    counts = {cancer: len(slides.get(cancer, ())) for cancer in cancers}
     sides = f"common: from {threshold} {where} slides", f"rare: under {threshold} {where} slides"
     return {cancer: sides[n < threshold] for cancer, n in counts.items()}, counts
 
@@ -1892,7 +1898,7 @@ def tabulate(rows, systems, rarity, args):
         unanswered = [row for row in members if not row["scores"]]
         closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
         for metric in METRICS:
-            chosen = [row for row in members if any(metric in x for x in row["scores"].values())]
+            chosen = [row for row in members if metric in set().union(*row["scores"].values())]
             facts |= {"questions": len(chosen), "missing": closed.count(metric == "accuracy")}
             facts["published"] = published.get(metric)
             left_out = metric in JUDGED and args.judge_protocol == "authors"
@@ -1927,10 +1933,12 @@ def markdown(header, rows):
 
 def write_rows(written, title, rows):
     """Rows, dicts of the same keys, -> a Markdown and a CSV file -> the former's table."""
-    cells = [[f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
+    values, cells = [list(row.values()) for row in rows], []
+    for line in values:
+        cells.append([f"{x:.3g}" if isinstance(x, float) else x for x in line])
     text = markdown(list(rows[0]), cells)
     write_text(written["md"], f"{title}\n\n{text}\n")
-    write_text(written["csv"], csv_text([list(rows[0]), *(row.values() for row in rows)]))
+    write_text(written["csv"], csv_text([list(rows[0]), *values]))
     return text
 
 
@@ -1970,7 +1978,8 @@ def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None)
     palette = ("#1f5fb4", "#d65a1e", "#3a8f4d", "#8a4fb0", "#555555", "#b8860b")
     left, right, top, bottom = 60, 560, 40, 390
     points, parts = list(itertools.chain(*series.values())), ['<rect width="760" height="440" fill="white"/>']
-    xs, ys = [x for x, *_ in points] + [mark or 1], [y for _, y, _ in points] if log_y else [0, 1]
+    xs = [x for x, *_ in points] + [mark or 1]
+    ys = [y for _, y, _ in points] if log_y else [0, 1]
 
     def axis(values, start, end, f):
         low, high = f(min(values)), f(max(values))
@@ -2064,7 +2073,7 @@ def evaluate(args, paths):
     marks = {"md": "# Evaluation", "csv": "kind,group", "json": '"predictions"'}
     written = check_outputs(paths[0].with_name("evaluation"), **marks)
     settings, rows, asked, notes = read_systems(paths)
-    here = [row for row in rows if all(row["answers"].get(system) is not None for system in asked)]
+    here = answered_by_all(rows, asked)
     none = "holds no answers yet; sample.py --qa goes on with it"
     none = "no question is answered by all" if paths[1:] else none
     check(here, f"{some(map(str, paths))}: {none}")

@@ -3720,6 +3720,38 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer):
     assert len(set(together)) > 1
 
 
+def test_a_question_about_several_slides_is_shown_all_of_them(tiny, tokenizer):
+    """One <image> each, in the row's order; questions about one slide and about two go through side by side."""
+    asked = [{"from": "human", "value": "<image>\n<image>\nWhat is its grade?"}]
+    rows = [{"slide": ["a", "b"], "conversations": asked}, {"slide": "a", "conversations": TALK[:1]}]
+    visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
+    ids = sample.prompt_ids(tokenizer, rows[0])
+    assert ids.count(IMAGE_TOKEN) == 2 and sample.prompt_ids(tokenizer, rows[0], image=False).count(IMAGE_TOKEN) == 0
+    got = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
+    steps = tiny.generate([torch.stack([visual["a"], visual["b"]])], [ids], 6, ends=tokenizer.ends)
+    said = tokenizer.decode([t for (t,) in steps if t not in tokenizer.ends])
+    assert got == [said, sample.answer_rows(tiny, tokenizer, rows[1:], visual, max_new_tokens=6)[0]]
+    visual["b"] = torch.randn(4, 128)
+    with pytest.raises(UserError, match="data/visual_tokens: the slides have different numbers of them"):
+        sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
+
+
+def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_path):
+    (tmp_path / "features").mkdir()
+    for name in ("TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z", "TCGA-BB-0002-01Z"):
+        (tmp_path / "features" / f"{name}.safetensors").touch()
+    row = {"slide": "TCGA-AA-0001", "task": "t", "cancer": "c", "conversations": TALK[:2]}
+    rows = [row | {"id": "1", "split": "train"}, row | {"id": "2", "split": "test"}]
+    rows.append(row | {"id": "3", "slide": "TCGA-BB-0002"})
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    found = sample.read_questions([tmp_path / "qa.json"], tmp_path)
+    assert [row["slide"] for row in found] == [["TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z"], "TCGA-BB-0002-01Z"]
+    assert [row["id"] for row in found] == ["2", "3"] and "split" not in found[0]
+    (tmp_path / "qa.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(UserError, match="qa.json: only questions for training; name a file of test questions"):
+        sample.read_questions([tmp_path / "qa.json"], tmp_path)
+
+
 def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
     ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
     assert ids == tokenizer.encode_chat(TALK[:3])[0] == sample.prompt_ids(tokenizer, {"conversations": TALK})
