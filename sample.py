@@ -32,8 +32,6 @@ import math
 import os
 import re
 import shlex
-import socket
-import ssl
 import struct
 import sys
 import tempfile
@@ -576,6 +574,7 @@ def parse_yes_no(text):
     return match and {"true": "yes", "false": "no"}.get(match[1].lower(), match[1].lower())
 
 
+@functools.lru_cache(1 << 16)  # asked for each system's answer
 def closed_options(question, truth):
     """The options of a closed question, {label: text}; those of yes/no are "yes" and "no". {} for an open
     one."""
@@ -713,7 +712,7 @@ class Server:
                 raise UserError(f"{self.where}: not a URL that can be asked ({one_line(error)})") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = getattr(error, "reason", error)
-                nobody = isinstance(reason, (ConnectionRefusedError, socket.gaierror, ssl.SSLError))
+                nobody = isinstance(error, urllib.error.URLError) and not isinstance(reason, TimeoutError)
                 problem = f"{type(error).__name__}: {one_line(reason)}"
             if attempt < self.attempts - 1:
                 time.sleep(wait)
@@ -2050,10 +2049,8 @@ def describe_scores(rows, first, judge, args):
         yield f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong: {few}"
     sure = [row for row in rows if isinstance(row["confidence"], dict)]  # of --choices likelihood
     for right, words in ((1, "right"), (0, "wrong")):
-        chosen = [
-            row["confidence"]["answer"] for row in sure if row["scores"][first].get("accuracy") == right
-        ]
-        shares = [max(confidence.values()) for confidence in chosen]
+        chosen = [row["confidence"] for row in sure if row["scores"][first].get("accuracy") == right]
+        shares = [max(confidence["answer"].values()) for confidence in chosen]
         if shares:
             mean = f"{np.mean(shares):.2f} ({len(shares)} answers)"
             yield f"Confidence in the chosen option where it is {words}: {mean}."
@@ -2141,7 +2138,7 @@ def tile_scores(args, count):
                 slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
                 for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
                     values[metric][n].append(value or 0.0)
-                for slide in slides_of(row):
+                for slide in set(slides_of(row)) - tiles.keys():
                     have = slide_facts(args.data, slide).get("tiles", count)
                     tiles[slide] = min(have, count or have)
     check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
@@ -2405,20 +2402,17 @@ def temperature(text):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    count = wsi_llava.at_least(0)
+    count, some, text = wsi_llava.at_least(0), wsi_llava.at_least(1), wsi_llava.some_text
 
     def group(title):
         add = parser.add_argument_group(title).add_argument
         return lambda flag, help, **options: add(flag, help=help, **options)
 
     add = group("one slide, or one case")
-    file, folder = (
-        {"type": wsi_llava.some_path, "metavar": "FILE"},
-        {"type": wsi_llava.some_path, "metavar": "DIR"},
-    )
-    many, name = {"nargs": "+", "type": wsi_llava.some_text}, {"type": wsi_llava.some_text, "metavar": "M"}
+    file = {"type": wsi_llava.some_path, "metavar": "FILE"}
+    folder, many = file | {"metavar": "DIR"}, {"nargs": "+", "type": text}
     add("--slide", "a slide file, or the name of a prepared slide; several: one case", metavar="S", **many)
-    add("--ask", "one question; without it, a chat", type=wsi_llava.some_text, metavar="Q")
+    add("--ask", "one question; without it, a chat", type=text, metavar="Q")
     add("--region", "only this part of the slide, in level-0 pixels", metavar="X,Y,W,H", type=rectangle)
     add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", **many)
     add("--heatmap", "with --ask: a picture (PNG) of which tiles made the answer what it is", **file)
@@ -2429,19 +2423,10 @@ def parse(argv=None):
     add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
     add = group("how it answers")
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
-    add(
-        "--max-new-tokens",
-        "longest answer, in tokens (default: 512)",
-        type=wsi_llava.at_least(1),
-        default=512,
-    )
+    add("--max-new-tokens", "longest answer, in tokens (default: 512)", type=some, default=512)
     add("--temperature", "0 (default): the most likely token; above: sampled", type=temperature, default=0.0)
-    add(
-        "--top-p",
-        "sample from the likeliest tokens of this probability (default: 1)",
-        type=wsi_llava.share,
-        default=1,
-    )
+    mass = "sample from the likeliest tokens of this probability (default: 1)"
+    add("--top-p", mass, type=wsi_llava.share, default=1)
     add("--top-k", "sample from the k most likely tokens (default: 0, all)", type=count, default=0)
     add = group("many questions")
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
@@ -2451,21 +2436,22 @@ def parse(argv=None):
     add("--choices", "closed questions: by what it says (default), or its likeliest option", **how)
     tiles = "answer with so many tiles a slide (0: all), drawn at random; a table and a curve"
     add("--tiles", tiles, nargs="+", type=count, metavar="N")
-    add("--draws", "random draws of each of --tiles (default: 1)", type=wsi_llava.at_least(1), default=1)
-    add("--batch-size", "questions at once (default: 8)", type=wsi_llava.at_least(1), default=8)
+    add("--draws", "random draws of each of --tiles (default: 1)", type=some, default=1)
+    add("--batch-size", "questions at once (default: 8)", type=some, default=8)
     add = group("many questions to a model behind a server; its key: OPENAI_API_KEY")
     url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
-    add("--ask-model", "let this vision model answer --qa", **name)
+    add("--ask-model", "let this vision model answer --qa", type=text, metavar="M")
     add("--ask-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
     add("--ask-thumbnail", "it sees the slide, so many pixels (default: 1024)", type=count, default=1024)
     add("--ask-tiles", "it sees so many tiles, spread over the tissue (default: 0)", type=count, default=0)
-    add("--requests", "requests to a server at once (default: 8)", type=wsi_llava.at_least(1), default=8)
+    add("--requests", "requests to a server at once (default: 8)", type=some, default=8)
     add("--dry-run", "only count what a server would be sent", action="store_true")
     add = group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
-    rare = "a cancer type is rare below so many training slides (default: 100)"
-    add("--rare", rare, type=wsi_llava.at_least(1), default=100)
-    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", **name)
+    add(
+        "--rare", "below so many training slides a cancer type is rare (default: 100)", type=some, default=100
+    )
+    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", type=text, metavar="M")
     add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
     rules = "what counts: ours (default), or as in the authors' released evaluation"
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
@@ -2475,7 +2461,7 @@ def parse(argv=None):
     add("--rating-sheet", sheet, metavar="N OUT.html FILE", **many)
     add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **file)
     what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
-    add("--benchmark", what, nargs="*", type=wsi_llava.some_path, metavar="SLIDE")
+    add("--benchmark", what, nargs="*", **file | {"metavar": "SLIDE"})
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
@@ -2489,6 +2475,7 @@ def main(argv=None):
     alone = args.qa and not (args.ask_model or args.baselines or args.evaluate)
     goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
     check(alone or not args.tiles, f"--tiles {goes}")
+    check(args.evaluate is not None or not args.ratings, "--ratings goes with --evaluate FILE [FILE...]")
     wsi_llava.resolve_device(args)
     tables = args.evaluate is not None or args.benchmark is not None
     todo = args.slide or args.qa or args.rating_sheet or tables
