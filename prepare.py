@@ -1858,19 +1858,41 @@ def report_leaks(splits, patients, args):
     return [row for row in training if not marks(row) & shared]
 
 
-def describe_split(path, rows, have, verb):
-    """Prints what a split holds, and how much of it is about slides that are there; -> the other slides."""
+def merged(name, old, new, have):
+    """A split's old and new rows, about the slides that are there by now, none of them twice."""
+    rows, unique = match_slides(old + new, have), {}
+    for row in rows:
+        texts = (turn["value"] for turn in row["conversations"])
+        unique.setdefault((*slides_of(row), *texts), row)
+    found = sum(before["slide"] != row["slide"] for before, row in zip(old + new, rows))
+    if new and found:
+        print(f"{count(found, 'question')} of {name} found slides by the beginning of their names.")
+    if new and len(unique) < len(rows):
+        print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
+    return list(unique.values())
+
+
+def write_split(args, path, rows, have):
+    """A split's file, and beside it the slides that lack features; prints what it holds."""
     tasks, slides = {row["task"] for row in rows}, set(itertools.chain(*map(slides_of, rows)))
+    missing, where = sorted(slides - have), ""
+    if not args.dry_run:
+        write_qa(path, rows)
+        unmatched = path.with_suffix(".unmatched.txt")
+        wsi_llava.write_text(unmatched, "".join(f"{slide}\n" for slide in missing))
+        where = f", all in {unmatched}"
     print(
-        f"{verb} {count(len(rows), 'question')} of {count(len(tasks), 'task')} about "
-        f"{count(len(slides), 'slide')} to {path}; {len(slides & have)} of these slides have features."
+        f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')} of "
+        f"{count(len(tasks), 'task')} about {count(len(slides), 'slide')} to {path}; {len(slides & have)} of "
+        "these slides have features."
     )
     for kind in ("task", "cancer"):
         total = collections.Counter(row[kind] or "none" for row in rows)
         matched = collections.Counter(row[kind] or "none" for row in rows if have.issuperset(slides_of(row)))
         parts = [f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())]
         print(f"  by {kind}: {', '.join(parts)}")
-    return sorted(slides - have)
+    if missing:
+        print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
 
 
 def import_qa(args):
@@ -1886,23 +1908,12 @@ def import_qa(args):
                 new[row.pop("split", split)].append(row)
         except UserError as error:
             failures.append(str(error))
-    # What each split holds then. Old rows too find the slides that are there by now; none stands twice.
     paths = {name: args.data / "qa" / f"{name}.jsonl" for name in ("train", "val", "test")}
     have = {path.stem for path in args.data.glob("features/*.safetensors")}
     have |= {path.stem for path in args.data.glob("visual_tokens/*.safetensors")}
     for name, path in paths.items():
         keep = path.exists() and path.stat().st_size and not (args.overwrite and name in new)
-        named, unique = (read_qa(path) if keep else []) + new.get(name, []), {}
-        rows = match_slides(named, have)
-        for row in rows:
-            texts = (turn["value"] for turn in row["conversations"])
-            unique.setdefault((*slides_of(row), *texts), row)
-        splits[name] = list(unique.values())
-        found = sum(a["slide"] != b["slide"] for a, b in zip(named, rows))
-        if name in new and found:
-            print(f"{count(found, 'question')} of {name} found slides by the beginning of their names.")
-        if name in new and len(unique) < len(rows):
-            print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
+        splits[name] = merged(name, read_qa(path) if keep else [], new.get(name, []), have)
     if new and not args.dry_run:
         (args.data / "qa").mkdir(parents=True, exist_ok=True)
     if new and splits["train"] and splits["test"] + splits["val"]:
@@ -1910,15 +1921,7 @@ def import_qa(args):
         if args.drop_leaks and len(clean) < len(splits["train"]):
             splits["train"] = new["train"] = clean
     for name in new:
-        missing = describe_split(paths[name], splits[name], have, "Would write" if args.dry_run else "Wrote")
-        where = ""
-        if not args.dry_run:
-            write_qa(paths[name], splits[name])
-            unmatched = paths[name].with_suffix(".unmatched.txt")
-            wsi_llava.write_text(unmatched, "".join(f"{slide}\n" for slide in missing))
-            where = f", all in {unmatched}"
-        if missing:
-            print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
+        write_split(args, paths[name], splits[name], have)
     check(len(args.qa) > 1 or not failures, "".join(failures))
     for message in failures:
         print(f"failed: {message}", file=sys.stderr)
