@@ -1,22 +1,29 @@
 """Asks WSI-LLaVA about slides: one question, a chat, or a whole benchmark and its evaluation.
 
-    python sample.py --slide S --ask Q          one answer, streamed; S is a slide file, or a prepared slide's name
+    python sample.py --slide S --ask Q          one answer, streamed; S: a slide file, or a prepared slide's name
     python sample.py --slide S                  a chat about it
     python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
-    python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1 alone
-    python sample.py --qa FILE --baselines --evaluate       answers to all questions, then their tables, in out/
-    python sample.py --evaluate FILE --judge-model M        the tables, open answers graded by a language model
+    python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1
+    python sample.py --qa FILE --baselines --evaluate       answers to all questions, then tables, in out/
+    python sample.py --qa FILE --tiles 100 1000 0           how many tiles a slide are enough
+    python sample.py --evaluate A B C           several systems' predictions in one table
+    python sample.py --evaluate A --judge-model M           open answers graded by a language model
+    python sample.py --rating-sheet 50 sheet.html A B       the same answers for pathologists to grade, blind
+    python sample.py --benchmark                the time and memory of every step, by size of slide
 
-Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of a slide.
+Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of one.
 """
 
 import argparse
+import base64
 import collections
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
+import html
 import http.client
 import io
 import itertools
@@ -25,39 +32,33 @@ import math
 import os
 import re
 import shlex
-import socket
+import struct
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
+import prepare
 import wsi_llava
-from wsi_llava import (
-    TILE,
-    UserError,
-    at_least,
-    read_features,
-    read_visual_tokens,
-    replacing,
-    without_image,
-    write_text,
-)
+from prepare import slides_of
+from wsi_llava import IMAGE_TOKEN, TILE, UserError, check, one_line, read_features, reading, write_text
 
-# --------------------------------------------------------------------------------------------------------------------
-# The model, and the slides that it is asked about: files and names -> visual tokens
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The slides that are asked about: files and names -> visual tokens -------------------------------------
 
 
 def load_model(args, meta):
-    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError as wsi_llava.load_model does."""
+    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError."""
     model, tokenizer = wsi_llava.load_model(args, meta, 3, int8=args.int8)
     return model.to(args.device), tokenizer
 
@@ -67,34 +68,65 @@ def gigabytes(args):
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
 
 
-def prepare_raw(args, names):
-    """--slide's files and names -> names of slides in data/. Files are prepared first, like any other slide."""
-    raw = []
-    for name in names:
-        prepared = wsi_llava.is_slide_name(name) and wsi_llava.features_file(args.data, name).exists()
-        if Path(name).exists() and not prepared:
-            raw.append(name)
-    if not raw:
-        return names
-    import prepare  # here, so that asking about prepared slides needs no OpenSlide
+def reset_peak(device):
+    """Lets the peak of memory begin anew, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
-    slides = {name: prepare.find_slides([name]) for name in raw}
-    failures = prepare.prepare_slides(
-        prepare.with_defaults(args), {slide: path for found in slides.values() for slide, path in found.items()}
-    )
-    if failures:
-        raise UserError(failures[0][1])
-    return [slide for name in names for slide in slides.get(name, [name])]
+
+PICTURE_MARK = "wsi-llava picture"  # in the pictures (SVG), so that only these are replaced
+
+
+def check_output(path, mark):
+    """Refuses to replace what is not this command's own earlier output, which has the mark near its
+    beginning."""
+    path = Path(path)
+    check(path.parent.is_dir(), f"{path}: the folder {path.parent} does not exist; make it first")
+    check(not path.is_dir(), f"{path}: a folder; name a file in it")
+    if path.exists():
+        with open(path, "rb") as file:
+            beginning = file.read(400)
+        what = "exists, and is no earlier output of this command; name another file, or move it away"
+        check(not beginning or mark.encode() in beginning, f"{path}: {what}")
+
+
+def check_outputs(stem, **marks):
+    """{ending: file} of what a command writes side by side, a picture among it, each checked."""
+    marks["svg"] = PICTURE_MARK
+    written = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in marks}
+    for ending, path in written.items():
+        check_output(path, marks[ending])
+    return written
+
+
+def prepare_raw(args, names):
+    """--slide's files and names -> names of slides in data/. Files are prepared first, like any other
+    slide."""
+    found, raw = {}, {}
+    for name in names:
+        known = wsi_llava.is_slide_name(name) and wsi_llava.features_file(args.data, name).exists()
+        found[name] = prepare.find_slides([name]) if Path(name).exists() and not known else {}
+        raw |= found[name]
+    failures = prepare.prepare_slides(prepare.with_defaults(args), raw) if raw else []
+    check(not failures, failures and failures[0][1])
+    return [slide for name in names for slide in found[name] or [name]]
+
+
+def slide_facts(data, slide):
+    """What prepare.py noted of a slide's features; {} where nothing can be read, or nothing is noted."""
+    with contextlib.suppress(UserError):
+        return wsi_llava.feature_metadata(wsi_llava.features_file(data, slide))
+    return {}
 
 
 def why_missing(cfg, data, slide):
-    """What keeps a slide from being asked about, in words; None where nothing does."""
-    unknown = f"neither a file nor the name of a slide in {data}/features"
-    if not wsi_llava.is_slide_name(slide):
-        return unknown
-    if not wsi_llava.features_file(data, slide).exists():
-        imported = wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # without features, but as good
-        return None if imported else unknown
+    """Why this slide cannot be asked about, in words, or None."""
+    known = wsi_llava.is_slide_name(slide)
+    if not known or not wsi_llava.features_file(data, slide).exists():
+        imported = known and wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # as good as features
+        return None if imported else f"neither a file nor the name of a slide in {data}/features"
     try:
         empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
     except UserError as error:
@@ -104,59 +136,59 @@ def why_missing(cfg, data, slide):
 
 @torch.inference_mode()
 def region_tokens(model, data, slide, region):
-    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0 pixels."""
-    path = wsi_llava.features_file(data, slide)
-    try:
-        scale = wsi_llava.feature_metadata(path)["scale"]  # level-0 pixels per tiled pixel
-    except (UserError, KeyError):
-        raise UserError(f"--region: {path} does not tell its scale to level 0") from None
+    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0
+    pixels."""
+    scale = slide_facts(data, slide).get("scale")  # level-0 pixels per tiled pixel
+    check(scale, f"--region: {wsi_llava.features_file(data, slide)} does not tell its scale to level 0")
     features, coords = read_features(data, slide, model.cfg.max_tiles)
-    centres = (coords + model.cfg.slide_encoder.tile_size / 2) * scale  # [N,2]
+    centres = (coords + TILE / 2) * scale  # [N,2]
     x, y, width, height = region
     inside = ((centres >= torch.tensor([x, y])) & (centres < torch.tensor([x + width, y + height]))).all(1)
-    if not inside.any():
-        low, high = centres.min(0).values.tolist(), centres.max(0).values.tolist()
-        raise UserError(
-            f"--region {x:g},{y:g},{width:g},{height:g}: no tile of {slide} lies inside; the centres of its tiles lie "
-            f"between {low[0]:.0f},{low[1]:.0f} and {high[0]:.0f},{high[1]:.0f} (level-0 pixels)"
-        )
+    low, high = centres.min(0).values.tolist(), centres.max(0).values.tolist()
+    between = f"between {low[0]:.0f},{low[1]:.0f} and {high[0]:.0f},{high[1]:.0f} (level-0 pixels)"
+    none = f"no tile of {slide} lies inside; the centres of its tiles lie {between}"
+    check(inside.any(), f"--region {x:g},{y:g},{width:g},{height:g}: {none}")
     return model.encode_slide(features[inside], coords[inside])
 
 
 def slide_tokens(args, model, slides):
-    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; those of --region on the fly."""
+    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; a region's on the
+    fly."""
     for slide in slides:
-        if problem := why_missing(model.cfg, args.data, slide):
-            raise UserError(f"--slide {slide}: {problem}")
+        problem = why_missing(model.cfg, args.data, slide)
+        check(not problem, f"--slide {slide}: {problem}")
     if args.region:
         return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides)
     for slide, problem in problems.items():
         raise UserError(f"--slide {slide}: {problem}")
-    return torch.stack([read_visual_tokens(args.data, slide, model.cfg) for slide in slides])
+    tokens = [wsi_llava.read_visual_tokens(args.data, slide, model.cfg) for slide in slides]
+    check(len({x.shape for x in tokens}) == 1, f"--slide {' '.join(slides)}: not equally many visual tokens")
+    return torch.stack(tokens)
 
 
 @torch.inference_mode()
 def zero_shot(args, meta, slide, texts):
     """Probability of each text: softmax of its scaled similarity to the slide, in the space of stage 1."""
-    import train  # here: only stage 1's model is defined there
+    import train  # here: stage 1's model is defined there, and train.py imports this file
 
     cfg, model, words, tokenizer = train.load_alignment(args, meta)
-    if problem := why_missing(cfg, args.data, slide):
-        raise UserError(f"--slide {slide}: {problem}")
+    problem = why_missing(cfg, args.data, slide)
+    check(not problem, f"--slide {slide}: {problem}")
     features, coords = read_features(args.data, slide, cfg.max_tiles)
-    slides = model.embed_slides(features.to(args.device, torch.float32), coords.to(args.device), [len(features)])
-    texts = model.embed_words([tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts], words)
-    return (model.logit_scale.exp().clamp(max=100) * slides @ texts.T)[0].softmax(-1).tolist()
+    features, coords = features.to(args.device, torch.float32), coords.to(args.device)
+    embedded = model.embed_slides(features, coords, [len(features)])
+    ids = [tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts]
+    similarity = embedded @ model.embed_words(ids, words).T  # [1,texts]
+    return (model.logit_scale.exp().clamp(max=100) * similarity)[0].softmax(-1).tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A conversation
-# --------------------------------------------------------------------------------------------------------------------
+# ---- A conversation ----------------------------------------------------------------------------------------
 
 
 class Chat:
-    """A conversation about slides, visual tokens [V,C] or [S,V,C]. The key-value cache is kept between turns."""
+    """A conversation about slides, visual tokens [V,C] or [S,V,C]. The key-value cache is kept between
+    turns."""
 
     def __init__(self, model, tokenizer, visual, **options):
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -167,8 +199,8 @@ class Chat:
         self.turns, self.tokens = [], 0  # what was said; tokens of the last reply
 
     def reply(self, question):
-        """Yields the answer piece by piece. Raises UserError where the conversation no longer fits the context."""
-        question, n = without_image(question), len(self.visual)
+        """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
+        question, n = wsi_llava.without_image(question), len(self.visual)
         if not self.cache.length:
             marks = "<image>\n" if n == 1 else "".join(f"Slide {i}: <image>\n" for i in range(1, n + 1))
             question = marks + question
@@ -176,7 +208,9 @@ class Chat:
         else:
             ids, visual = self.tail + self.tokenizer.encode_turn(question, first=False), None
         answer, shown, text, self.tokens = [], "", "", 0
-        for (token,) in self.model.generate(visual, [ids], ends=self.tokenizer.ends, cache=self.cache, **self.options):
+        for (token,) in self.model.generate(
+            visual, [ids], ends=self.tokenizer.ends, cache=self.cache, **self.options
+        ):
             self.tokens += 1
             ended = token in self.tokenizer.ends
             self.tail = [self.tokenizer.eos] if ended else [token, self.tokenizer.eos]
@@ -198,10 +232,11 @@ def stream_answer(args, names, chat, question):
         print("" if args.json else piece, end="", flush=True)
     tokens, seconds = chat.tokens, time.time() - started
     if args.json:
-        found = {"slides": names, "region": args.region, "question": question, "answer": chat.turns[-1]["value"]}
-        found |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
-        found |= {"finished": len(chat.tail) == 1, "peak_memory": wsi_llava.peak_memory(args.device)}
-        print(json.dumps(found, ensure_ascii=False), file=args.json, flush=True)
+        said = {"slides": names, "region": args.region, "question": question}
+        said |= {"answer": chat.turns[-1]["value"], "finished": len(chat.tail) == 1}
+        said |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
+        said["peak_memory"] = wsi_llava.peak_memory(args.device)
+        print(json.dumps(said, ensure_ascii=False), file=args.json, flush=True)
     else:
         print()
     return tokens, seconds
@@ -211,751 +246,78 @@ HELP = "/slide NAME... asks about other slides, /save FILE keeps the conversatio
 
 
 def chat_loop(args, open_chat, names, chat):
-    """Questions and commands, from a person or a pipe, until the end of the input or /quit -> (tokens, seconds)."""
-    talking, spent = sys.stdin.isatty(), [0, 0.0]
+    """Questions and commands, from a person or a pipe, until the input ends or /quit -> (tokens, seconds)."""
+    talking, tokens, seconds = sys.stdin.isatty(), 0, 0.0
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 cost their own line only, below
+        sys.stdin.reconfigure(errors="surrogateescape")
     if talking:
         print(f"Ask about the slide; {HELP}.")
     while True:
         try:
             line = input("> " if talking else "").strip()
         except EOFError:
-            return spent
+            return tokens, seconds
         try:
+            check(line == line.encode(errors="replace").decode(), "the line is not UTF-8; type it again")
             command, *rest = shlex.split(line) if line.startswith("/") else [""]
             if command == "/quit":
-                return spent
+                return tokens, seconds
             elif command == "/slide" and rest:
                 args.region = None  # it was the other slide's
                 names, chat = open_chat(rest)
                 print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens.")
             elif command == "/save" and len(rest) == 1:
-                row = {"id": "chat", "slide": names[0], "task": "chat", "conversations": chat.turns}
+                check_output(rest[0], '{"id": "chat"')
+                slide = names if len(names) > 1 else names[0]
+                row = {"id": "chat", "slide": slide, "task": "chat", "conversations": chat.turns}
                 write_text(rest[0], json.dumps(row, ensure_ascii=False) + "\n")
                 print(f"Wrote {len(chat.turns) // 2} turns to {rest[0]}.")
             elif command:
                 raise UserError(f"{line}: not a command; {HELP}")
             elif line:
-                spent = [a + b for a, b in zip(spent, stream_answer(args, names, chat, line))]
+                more, took = stream_answer(args, names, chat, line)
+                tokens, seconds = tokens + more, seconds + took
         except (UserError, OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Many questions
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def by_length(prompts, batch):
-    """Indices of the prompts, in groups of one length: no batch holds padding, and every answer is what it is alone."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    while order:
-        group = [i for i in order[:batch] if len(prompts[i]) == len(prompts[order[0]])]
-        order = order[len(group) :]
-        yield group
-
-
-def prompt_ids(tokenizer, row, image=True):
-    """The prompt of a row's last question, after the true earlier turns; its slide comes first, or not at all."""
-    turns = row["conversations"][: len(row["conversations"]) - (row["conversations"][-1]["from"] == "gpt")]
-    return tokenizer.encode_chat(wsi_llava.slide_first(turns, image))[0]
-
-
-def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **options):
-    """Answers to the last question of each row of the dataset, in the rows' order. options: generate's.
-
-    visual: {slide: visual tokens [V,C]}, or None to ask without the slide.
-    """
-    prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
-    answers = [None] * len(rows)
-    for group in by_length(prompts, batch):
-        slides = None if visual is None else torch.stack([visual[rows[i]["slide"]] for i in group]).to(model.device)
-        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, ends=tokenizer.ends, **options)
-        for i, ids in zip(group, zip(*steps)):
-            answers[i] = tokenizer.decode([t for t in ids if t is not None and t not in tokenizer.ends])
-    return answers
-
-
-# Of a line of --predictions, the fields that hold answers -> their columns in the tables.
-FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
-FIELDS |= {"majority": "majority"}  # each task's most frequent answer in training, whatever the slide
-AT_ONCE = 64  # slides whose visual tokens are in memory together; with more, more questions of one length meet
-
-
-def read_questions(files):
-    """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n"."""
-    import prepare
-
-    rows = []
-    for row in (row for file in files for row in prepare.read_qa(file)):
-        talk = row["conversations"]
-        for k in range(0, len(talk), 2):
-            texts = {"question": without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
-            rows.append({"n": len(rows), **row, "turn": k // 2, **texts, "conversations": talk[: k + 1]})
-    return rows
-
-
-def whole_lines(path):
-    """A JSON lines file, if there is one, less half a last line that a kill left -> (its objects, their bytes)."""
-    data = path.read_bytes() if path.exists() else b""
-    end = data.rfind(b"\n") + 1
-    try:
-        return [json.loads(line) for line in data[:end].splitlines()], end
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error}); delete it and run again") from None
-
-
-def read_predictions(path):
-    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row counts."""
-    lines, _ = whole_lines(path)
-    if not lines or not isinstance(lines[0], dict) or "settings" not in lines[0]:
-        raise UserError(f"{path}: no predictions of sample.py --qa FILE, whose first line would hold the settings")
-    return lines[0]["settings"], {row["n"]: row for row in lines[1:]}
-
-
-def open_predictions(path, settings):
-    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other settings."""
-    lines, end = whole_lines(path)
-    if not lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"settings": settings}) + "\n")
-        return open(path, "a", encoding="utf-8"), {}
-    old, rows = read_predictions(path)
-    for name, value in settings.items():
-        if old.get(name) != value:
-            raise UserError(f"{path} was made with {name} {old.get(name)}, not {value}; name another --predictions")
-    os.truncate(path, end)
-    return open(path, "a", encoding="utf-8"), rows
-
-
-def ask_three_ways(model, tokenizer, rows, visual, other, args):
-    """Rows of equally long prompts -> {field: answer} of each, with --baselines also without the slide, or another."""
-    views = {"answer": visual}
-    if args.baselines:
-        views |= {
-            "answer_no_image": None,
-            "answer_shuffled": {row["slide"]: visual[other[row["slide"]]] for row in rows},
-        }
-    options = {"max_new_tokens": args.max_new_tokens}
-    try:
-        texts = [answer_rows(model, tokenizer, rows, view, batch=args.batch_size, **options) for view in views.values()]
-    except UserError as error:  # the prompt is too long, of all of them
-        return [{**dict.fromkeys(views, ""), "error": str(error)} for _ in rows]
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"--batch-size {args.batch_size}: out of memory; the same command with a smaller one goes on"
-        ) from None
-    return [dict(zip(views, answers)) for answers in zip(*texts)]
-
-
-def write_prediction(file, row, **answers):
-    """A line of --predictions: the row, less its conversation, and what was answered."""
-    row = {k: v for k, v in row.items() if k != "conversations"} | answers
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
-
-
-def answer_file(args, meta):
-    """--qa: every question of the files -> --predictions, a line each, after a line of settings. Resumes by itself.
-
-    Greedy, so that a table can be made again. Of a dialogue every question is asked, after the true earlier answers.
-    """
-    if args.temperature:
-        raise UserError("--temperature: --qa answers greedily, so that its table can be made again; leave the flag out")
-    rows = read_questions(args.qa)
-    model, tokenizer = load_model(args, meta)
-    settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
-    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
-    settings |= {name: getattr(args, name) for name in ("max_new_tokens", "baselines", "seed")}
-    slides = dict.fromkeys(row["slide"] for row in rows)
-    problems = {slide: why for slide in slides if (why := why_missing(model.cfg, args.data, slide))}
-    file, done = open_predictions(args.predictions, settings)
-    todo = [row for row in rows if done.get(row["n"], {}).get("answer") is None]
-    print(
-        f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
-        f"{len(rows) - len(todo):,} are answered. Asks the others{' three ways' * args.baselines}, into {args.predictions}."
-    )
-    for slide in tqdm([s for s in slides if s not in problems], desc="visual tokens", unit="slide", disable=not todo):
-        problems |= wsi_llava.cache_visual_tokens(model, args.data, [slide])[1]
-    lacking = [row for row in todo if row["slide"] in problems]
-    todo = [row for row in todo if row["slide"] not in problems]
-    order = np.random.default_rng(args.seed).permutation([s for s in slides if s not in problems]).tolist()
-    other = dict(zip(order, order[1:] + order[:1]))  # everyone gets another's slide, unless there is only one
-    started, failed = time.time(), []
-    with file, tqdm(total=len(todo), unit="question", disable=not todo) as bar:
-        for row in lacking:
-            if row["n"] not in done:
-                write_prediction(file, row, answer=None, missing=problems[row["slide"]])
-        for k in range(0, len(order), AT_ONCE):
-            near = order[k : k + AT_ONCE]
-            part = [row for row in todo if row["slide"] in set(near)]
-            shown = {row["slide"] for row in part}
-            visual = {s: read_visual_tokens(args.data, s, model.cfg) for s in shown | {other[s] for s in shown}}
-            for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
-                group = [part[i] for i in group]
-                for row, answers in zip(group, ask_three_ways(model, tokenizer, group, visual, other, args)):
-                    write_prediction(file, row, **answers)
-                    failed += [row] * ("error" in answers)
-                bar.update(len(group))
-    seconds = time.time() - started
-    rate = len(todo) / max(seconds, 1e-9)
-    print(f"Answered {len(todo) - len(failed):,} questions, {rate:.1f}/s, peak memory {gigabytes(args)}.")
-    for what, bad in (("were too long to ask", failed), ("are about slides that are missing", lacking)):
-        if bad:
-            names = list(dict.fromkeys(row["slide"] for row in bad))
-            print(f"{len(bad):,} questions {what}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Closed answers: choice and yes/no
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def same_answer(answer, truth):
-    """Whether two short answers say the same, up to case, spaces and final punctuation."""
-    return " ".join(answer.lower().split()).rstrip(".") == " ".join(truth.lower().split()).rstrip(".")
-
-
-def choices(question):
-    """The options of a question: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B": "Sarcoma"}."""
-    found = []  # matches of A, B, C, ... in this order; a stray "protein B." inside an option is passed over
-    for match in re.finditer(r"(?<![^\s(])\(?([A-H])\s?[).:](?=\s|$|\w)", question):
-        if match[1] == "ABCDEFGH"[len(found)]:
-            found.append(match)
-            if len(found) == 8:
-                break
-    ends = [match.start() for match in found[1:]] + [len(question)]
-    return {m[1]: question[m.end() : end].strip() for m, end in zip(found, ends)} if len(found) > 1 else {}
-
-
-def parse_choice(text, options):
-    """The letter that an answer chooses: "B", "(b)", "B. Sarcoma", "It is sarcoma."; None for none or several."""
-    text, letters = text.strip(), "".join(options)
-    either = f"[{letters}{letters.lower()}]"
-    says = r".*\b(?i:answer|option|choice)(?:\s+(?:is|would be|should be))?\W*"
-    for pattern in (
-        rf"\W*({either})\W*",  # the letter alone
-        rf"\W*({either})(?:\s?[).:,]|\s+-).*",  # it comes first
-        rf"{says}({either})(?:\W*|[).:,;].*)",
-        rf"{says}([{letters}])\b.*",  # but not "the answer is a tumor"
-    ):
-        if match := re.fullmatch(pattern, text, re.S):
-            return match[1].upper()
-    plain = {letter: " ".join(option.lower().split()).rstrip(".") for letter, option in options.items()}
-    named = {k: v for k, v in plain.items() if v and v in " ".join(text.lower().split())}
-    named = {k for k, v in named.items() if not any(v != w and v in w for w in named.values())}
-    # Letters by themselves; an A before a small word is an article.
-    alone = re.findall(rf"\(({either})\)|(?<![\w-])(A(?!\s+(?!and\b|or\b)[a-z])|[{letters[1:]}])(?![\w-])", text)
-    for found in (named, {max(pair).upper() for pair in alone}):
-        if len(found) == 1:
-            return found.pop()
-    return None
-
-
-def parse_yes_no(text):
-    """ "yes" or "no", None where an answer says neither at its start nor as "the answer is ..."."""
-    match = re.match(r"(?:.*\banswer(?: is)?\b)?\W*(yes|no|true|false)\b", text.strip(), re.I | re.S)
-    return match and {"true": "yes", "false": "no"}.get(match[1].lower(), match[1].lower())
-
-
-def closed_parser(question, truth):
-    """For a closed question, the function that reads its answers; None for an open one."""
-    options = choices(question)
-    if options and parse_choice(truth, options):
-        return lambda text: parse_choice(text, options)
-    return parse_yes_no if re.fullmatch(r"\W*(yes|no|true|false)\W*", truth, re.I) else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Text metrics, as the released evaluation takes them: BLEU and ROUGE-L of one answer, then the mean over answers
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def tokenize(text):
-    """Words and punctuation, in their own case: what nltk.word_tokenize makes of 99.5% of WSI-Bench's answers."""
-    return re.findall(r"\w+(?:[-./+=,]+\w+)*\+?|'\w+|[^\w\s]", text)
-
-
-def bleu(reference, candidate):
-    """Tokens -> [BLEU-1, ..., BLEU-4] of one sentence with nltk's smoothing method 4 (Chen and Cherry 2014)."""
-
-    def ngrams(tokens, n):
-        return collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
-
-    length, logs, empty = len(candidate), [], 0
-    for n in range(1, 5):
-        have = ngrams(candidate, n)
-        match, total = (have & ngrams(reference, n)).total(), max(1, have.total())
-        if n == 1 and not match:
-            return [0.0] * 4
-        if not match and length > 1:  # the more orders have no match, and the shorter the answer, the less it counts
-            empty += 1
-            match = math.log(length) / (5 * 2**empty)
-        logs.append(math.log(match / total) if match else 0.0)  # nltk leaves an order without any n-gram out
-    brevity = min(0.0, 1 - len(reference) / length)
-    return [math.exp(brevity + sum(logs[:n]) / n) for n in range(1, 5)]
-
-
-def common_words(x, y):
-    """The words of a longest common subsequence of x and y."""
-    table = [[0] * (len(y) + 1)]
-    for a in x:
-        above, row = table[-1], [0]
-        for j, b in enumerate(y):
-            row.append(above[j] + 1 if a == b else max(above[j + 1], row[j]))
-        table.append(row)
-    words, i, j = set(), len(x), len(y)
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            i, j = i - 1, j - 1
-            words.add(x[i])
-        elif table[i - 1][j] > table[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return words
-
-
-def rouge_l(reference, candidate):
-    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, all sentences' subsequences united."""
-    sides = []
-    for tokens in (reference, candidate):
-        sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
-        sides.append((sentences, {word for sentence in sentences for word in sentence}))
-    (references, all_reference), (candidates, all_candidate) = sides
-    if not candidates or not references:
-        return 0.0
-    common = len(set().union(*(common_words(r, c) for r in references for c in candidates)))
-    recall, precision = common / len(all_reference), common / len(all_candidate)
-    return 2 * precision * recall / (precision + recall + 1e-8)
-
-
-def find_meteor():
-    """METEOR of (reference, candidate) tokens, where nltk and its WordNet are installed; else None."""
-    try:
-        from nltk.corpus import wordnet
-        from nltk.translate.meteor_score import single_meteor_score
-
-        wordnet.ensure_loaded()
-    except (ImportError, LookupError):
-        return None
-    return single_meteor_score
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The judge: WSI-Precision and WSI-Relevance
-# --------------------------------------------------------------------------------------------------------------------
-
-CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the given answer into \
-claims. Take what answers the question and nothing else; one finding or fact a claim, but keep together what only makes sense \
-together; leave nothing out, repeat nothing, add nothing. Reply with strict JSON alone: {"claims": ["...", "..."]}"""
-SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same question. Give \
-each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or deviation. 0.3: the text \
-mentions it, but with an error in its core, such as the grade, the type or whether it is malignant. 0: the text says something \
-else, or nothing about it. Reply with strict JSON alone, one score a claim, in the claims' order: {"scores": [1, 0.3]}"""
-SCALE = (1, 0.7, 0.3, 0)
-
-
-def check_claims(reply, least):
-    """The judge's claims, at least so many. Raises KeyError, TypeError or ValueError for a reply of another form."""
-    claims = reply["claims"]
-    if not isinstance(claims, list) or len(claims) < least or not all(isinstance(c, str) and c.strip() for c in claims):
-        raise ValueError(f'"claims" must be a list of {least} texts or more')
-    return claims
-
-
-def check_scores(reply, n):
-    """The judge's scores of n claims. Raises KeyError, TypeError or ValueError for a reply of another form."""
-    scores = reply["scores"]
-    if not isinstance(scores, list) or len(scores) != n:
-        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
-    if bad := [s for s in scores if isinstance(s, bool) or s not in SCALE]:
-        raise ValueError(f"{bad[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-    return scores
-
-
-class Judge:
-    """A language model behind an OpenAI-compatible endpoint. Raw replies are kept in a file under the hash of model and
-    prompt: nothing is paid for twice, and an interrupted run goes on. dry: counts calls and tokens and makes none.
-    """
-
-    def __init__(self, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"--judge-url {url}: begins with neither http:// nor https://")
-        self.url = url if url.endswith("/chat/completions") else url.rstrip("/") + "/chat/completions"
-        self.model, self.dry, self.attempts, self.timeout, self.backoff = model, dry, attempts, timeout, backoff
-        lines, end = whole_lines(path)
-        self.replies = {line["key"]: line["reply"] for line in lines}
-        if not dry:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115 (open for the run)
-            os.truncate(path, end)
-        self.planned, self.tokens = set(), 0  # of a dry run
-        self.problems = collections.Counter()  # why replies stayed unusable
-
-    def post(self, messages):
-        """One reply's text. Failures that pass are tried again, after Retry-After or ever longer. Raises OSError."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        body = json.dumps({"model": self.model, "messages": messages}).encode()
-        for attempt in range(self.attempts):
-            wait = self.backoff * 2**attempt
-            try:
-                request = urllib.request.Request(self.url, body, headers)
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"] or "")
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code} {error.reason}"
-                if error.code in (401, 403, 404):
-                    raise UserError(
-                        f"--judge-url {self.url}: {problem}; check it, --judge-model, OPENAI_API_KEY"
-                    ) from None
-                if error.code in (400, 413, 422):
-                    break  # this prompt will not pass later either
-                with contextlib.suppress(TypeError, ValueError):
-                    wait = float(error.headers.get("Retry-After"))
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-                problem, reason = type(error).__name__, getattr(error, "reason", error)
-                if isinstance(reason, (ConnectionRefusedError, socket.gaierror)) and attempt == self.attempts - 1:
-                    raise UserError(f"--judge-url {self.url}: nobody answers there ({reason})") from None
-            if attempt < self.attempts - 1:
-                time.sleep(wait)
-        raise OSError(problem)
-
-    def ask(self, task, content, check, stand_in):
-        """check(the JSON of the reply), asking again with the reason where it fails; None where it stays unusable."""
-        content = json.dumps(content, ensure_ascii=False)
-        messages = [{"role": "system", "content": task}, {"role": "user", "content": content}]
-        for _ in range(self.attempts):
-            key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
-            reply = self.replies.get(key)
-            if reply is None and self.dry:
-                if key not in self.planned:
-                    self.planned.add(key)
-                    self.tokens += sum(map(len, (task, content, json.dumps(stand_in)))) // 4  # four characters a token
-                return stand_in
-            try:
-                if reply is None:
-                    reply = self.post(messages)
-                    with self.lock:
-                        self.replies[key] = reply
-                        self.file.write(json.dumps({"key": key, "reply": reply}) + "\n")
-                        self.file.flush()
-                found = re.search(r"\{.*\}", reply, re.S)  # models like to fence their JSON
-                return check(json.loads(found[0] if found else reply))
-            except OSError as error:
-                self.problems[str(error)] += 1
-                return None
-            except (ValueError, KeyError, TypeError) as error:
-                problem = f"unusable ({type(error).__name__}: {error})"
-                again = f"Your reply is {problem}. Reply again, with the strict JSON alone."
-                messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
-        self.problems[problem] += 1
-        return None
-
-    def reasons(self):
-        return "".join(f"; {n} times: {problem}" for problem, n in self.problems.most_common(3))
-
-    def grade(self, question, answer, truth):
-        """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way round}.
-
-        Each the mean over its claims, None where the replies stayed unusable.
-        """
-
-        def score(claimed, text, least):
-            if not claimed.strip() or not text.strip():
-                return 0.0
-            content = {"question": question, "answer": claimed}
-            claims = self.ask(CLAIMS, content, lambda reply: check_claims(reply, least), [claimed])
-            if not claims:  # nothing said that bears on the question, or nothing usable
-                return None if claims is None else 0.0
-            content = {"question": question, "claims": claims, "text": text}
-            scores = self.ask(SCORES, content, lambda reply: check_scores(reply, len(claims)), [0] * len(claims))
-            return None if scores is None else float(np.mean(scores))
-
-        return {"WSI-Precision": score(truth, answer, 1), "WSI-Relevance": score(answer, truth, 0)}
-
-
-def find_judge(args, path):
-    """The Judge that the flags name, with its replies so far in the file; None where they name none."""
-    if args.judge_dry_run and not args.judge_model:
-        raise UserError("--judge-dry-run: which judge? name it with --judge-model")
-    return Judge(args.judge_url, args.judge_model, path, args.judge_dry_run) if args.judge_model else None
-
-
-def grade_rows(judge, rows, fields, workers):
-    """Adds "grades" {field: Judge.grade's} to the rows, so many of them at once."""
-    print(f"{len(rows):,} open questions for {judge.model}; {len(judge.replies):,} of its replies are kept already.")
-
-    def work(row):
-        row["grades"] = {field: judge.grade(row["question"], row[field], row["truth"]) for field in fields}
-
-    with concurrent.futures.ThreadPoolExecutor(1 if judge.dry else workers) as pool:
-        try:
-            for _ in tqdm(pool.map(work, rows), total=len(rows), desc="judge", unit="question", disable=judge.dry):
-                pass
-        except BaseException:  # Ctrl-C too: what was asked is kept, what waits is not asked
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Evaluation: the tables
-# --------------------------------------------------------------------------------------------------------------------
-
-CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
-    "morphology": "Global_Morphology_Description Key_Diagnostic_Description Regional_Structure_Description "
-    "Specific_Feature_Description Morphology_choice Caption Feature Morphology cellular infiltration tissue",
-    "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging Staging_choice "
-    "Diagnosis_choice Classification Grade Subtype Stage",
-    "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
-}
-CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
-JUDGED = ("WSI-Precision", "WSI-Relevance")  # of open answers, by the judge
-NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
-METRICS = (*JUDGED, "accuracy", *NLU, "exact match")
-PUBLISHED = {  # of WSI-LLaVA, December 2024, in the order of METRICS
-    "morphology": (0.488, 0.610, 0.951),
-    "diagnosis": (0.610, 0.612, 0.863),
-    "treatment": (0.810, 0.845, 1.0),
-    "report": (0.380, 0.429, None, 0.3531, 0.1859, 0.1058, 0.0665, 0.2626, 0.3072),
-}
-AVERAGE = 0.754  # of the nine figures of the three capabilities
-# Of what a line of the tables is about, and what it says before the means.
-KINDS = ("all", "capability", "common or rare", "task", "cancer type")
-COLUMNS = ("kind", "group", "metric", "questions", "missing", "unusable")
-
-
-def score_row(row, fields, meteor):
-    """Adds "scores" {field: {metric: value}} to a row, and "unusable" {field: metrics without value, which count 0}."""
-    row["scores"], row["unusable"], parser = {}, {}, row["parser"]
-    for field in fields:
-        if parser:
-            said = parser(row[field])
-            found = {"accuracy": None if said is None else said == parser(row["truth"])}
-        else:
-            truth, tokens = tokenize(row["truth"]), tokenize(row[field])
-            found = dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
-            found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
-            found |= {"exact match": same_answer(row[field], row["truth"]), **row.get("grades", {}).get(field, {})}
-        row["scores"][field] = {metric: float(value or 0) for metric, value in found.items()}
-        row["unusable"][field] = [metric for metric, value in found.items() if value is None]
-
-
-def interval(values, slides, seed):
-    """Mean, and the 95% bootstrap interval over slides: a slide's questions stand and fall together."""
-    _, index = np.unique(slides, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(1000, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    return [float(x) for x in (np.mean(values), *np.percentile(means, [2.5, 97.5]))]
-
-
-def spearman(x, y):
-    """Rank correlation; ties share their mean rank. Not a number where one side is constant."""
-
-    def ranks(values):
-        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[index]
-
-    x, y = (r - r.mean() for r in map(ranks, (x, y)))
-    return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
-
-
-def majority_answers(training):
-    """{task: its most frequent answer in data/qa/train.jsonl}; {} where that is not there."""
-    counts = collections.defaultdict(collections.Counter)
-    with open(training, encoding="utf-8") if training.exists() else contextlib.nullcontext([]) as file:
-        for row in map(json.loads, file):
-            counts[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
-    return {task: answers.most_common(1)[0][0] for task, answers in counts.items()}
-
-
-def common_and_rare(rows, training):
-    """{cancer type: "common ..." or "rare ..."}: rare has fewer slides (in training, if known) than the median type."""
-    slides, known = collections.defaultdict(set), training.exists()
-    with open(training, encoding="utf-8") if known else contextlib.nullcontext([]) as file:
-        for row in map(json.loads, file) if known else rows:
-            slides[row.get("cancer")].add(row["slide"])
-    counts = {cancer: len(slides[cancer]) for cancer in {row["cancer"] for row in rows}}
-    middle, where = np.median(list(counts.values())), "training" if known else "these"
-    name = {cancer: f"{'rare' if n < middle else 'common'} types, by {where} slides" for cancer, n in counts.items()}
-    return name if len(name) > 1 else {}
-
-
-def tabulate(rows, fields, rarity, seed):
-    """Scored rows -> lines {**COLUMNS, field: [mean, low, high], "published"}, a line for each group and metric."""
-    groups = collections.defaultdict(list)
-    for row in rows:
-        capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
-        for key in zip(KINDS, ("all", capability, rarity.get(row["cancer"]), row["task"], row["cancer"])):
-            groups[key].append(row)
-    lines = []
-    for (kind, group), members in sorted(groups.items(), key=lambda item: (KINDS.index(item[0][0]), item[0][1] or "")):
-        for metric in METRICS if group else ():
-            fitting = [row for row in members if bool(row["parser"]) == (metric == "accuracy")]
-            chosen = [row for row in fitting if metric in row.get("scores", {}).get("answer", {})]
-            if not chosen and (metric != "METEOR" or not fitting):
-                continue
-            missing = sum(row["answer"] is None for row in fitting)
-            unusable = sum(metric in row["unusable"]["answer"] for row in chosen)
-            line = dict(zip(COLUMNS, (kind, group, metric, len(chosen), missing, unusable)))
-            for field in fields if chosen else ():
-                values = [row["scores"][field][metric] for row in chosen]
-                line[field] = interval(values, [row["slide"] for row in chosen], seed)
-            published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
-            lines.append({**line, "published": published.get(metric)})
-    nine = [line for line in lines if line["group"] in CAPABILITIES and line["metric"] in METRICS[:3]]
-    if len(nine) == 9:
-        total = [sum(line[column] for line in nine) for column in COLUMNS[3:]]
-        means = {field: [float(np.mean([line[field][0] for line in nine]))] for field in fields}
-        lines.insert(0, {**dict(zip(COLUMNS, ("all", "all", "average", *total))), **means, "published": AVERAGE})
-    return lines
-
-
-def markdown(lines, fields):
-    """The lines as a Markdown table whose columns are aligned, to be read as it is."""
-    table = [[*COLUMNS, *(FIELDS[field] for field in fields), "published"]]
-    for line in lines:
-        cells = [f"{line[column]}" for column in COLUMNS]
-        for mean, *ends in (line.get(field, [None]) for field in fields):
-            cells.append("n/a" if mean is None else f"{mean:.3f}" + " [{:.3f}, {:.3f}]".format(*ends) * bool(ends))
-        table.append([*cells, "" if line["published"] is None else f"{line['published']:g}"])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
-
-
-def agreement(rows):
-    """How far the text metrics tell the same story as the judge: rank correlations over the open questions."""
-    scores = [row["scores"]["answer"] for row in rows if "grades" in row]
-    for name in JUDGED if scores else ():
-        judge = [s[name] for s in scores]
-        found = {m: spearman([s[m] for s in scores], judge) for m in NLU if m in scores[0]}
-        yield f"Spearman's correlation with {name}: " + ", ".join(f"{m} {r:.2f}" for m, r in found.items()) + "."
-
-
-def write_tables(path, result, fields):
-    """evaluation.json, .md and .csv beside the predictions."""
-    texts = {"json": json.dumps(result, indent=1, ensure_ascii=False) + "\n"}
-    notes = "".join(f"- {note}\n" for note in result["notes"])
-    texts["md"] = f"# Evaluation\n\n{notes}\n{markdown(result['table'], fields)}\n"
-    cells = io.StringIO()
-    writer = csv.writer(cells, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"{field}_{x}" for field in fields for x in ("mean", "low", "high")), "published"])
-    for line in result["table"]:
-        values = [x for field in fields for x in [*line.get(field, []), "", "", ""][:3]]
-        writer.writerow([*(line[column] for column in COLUMNS), *values, line["published"]])
-    texts["csv"] = cells.getvalue()
-    for ending, text in texts.items():
-        write_text(path.with_name(f"evaluation.{ending}"), text)
-
-
-def evaluate(args, path):
-    """--evaluate: a file of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json beside it."""
-    settings, rows = read_predictions(path)
-    rows = [{**rows[n], "parser": closed_parser(rows[n]["question"], rows[n]["truth"])} for n in sorted(rows)]
-    here = [row for row in rows if row["answer"] is not None]
-    if not here:
-        raise UserError(f"{path}: holds no answers yet; sample.py --qa goes on with it")
-    majority = majority_answers(args.data / "qa" / "train.jsonl")
-    for row in here:
-        if majority:
-            row["majority"] = majority.get(row["task"], "")
-    fields, meteor = [field for field in FIELDS if field in here[0]], find_meteor()
-    notes = [f"{len(here):,} of {len(rows):,} questions answered. In brackets: 95% bootstrap intervals over slides."]
-    if len(rows) > len(here):
-        notes.append(f"Missing: {len(rows) - len(here):,} questions, about slides that were not prepared; in no mean.")
-    judge = find_judge(args, path.with_name("judge.jsonl"))
-    if judge:
-        grade_rows(judge, [row for row in here if not row["parser"]], fields, args.judge_workers)
-        if judge.dry:
-            print(
-                f"The judge would be called {len(judge.planned):,} times, for about {judge.tokens:,} tokens. Nothing was sent."
-            )
-            return
-    for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
-        score_row(row, fields, meteor)
-    if unread := [row for row in here if row["parser"] and row["unusable"]["answer"]]:
-        some = "; ".join(f"{row['id']}: {row['answer'][:60]!r}" for row in unread[:5])
-        notes.append(
-            f"{len(unread):,} closed answers name no choice and count as wrong: {some}{', ...' * (len(unread) > 5)}"
-        )
-    if judge:
-        failed = sum(len(row["unusable"][field]) for row in here if "grades" in row for field in fields)
-        notes.append(f"Judge: {args.judge_model}. {failed:,} grades stayed unusable and count as 0{judge.reasons()}.")
-        notes += agreement(here)
-    if not meteor:
-        notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
-    rarity = common_and_rare(rows, args.data / "qa" / "train.jsonl")
-    if rarity:
-        notes.append("Rare cancer types have fewer slides than the median type.")
-    lines = tabulate(rows, fields, rarity, args.seed)
-    result = {"predictions": str(path), "settings": settings, "notes": notes, "table": lines}
-    write_tables(path, result, fields)
-    brief = ("average", *METRICS[:4], "ROUGE-L", "exact match")
-    shown = [line for line in lines if line["kind"] != "cancer type" and line["metric"] in brief]
-    print("\n".join(["", markdown(shown, fields), "", *notes]))
-    print(f"All metrics, and each cancer type: {path.with_name('evaluation.md')} (and .csv, .json)")
-    if args.json:
-        print(json.dumps(result, ensure_ascii=False), file=args.json)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Where the answer comes from
+# ---- Where the answer comes from ---------------------------------------------------------------------------
 #
-# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the way
-# from a slide on which every tile is the average tile to the real one, the gradient with respect to the tiles'
-# features, through the language model, projector, pool and slide encoder, times the change of the features. The shares
-# of all tiles add up to what the slide does for the answer: log p(answer | slide) - log p(answer | average tiles), in
-# nats.
+# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365):
+# on the way from a slide on which every tile is the average tile to the real one, the gradient with respect
+# to the tiles' features, through the language model, projector, pool and slide encoder, times the change of
+# the features. The shares of all tiles add up to what the slide does for the answer: log p(answer | slide) -
+# log p(answer | average tiles), in nats.
 #
-# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is read
-# need not be where the evidence lies. train.py --demo measures it on the held-out slides where the evidence was
-# planted; there (50 slides), of the ways tried, how often the hottest tile holds the evidence, and its relevance over
-# the mean tile's:
+# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token
+# that is read need not be where the evidence lies. train.py --demo measures it on the held-out slides where
+# the evidence was planted; there (50 slides), of the ways tried, how often the hottest tile holds the
+# evidence, and its relevance over the mean tile's:
 #
 #     chance                                                                      3%     1.0
 #     attention; attention times its gradient, rolled out (arXiv 2103.15679)      2%     1.0
 #     gradient times features, at the real slide alone                           48%     4.8
 #     integrated gradients                                                      100%    29.5
-# --------------------------------------------------------------------------------------------------------------------
 
 PASSES = 16  # forward and backward, at points between the average tile and the real ones, at least;
 MOST_PASSES = 64  # where log p jumps on the way, more, until the shares come to nine tenths of the change
 PANEL = 560  # pixels of a panel's longer side
 BEST = 9  # tiles shown
-VEIL = 170  # opacity of the colours, of 255: the tissue shows through
+OVERLAY_ALPHA = 170  # opacity of the colours, of 255: the tissue shows through
 # Pale to dark, evenly in lightness: read rightly in grey, and by the colour-blind.
 ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 90), (60, 10, 85)])
+HEATMAP_MARK = "wsi-llava heatmap"  # in the written files, so that only these are replaced
 
 
-def spelling(tokenizer, answer, word):
-    """Which of the answer's tokens spell `word`, wherever it stands in it (None: all) -> a list of bools."""
-    ids = tokenizer.encode(answer)
-    if not ids:
-        raise UserError("--heatmap: the answer is empty, so there is nothing to explain")
-    if word is None:
-        return [True] * len(ids)
-    ends = [len(tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)]
-    spans = [m.span() for m in re.finditer(re.escape(word), tokenizer.decode(ids), re.IGNORECASE)]
-    if not spans:
-        raise UserError(f'--word {word}: not in the answer "{answer}"; name a word of it, or leave --word out')
-    return [any(start < b and a < end for a, b in spans) for start, end in zip(ends, ends[1:])]
-
-
-def tile_relevance(model, tokenizer, features, coords, question, answer, word=None, progress=iter):
-    """What each tile adds to log p(answer), or to that of one word of it -> float32 [N], in nats (below zero: it speaks
-    against), and what the slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in
-    data/features. The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and
-    one layer's.
-    """
+def tile_relevance(model, tokenizer, features, coords, question, answer, progress=iter):
+    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against), and what the
+    slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in data/features.
+    The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and one
+    layer's."""
+    check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
     talk = [*wsi_llava.slide_first([{"from": "human", "value": question}]), {"from": "gpt", "value": answer}]
     ids, labels = tokenizer.encode_chat(talk)
-    spelled = [*spelling(tokenizer, answer, word), False]  # the answer's tokens, and the </s> after them
-    labels = [wsi_llava.IGNORE] * (len(ids) - len(spelled)) + [
-        label if spells else wsi_llava.IGNORE for label, spells in zip(labels[-len(spelled) :], spelled)
-    ]
+    labels[-1] = wsi_llava.IGNORE  # the </s> after the answer
     room = model.llama.cfg.context - model.cfg.n_visual_tokens + 1  # an answer may have filled the context
     ids, labels = ids[:room], labels[:room]
     model.requires_grad_(False)
@@ -988,267 +350,2150 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, word=No
         wrong = [missed(a, b) for a, b in itertools.pairwise(path)]
         if i >= PASSES and sum(wrong) < 0.1 * abs(path[-1][1] - path[0][1]):
             break
-        k = wrong.index(max(wrong)) + 1  # bisect the interval whose trapezoid misses its change in log p by most
+        k = wrong.index(max(wrong)) + 1  # bisect the interval whose trapezoid misses its change by most
         path.insert(k, at((path[k - 1][0] + path[k][0]) / 2))
     return sum(area(a, b) for a, b in itertools.pairwise(path)), path[-1][1] - path[0][1]
 
 
-def colours(share):
+def colours(shares):
     """Shares from 0 to 1 -> uint8 RGB."""
-    places = np.linspace(0, 1, len(ANCHORS))
-    return np.stack([np.interp(share, places, channel) for channel in ANCHORS.T], -1).astype(np.uint8)
+    stops = np.linspace(0, 1, len(ANCHORS))
+    return np.stack([np.interp(shares, stops, channel) for channel in ANCHORS.T], -1).astype(np.uint8)
 
 
-def painted(picture, pixel, coords, relevance):
-    """The picture of a slide, `pixel` tiled pixels a pixel, faded, under its tiles in the colour of their relevance."""
-    picture = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.3)
-    share = (relevance / relevance.max().clip(1e-12)).clip(0)
-    x, y = coords.T // TILE
-    grid = np.zeros((y.max() + 1, x.max() + 1, 4), np.uint8)  # a pixel a tile, however many there are
-    grid[y, x, :3], grid[y, x, 3] = colours(share), VEIL
-    size = [round(side * TILE / pixel) for side in grid.shape[1::-1]]
-    tiles = Image.fromarray(grid).resize(size, Image.Resampling.NEAREST)
-    picture.paste(tiles, mask=tiles)
-    return picture
+@functools.cache
+def slide_files(folder):
+    """{name: file} of the slides below a folder, or of one file."""
+    return prepare.find_slides([folder])
 
 
-def outlined(picture, pixel, coords):
-    """The picture of a slide with its tiles."""
-    picture = picture.copy()
-    draw = ImageDraw.Draw(picture, "RGBA")
-    for x, y in coords / pixel:
-        draw.rectangle((x, y, x + TILE / pixel, y + TILE / pixel), outline=(30, 80, 255, 110))
-    return picture
-
-
-class BareGrid:
-    """In the place of a prepare.Slide whose file is not at hand: its size and scale, and nothing to see."""
-
-    corner = (0, 0)
-
-    def __init__(self, data, name):
-        path = wsi_llava.features_file(data, name)
-        found = wsi_llava.feature_metadata(path)
-        try:
-            self.scale = found["scale"]
-            self.width, self.height = found["width"] / self.scale, found["height"] / self.scale
-        except KeyError as error:
-            raise UserError(f"{path}: its metadata has no {error}, so its tiles have no place on a slide") from None
-
-    def thumbnail(self, pixel):
-        return Image.new("RGB", (max(1, round(self.width / pixel)), max(1, round(self.height / pixel))), "white")
-
-    def tile(self, x, y):
-        return np.full((TILE, TILE, 3), 255, np.uint8)
-
-
-def slide_or_grid(data, name, path=None, mpp=None):
-    """A prepared slide, read from `path` or from data/slides; its bare grid where the file is in neither."""
-    import prepare  # here, so that asking about prepared slides needs no OpenSlide
-
-    path = path or next(iter(sorted((data / "slides").glob(f"{name}.*"))), None)
-    if not path:
-        return BareGrid(data, name)
-    target, features = wsi_llava.read_meta(data)["mpp"], wsi_llava.features_file(data, name)
-    scale = wsi_llava.feature_metadata(features).get("scale") if features.exists() else None
+def open_slide(data, name, path=None, mpp=None):
+    """The file of a prepared slide, read in a process of its own, which a damaged file may kill ->
+    prepare.SafeSlide. path: the file, or a folder with it (default: data/slides)."""
+    path, target = Path(path or data / "slides"), wsi_llava.read_meta(data)["mpp"]
+    file = slide_files(path).get(name) if path.exists() else None
+    check(file, f"{name}: its file is not in {path}; name its folder with --slides DIR")
+    scale = slide_facts(data, name).get("scale")
     given = target / scale if scale else None  # what it was prepared with, as --mpp-csv may have said
-    return prepare.SafeSlide(path, given, target, mpp)
+    return prepare.SafeSlide(file, given, target, mpp)
 
 
-def draw_heatmap(path, slide, coords, relevance, lines, what="the answer"):
-    """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones enlarged.
+slide_or_grid = open_slide  # the name that train.py calls
 
-    slide: a prepare.Slide or BareGrid. coords [N,2], relevance [N]: numpy. lines: the title. what: is explained.
-    """
-    pixel = max(slide.width, slide.height) / PANEL
+
+def draw_heatmap(path, slide, coords, relevance, lines):
+    """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones
+    enlarged.
+
+    slide: a prepare.Slide or SafeSlide. coords [N,2], relevance [N]: numpy. lines: the title."""
+    pixel = max(slide.width, slide.height) / PANEL  # tiled pixels per pixel of the picture
     picture = slide.thumbnail(pixel)
     large, small, grey = ImageFont.load_default(22), ImageFont.load_default(15), (90, 90, 90)
-    wide, cell = picture.width, PANEL // 3
+    wide, high, cell = picture.width, max(1e-12, relevance.max()), PANEL // 3
     left, middle, right = 24, 48 + wide, 152 + 2 * wide
     width = right + PANEL + 10
-    lines = [part for line in lines for part in textwrap.wrap(line, width // 11, max_lines=3, placeholder=" ...")]
+    wrap = functools.partial(textwrap.wrap, width=width // 11, max_lines=3, placeholder=" ...")
+    lines = list(itertools.chain(*map(wrap, lines)))
     top = 70 + 30 * len(lines)
     canvas = Image.new("RGB", (width, top + PANEL + 24), "white")
     draw = ImageDraw.Draw(canvas)
     for i, line in enumerate(lines):
         draw.text((left, 20 + 30 * i), line, "black", large)
-    titles = f"the slide and its {len(coords):,} tiles", f"relevance to {what} (nats)", "the most relevant tiles"
-    for x, title in zip((left, middle, right), titles):
-        draw.text((x, top - 10), title, grey, small, "ls")
-    canvas.paste(outlined(picture, pixel, coords), (left, top))
-    canvas.paste(painted(picture, pixel, coords, relevance), (middle, top))
-    high = max(1e-12, relevance.max())
+    draw.text((left, top - 10), f"the slide and its {len(coords):,} tiles", grey, small, "ls")
+    draw.text((middle, top - 10), "relevance to the answer (nats)", grey, small, "ls")
+    draw.text((right, top - 10), "the most relevant tiles", grey, small, "ls")
+
+    # The slide and the outlines of its tiles.
+    outlined = picture.copy()
+    outline = ImageDraw.Draw(outlined, "RGBA")
+    for x, y in coords / pixel:
+        outline.rectangle((x, y, x + TILE / pixel, y + TILE / pixel), outline=(30, 80, 255, 110))
+    canvas.paste(outlined, (left, top))
+
+    # The slide, faded, under its tiles in the colour of their relevance: a pixel a tile, enlarged.
+    faded = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.3)
+    x, y = coords.T // TILE
+    grid = np.zeros((y.max() + 1, x.max() + 1, 4), np.uint8)
+    grid[y, x, :3], grid[y, x, 3] = colours((relevance / high).clip(0)), OVERLAY_ALPHA
+    size = [round(side * TILE / pixel) for side in grid.shape[1::-1]]
+    overlay = Image.fromarray(grid).resize(size, Image.Resampling.NEAREST)
+    faded.paste(overlay, mask=overlay)
+    canvas.paste(faded, (middle, top))
     bar = Image.fromarray(np.repeat(colours(np.linspace(1, 0, picture.height))[:, None], 14, axis=1))
-    canvas.paste(bar, (middle + wide + 10, top), Image.new("L", bar.size, VEIL))
-    for share in np.linspace(0, 1, 5):
-        y = top + (1 - share) * (picture.height - 1)
-        draw.text((middle + wide + 30, y), f"{share * high:.2g}", grey, small, "lm")
+    canvas.paste(bar, (middle + wide + 10, top), Image.new("L", bar.size, OVERLAY_ALPHA))
+    for level in np.linspace(0, 1, 5):
+        y = top + (1 - level) * (picture.height - 1)
+        draw.text((middle + wide + 30, y), f"{level * high:.2g}", grey, small, "lm")
+
+    # The most relevant tiles, framed in their colour.
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:BEST]):
         x, y = right + i % 3 * cell, top + i // 3 * cell
-        draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(colours(relevance[n].clip(0) / high).tolist()))
+        colour = tuple(colours(relevance[n].clip(0) / high).tolist())
+        draw.rectangle((x, y, x + cell - 15, y + cell - 29), colour)
         tile = Image.fromarray(slide.tile(*coords[n].tolist())).convert("RGB")
         canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
         draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", grey, small)
-    with replacing(path) as temporary:
-        canvas.save(temporary, "PNG")
+    made_by = PngImagePlugin.PngInfo()
+    made_by.add_text("Software", HEATMAP_MARK)
+    with wsi_llava.replacing(path) as temporary:
+        canvas.save(temporary, "PNG", pnginfo=made_by)
 
 
 def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
     """The tiles for QuPath: squares in level-0 pixels, counted from `corner` (a Slide's), the relevance as a
     measurement (Measure > Show measurement maps). scale: level-0 pixels per tiled pixel."""
     shades = colours((relevance / relevance.max().clip(1e-12)).clip(0)).tolist()
-    features = [
-        wsi_llava.geojson_feature(
-            "tile", [wsi_llava.tile_corners(x, y)], scale, corner, color=shade, measurements={"relevance": value}
-        )
-        for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), shades)
-    ]
-    write_text(path, json.dumps({"type": "FeatureCollection", "features": features}))
+    tiles = []
+    for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), shades):
+        facts = {"color": shade, "measurements": {"relevance": value}}
+        rings = [wsi_llava.tile_corners(x, y)]
+        tiles.append(wsi_llava.geojson_feature("tile", rings, scale, corner, **facts))
+    write_text(path, json.dumps({"type": "FeatureCollection", "made_by": HEATMAP_MARK, "features": tiles}))
 
 
 def check_heatmap_flags(args):
     """What can be refused before the model is loaded."""
     pictures = [path for path in (args.heatmap, args.heatmap_geojson) if path]
-    if args.word and not pictures:
-        raise UserError(f"--word {args.word} says which word --heatmap explains; give --heatmap FILE with it")
-    if pictures and not (args.slide and args.ask):
-        raise UserError("--heatmap explains one answer: it needs --slide and --ask")
-    if pictures and (len(args.slide) > 1 or args.region):
-        raise UserError("--heatmap explains a whole slide: give --slide one name, and no --region")
-    if args.heatmap and args.heatmap.suffix.lower() != ".png":
-        raise UserError(f"--heatmap {args.heatmap}: the picture is a PNG; give it a name that ends in .png")
+    if pictures:
+        check(args.slide and args.ask, "--heatmap explains one answer: it needs --slide and --ask")
+        whole = len(args.slide) == 1 and not args.region
+        check(whole, "--heatmap explains a whole slide: give --slide one name, and no --region")
+    if args.heatmap:
+        png = args.heatmap.suffix.lower() == ".png"
+        check(png, f"--heatmap {args.heatmap}: the picture is a PNG; give it a name that ends in .png")
     for path in pictures:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: the folder {path.parent} does not exist; make it first")
+        check_output(path, HEATMAP_MARK)
 
 
 def explain(args, model, tokenizer, name, answer):
     """--heatmap and --heatmap-geojson: which tiles of the slide made the model answer --ask so."""
-    path = Path(args.slide[0]) if Path(args.slide[0]).exists() else None
-    slide = slide_or_grid(args.data, name, path, args.mpp)
-    features, coords = wsi_llava.read_features(args.data, name, model.cfg.max_tiles)
-    what = f'"{args.word}"' if args.word else "the answer"
-    print(f"Relevance of {len(coords):,} tiles to {what}: {PASSES} passes or more on {args.device}.")
+    given = Path(args.slide[0])
+    slide = open_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
+    features, coords = read_features(args.data, name, model.cfg.max_tiles)
+    print(f"Relevance of {len(coords):,} tiles: {PASSES} passes or more on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
-    relevance, gain = tile_relevance(model, tokenizer, features, coords, args.ask, answer, args.word, bar)
+    relevance, gain = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
     relevance, coords = relevance.numpy(), coords.numpy()
     x, y = coords[relevance.argmax()] * slide.scale
     print(
-        f"Against a slide of average tiles, this one adds {gain:.2f} nats to {what}; the tiles' shares come to "
+        f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come to "
         f"{relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
     )
-    if isinstance(slide, BareGrid):
-        print(
-            f"{name}: its file is not at hand, so the map shows the bare grid, and where QuPath crops a slide (MRXS), the "
-            f"GeoJSON is shifted; name the file with --slide."
-        )
     if args.heatmap:
-        draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"], what)
+        draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"])
     if args.heatmap_geojson:
         save_geojson(args.heatmap_geojson, coords, relevance, slide.scale, slide.corner)
     print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Flags, and what they start
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Closed answers: choice and yes/no ---------------------------------------------------------------------
+
+
+def plain(text):
+    return " ".join(text.lower().split()).rstrip(".")
+
+
+def same_answer(answer, truth):
+    """Whether two short answers say the same, up to case, spaces and final punctuation."""
+    return plain(answer) == plain(truth)
+
+
+# How options are written: A) B. (C) [D] E: F - G、, or a) (b) [c], or 1) 2. 3、; never inside of a word.
+STYLES = {
+    "ABCDEFGH": r"[(\[]?([A-H])(?:\s?[).:\]、](?=\s|$|\w)|\s?-\s)",
+    "abcdefgh": r"[(\[]?([a-h])\s?[)\]、](?=\s|$|\w)",
+    "12345678": r"[(\[]?([1-8])(?:\s?[)\]、](?=\s|$|\w)|\.(?=\s))",
+}
+
+
+def choices(question):
+    """The options of a question: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B":
+    "Sarcoma"}."""
+    for labels, pattern in STYLES.items():
+        marks = []  # A, B, C, ... in this order; a stray "protein B." inside an option is passed over
+        for match in re.finditer(rf"(?<![!-~]){pattern}", question):
+            if len(marks) < len(labels) and match[1] == labels[len(marks)]:
+                marks.append(match)
+        if len(marks) > 1:
+            ends = [match.start() for match in marks[1:]] + [len(question)]
+            return {m[1].upper(): question[m.end() : end].strip() for m, end in zip(marks, ends)}
+    return {}
+
+
+# An answer is read after every option that it names, by label or words, has become one private character.
+OPTION = "[\ue000-\ue007]"
+OPTIONS = rf"{OPTION}(?:(?:[\s,/&()\[\]:*\"'-]|\b(?:and|or|nor)\b)*{OPTION})*"  # one, or several in a row
+REJECTING = r"(?i:\b(?:not|cannot|neither|nor|never|no|exclud\w+|rul\w+ out|rather than|instead of|unlike)\b|\w+n't\b)"
+BETWEEN = r"(?:\s+(?!(?:doubt|only|but)\b)[\w'-]+){0,4}?[\s\"'(*\[]*"  # "not a typical A", not "no doubt: A"
+REJECTED = r"""(?ix: \s+ (?:isn't | is\ (?:\w+\s)? (?:not|wrong|incorrect|false|unlikely|excluded|ruled\ out)
+    | (?:can|could|may)\ be\ (?:excluded|ruled\ out) | cannot | can't | do(?:es)?n't | do(?:es)?\ not) \b)"""
+SAYING = r"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would be|should be))?)"
+STATING = r"(?i:\b(?:(?:answer|option|choice)(?:\s+(?:is|would be|should be)\b|\s?:)|choose|select|pick)(?:\s+option)?)"
+
+
+def mark_options(text, options):
+    """The text with every option that it names, by its words or by its label, as a character of OPTION."""
+    marks = {label: chr(0xE000 + i) for i, label in enumerate(options)}
+    # The longest first: "adenocarcinoma" is in "mucinous adenocarcinoma".
+    for label in sorted(options, key=lambda label: -len(options[label])):
+        if words := re.escape(" ".join(options[label].split()).strip(".,; ")):
+            text = re.sub(rf"(?<!\w){words}(?!\w)", marks[label], text, flags=re.I)
+    labels = "".join(options)
+    any_case, others = f"[{labels}{labels.lower()}]", re.sub(r"[\dA]", "", labels)
+    # Capitals by themselves are options; an A before a small word is an article.
+    alone = rf"A(?!\s+(?!(?:and|or|nor|is|because|since|as|but|due)\b)[a-z])|[{others}_]"
+    for before, label, after in (
+        (r"(^[^\w\ue000-\ue007]*)", any_case, r"(?=\s?[).:,\]、]|\s+-|\W*$)"),
+        (r"([(\[])", any_case, r"(?=[)\]])"),
+        (rf"({SAYING}\W*)", f"[{labels}]", r"(?!\w)"),
+        (rf"({SAYING}\W*)", any_case, r"(?!\w|\s+[a-z])"),
+        (r"(?<![\w'-])()", alone, r"(?![\w'-])"),
+    ):
+        text = re.sub(f"{before}({label}){after}", lambda m: m[1] + marks.get(m[2].upper(), m[2]), text)
+    return re.sub(rf"({OPTION})(?:\W*\1)+", r"\1", text)  # "B. Sarcoma" names one option, once
+
+
+def parse_choice(text, options):
+    """The label that an answer chooses: "B", "(b)", "B. Sarcoma", "It is sarcoma."; None for none or several.
+
+    What it says outright counts ("the answer is ..."), else what it begins with, else all that it names. An
+    option that is rejected ("not A", "neither A nor B", "A is unlikely") is not chosen."""
+    text = mark_options(" ".join(text.split()), options)
+    text = re.sub(f"{REJECTING}{BETWEEN}{OPTIONS}", " ", text)
+    text = re.sub(f"{OPTIONS}{REJECTED}", " ", text)
+    stated = re.findall(rf"{STATING}[\s:*\"'(\[]*({OPTIONS})", text)
+    first = re.findall(rf"^[^\w\ue000-\ue007]*({OPTIONS})", text)
+    named = set(re.findall(OPTION, "".join(stated or first or text)))
+    return list(options)[ord(named.pop()) - 0xE000] if len(named) == 1 else None
+
+
+def parse_yes_no(text):
+    """ "yes" or "no", None where an answer says neither at its start nor as "the answer is ..."."""
+    said = r"(?:.*\banswer(?: is)?\b)?\W*(yes|no|true|false)\b(?!\W+(?:or|and|doubt)\b)"
+    match = re.match(said, text.strip(), re.I | re.S)
+    return match and {"true": "yes", "false": "no"}.get(match[1].lower(), match[1].lower())
+
+
+@functools.lru_cache(1 << 16)  # asked for each system's answer
+def closed_options(question, truth):
+    """The options of a closed question, {label: text}; those of yes/no are "yes" and "no". {} for an open
+    one."""
+    options = choices(question)
+    if options and parse_choice(truth, options):
+        return options
+    return {"yes": "Yes", "no": "No"} if re.fullmatch(r"\W*(yes|no|true|false)\W*", truth, re.I) else {}
+
+
+def closed_parser(question, truth):
+    """For a closed question, the function that reads its answers; None for an open one."""
+    options = closed_options(question, truth)
+    if "yes" in options:
+        return parse_yes_no
+    return functools.partial(parse_choice, options=options) if options else None
+
+
+# ---- A model behind a server: the judge, and other systems to compare with ---------------------------------
+
+LONGEST_WAIT = 600  # seconds that a server may ask us to wait; then the run stops instead
+LONGEST_REPLY = 1 << 24  # bytes
+PASSING = (408, 409, 425, 429)  # HTTP's errors that may pass, beside all from 500
+# What reading a reply of another form raises.
+UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+
+def whole_lines(path):
+    """A JSON lines file, if there is one, less half a last line that a kill left -> (its objects, their
+    bytes)."""
+    with reading(path, "not the JSON lines that sample.py writes; delete it, or name another, and run again"):
+        data = path.read_bytes() if path.exists() else b""
+        end = data.rfind(b"\n") + 1
+        lines = [json.loads(line) for line in data[:end].splitlines()]
+        objects = all(isinstance(line, dict) for line in lines)
+        check(objects, f"{path}: not JSON lines of objects; name another")
+        return lines, end
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: followed, it would take the API key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
+def endpoint(where, url):
+    """A flag's URL -> (that of chat completions, headers with the key). where: the flag and its value."""
+    check(url.startswith(("http://", "https://")), f"{where}: begins with neither http:// nor https://")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fine = parts.hostname and parts.port != 0 and re.fullmatch("[!-?A-~]+", url)  # no spaces, no user@
+    except ValueError:
+        fine = False
+    check(fine, f"{where}: not a URL like https://api.openai.com/v1")
+    path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY", "").strip()
+    check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
+    if key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        print(f"warning: {where}: OPENAI_API_KEY goes there unencrypted; use https", file=sys.stderr)
+    return urllib.parse.urlunsplit(parts._replace(path=path, fragment="")), headers
+
+
+def read_body(response, seconds):
+    """A reply's bytes, which must end in time, however slowly they drip."""
+    body, deadline = b"", time.monotonic() + seconds
+    while chunk := response.read1(1 << 16):
+        body += chunk
+        if time.monotonic() > deadline or len(body) > LONGEST_REPLY:
+            raise TimeoutError("its reply does not end")
+    return body
+
+
+def server_words(body):
+    """What a server says in place of an answer: its JSON's error, or a page's text, in one line."""
+    text = body.decode("utf-8", "replace")
+    try:
+        error = json.loads(text)["error"]
+        text = error["message"] if isinstance(error, dict) else error
+    except UNUSABLE:
+        text = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", text)
+    return one_line(" ".join(str(text).split()))
+
+
+def reply_text(body):
+    """The text of a chat completion. Raises ValueError with the server's own words where there is none."""
+    try:
+        message = json.loads(body)["choices"][0]["message"]
+        content = message.get("content") or message.get("reasoning_content") or ""
+        if isinstance(content, list):  # of parts
+            content = "".join(part.get("text") or "" for part in content)
+        return str(content)
+    except UNUSABLE:
+        raise ValueError(f"no answer in its reply: {server_words(body)}") from None
+
+
+class Server:
+    """A model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under the hash of
+    model and prompt: nothing is paid for twice, and an interrupted run goes on. flag: the one that named the
+    url. dry: counts what it would send, and sends nothing."""
+
+    def __init__(self, flag, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
+        self.where, self.model, self.dry = f"{flag} {url}", model, dry
+        self.attempts, self.timeout, self.backoff = attempts, timeout, backoff
+        self.options = {"temperature": 0, "max_tokens": 4096}
+        self.url, self.headers = endpoint(self.where, url)
+        lines, end = whole_lines(path)
+        with reading(path, "not the replies that sample.py keeps; delete it and run again"):
+            self.replies = {line["key"]: str(line["reply"]) for line in lines}
+        if not dry:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115
+            os.truncate(path, end)
+        self.planned, self.tokens, self.pictures = set(), 0, 0  # of a dry run
+        self.problems = collections.Counter()  # why replies stayed unusable
+
+    def post(self, messages):
+        """One reply's text. What may pass is tried again, when the server says, or ever later. Raises OSError
+        with the server's own words, and UserError for what no later question will pass either."""
+        for attempt in range(self.attempts):
+            body = json.dumps({"model": self.model, "messages": messages, **self.options}).encode()
+            wait, nobody = self.backoff * 2**attempt, False
+            try:
+                request = urllib.request.Request(self.url, body, self.headers)
+                with OPENER.open(request, timeout=self.timeout) as response:
+                    return reply_text(read_body(response, self.timeout))
+            except urllib.error.HTTPError as error:
+                problem, told = self.refused(error)
+                wait = wait if told is None else told
+            except (http.client.InvalidURL, UnicodeError) as error:
+                raise UserError(f"{self.where}: not a URL that can be asked ({one_line(error)})") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = getattr(error, "reason", error)
+                nobody = isinstance(error, urllib.error.URLError) and not isinstance(reason, TimeoutError)
+                problem = f"{type(error).__name__}: {one_line(reason)}"
+            if attempt < self.attempts - 1:
+                time.sleep(wait)
+        check(not nobody, f"{self.where}: nobody answers there ({problem})")
+        raise OSError(problem)
+
+    def refused(self, error):
+        """An HTTP error that may pass -> (what the server says, the seconds that it asks to wait, or None).
+        Raises as post does for one that will not."""
+        words, wait = "", None
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            words = server_words(read_body(error, self.timeout))
+        with contextlib.suppress(TypeError, ValueError):
+            wait = float(error.headers.get("Retry-After"))
+            wait = wait if 0 <= wait < math.inf else None
+        problem = f"HTTP {error.code} {error.reason}: {words}".rstrip(": ")
+        if 300 <= error.code < 400:
+            location = one_line(error.headers.get("Location"))
+            raise UserError(f"{self.where}: redirects to {location}; name that instead")
+        mine = error.code in (401, 403, 404)
+        check(not mine, f"{self.where}: {problem}; check it, the model, OPENAI_API_KEY")
+        later = f"asks to wait for {wait or 0:,.0f} s; run the same command then, it goes on"
+        check((wait or 0) <= LONGEST_WAIT, f"{self.where}: {later}")
+        unknown = [name for name in self.options if error.code == 400 and name in words]
+        if unknown:  # newer models want no max_tokens, or no temperature
+            self.options = {name: x for name, x in self.options.items() if name not in unknown}
+            return problem, 0
+        if error.code not in PASSING and error.code < 500:
+            raise OSError(problem)
+        return problem, wait
+
+    def ask(self, messages, read, stand_in, again=0):
+        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable.
+        stand_in: the reply of a dry run. again: another reply to the same prompt than that of again=0."""
+        key = hashlib.sha256(json.dumps([self.model, messages, again]).encode()).hexdigest()
+        if key in self.replies:
+            with contextlib.suppress(*UNUSABLE):
+                return read(self.replies[key])
+        if self.dry:
+            if key not in self.planned:
+                text = json.dumps([messages, stand_in])
+                self.planned.add(key)
+                self.pictures += text.count("data:image/")
+                self.tokens += len(re.sub(r"data:image/[^\"]*", "", text)) // 4  # of four characters
+            return read(stand_in)
+        for _ in range(self.attempts):
+            try:
+                reply = self.post(messages)
+                answer = read(reply)
+            except OSError as error:
+                problem = str(error)
+                break
+            except UNUSABLE as error:
+                problem = f"unusable ({type(error).__name__}: {one_line(error)})"
+                more = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
+                messages = messages + [{"role": "assistant", "content": reply}]
+                messages = messages + [{"role": "user", "content": more}]
+            else:
+                with self.lock:
+                    self.replies[key] = reply
+                    self.file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+                    self.file.flush()
+                return answer
+        self.problems[problem] += 1
+        return None
+
+    def plan(self):
+        """Of a dry run, in words."""
+        pictures = f" with {self.pictures:,} pictures" if self.pictures else ""
+        calls = f"{self.model} would be called {len(self.planned):,} times{pictures}"
+        return f"{calls}, for about {self.tokens:,} tokens. Nothing was sent."
+
+    def reasons(self):
+        return "".join(f"; {n} times: {problem}" for problem, n in self.problems.most_common(3))
+
+
+def in_parallel(work, items, n):
+    """Yields work(item) of each, n at once, in order. Ctrl-C: what was asked is kept, what waits is not
+    asked."""
+    pool = concurrent.futures.ThreadPoolExecutor(n)
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- Many questions ----------------------------------------------------------------------------------------
+
+# Of a line of --predictions, the fields that hold answers -> their columns in the tables.
+FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide"}
+FIELDS["answer_shuffled"] = "other slide"
+AT_ONCE = 64  # slides that are asked about together; with more, more questions of one length meet
+
+
+def all_slides(rows):
+    """The slides that rows are about, each once."""
+    return list(dict.fromkeys(itertools.chain(*map(slides_of, rows))))
+
+
+def some(names):
+    """The first of many names."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:5] + ["..."] if len(names) > 5 else names)
+
+
+def read_questions(files, data=None):
+    """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n".
+
+    data: slides there are found by the beginnings of their names. What a file says is for training is left
+    out."""
+    kept, rows = [], []
+    for file in files:
+        kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
+    check(kept, f"{some(map(str, files))}: only questions for training; name a file of test questions")
+    if data:
+        paths = itertools.chain(data.glob("features/*.safetensors"), data.glob("visual_tokens/*.safetensors"))
+        kept = prepare.match_slides(kept, {path.stem for path in paths})
+    for row in kept:
+        talk = row["conversations"]
+        for k in range(0, len(talk), 2):
+            texts = {"question": wsi_llava.without_image(talk[k]["value"]), "truth": talk[k + 1]["value"]}
+            rows.append({"n": len(rows), **row, "turn": k // 2, **texts, "conversations": talk[: k + 1]})
+    return rows
+
+
+def by_length(prompts, batch):
+    """Indices of the prompts in groups of one length: no batch holds padding, every answer is what it is
+    alone."""
+
+    def length(i):
+        return len(prompts[i]), prompts[i].count(IMAGE_TOKEN)
+
+    for _, group in itertools.groupby(sorted(range(len(prompts)), key=length), length):
+        group = list(group)
+        for start in range(0, len(group), batch):
+            yield group[start : start + batch]
+
+
+def prompt_ids(tokenizer, row, image=True):
+    """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at
+    all."""
+    turns = row["conversations"][:-1] if row["conversations"][-1]["from"] == "gpt" else row["conversations"]
+    turns = wsi_llava.slide_first(turns, image=False)
+    if image:
+        turns[0]["value"] = "<image>\n" * (len(slides_of(row)) if "slide" in row else 1) + turns[0]["value"]
+    return tokenizer.encode_chat(turns)[0]
+
+
+def tokens_of(rows, visual):
+    """The rows' visual tokens out of {slide: [V,C]} -> a list of [S,V,C]; None without."""
+    if visual is None:
+        return None
+    same = len({visual[slide].shape for slide in all_slides(rows)}) == 1
+    check(same, "data/visual_tokens: the slides have different numbers of them; import them anew")
+    return [torch.stack(list(map(visual.get, slides_of(row)))) for row in rows]
+
+
+def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **options):
+    """Answers to the last question of each row of the dataset, in the rows' order. options: generate's.
+
+    visual: {slide: visual tokens [V,C]}, or None to ask without the slide."""
+    prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
+    answers, options = [None] * len(rows), options | {"ends": tokenizer.ends}
+    for group in by_length(prompts, batch):
+        slides = tokens_of([rows[i] for i in group], visual)
+        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, **options)
+        for i, ids in zip(group, zip(*steps)):
+            answers[i] = tokenizer.decode([t for t in ids if t is not None and t not in tokenizer.ends])
+    return answers
+
+
+@torch.inference_mode()
+def likelihood(model, tokenizer, row, visual, text):
+    """Mean log-probability of a token of the text as the answer to the row's question: a long option is at no
+    disadvantage. visual: as for answer_rows."""
+    prompt, answer = prompt_ids(tokenizer, row, visual is not None), tokenizer.encode(text)
+    return -model(
+        tokens_of([row], visual), [prompt + answer], [[wsi_llava.IGNORE] * len(prompt) + answer]
+    ).item()
+
+
+def likeliest_option(model, tokenizer, row, visual):
+    """--choices likelihood: {"answer", "answer_by_text", "confidence"} of a closed question. The first is the
+    option whose label is likeliest, the second that whose words are; the confidence is each option's share,
+    both ways."""
+    options = closed_options(row["question"], row["truth"])
+    labels = list(options.values()) if "yes" in options else list(options)
+    best, shares = {}, {}
+    for field, texts in (("answer", labels), ("answer_by_text", [options[x] or x for x in options])):
+        scores = torch.tensor([likelihood(model, tokenizer, row, visual, text) for text in texts])
+        shares[field] = dict(zip(options, scores.softmax(0).tolist()))
+        best[field] = max(shares[field], key=shares[field].get)
+    return best | {"confidence": shares}
+
+
+def ask_group(model, tokenizer, rows, visual, args):
+    """Rows of equally long prompts -> their answers by one view, a dict each. visual: as for answer_rows."""
+    by_choice = args.choices == "likelihood"
+    try:
+        if by_choice and closed_options(rows[0]["question"], rows[0]["truth"]):
+            return [likeliest_option(model, tokenizer, row, visual) for row in rows]
+        texts = answer_rows(model, tokenizer, rows, visual, args.max_new_tokens, args.batch_size)
+    except UserError as error:  # the prompt is too long, of all of them
+        return [{"answer": "", "error": str(error)} for _ in rows]
+    except torch.OutOfMemoryError:
+        hint = "out of memory; the same command with a smaller one goes on"
+        raise UserError(f"--batch-size {args.batch_size}: {hint}") from None
+    # An open question has no options to choose from.
+    return [{"answer": text, "answer_by_text": text} if by_choice else {"answer": text} for text in texts]
+
+
+def ask_here(args, model, tokenizer, tokens, rows, views):
+    """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens.
+    views: {field: {slide: the one to show in its place}, or None for no slide}."""
+    names = all_slides(rows)
+    for k, closed in itertools.product(range(0, len(names), AT_ONCE), (True, False)):
+        near = set(names[k : k + AT_ONCE])
+        part = [row for row in rows if slides_of(row)[0] in near]
+        part = [row for row in part if bool(closed_options(row["question"], row["truth"])) == closed]
+        for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
+            started, group = time.time(), [part[i] for i in group]
+            found = [{} for _ in group]
+            for field, instead in views.items():
+                visual = instead and {slide: tokens(instead[slide]) for slide in all_slides(group)}
+                for answers, new in zip(found, ask_group(model, tokenizer, group, visual, args)):
+                    answers |= new if field == "answer" else {field: new["answer"]}
+            cost = {"seconds": round((time.time() - started) / len(group), 4)}
+            cost["peak_memory"] = wsi_llava.peak_memory(args.device)
+            for row, answers in zip(group, found):
+                yield row, answers | cost
+
+
+def data_url(picture):
+    """A picture as text, to be sent or to stand in a page."""
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def slide_pictures(args, name):
+    """What --ask-model sees of a slide: its thumbnail, and --ask-tiles tiles spread evenly over the
+    tissue."""
+    slide, pictures = open_slide(args.data, name, args.slides, args.mpp), []
+    if args.ask_thumbnail:
+        pictures.append(slide.thumbnail(max(1, max(slide.width, slide.height) / args.ask_thumbnail)))
+    if args.ask_tiles:
+        coords = read_features(args.data, name)[1].tolist()  # in raster order
+        spread = np.linspace(0, len(coords) - 1, min(args.ask_tiles, len(coords))).round().astype(int)
+        pictures += [Image.fromarray(slide.tile(*coords[i])) for i in spread]
+    return [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
+
+
+def some_words(reply):
+    """A reply that is not empty. Raises ValueError."""
+    if not reply.strip():
+        raise ValueError("empty")
+    return reply.strip()
+
+
+def ask_elsewhere(args, server, rows, views):
+    """As ask_here, by the model behind --ask-url. What gets no answer, or has no picture, is missing."""
+    asked = all_slides(rows)
+    pictures = {instead[slide]: None for instead in views.values() if instead for slide in asked}
+    for slide in tqdm(pictures, desc="pictures", unit="slide", disable=not pictures):
+        try:
+            pictures[slide] = slide_pictures(args, slide)
+        except UserError as error:
+            pictures[slide] = error
+
+    def work(row):
+        answers, talk = {}, []
+        for turn in row["conversations"]:
+            role = "user" if turn["from"] == "human" else "assistant"
+            talk.append({"role": role, "content": wsi_llava.without_image(turn["value"])})
+        for field, instead in views.items():
+            messages, seen = list(talk), [pictures[instead[x]] for x in slides_of(row)] if instead else []
+            for problem in seen:
+                if isinstance(problem, UserError):
+                    return row, {"answer": None, "missing": str(problem)}
+            if instead:
+                parts = [{"type": "text", "text": talk[0]["content"]}, *itertools.chain(*seen)]
+                messages[0] = talk[0] | {"content": parts}
+            answers[field] = server.ask(messages, some_words, "An answer of some sentences. " * 8)
+            if answers[field] is None:
+                return row, {"answer": None, "missing": f"no usable reply{server.reasons()}"}
+        return row, answers
+
+    return in_parallel(work, rows, 1 if server.dry else args.requests)
+
+
+def read_predictions(path):
+    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row
+    counts."""
+    lines, _ = whole_lines(path)
+    ours = lines and isinstance(lines[0].get("settings"), dict)
+    check(ours, f"{path}: no predictions of sample.py --qa FILE, whose first line would hold the settings")
+    with reading(path, "not what sample.py --qa writes; name another"):
+        return lines[0]["settings"], {row["n"]: row for row in lines[1:]}
+
+
+def open_predictions(path, settings):
+    """A file to append to, new or gone on with -> (file, {n: row} so far). Raises UserError for other
+    settings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path, '{"settings"')
+    if not whole_lines(path)[0]:
+        write_text(path, json.dumps({"settings": settings}) + "\n")
+    old, rows = read_predictions(path)
+    for name, value in settings.items():
+        same = old.get(name) == value
+        check(same, f"{path} was made with {name} {old.get(name)}, not {value}; name another --predictions")
+    os.truncate(path, whole_lines(path)[1])
+    return open(path, "a", encoding="utf-8"), rows
+
+
+def shown(args, slides):
+    """{field: {slide: the one to show in its place}, or None for no slide} of what is asked of every
+    question."""
+    views = {"answer": dict(zip(slides, slides))}
+    if args.baselines:  # everyone gets another's slide, unless there is only one
+        order = np.random.default_rng(args.seed).permutation(slides).tolist()
+        views |= {"answer_no_image": None, "answer_shuffled": dict(zip(order, order[1:] + order[:1]))}
+    return views
+
+
+def write_prediction(file, row, answers):
+    """A line of --predictions: the row, less its conversation, and what was answered."""
+    row = {k: v for k, v in row.items() if k != "conversations"} | answers
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+    gone = os.fstat(file.fileno()).st_nlink == 0
+    check(not gone, f"{file.name}: deleted while it was written, so its answers are lost; run again")
+
+
+def answer_into(args, path, rows, settings, problems, ask):
+    """Asks what a file of predictions does not hold yet, and appends the answers, a line each, after a line
+    of settings. problems: {slide: why it cannot be asked about}. ask(rows, views): as ask_here."""
+    slides = all_slides(rows)
+    file, done = open_predictions(path, settings)
+    todo = [row for row in rows if done.get(row["n"], {}).get("answer") is None]
+    lacking = [row for row in todo if problems.keys() & set(slides_of(row))]
+    askable = [row for row in todo if not problems.keys() & set(slides_of(row))]
+    ways = " three ways," if args.baselines else ""
+    print(
+        f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
+        f"{len(rows) - len(todo):,} are answered. Asks the others{ways} into {path}."
+    )
+    failed, started = {"were too long to ask": [], "are about slides that are missing": []}, time.time()
+    failed["got no answer"] = []
+    with file, tqdm(total=len(askable), unit="question", disable=not askable) as bar:
+        for row in lacking:
+            why = next(problems[slide] for slide in slides_of(row) if slide in problems)
+            failed["are about slides that are missing"] += slides_of(row)[:1]
+            if row["n"] not in done:
+                write_prediction(file, row, {"answer": None, "missing": why})
+        for row, answers in ask(askable, shown(args, [slide for slide in slides if slide not in problems])):
+            write_prediction(file, row, answers)
+            bar.update()
+            if "error" in answers:
+                failed["were too long to ask"] += slides_of(row)[:1]
+            elif answers["answer"] is None:
+                failed["got no answer"].append(f"{slides_of(row)[0]} ({answers['missing']})")
+    answered = len(todo) - sum(map(len, failed.values()))
+    rate = answered / max(time.time() - started, 1e-9)
+    print(f"Answered {answered:,} questions, {rate:.1f}/s, peak memory {gigabytes(args)}.")
+    for what, names in failed.items():
+        if names:
+            print(f"{len(names):,} questions {what}: {some(names)}")
+
+
+@torch.inference_mode()
+def drawn_tokens(model, data, count, draw, slide):
+    """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every
+    model, and those of a smaller count among them."""
+    features, coords = read_features(data, slide, coordinates=model.slide_encoder is not None)
+    if 0 < count < len(features):
+        order = np.random.default_rng([zlib.crc32(slide.encode()), draw]).permutation(len(features))
+        chosen = np.sort(order[:count])
+        features, coords = features[chosen], coords[chosen]
+    return model.encode_slide(features, coords).half()
+
+
+def tile_runs(args, count):
+    """Of a count of --tiles, (draw, its file of predictions) of every draw; of all tiles there is one."""
+    for draw in range(args.draws if count else 1):
+        name = f"{args.predictions.stem}.{count or 'all'}-tiles.{draw}.jsonl"
+        yield draw, args.predictions.with_name(name)
+
+
+def answer_by_server(args, rows, settings):
+    """--qa with --ask-model."""
+    settings |= {name: getattr(args, name) for name in ("ask_model", "ask_url", "ask_thumbnail", "ask_tiles")}
+    kept = args.predictions.with_name(f"{args.predictions.stem}.replies.jsonl")
+    server = Server("--ask-url", args.ask_url, args.ask_model, kept, args.dry_run)
+    if args.dry_run:
+        collections.deque(ask_elsewhere(args, server, rows, shown(args, all_slides(rows))), 0)
+        return print(server.plan())
+    answer_into(args, args.predictions, rows, settings, {}, functools.partial(ask_elsewhere, args, server))
+
+
+def answer_file(args):
+    """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be
+    made again. Of a dialogue every question is asked, after the true earlier answers."""
+    check(not args.temperature, "--temperature: --qa answers greedily, so that its table can be made again")
+    rows = read_questions(args.qa, args.data)
+    settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
+    settings |= {"baselines": args.baselines, "seed": args.seed}
+    if args.ask_model:
+        return answer_by_server(args, rows, settings)
+    check(not args.dry_run, "--dry-run counts what a server would be sent: give --ask-model or --judge-model")
+    model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
+    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
+    settings["max_new_tokens"] = args.max_new_tokens
+    problems = {slide: why for slide in all_slides(rows) if (why := why_missing(model.cfg, args.data, slide))}
+    cached, ask = functools.lru_cache(4 * AT_ONCE), functools.partial(ask_here, args, model, tokenizer)
+    for count in args.tiles or ():
+        for draw, path in tile_runs(args, count):
+            reset_peak(args.device)
+            tokens = cached(functools.partial(drawn_tokens, model, args.data, count, draw))
+            about = settings | {"tiles": count, "draw": draw}
+            answer_into(args, path, rows, about, problems, functools.partial(ask, tokens))
+    if not args.tiles:
+        good = [slide for slide in all_slides(rows) if slide not in problems]
+        bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
+        problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
+        tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
+        answer_into(args, args.predictions, rows, settings, problems, functools.partial(ask, tokens))
+
+
+# ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers --------
+
+
+def tokenize(text):
+    """Words and punctuation, in their own case: what nltk.word_tokenize makes of 99.5% of WSI-Bench's
+    answers."""
+    return re.findall(r"\w+(?:[-./+=,]+\w+)*\+?|'\w+|[^\w\s]", text)
+
+
+def bleu(reference, candidate):
+    """Tokens -> [BLEU-1, ..., BLEU-4] of one sentence with nltk's smoothing method 4 (Chen and Cherry
+    2014)."""
+
+    def ngrams(tokens, n):
+        return collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+    length, logs, empty = len(candidate), [], 0
+    for n in range(1, 5):
+        have = ngrams(candidate, n)
+        match, total = (have & ngrams(reference, n)).total(), max(1, have.total())
+        if n == 1 and not match:
+            return [0.0] * 4
+        if not match and length > 1:  # the more orders lack one, the shorter the answer, the less it counts
+            empty += 1
+            match = math.log(length) / (5 * 2**empty)
+        logs.append(math.log(match / total) if match else 0.0)  # nltk leaves an order without any n-gram out
+    brevity = min(0.0, 1 - len(reference) / length)
+    return [math.exp(brevity + sum(logs[:n]) / n) for n in range(1, 5)]
+
+
+def common_words(x, y):
+    """The words of a longest common subsequence of x and y."""
+    table = [[0] * (len(y) + 1)]
+    for a in x:
+        above, row = table[-1], [0]
+        for j, b in enumerate(y):
+            row.append(above[j] + 1 if a == b else max(above[j + 1], row[j]))
+        table.append(row)
+    words, i, j = set(), len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            i, j = i - 1, j - 1
+            words.add(x[i])
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def rouge_l(reference, candidate):
+    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, all sentences' subsequences
+    united."""
+    sides = []
+    for tokens in (reference, candidate):
+        sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
+        sides.append((sentences, set(itertools.chain(*sentences))))
+    (references, all_reference), (candidates, all_candidate) = sides
+    if not candidates or not references:
+        return 0.0
+    common = set()
+    for r, c in itertools.product(references, candidates):
+        common |= common_words(r, c)
+    recall, precision = len(common) / len(all_reference), len(common) / len(all_candidate)
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def find_meteor():
+    """METEOR of (reference, candidate) tokens, where nltk and its WordNet are installed; else None."""
+    try:
+        from nltk.corpus import wordnet
+        from nltk.translate.meteor_score import single_meteor_score
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        return None
+    return single_meteor_score
+
+
+# ---- The judge: WSI-Precision and WSI-Relevance ------------------------------------------------------------
+
+JUDGED = ("WSI-Precision", "WSI-Relevance")
+SCALE = (1, 0.7, 0.3, 0)
+CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the given \
+answer into claims. {scope}One finding or fact a claim, but keep together what only makes sense together; leave \
+nothing out, repeat nothing, add nothing. Reply with strict JSON alone: {{"claims": ["...", "..."]}}"""
+SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same \
+question. Give each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or \
+deviation. 0.3: the text mentions it, but with an error in its core, such as the grade, the type or whether it is \
+malignant. 0: the text says something else{silent} Reply with strict JSON alone, one score a claim, in the claims' \
+order: {{"scores": [1, 0.3]}}"""
+SCOPE = "Take what answers the question and nothing else. "
+SILENT = SCORES.format(silent=", or nothing about it.")
+NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
+# What --judge-protocol switches in the texts; Judge.score has the rest. --judge-prompts brings other texts.
+PROMPTS = {
+    "ours": {"claims": CLAIMS.format(scope=SCOPE), "precision": SILENT, "relevance": SILENT},
+    "authors": {"claims": CLAIMS.format(scope=""), "precision": SILENT, "relevance": NULL},
+}
+
+
+def last_json(text, read):
+    """read(the last JSON in the text that it can read): models think aloud, fence their JSON, or say it
+    twice."""
+    decoder, place, found, problem = json.JSONDecoder(), 0, None, ValueError("holds no JSON")
+    while start := re.compile(r"[\[{]").search(text, place):
+        place = start.end()
+        with contextlib.suppress(json.JSONDecodeError):
+            value, place = decoder.raw_decode(text, start.start())
+            try:
+                found = read(value)
+            except UNUSABLE as error:
+                problem = error
+    if found is None:
+        raise problem
+    return found
+
+
+def listed(reply, name):
+    """The list in a reply: {"claims": [...]} or [...], its items bare or {"claim": ..., "explanation":
+    ...}."""
+    items = reply[f"{name}s"] if isinstance(reply, dict) else reply
+    items = items if isinstance(items, list) else []
+    return [item[name] if isinstance(item, dict) else item for item in items]
+
+
+def check_claims(reply, least):
+    """The judge's claims, at least so many. Raises KeyError or ValueError for a reply of another form."""
+    claims = listed(reply, "claim")
+    if len(claims) < least or not all(isinstance(claim, str) and claim.strip() for claim in claims):
+        raise ValueError(f'"claims" must be a list of {least} texts or more')
+    return claims
+
+
+def check_scores(reply, n, silence=False):
+    """The judge's scores of n claims, texts of numbers too. silence: null is one. Raises as check_claims
+    does."""
+    scores = listed(reply, "score")
+    if len(scores) != n:
+        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
+    for i, score in enumerate(scores):
+        with contextlib.suppress(ValueError):
+            scores[i] = float(score) if isinstance(score, str) else score
+        if isinstance(score, bool) or not (scores[i] in SCALE or (silence and score is None)):
+            raise ValueError(f"{score} is not on the scale; only 1, 0.7, 0.3 and 0 are")
+    return scores
+
+
+class Judge(Server):
+    """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see
+    score)."""
+
+    def __init__(self, *where, protocol="ours", prompts=None, **options):
+        super().__init__("--judge-url", *where, **options)
+        self.authors, self.prompts = protocol == "authors", prompts or PROMPTS[protocol]
+
+    def ask_json(self, prompt, content, read, stand_in, again):
+        content = json.dumps(content, ensure_ascii=False)
+        messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
+        return self.ask(messages, lambda reply: last_json(reply, read), json.dumps(stand_in), again)
+
+    def score(self, question, claimed, text, metric, again):
+        """The mean score of one side's claims against the other's text; None where nothing usable came
+        back."""
+        if not claimed.strip() or not text.strip():
+            return 0.0
+        content = {"question": question, "answer": claimed}
+        if self.authors and metric == "precision":  # the truth is split by itself
+            del content["question"]
+        read = functools.partial(check_claims, least=metric == "precision")  # an answer may claim nothing
+        claims = self.ask_json(self.prompts["claims"], content, read, {"claims": [claimed]}, again)
+        if not claims:
+            return None if claims is None else 0.0
+        content = {"question": question, "claims": claims, "text": text}
+        silence = self.authors and metric == "relevance"  # what the truth does not address is left out
+        read = functools.partial(check_scores, n=len(claims), silence=silence)
+        scores = self.ask_json(self.prompts[metric], content, read, {"scores": [0] * len(claims)}, again)
+        scores = [score for score in scores or () if score is not None]
+        return float(np.mean(scores)) if scores else None
+
+    def grade(self, question, answer, truth, again=0):
+        """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way
+        round}: each the mean over its claims, None where the replies stayed unusable."""
+        sides = (truth, answer, "precision"), (answer, truth, "relevance")
+        return {metric: self.score(question, *side, again) for metric, side in zip(JUDGED, sides)}
+
+
+def find_judge(args, path):
+    """The Judge that the flags name, with its replies so far in the file; None where they name none."""
+    if not args.judge_model:
+        check(not args.dry_run, "--dry-run: which judge? name it with --judge-model")
+        return None
+    prompts, names = None, ("claims", "precision", "relevance")
+    if args.judge_prompts:
+        with reading(args.judge_prompts, f"expected JSON of three texts, {', '.join(names)}"):
+            prompts = json.loads(args.judge_prompts.read_text(encoding="utf-8"))
+            prompts = {name: prompts[name].strip() for name in names}
+    options = {"dry": args.dry_run, "protocol": args.judge_protocol, "prompts": prompts}
+    return Judge(args.judge_url, args.judge_model, path, **options)
+
+
+def grade_rows(judge, rows, systems, n, again=0):
+    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once; of again=1, "graded again"."""
+
+    def work(row):
+        grades = row.setdefault("graded again" if again else "grades", {})
+        for system in systems:
+            grades[system] = judge.grade(row["question"], row["answers"][system], row["truth"], again)
+
+    graded = in_parallel(work, rows, 1 if judge.dry else n)
+    for _ in tqdm(graded, total=len(rows), desc="judge", unit="question", disable=judge.dry):
+        pass
+
+
+def judge_twice(judge, rows, system, args):
+    """--judge-repeat: how far the judge agrees with itself, in words, over a sample of the graded rows."""
+    drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.judge_repeat]
+    sample = [rows[i] for i in sorted(drawn)]
+    grade_rows(judge, sample, [system], args.requests, again=1)
+    for metric in JUDGED:
+        both = [(row["grades"][system][metric], row["graded again"][system][metric]) for row in sample]
+        first, second = np.array([pair for pair in both if None not in pair] or [(0, 0)]).T
+        apart, same = np.abs(first - second).mean(), (first == second).mean()
+        yield (
+            f"{metric} graded twice, {len(first)} answers: they differ by {apart:.3f} on average, {same:.0%} are "
+            f"the same, rank correlation {spearman(first, second):.2f}."
+        )
+
+
+# ---- Several systems' answers to the same questions --------------------------------------------------------
+
+# What others call what we call so, the surest first: the scripts of LLaVA, WSI-LLaVA and SlideChat.
+THEIRS = {"id": "id question_id qid", "slide": "slide image", "question": "question prompt"}
+THEIRS |= {"task": "task metadata", "answer": "output text prediction answer", "truth": "truth t-answer"}
+
+
+def read_table(path):
+    """A CSV, of whatever spreadsheet, -> its rows as dicts."""
+    with reading(path, "not a CSV that can be read; save it as CSV (UTF-8) again"):
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames]
+        return list(rows)
+
+
+def csv_text(rows):
+    """Rows of cells -> a CSV. A text that a spreadsheet would take for a formula gets an apostrophe before
+    it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for row in rows:
+        formulas = [isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) for cell in row]
+        writer.writerow(["'" + cell if formula else cell for cell, formula in zip(row, formulas)])
+    return file.getvalue()
+
+
+def own_names(row):
+    """A row of anybody's predictions -> the same under our names; what it does not hold is None or an empty
+    text."""
+    row = {key.strip().lower(): value for key, value in row.items()}
+    found = dict.fromkeys(("n", "turn", "confidence")) | row
+    for name, theirs in THEIRS.items():
+        found[name] = next((row[key] for key in theirs.split() if row.get(key) is not None), None)
+    if found["truth"] is None and found["answer"] is not row.get("answer"):
+        found["truth"] = row.get("answer")  # the truth, where another column holds what the system said
+    if "n" not in row and found["slide"]:  # not ours: files, in folders of their cancer type
+        slides = found["slide"] if isinstance(found["slide"], list) else [found["slide"]]
+        found["cancer"] = row.get("cancer") or slides[0].rpartition("/")[0]
+        found["slide"] = [prepare.slide_id(slide) for slide in slides]
+    for name in ("id", "truth", "task", "cancer", *FIELDS):
+        if found.get(name) is not None:
+            found[name] = str(found[name])
+    for name in ("question", "slide", "task", "cancer"):
+        found[name] = found.get(name) or ""
+    if not all(isinstance(slide, str) for slide in slides_of(found)) or type(found["n"]) not in (
+        int,
+        type(None),
+    ):
+        raise ValueError(
+            f"its slide or number is of another type than expected: {found['slide']}, {found['n']}"
+        )
+    return found | {"question": wsi_llava.without_image(found["question"])}
+
+
+def read_answers(path):
+    """Anybody's predictions -> (our settings or {}, rows under our names)."""
+    settings = {}
+    with reading(path, "expected predictions: of sample.py --qa, JSON lines, a JSON list or a CSV"):
+        if path.suffix.lower() == ".csv":
+            rows = read_table(path)
+        elif path.read_bytes().startswith(b'{"settings"'):
+            settings, found = read_predictions(path)
+            rows = [found[n] for n in sorted(found)]
+        else:
+            rows = [entry for _, entry in prepare.read_entries(path)]
+    with reading(path, "expected an id, or slide and question, and an answer in every row"):
+        rows = [own_names(row) for row in rows]
+    check(rows, f"{path}: holds no answers")
+    return settings, rows
+
+
+def keys_of(settings, row):
+    """What a question can be known by, the surest first; what lacks a part of a key is not known by it."""
+    question, slide = plain(row["question"]), " + ".join(slides_of(row))
+    ours = str(settings.get("questions") or "")
+    keys = ("n", ours, row["n"]), ("all", row["id"], slide, row["task"], question)
+    keys += ("question", row["id"], question), ("slide", slide, question), ("id", row["id"])
+    return [key for key in keys if None not in key and "" not in key]
+
+
+def index_rows(settings, rows):
+    """{key: the rows that it fits}."""
+    index = collections.defaultdict(list)
+    for row in rows:
+        for key in keys_of(settings, row):
+            index[key].append(row)
+    return index
+
+
+def find_row(index, settings, row):
+    """The one row of the index that is the same question; None where none or several are."""
+    return next((index[key][0] for key in keys_of(settings, row) if len(index.get(key, ())) == 1), None)
+
+
+def read_systems(paths):
+    """Files of predictions -> (settings, rows, systems, notes). The questions are the first file's; a row's
+    "answers" are {system: text, or None}. A system is a file, or of a single one a field."""
+    settings, rows = read_answers(paths[0])
+    what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
+    check(all(row["question"] and row["truth"] for row in rows), f"{paths[0]}: {what}")
+    for row in rows:
+        row |= {"answers": {}, "grades": {}, "ratings": {}, "scores": {}}
+    index, systems, notes, stems = index_rows(settings, rows), [], [], [path.stem for path in paths]
+    for path in paths:
+        about, theirs = (settings, rows) if path == paths[0] else read_answers(path)
+        stem, lost = str(path) if stems.count(path.stem) > 1 else path.stem, []
+        names = {"answer": stem} | {field: f"{stem}, {FIELDS[field]}" for field in list(FIELDS)[1:]}
+        present = set().union(*theirs)
+        names = {field: name for field, name in names.items() if field in present}
+        if len(paths) == 1:
+            names = {field: FIELDS[field] for field in names}
+        for row in theirs:
+            own = find_row(index, about, row)
+            if own is None:
+                lost.append(row["id"] or f"{row['slide']}: {row['question'][:60]}")
+            else:
+                own["answers"] |= {name: row.get(field) for field, name in names.items()}
+        if lost:
+            notes.append(f"{path}: {len(lost):,} rows match no question, or several: {some(lost)}.")
+        for name in names.values():
+            absent = sum(row["answers"].get(name) is None for row in rows)
+            if absent:
+                notes.append(f"{name}: {absent:,} of {len(rows):,} questions not answered.")
+        systems += names.values()
+    return settings, rows, systems, notes
+
+
+def answered_by_all(rows, systems):
+    return [row for row in rows if None not in map(row["answers"].get, systems)]
+
+
+def read_training(path):
+    """data/qa/train.jsonl -> ({cancer type: its slides}, {task: its most frequent answer}), empty without
+    it."""
+    slides, answers = collections.defaultdict(set), collections.defaultdict(collections.Counter)
+    if path.exists():
+        with reading(path, "prepare.py --qa writes it again"), open(path, encoding="utf-8") as file:
+            for row in map(json.loads, file):
+                slides[row.get("cancer") or ""].update(slides_of(row))
+                answers[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
+    return slides, {task: counts.most_common(1)[0][0] for task, counts in answers.items() if counts}
+
+
+# ---- Statistics --------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(8)
+def resampled(n, seed):
+    """How often each of n slides is drawn in 1,000 bootstrap samples, [1000,n]."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 1000).astype(float)
+
+
+def interval(values, slides, seed):
+    """Mean, and the 95% bootstrap interval over slides: a slide's questions stand and fall together. A value
+    that is not a number is left out."""
+    known = ~np.isnan(values)
+    _, index = np.unique(slides, return_inverse=True)
+    sums, counts = np.bincount(index, np.where(known, values, 0)), np.bincount(index, known)
+    draws = resampled(len(sums), seed)
+    with np.errstate(invalid="ignore"):
+        means = (draws @ sums) / (draws @ counts)
+    return [float(x) for x in (sums.sum() / counts.sum(), *np.nanpercentile(means, [2.5, 97.5]))]
+
+
+def mcnemar(first, second):
+    """Exact two-sided p of McNemar's test of two systems, right (1) or wrong (0) on the same questions."""
+    only_first, only_second = np.sum((first == 1) & (second == 0)), np.sum((first == 0) & (second == 1))
+    n, ways = int(only_first + only_second), 1  # ways to choose k of n, for one k after the other
+    tail = ways
+    for k in range(int(min(only_first, only_second))):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired(values, first, slides, seed, right_or_wrong=False):
+    """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what
+    a Line says of them."""
+    found = dict(zip(("mean", "low", "high"), interval(values, slides, seed)))
+    if first is not None and not np.isnan(values - first).all():
+        difference = interval(values - first, slides, seed)
+        found |= dict(zip(("difference", "difference_low", "difference_high"), difference))
+        found |= {"p": mcnemar(first, values)} if right_or_wrong else {}
+    return found
+
+
+def spearman(x, y):
+    """Rank correlation; ties share their mean rank. Not a number where one side is constant."""
+
+    def ranks(values):
+        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[index]
+
+    x, y = (r - r.mean() for r in map(ranks, (x, y)))
+    return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
+
+
+def krippendorff(ratings):
+    """Ordinal alpha of [units, raters], nan where missing: 1 is full agreement, 0 that of chance."""
+    values = np.unique(ratings[~np.isnan(ratings)])
+    matrix = np.zeros((len(values), len(values)))  # how often two ratings of a unit coincide
+    for unit in ratings:
+        counts = (unit[:, None] == values).sum(0)  # of each value
+        if counts.sum() > 1:
+            matrix += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
+    n = matrix.sum(0)
+    middle = n.cumsum() - n / 2
+    distance = np.subtract.outer(middle, middle) ** 2  # the ratings between two values, half of either's own
+    expected = (np.outer(n, n) * distance).sum() / max(n.sum() - 1, 1)
+    return float(1 - (matrix * distance).sum() / expected) if expected else math.nan
+
+
+def weighted_kappa(x, y):
+    """Cohen's kappa of two raters with quadratic weights (Fleiss and Cohen 1973)."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    expected = np.mean(np.subtract.outer(x, y) ** 2)
+    return float(1 - np.mean((x - y) ** 2) / expected) if expected else math.nan
+
+
+# ---- Experts: a sheet to fill in, blind, and what comes back -----------------------------------------------
+
+EXPERTS = ("experts' correctness", "experts' relevance")  # scored from 1 to 5
+SHEET_COLUMNS = ("sheet", "rater", "item", "answer", "correctness", "relevance", "comment")
+PICTURE = 900  # pixels of a slide's longer side, on the sheet
+PAGE = r"""<!doctype html><meta charset="utf-8"><title>Rating sheet</title>
+<style>
+body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
+header { position: sticky; top: 0; background: white; padding: .6em 0; border-bottom: 1px solid #ccc }
+section { border-top: 2px solid #888; margin-top: 2em } section p { white-space: pre-wrap }
+img { max-width: 100%; max-height: 32em } fieldset { margin: 1em 0 } textarea { width: 100% }
+</style>
+<header>Your name or code: <input id="rater"> <button id="save">Save as CSV</button> <b id="left"></b></header>
+<h1>Rating sheet</h1>
+<p>For each answer, two scores from 1 to 5. Correctness: is what it says true of this slide (1: wrong, 5: entirely
+right)? Relevance: does it answer the question, with nothing that matters left out and nothing beside it (1: not at
+all, 5: fully)? What you enter is kept in this browser until you save it; send the saved file back.</p>
+<script>
+const sheet = __SHEET__, scales = ["correctness", "relevance"], boxes = [], rater = document.getElementById("rater");
+const make = (tag, parent, about) => parent.appendChild(Object.assign(document.createElement(tag), about));
+sheet.items.forEach((item, i) => {
+  const section = make("section", document.body, {});
+  make("h2", section, {textContent: i + 1});
+  item.picture ? make("img", section, {src: item.picture}) : make("p", section, {textContent: "(no picture at hand)"});
+  make("b", make("p", section, {}), {textContent: item.question});
+  make("p", section, {textContent: "Reference: " + item.reference});
+  item.answers.forEach((answer, k) => {
+    const box = make("fieldset", section, {});
+    make("legend", box, {textContent: "Answer " + (k + 1)});
+    make("p", box, {textContent: answer});
+    for (const scale of scales) {
+      const row = make("div", box, {textContent: scale + ": "});
+      for (let x = 1; x <= 5; x++)
+        make("input", make("label", row, {textContent: x}), {type: "radio", name: [i, k, scale].join("."), value: x});
+    }
+    boxes.push({box, item: i + 1, answer: k + 1, comment: make("textarea", box, {rows: 1, placeholder: "comment"})});
+  });
+});
+const score = (box, scale) => (box.querySelector(`input[name$=".${scale}"]:checked`) || {value: ""}).value;
+const read = () => boxes.map(({box, item, answer, comment}) =>
+  [sheet.id, rater.value.trim(), item, answer, ...scales.map(scale => score(box, scale)), comment.value]);
+const keep = () => {
+  const rows = read(), left = rows.filter(row => !row[4] || !row[5]).length;
+  document.getElementById("left").textContent = left ? `${left} of ${rows.length} answers to go` : "all done";
+  try { localStorage.setItem(sheet.id, JSON.stringify(rows)) } catch { /* no storage here: save often */ }
+};
+try {
+  for (const [i, row] of (JSON.parse(localStorage.getItem(sheet.id)) || []).entries()) {
+    [rater.value, boxes[i].comment.value] = [row[1], row[6]];
+    for (const input of boxes[i].box.querySelectorAll("input"))
+      input.checked = input.value === row[input.name.endsWith(scales[0]) ? 4 : 5];
+  }
+} catch { /* the same */ }
+const quote = cell => '"' + (/^[=+@\t\r-]/.test(cell) ? "'" : "") + String(cell).replaceAll('"', '""') + '"';
+document.getElementById("save").onclick = () => {
+  const lines = [sheet.columns, ...read()].map(row => row.map(quote).join(",") + "\n");
+  const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
+  const name = rater.value.trim().replace(/[^\w-]+/g, "_") || "unnamed";
+  make("a", document.body, {href, download: `ratings-${name}.csv`}).click();
+};
+document.addEventListener("input", keep);
+keep();
+</script>
+"""
+
+
+def draw_questions(rows, n, seed):
+    """n of the rows, task by task in turn, drawn at random."""
+    rng, tasks = np.random.default_rng(seed), collections.defaultdict(list)
+    for i in rng.permutation(len(rows)):
+        tasks[rows[i]["task"]].append(rows[i])
+    turns = itertools.chain(*itertools.zip_longest(*tasks.values()))
+    return [row for row in turns if row][:n]
+
+
+def sheet_picture(args, slide):
+    """A slide's picture for the sheet: of its file, or else the one in data/qc; None where there is
+    neither."""
+    with contextlib.suppress(UserError):
+        file = open_slide(args.data, slide, args.slides, args.mpp)
+        return data_url(file.thumbnail(max(1, max(file.width, file.height) / PICTURE)))
+    qc = args.data / "qc" / f"{slide}.jpg"
+    with reading(qc, "delete it, or name the slides' folder with --slides"):
+        return data_url(Image.open(qc)) if qc.exists() else None
+
+
+def rating_sheet(args):
+    """--rating-sheet N OUT.html A B: the systems' answers to N questions, in random order, their names
+    hidden."""
+    number, out, *files = args.rating_sheet
+    check(number.isdecimal() and int(number), f"--rating-sheet {number}: comes first: how many questions")
+    named = out.endswith(".html") and files
+    check(named, "--rating-sheet N OUT.html FILE [FILE...]: the page's name ends in .html")
+    page, table, key = (Path(out).with_suffix(ending) for ending in (".html", ".csv", ".key.json"))
+    for path in (page, table, key):
+        filled = "exists, and may be filled in already; name another sheet, or move it away"
+        check(not path.exists(), f"{path}: {filled}")
+        check_output(path, "")
+    settings, rows, systems, notes = read_systems(list(map(Path, files)))
+    systems = [name for name in systems if not name.endswith(tuple(FIELDS.values())[1:])]  # no baselines
+    here = answered_by_all(rows, systems)
+    check(here, f"{' '.join(files)}: no question is answered by all")
+    chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
+    asked = json.dumps([[row["id"], row["answers"]] for row in chosen])
+    sheet = hashlib.sha256(asked.encode()).hexdigest()[:12]
+    items, known, lines = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]]
+    for i, row in enumerate(chosen, 1):
+        slide, order = slides_of(row)[0], [systems[k] for k in rng.permutation(len(systems))]
+        item = {"picture": sheet_picture(args, slide), "question": row["question"], "reference": row["truth"]}
+        items.append(item | {"answers": [row["answers"][system] for system in order]})
+        facts = {name: row[name] for name in ("id", "slide", "task", "turn", "n", "question")}
+        known.append(facts | {"systems": order, "answers": items[-1]["answers"]})
+        for k, answer in enumerate(items[-1]["answers"], 1):
+            lines.append([sheet, "", i, k, "", "", "", slide, row["question"], row["truth"], answer])
+    about = json.dumps({"id": sheet, "columns": SHEET_COLUMNS, "items": items}).replace("<", "\\u003c")
+    write_text(page, PAGE.replace("__SHEET__", about))
+    write_text(table, csv_text(lines))
+    write_text(key, json.dumps({"sheet": sheet, "settings": settings, "items": known}, indent=1) + "\n")
+    unseen = [slides_of(row)[0] for row, item in zip(chosen, items) if not item["picture"]]
+    if unseen:
+        notes.append(f"No picture of {some(unseen)}: name the folder of the slides' files with --slides.")
+    for note in notes:
+        print(note)
+    print(
+        f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: {page}, or "
+        f"{table}. Not for them: {key}, which tells the systems. Back again: --ratings {key} *.csv --evaluate "
+        + " ".join(files)
+    )
+
+
+def read_sheets(paths):
+    """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric:
+    score})."""
+    tables, keys = [path for path in paths if path.suffix.lower() != ".json"], {}
+    named = [path for path in paths if path not in tables]
+    for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
+        key = wsi_llava.read_json(path, "not the key that --rating-sheet wrote")
+        keys[str(key.get("sheet"))] = key
+    for path in tables:
+        for number, cells in enumerate(read_table(path), 2):
+            where = f"{path}, line {number}"
+            with reading(where, f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"):
+                cells = {name: (cells[name] or "").strip() for name in SHEET_COLUMNS}
+                sheet, item, answer = cells["sheet"], int(cells["item"]), int(cells["answer"])
+            lost = f"the key of its sheet {sheet} is not here; name it too: --ratings X.key.json"
+            check(sheet in keys, f"{path}: {lost}")
+            with reading(where, f"no such answer on sheet {sheet}"):
+                asked = keys[sheet]["items"][max(item, 1) - 1]
+                system, text = asked["systems"][max(answer, 1) - 1], asked["answers"][answer - 1]
+                asked, about = own_names(asked), dict(keys[sheet]["settings"])
+                check(isinstance(system, str), f"{where}: its key names no system; copy the key again")
+            scores = {metric: cells[metric.split()[1]] for metric in EXPERTS}
+            for metric, score in scores.items():
+                what = f"{metric.split()[1]} {score!r}: a whole number from 1 to 5, or nothing"
+                check(score in ("", "1", "2", "3", "4", "5"), f"{where}: {what}")
+            scores = {metric: int(score) for metric, score in scores.items() if score}
+            yield asked, about, system, text, cells["rater"] or path.stem, scores
+
+
+def read_ratings(paths, settings, rows):
+    """--ratings: adds "ratings" {system: {metric: {rater: score}}} to the rows -> notes: how far raters
+    agree."""
+    index, lost, units = index_rows(settings, rows), collections.Counter(), {metric: {} for metric in EXPERTS}
+    for asked, about, system, text, rater, scores in read_sheets(paths):
+        own = find_row(index, about, asked)
+        if own is None or own["answers"].get(system) != text:
+            lost[system] += 1
+            continue
+        for metric, score in scores.items():
+            unit = own["ratings"].setdefault(system, {}).setdefault(metric, {})
+            units[metric][id(unit)] = unit
+            unit[rater] = score
+    other = "ratings are of other answers than these; left out."
+    notes = [f"{name}: {n:,} {other}" for name, n in lost.items()]
+    for metric, found in units.items():
+        raters = sorted(set(itertools.chain(*found.values())))
+        check(raters, f"--ratings {paths[0]}: {metric.split()[1]} is filled in nowhere")
+        matrix = np.array([list(map(unit.get, raters)) for unit in found.values()], float)  # None: nan
+        note = f"{metric.capitalize()}: {len(raters)} raters ({some(raters)}), {len(matrix):,} answers"
+        if len(raters) > 1:
+            note += f"; Krippendorff's alpha (ordinal) {krippendorff(matrix):.3f}"
+        for a, b in itertools.combinations(range(len(raters)), 2):
+            both = matrix[~np.isnan(matrix[:, [a, b]]).any(1)][:, [a, b]]
+            if len(both):
+                kappa = f"{weighted_kappa(*both.T):.3f} ({len(both)} answers)"
+                note += f"; weighted kappa of {raters[a]} and {raters[b]} {kappa}"
+        notes.append(note + ".")
+    return notes
+
+
+# ---- The tables --------------------------------------------------------------------------------------------
+
+CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
+    "morphology": "Global_Morphology_Description Key_Diagnostic_Description Regional_Structure_Description "
+    "Specific_Feature_Description Morphology_choice Caption Feature Morphology cellular infiltration tissue",
+    "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging Staging_choice "
+    "Diagnosis_choice Classification Grade Subtype Stage",
+    "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
+}
+CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
+NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
+METRICS = (*JUDGED, "accuracy", *NLU, "exact match", *EXPERTS)
+BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match", *EXPERTS)  # on the screen
+# WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS. Its accuracies are confirmed by MLLM-HWSI (CVPR
+# 2026). Its BLEU to METEOR of reports are left out: other papers give systems on the same reports two and
+# three times as much.
+PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
+PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
+AVERAGE = 0.754  # of the nine figures of the three capabilities
+KINDS = ("all", "capability", "common or rare", "task", "cancer type")  # what a line of the tables is about
+MAJORITY = "majority"  # the system that gives each task's most frequent answer in training
+
+
+@dataclasses.dataclass
+class Line:
+    """A line of the tables: one metric of one system on one group of questions."""
+
+    kind: str
+    group: str
+    metric: str
+    system: str
+    questions: int = 0  # that every system answered
+    missing: int = 0  # the others
+    unusable: int = 0  # answers, or grades of the judge
+    slides: int | None = None  # of a cancer type, in training
+    mean: float | None = None
+    low: float | None = None  # 95% interval over slides
+    high: float | None = None
+    difference: float | None = None  # from the first system, on the same questions
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None  # McNemar's
+    published: float | None = None
+
+
+def score_answer(row, answer, meteor=None, by_text=True):
+    """{metric: value} of an answer to a row's question; None of a closed answer that names no choice, or
+    several."""
+    parser = closed_parser(row["question"], row["truth"])
+    if parser:
+        said = parser(answer)
+        return {"accuracy": None if said is None else float(said == parser(row["truth"]))}
+    found, truth, tokens = {}, tokenize(row["truth"]), tokenize(answer)
+    if by_text:
+        found = dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
+        found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
+    return found | {"exact match": float(same_answer(answer, row["truth"]))}
+
+
+def score_row(row, systems, meteor):
+    """Adds "scores" {system: {metric: value}} to a row; a value is None where an answer or a grade is
+    unusable."""
+    for system in systems:
+        answer, found = row["answers"].get(system), row["scores"].setdefault(system, {})
+        if answer is not None:
+            found |= score_answer(row, answer, meteor, by_text=system != MAJORITY)
+            found |= row["grades"].get(system, {})
+        for metric, scores in row["ratings"].get(system, {}).items():
+            found[metric] = float(np.mean(list(scores.values())))
+
+
+def rarities(rows, training, threshold):
+    """({cancer type: "common ..." or "rare ..."}, {cancer type: slides}), by the slides in training, where
+    known."""
+    slides, where = dict(training), "training" if training else "these"
+    for row in rows if not training else ():
+        slides.setdefault(row["cancer"], set()).update(slides_of(row))
+    cancers = {row["cancer"] for row in rows}
+    counts = {cancer: len(slides.get(cancer, ())) for cancer in cancers}
+    sides = f"common: from {threshold} {where} slides", f"rare: under {threshold} {where} slides"
+    return {cancer: sides[n < threshold] for cancer, n in counts.items()}, counts
+
+
+def compare(rows, metric, systems, left_out, seed):
+    """{system: what a Line says of its values of a metric}, of rows that have it. left_out: what is unusable
+    counts for nothing, and not as 0."""
+    found, first, slides = {}, None, [" + ".join(slides_of(row)) for row in rows]
+    for system in systems:
+        scores = [row["scores"].get(system, {}).get(metric, math.nan) for row in rows]
+        nothing = math.nan if left_out else 0.0
+        values = np.array([nothing if score is None else score for score in scores], float)
+        if not np.isnan(values).all():
+            facts = paired(values, first, slides, seed, metric in ("accuracy", "exact match"))
+            found[system] = {"unusable": scores.count(None)} | facts
+        first = values if system == systems[0] else first
+    return found
+
+
+def tabulate(rows, systems, rarity, args):
+    """Scored rows -> Lines, one for each group, metric and system. rarity: rarities'."""
+    names, counts = rarity
+    groups, lines = collections.defaultdict(list), []
+    for row in rows:
+        capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
+        for key in zip(KINDS, ("all", capability, names[row["cancer"]], row["task"], row["cancer"])):
+            groups[key].append(row)
+    several = collections.Counter(kind for kind, _ in groups)
+    for kind, group in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
+        if kind != "all" and several[kind] == 1:  # it would say the same once more
+            continue
+        members, facts = groups[kind, group], {"slides": counts[group] if kind == "cancer type" else None}
+        published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
+        unanswered = [row for row in members if not row["scores"]]
+        closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
+        for metric in METRICS:
+            chosen = [row for row in members if metric in set().union(*row["scores"].values())]
+            facts |= {"questions": len(chosen), "missing": closed.count(metric == "accuracy")}
+            facts["published"] = published.get(metric)
+            left_out = metric in JUDGED and args.judge_protocol == "authors"
+            found = compare(chosen, metric, systems, left_out, args.seed) if chosen else {}
+            for system, values in found.items():
+                lines.append(Line(kind, group, metric, system, **facts, **values))
+    return [*averages(lines, systems), *lines]
+
+
+def averages(lines, systems):
+    """The mean of the nine figures of the three capabilities, of every system that has them."""
+    for system in systems:
+        nine = [line for line in lines if line.system == system and line.group in CAPABILITIES]
+        nine = [line for line in nine if line.metric in METRICS[:3]]
+        if len(nine) == 9:
+            line = Line("all", "all", "average", system, published=AVERAGE)
+            line.mean = float(np.mean([x.mean for x in nine]))
+            for name in ("questions", "missing", "unusable"):
+                setattr(line, name, sum(getattr(x, name) for x in nine))
+            yield line
+
+
+def markdown(header, rows):
+    """A Markdown table whose columns are aligned, to be read as it is."""
+    table = []
+    for row in (header, *rows):
+        table.append([one_line("" if cell is None else cell).replace("|", "\\|") for cell in row])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+
+
+def write_rows(written, title, rows):
+    """Rows, dicts of the same keys, -> a Markdown and a CSV file -> the former's table."""
+    values, cells = [list(row.values()) for row in rows], []
+    for line in values:
+        cells.append([f"{x:.3g}" if isinstance(x, float) else x for x in line])
+    text = markdown(list(rows[0]), cells)
+    write_text(written["md"], f"{title}\n\n{text}\n")
+    write_text(written["csv"], csv_text([list(rows[0]), *values]))
+    return text
+
+
+def with_interval(mean, low, high, sign=""):
+    return f"{mean:{sign}.3f}" + ("" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]")
+
+
+def side_by_side(lines, systems, difference=False):
+    """Lines -> a Markdown table with a column a system: the means, or the differences from the first
+    system."""
+    groups, rows = collections.defaultdict(dict), []
+    for line in lines:
+        groups[line.kind, line.group, line.metric][line.system] = line
+    header = ["kind", "group", "metric", *systems]
+    if not difference:
+        header += ["questions", "missing", "unusable", "slides", "published"]
+    for key, found in groups.items():
+        cells, line = [], next(iter(found.values()))
+        for system in systems:
+            x = found.get(system)
+            if x is None or (difference and x.difference is None):
+                cells.append("n/a")
+            elif difference:
+                p = "" if x.p is None else f" p={x.p:.2g}"
+                cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+") + p)
+            else:
+                cells.append(with_interval(x.mean, x.low, x.high))
+        unusable = ", ".join(str(x.unusable) for x in found.values())
+        facts = line.questions, line.missing, unusable, line.slides, line.published
+        rows.append([*key, *cells, *([] if difference else facts)])
+    return markdown(header, rows)
+
+
+def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None):
+    """A picture (SVG). series: {name: [(x, y, label), ...]}, a colour each. x is on a logarithmic axis, y
+    from 0 to 1, or logarithmic too. joined: with lines between the points. mark: an x with a dashed line."""
+    palette = ("#1f5fb4", "#d65a1e", "#3a8f4d", "#8a4fb0", "#555555", "#b8860b")
+    left, right, top, bottom = 60, 560, 40, 390
+    points, parts = list(itertools.chain(*series.values())), ['<rect width="760" height="440" fill="white"/>']
+    xs = [x for x, *_ in points] + [mark or 1]
+    ys = [y for _, y, _ in points] if log_y else [0, 1]
+
+    def axis(values, start, end, f):
+        low, high = f(min(values)), f(max(values))
+        return lambda value: start + (f(value) - low) / max(high - low, 1e-9) * (end - start)
+
+    def text(x, y, words, more=""):
+        parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(str(words))}</text>')
+
+    at_x = axis(xs, left, right, math.log1p)  # from 0 on: not every cancer type is in training
+    at_y = axis(ys, bottom, top, (lambda y: math.log(max(y, 1e-4))) if log_y else float)
+    text(left, 22, title, 'font-size="15"')
+    text(left, 428, across)
+    ticks = [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5)]
+    for y in [tick for tick in ticks if min(ys) <= tick <= max(ys)] if log_y else (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<path d="M{left} {at_y(y):.0f}H{right}" stroke="#dddddd"/>')
+        text(left - 8, at_y(y) + 4, f"{y:g}", 'text-anchor="end"')
+    for x in [tick for tick in [0, *ticks[12:]] if min(xs) <= tick <= max(xs)]:
+        text(at_x(x), bottom + 18, f"{x:,g}", 'text-anchor="middle"')
+    if mark:
+        parts.append(f'<path d="M{at_x(mark):.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
+    for i, (name, found) in enumerate(series.items()):
+        colour = palette[i % len(palette)]
+        if joined:
+            line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in sorted(found))
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for x, y, label in [*found, (None, None, None)]:  # the last: the legend's
+            cx, cy = (right + 20, 46 + 20 * i) if label is None else (at_x(x), at_y(y))
+            tip = name if label is None else f"{name}, {label}: {y:.3g}"
+            circle = f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{colour}" fill-opacity="0.75">'
+            parts.append(f"{circle}<title>{html.escape(tip)}</title></circle>")
+        text(right + 32, 50 + 20 * i, name)
+    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" viewBox="0 0 760 440"'
+    write_text(path, f"<svg {style}><!-- {PICTURE_MARK} -->{''.join(parts)}</svg>\n")
+
+
+def draw_rarity(path, lines, threshold):
+    """Accuracy of every cancer type by its slides in training, a colour a system -> whether there were
+    types."""
+    for metric in ("accuracy", "exact match"):
+        types, series = [line for line in lines if (line.kind, line.metric) == ("cancer type", metric)], {}
+        for line in types:
+            series.setdefault(line.system, []).append((line.slides, line.mean, line.group))
+        if len({line.group for line in types}) > 1:
+            title = f"{metric} by how frequent a cancer type is"
+            draw_plot(path, title, "slides of the type (dashed: --rare)", series, mark=threshold)
+            return True
+    return False
+
+
+def correlations(rows, systems):
+    """Whether the text metrics tell what the judge tells, and either what experts tell: rank correlations."""
+    scored = [row["scores"][system] for row in rows for system in systems if system in row["scores"]]
+    for target in (*JUDGED, *EXPERTS):
+        rated, found = [scores for scores in scored if scores.get(target) is not None], []
+        for metric in (*NLU, "exact match", "accuracy", *JUDGED):
+            pairs = [(scores[metric], scores[target]) for scores in rated if scores.get(metric) is not None]
+            if len(pairs) > 2 and metric != target:
+                found.append(f"{metric} {spearman(*map(np.array, zip(*pairs))):.2f} ({len(pairs)})")
+        if found:
+            yield f"Rank correlation with {target} (answers): {', '.join(found)}."
+
+
+def describe_scores(rows, first, judge, args):
+    """Notes on what was scored: closed answers that name no choice, and the judge. first: a system."""
+    unread = [row for row in rows if row["scores"][first].get("accuracy", 0) is None]
+    if unread:
+        few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
+        yield f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong: {few}"
+    sure = [row for row in rows if isinstance(row["confidence"], dict)]  # of --choices likelihood
+    for right, words in ((1, "right"), (0, "wrong")):
+        chosen = [row["confidence"] for row in sure if row["scores"][first].get("accuracy") == right]
+        shares = [max(confidence["answer"].values()) for confidence in chosen]
+        if shares:
+            mean = f"{np.mean(shares):.2f} ({len(shares)} answers)"
+            yield f"Confidence in the chosen option where it is {words}: {mean}."
+    if judge:
+        grades = [value for row in rows for grade in row["grades"].values() for value in grade.values()]
+        rule = "are left out" if judge.authors else "count as 0"
+        prompts = f"prompts of {args.judge_prompts}" if args.judge_prompts else "our prompts"
+        unusable = f"{grades.count(None):,} grades stayed unusable and {rule}{judge.reasons()}"
+        yield f"Judge: {judge.model}, protocol {args.judge_protocol}, {prompts}. {unusable}."
+        if args.judge_repeat:
+            yield from judge_twice(judge, [row for row in rows if row["grades"]], first, args)
+
+
+def evaluate(args, paths):
+    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg
+    beside the first of them."""
+    marks = {"md": "# Evaluation", "csv": "kind,group", "json": '"predictions"'}
+    written = check_outputs(paths[0].with_name("evaluation"), **marks)
+    settings, rows, asked, notes = read_systems(paths)
+    here = answered_by_all(rows, asked)
+    none = "holds no answers yet; sample.py --qa goes on with it"
+    none = "no question is answered by all" if paths[1:] else none
+    check(here, f"{some(map(str, paths))}: {none}")
+    by_all = "answered by all" if paths[1:] else "answered"
+    answered = f"{len(here):,} of {len(rows):,} questions {by_all}; the others are in no mean"
+    notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
+    training, majority = read_training(args.data / "qa" / "train.jsonl")
+    known = [row for row in here if row["task"] in majority]
+    for row in known:
+        row["answers"][MAJORITY] = majority[row["task"]]
+    systems = [*asked, MAJORITY] if known else asked
+    if known:
+        file = f"{args.data}/qa/train.jsonl"
+        notes.append(f"{MAJORITY}: a task's most frequent answer in {file}, whatever the slide.")
+    notes += read_ratings(args.ratings, settings, rows) if args.ratings else []
+    judge = find_judge(args, paths[0].with_name("judge.jsonl"))
+    if judge:
+        todo = [row for row in here if not closed_parser(row["question"], row["truth"])]
+        kept = f"{len(judge.replies):,} of its replies are kept already"
+        print(f"{len(todo):,} open questions for {judge.model}; {kept}.")
+        grade_rows(judge, todo, asked, args.requests)
+        if judge.dry:
+            return print(judge.plan())
+    meteor = find_meteor()
+    for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
+        score_row(row, systems, meteor)
+    notes += [*describe_scores(here, asked[0], judge, args), *correlations(here, asked)]
+    if not meteor:
+        notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
+    lines = tabulate(rows, systems, rarities(rows, training, args.rare), args)
+    result = {"predictions": list(map(str, paths)), "settings": settings, "notes": notes}
+    write_evaluation(args, written, lines, systems, result)
+
+
+def write_evaluation(args, written, lines, systems, result):
+    """The tables and notes of --evaluate: into files, and in short on the screen."""
+    result["table"] = [dataclasses.asdict(line) for line in lines]
+    write_text(written["json"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    header = [field.name for field in dataclasses.fields(Line)]
+    write_text(written["csv"], csv_text([header, *(line.values() for line in result["table"])]))
+    listed_notes = "".join(f"- {note}\n" for note in result["notes"])
+    text = f"# Evaluation\n\n{listed_notes}\n{side_by_side(lines, systems)}\n"
+    shown = [line for line in lines if line.kind != "cancer type" and line.metric in BRIEF]
+    print(f"\n{side_by_side(shown, systems)}\n")
+    if systems[1:]:
+        beside = f"Paired difference from {systems[0]} (p: McNemar's, exact)"
+        text += f"\n## {beside}\n\n{side_by_side(lines, systems[1:], difference=True)}\n"
+        print(f"{beside}:\n{side_by_side(shown, systems[1:], difference=True)}\n")
+    write_text(written["md"], text)
+    picture = f"; a picture: {written['svg']}" if draw_rarity(written["svg"], lines, args.rare) else ""
+    print("\n".join(result["notes"]))
+    print(f"All metrics, and each cancer type: {written['md']} (and .csv, .json){picture}")
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False), file=args.json)
+
+
+def tile_scores(args, count):
+    """What the draws of one count of --tiles came to -> ({metric: {question: [values]}}, {question: its
+    slides}, the mean tiles of a slide, GB at the peak)."""
+    values, slides = collections.defaultdict(lambda: collections.defaultdict(list)), {}
+    tiles, peak = {}, 0.0
+    for _, path in tile_runs(args, count):
+        for n, row in read_predictions(path)[1].items():
+            if row["answer"] is not None:
+                slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
+                for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
+                    values[metric][n].append(value or 0.0)
+                for slide in set(slides_of(row)) - tiles.keys():
+                    have = slide_facts(args.data, slide).get("tiles", count)
+                    tiles[slide] = min(have, count or have)
+    check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
+    return values, slides, float(np.mean(list(tiles.values()))), peak
+
+
+def evaluate_tiles(args):
+    """--tiles: a row for each count of tiles, in tiles.md and .csv, and the curve, tiles.svg. A question's
+    value is the mean over the draws."""
+    written = check_outputs(args.predictions.with_name("tiles"), md="# Tiles", csv="tiles,")
+    table, series = [], collections.defaultdict(list)
+    for count in args.tiles:
+        values, slides, tiles, peak = tile_scores(args, count)
+        line = {"tiles": f"{count:,}" if count else "all", "on average": round(tiles, 1)}
+        line |= {"questions": len(slides), "GB": f"{peak:.2f}"}
+        for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L", "seconds"):
+            if values[metric]:
+                means = np.array([float(np.mean(x)) for x in values[metric].values()])
+                found = interval(means, [slides[n] for n in values[metric]], args.seed)
+                line[metric] = with_interval(*found)
+                if metric != "seconds":
+                    series[metric].append((tiles, found[0], f"{line['tiles']} tiles"))
+        table.append(line)
+    text = write_rows(written, "# Tiles", table)
+    print(f"\n{text}\nSeconds a question, and GB at the peak.")
+    draw_plot(written["svg"], "What the number of tiles is worth", "tiles a slide", series, joined=True)
+    print(f"Wrote {', '.join(map(str, written.values()))}")
+
+
+# ---- What it costs, by size of slide -----------------------------------------------------------------------
+
+SIZES = (1, 3, 10, 30, 100)  # GB of uncompressed pixels, of the slides that --benchmark makes up
+MEASURING = 20  # seconds at most that tiles are read, and that they are encoded; the rest is extrapolated
+
+
+def made_up_tile(seed):
+    """256 x 256 pixels of tissue with nuclei, or (None) of glass -> a JPEG."""
+    picture, rng = Image.new("RGB", (TILE, TILE), (244, 244, 244)), np.random.default_rng(seed)
+    if seed is not None:
+        stroma = rng.normal((226, 178, 206), 9, (TILE, TILE, 3))
+        picture = Image.fromarray(stroma.clip(0, 255).astype(np.uint8))
+        for x, y in rng.integers(0, TILE, (120, 2)).tolist():
+            ImageDraw.Draw(picture).ellipse((x - 5, y - 4, x + 5, y + 4), (104, 62, 148))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def make_slide(path, gigabytes):
+    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's
+    generic-tiff) of levels at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs: the file is
+    small, the work is not."""
+    side = max(8, round(math.sqrt(gigabytes * 1e9 / 3) / TILE)) * TILE
+    body, pictures, link = bytearray(struct.pack("<2sHI", b"II", 42, 0)), [], 4  # link: to the next directory
+    for seed in (None, 0, 1, 2, 3):
+        picture = made_up_tile(seed)
+        pictures.append((len(body), len(picture)))
+        body += picture + b"\0" * (len(picture) % 2)
+    for level in itertools.count():
+        pixels = side // 4**level
+        n = math.ceil(pixels / TILE)  # tiles along each side
+        if n < 8:
+            break
+        y, x = (np.mgrid[:n, :n] + 0.5) / n - 0.5
+        kind = np.where(np.hypot(x, y) < 0.36, 1 + np.arange(n * n).reshape(n, n) * 7 % 4, 0).ravel()
+        offsets, lengths = np.array(pictures, "<u4")[kind].T
+        at, table = len(body), len(body) + 16  # of what does not fit into the directory's entries
+        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1)
+        body += offsets.tobytes() + lengths.tobytes()
+        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
+            [(254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels)],  # width and height
+            [(258, 3, 3, at), (259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)],  # 3 x 8 bits, JPEG, YCbCr
+            [(282, 5, 1, at + 8), (283, 5, 1, at + 8), (296, 3, 1, 3)],  # pixels per centimetre
+            [(322, 4, 1, TILE), (323, 4, 1, TILE)],
+            [(324, 4, n * n, table), (325, 4, n * n, table + 4 * n * n)],
+        ]
+        struct.pack_into("<I", body, link, len(body))
+        directory = b"".join(struct.pack("<HHII", *entry) for entry in itertools.chain(*entries))
+        body += struct.pack("<H", len(directory) // 12) + directory + struct.pack("<I", 0)
+        link = len(body) - 4
+    Path(path).write_bytes(body)
+
+
+def timed(device, work):
+    """(seconds, what the work returns)."""
+    started = time.time()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.time() - started, result
+
+
+def read_through(path, mpp):
+    """In a process of its own: finds the tissue of a slide and reads tiles of it, MEASURING seconds at most
+    -> (its size, the tiles' corners, seconds of finding them, some tiles, how many were read, in how long,
+    peak memory)."""
+    started = time.time()
+    slide = prepare.Slide(path, None, fallback=mpp)
+    coords = prepare.tile_grid(prepare.find_tissue(slide.thumbnail(prepare.MASK))[0], 0.25)
+    tissue, started = time.time() - started, time.time()
+    order, pixels, n = np.random.default_rng(0).permutation(len(coords)), [], 0
+    while n < len(order) and time.time() - started < MEASURING:
+        pixels[n % 16 :] = [slide.tile(*coords[order[n]].tolist())]  # a batch for the encoder is kept
+        n += 1
+    reading = time.time() - started
+    return slide.file.dimensions, coords, tissue, pixels, n, reading, wsi_llava.peak_memory()
+
+
+@torch.inference_mode()
+def time_slide(args, path, encoder, model, ids):
+    """All steps from a slide to an answer -> a row of the table, in seconds and GB."""
+    reset_peak(args.device)
+    clock = functools.partial(timed, args.device)
+    with concurrent.futures.ProcessPoolExecutor(1, prepare.FORK) as pool:
+        try:
+            found = pool.submit(read_through, path, args.mpp).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(f"{path}: {prepare.DIED}") from None
+    (width, height), coords, tissue, pixels, read, reading, readers_peak = found
+    N, encoded, encoding = len(coords), 0, 0.0
+    check(N, f"{path}: no tissue was found on it")
+    pixels = torch.from_numpy(np.stack(pixels))
+    prepare.encode(encoder, pixels[:2], args.device)  # warm
+    while encoded < N and encoding < MEASURING:
+        encoding += clock(lambda: prepare.encode(encoder, pixels, args.device))[0]
+        encoded += len(pixels)
+    C = model.slide_encoder.cfg.in_width if model.slide_encoder else encoder.cfg.width
+    features, coords = torch.randn(N, C), torch.from_numpy(coords)
+    slide_encoder, visual = clock(lambda: model.encode_slide(features, coords))
+    answer = model.generate([visual[None]], [ids], max_new_tokens=32)
+    first_token, _ = clock(lambda: next(answer))
+    seconds, tokens = clock(lambda: len(list(answer)))  # none, where the first one ended it
+    row = {"slide": path.name, "level 0": f"{width} x {height}", "GB": width * height * 3 / 1e9, "tiles": N}
+    row |= {"tissue": tissue, "reading": reading * N / read, "tile encoder": encoding * N / encoded}
+    row |= {"slide encoder": slide_encoder, "first token": first_token, "tokens/s": tokens / seconds}
+    row["CPU GB"] = max(readers_peak, wsi_llava.peak_memory()) / 1e9
+    row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9 if args.device.type == "cuda" else 0.0
+    extrapolated = f"from {read:,} tiles read, {encoded:,} encoded"
+    return row | {"extrapolated": extrapolated if min(read, encoded) < N else ""}
+
+
+def random_weights(module, args):
+    """A module of the meta device -> on --device in --dtype, small random weights in it."""
+    module = module.to(args.dtype).to_empty(device=args.device).eval()
+    for x in module.state_dict().values():
+        x.normal_(0, 0.02)
+    return module
+
+
+def benchmark_models(args):
+    """-> (tile encoder, model, the ids of a prompt), of random weights where there are none, which is
+    said."""
+    preset, question = args.preset or "demo", {"from": "human", "value": "Describe what is seen."}
+    cfg = wsi_llava.PRESETS[preset]
+    try:
+        encoder, source = wsi_llava.pick_tile_encoder(args)
+        encoder, source = encoder.to(args.device, args.dtype), source or "untrained, of the preset demo"
+    except UserError:
+        with torch.device("meta"):
+            encoder = wsi_llava.TileEncoder(cfg.tile_encoder)
+        encoder, source = random_weights(encoder, args), f"random, of the preset {preset}'s size"
+    try:
+        check((args.data / "meta.json").exists(), f"no {args.data}/meta.json")
+        model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
+        ids, weights = prompt_ids(tokenizer, {"conversations": [question]}), f"those of {args.out}"
+    except UserError as error:
+        with torch.device("meta"):
+            model = wsi_llava.WSILLaVA(cfg)
+        model, ids = random_weights(model, args), [1, IMAGE_TOKEN, *range(3, 40)]
+        weights = f"random, of the preset {preset}'s size ({one_line(error)})"
+    print(f"Tile encoder: {source}. Slide encoder and language model: {weights}.")
+    print(f"On {args.device} in {args.dtype}.")
+    return encoder, model, ids
+
+
+def benchmark(args):
+    """--benchmark: slides, or made-up ones of SIZES, through every step -> out/benchmark.md, .csv, .svg."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = check_outputs(args.out / "benchmark", md="# What a slide costs", csv="slide,level 0")
+    slides = prepare.find_slides(args.benchmark).values() if args.benchmark else SIZES
+    models, table, series = benchmark_models(args), [], collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for slide in tqdm(slides, unit="slide"):
+            path = slide if args.benchmark else Path(folder) / f"made-up-{slide}GB.tif"
+            if not args.benchmark:
+                make_slide(path, slide)
+            try:
+                table.append(time_slide(args, path, *models))
+            except UserError as error:
+                print(f"failed: {error}", file=sys.stderr)
+    check(table, "--benchmark: no slide could be timed, see above")
+    table.sort(key=lambda row: row["GB"])
+    steps = ("tissue", "reading", "tile encoder", "slide encoder", "first token")
+    for row, step in itertools.product(table, steps):
+        series[step].append((row["GB"], row[step], row["slide"]))
+    text = write_rows(written, "# What a slide costs", table)
+    print(f"\n{text}\nSeconds, of one reader (prepare.py has --workers of them), and GB at the peak.")
+    style = {"log_y": True, "joined": True}
+    draw_plot(written["svg"], "Seconds by size of slide", "GB of pixels, uncompressed", series, **style)
+    print(f"Wrote {', '.join(map(str, written.values()))}")
+
+
+# ---- Flags, and what they start ----------------------------------------------------------------------------
 
 
 def ask_about_slides(args):
     """--slide: one answer, a chat, or zero-shot."""
     started = time.time()
-    if len(args.slide) > 1 and (args.region or args.zero_shot):
-        raise UserError("--region and --zero-shot are about one slide; give --slide one name")
-    names = prepare_raw(args, args.slide)
+    one = len(args.slide) == 1 or not (args.region or args.zero_shot)
+    check(one, "--region and --zero-shot are about one slide; give --slide one name")
+    slides = prepare_raw(args, args.slide)
     meta = wsi_llava.read_meta(args.data)
     if args.zero_shot:
-        found = dict(zip(args.zero_shot, zero_shot(args, meta, names[0], args.zero_shot)))
-        print(f"{names[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
-        print("\n".join(f"{p:8.4f}  {text}" for text, p in sorted(found.items(), key=lambda item: -item[1])))
+        found = dict(zip(args.zero_shot, zero_shot(args, meta, slides[0], args.zero_shot)))
+        print(f"{slides[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
+        for text, p in sorted(found.items(), key=lambda item: -item[1]):
+            print(f"{p:8.4f}  {text}")
         if args.json:
-            print(json.dumps({"slide": names[0], "probabilities": found}, ensure_ascii=False), file=args.json)
+            said = {"slide": slides[0], "probabilities": found}
+            print(json.dumps(said, ensure_ascii=False), file=args.json)
         return
     model, tokenizer = load_model(args, meta)
-    options = {k: getattr(args, k) for k in "max_new_tokens temperature top_p top_k seed".split()}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    options = {name: getattr(args, name) for name in names}
 
     def open_chat(names):
         names = prepare_raw(args, names)
         return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
 
-    names, chat = open_chat(names)
+    names, chat = open_chat(slides)
     trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
-    print(
-        f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; "
-        f"{f'model of {trained}' if trained.exists() else 'published model'} on {args.device} in {dtype}, "
-        f"{time.time() - started:.1f} s."
-    )
-    tokens, seconds = (
-        stream_answer(args, names, chat, args.ask) if args.ask else chat_loop(args, open_chat, names, chat)
-    )
+    origin = f"model of {trained}" if trained.exists() else "published model"
+    where = f"{origin} on {args.device} in {dtype}, {time.time() - started:.1f} s"
+    print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; {where}.")
+    if args.ask:
+        tokens, seconds = stream_answer(args, names, chat, args.ask)
+    else:
+        tokens, seconds = chat_loop(args, open_chat, names, chat)
     if args.heatmap or args.heatmap_geojson:
         explain(args, model, tokenizer, names[0], chat.turns[-1]["value"])
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
 
 
 def rectangle(text):
-    """x,y,width,height -> floats."""
-    values = [float(part) for part in text.split(",")]
-    if len(values) != 4 or min(values[2:]) <= 0:
+    """A type for argparse: x,y,width,height -> floats."""
+    values = []
+    with contextlib.suppress(ValueError):
+        values = [float(part) for part in text.split(",")]
+    if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height in level-0 pixels")
     return values
 
 
+def temperature(text):
+    """A type for argparse: 0, or what logits can be divided by."""
+    value = wsi_llava.at_least(0, float, 100)(text)
+    if 0 < value < 0.001:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 (the most likely token) nor from 0.001 to 100")
+    return value
+
+
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    share = at_least(0, float)
-    add = parser.add_argument_group("one slide, or one case").add_argument
-    add("--slide", nargs="+", metavar="S", help="a slide file, or the name of a prepared slide; several: one case")
-    add("--ask", metavar="Q", help="one question; without it, a chat")
-    add("--region", metavar="X,Y,W,H", type=rectangle, help="only this part of the slide, in level-0 pixels")
-    add("--zero-shot", metavar="TEXT", nargs="+", help="the probability of each text, by stage 1 alone")
-    add("--heatmap", metavar="PNG", type=Path, help="with --ask: a picture of which tiles made the answer what it is")
-    add("--heatmap-geojson", metavar="FILE", type=Path, help="with --ask: the same for QuPath, a square a tile")
-    add("--word", help="of --heatmap: explain this word of the answer alone")
-    add("--mpp", type=float, help="um per pixel at level 0, for a raw slide whose metadata lack it")
-    add("--json", action="store_true", help="for programs: one JSON object an answer on stdout, nothing else there")
-    add = parser.add_argument_group("how it answers").add_argument
-    add("--int8", action="store_true", help="the language model's weights rounded to int8: half of bfloat16's memory")
-    add("--max-new-tokens", type=at_least(1), default=512, help="longest answer, in tokens (default: 512)")
-    add("--temperature", type=share, default=0.0, help="0 (default): the most likely token, always; above: sampled")
-    add("--top-p", type=share, default=1.0, help="sample from the likeliest tokens of this probability (default: 1)")
-    add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens (default: 0, all)")
-    add = parser.add_argument_group("many questions, and their evaluation").add_argument
-    add("--qa", metavar="FILE", nargs="+", help="answer every question of these files, into --predictions; resumes")
-    add("--predictions", metavar="FILE", type=Path, help="the answers' file (default: predictions.jsonl in --out)")
-    add("--baselines", action="store_true", help="also answer without the slide, and with another's")
-    add("--batch-size", type=at_least(1), default=8, help="questions at once (default: 8)")
-    tables = "tables of a file of predictions (default: --predictions)"
-    add("--evaluate", metavar="FILE", nargs="?", const="", help=tables)
-    add("--judge-model", metavar="M", help="grade open answers by this model: WSI-Precision, WSI-Relevance")
-    add("--judge-url", metavar="URL", default="https://api.openai.com/v1", help="OpenAI-compatible (default: OpenAI's)")
-    add("--judge-workers", type=at_least(1), default=8, help="requests to the judge at once (default: 8)")
-    add("--judge-dry-run", action="store_true", help="only count the judge's calls and tokens")
+    count, some, text = wsi_llava.at_least(0), wsi_llava.at_least(1), wsi_llava.some_text
+
+    def group(title):
+        add = parser.add_argument_group(title).add_argument
+        return lambda flag, help, **options: add(flag, help=help, **options)
+
+    add = group("one slide, or one case")
+    file = {"type": wsi_llava.some_path, "metavar": "FILE"}
+    folder, many = file | {"metavar": "DIR"}, {"nargs": "+", "type": text}
+    add("--slide", "a slide file, or the name of a prepared slide; several: one case", metavar="S", **many)
+    add("--ask", "one question; without it, a chat", type=text, metavar="Q")
+    add("--region", "only this part of the slide, in level-0 pixels", metavar="X,Y,W,H", type=rectangle)
+    add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", **many)
+    add("--heatmap", "with --ask: a picture (PNG) of which tiles made the answer what it is", **file)
+    add("--heatmap-geojson", "the same for QuPath, a square a tile", **file)
+    mpp = wsi_llava.at_least(0.05, float, 20)
+    add("--mpp", "um per pixel at level 0, for a raw slide whose metadata lack it", type=mpp)
+    add("--slides", "where the slides' files are, for pictures (default: slides in --data)", **folder)
+    add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
+    add = group("how it answers")
+    add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
+    add("--max-new-tokens", "longest answer, in tokens (default: 512)", type=some, default=512)
+    add("--temperature", "0 (default): the most likely token; above: sampled", type=temperature, default=0.0)
+    mass = "sample from the likeliest tokens of this probability (default: 1)"
+    add("--top-p", mass, type=wsi_llava.share, default=1)
+    add("--top-k", "sample from the k most likely tokens (default: 0, all)", type=count, default=0)
+    add = group("many questions")
+    add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
+    add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
+    add("--baselines", "also answer without the slide, and with another's", action="store_true")
+    how = {"choices": ("generate", "likelihood"), "default": "generate"}
+    add("--choices", "closed questions: by what it says (default), or its likeliest option", **how)
+    tiles = "answer with so many tiles a slide (0: all), drawn at random; a table and a curve"
+    add("--tiles", tiles, nargs="+", type=count, metavar="N")
+    add("--draws", "random draws of each of --tiles (default: 1)", type=some, default=1)
+    add("--batch-size", "questions at once (default: 8)", type=some, default=8)
+    add = group("many questions to a model behind a server; its key: OPENAI_API_KEY")
+    url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
+    add("--ask-model", "let this vision model answer --qa", type=text, metavar="M")
+    add("--ask-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
+    add("--ask-thumbnail", "it sees the slide, so many pixels (default: 1024)", type=count, default=1024)
+    add("--ask-tiles", "it sees so many tiles, spread over the tissue (default: 0)", type=count, default=0)
+    add("--requests", "requests to a server at once (default: 8)", type=some, default=8)
+    add("--dry-run", "only count what a server would be sent", action="store_true")
+    add = group("evaluation")
+    add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
+    add(
+        "--rare", "below so many training slides a cancer type is rare (default: 100)", type=some, default=100
+    )
+    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", type=text, metavar="M")
+    add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
+    rules = "what counts: ours (default), or as in the authors' released evaluation"
+    add("--judge-protocol", rules, choices=PROMPTS, default="ours")
+    add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
+    add("--judge-repeat", "grade so many answers twice: does the judge agree?", type=count, default=0)
+    sheet = "a page for experts to grade N questions' answers, blind"
+    add("--rating-sheet", sheet, metavar="N OUT.html FILE", **many)
+    add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **file)
+    what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
+    add("--benchmark", what, nargs="*", **file | {"metavar": "SLIDE"})
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
-    args.json = sys.stdout if args.json else None  # what a program reads; all that is printed goes to stderr then
+    args.json = sys.stdout if args.json else None  # a program reads it; all else goes to stderr then
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     check_heatmap_flags(args)
+    alone = args.qa and not (args.ask_model or args.baselines or args.evaluate)
+    goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
+    check(alone or not args.tiles, f"--tiles {goes}")
+    check(args.evaluate is not None or not args.ratings, "--ratings goes with --evaluate FILE [FILE...]")
     wsi_llava.resolve_device(args)
+    tables = args.evaluate is not None or args.benchmark is not None
+    todo = args.slide or args.qa or args.rating_sheet or tables
+    check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         if args.qa:
-            answer_file(args, wsi_llava.read_meta(args.data))
-        if args.evaluate is not None:
-            evaluate(args, Path(args.evaluate or args.predictions))
+            answer_file(args)
+        if args.benchmark is not None:
+            benchmark(args)
+        if args.rating_sheet:
+            rating_sheet(args)
+        if args.tiles:
+            evaluate_tiles(args)
+        elif args.evaluate is not None and not (args.qa and args.dry_run):
+            evaluate(args, args.evaluate or [args.predictions])
         elif args.slide and not args.qa:
             ask_about_slides(args)
-        elif not args.qa:
-            raise UserError("nothing to do: give --slide, --qa or --evaluate (--help explains)")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Tests that need the slides and questions of ../shared skip where it is absent; e
 that needs only this repository.
 """
 
+import argparse
+import base64
 import concurrent.futures
 import contextlib
 import copy
@@ -29,6 +31,7 @@ import threading
 import time
 import types
 import warnings
+import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
@@ -4057,6 +4060,38 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer):
     assert len(set(together)) > 1
 
 
+def test_a_question_about_several_slides_is_shown_all_of_them(tiny, tokenizer):
+    """One <image> each, in the row's order; questions about one slide and about two go through side by side."""
+    asked = [{"from": "human", "value": "<image>\n<image>\nWhat is its grade?"}]
+    rows = [{"slide": ["a", "b"], "conversations": asked}, {"slide": "a", "conversations": TALK[:1]}]
+    visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
+    ids = sample.prompt_ids(tokenizer, rows[0])
+    assert ids.count(IMAGE_TOKEN) == 2 and sample.prompt_ids(tokenizer, rows[0], image=False).count(IMAGE_TOKEN) == 0
+    got = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
+    steps = tiny.generate([torch.stack([visual["a"], visual["b"]])], [ids], 6, ends=tokenizer.ends)
+    said = tokenizer.decode([t for (t,) in steps if t not in tokenizer.ends])
+    assert got == [said, sample.answer_rows(tiny, tokenizer, rows[1:], visual, max_new_tokens=6)[0]]
+    visual["b"] = torch.randn(4, 128)
+    with pytest.raises(UserError, match="data/visual_tokens: the slides have different numbers of them"):
+        sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
+
+
+def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_path):
+    (tmp_path / "features").mkdir()
+    for name in ("TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z", "TCGA-BB-0002-01Z"):
+        (tmp_path / "features" / f"{name}.safetensors").touch()
+    row = {"slide": "TCGA-AA-0001", "task": "t", "cancer": "c", "conversations": TALK[:2]}
+    rows = [row | {"id": "1", "split": "train"}, row | {"id": "2", "split": "test"}]
+    rows.append(row | {"id": "3", "slide": "TCGA-BB-0002"})
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    found = sample.read_questions([tmp_path / "qa.json"], tmp_path)
+    assert [row["slide"] for row in found] == [["TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z"], "TCGA-BB-0002-01Z"]
+    assert [row["id"] for row in found] == ["2", "3"] and "split" not in found[0]
+    (tmp_path / "qa.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(UserError, match="qa.json: only questions for training; name a file of test questions"):
+        sample.read_questions([tmp_path / "qa.json"], tmp_path)
+
+
 def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
     ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
     assert ids == tokenizer.encode_chat(TALK[:3])[0] == sample.prompt_ids(tokenizer, {"conversations": TALK})
@@ -4111,13 +4146,144 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         sample_with(demo, *flags, "--temperature", 1, data=data)
 
 
+@slow
+def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
+    """And closed questions can be answered by what is likeliest: always an option, with a confidence."""
+    folder, _ = demo
+    shutil.copytree(folder / "data", tmp_path / "data")
+    rows = []
+    for slide in ("demo_0000", "demo_0001", "demo_0002"):
+        talks = [("choice", "Which? A) glands B) sheets", "B"), ("tf", "Is it?", "No"), ("open", "What?", "This.")]
+        for task, question, truth in talks:
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": truth}]
+            rows.append({"id": f"{slide}-{task}", "slide": slide, "task": task, "cancer": "", "conversations": turns})
+    prepare.write_qa(tmp_path / "qa.jsonl", rows)
+    (tmp_path / "data" / "features" / "demo_0001.safetensors").write_bytes(b"half")
+    path = tmp_path / "predictions.jsonl"
+    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
+    sample_with(demo, *flags, "--choices", "likelihood", "--evaluate", data=tmp_path / "data")
+    printed = capsys.readouterr().out
+    assert "Answered 6 questions" in printed and "3 questions are about slides that are missing: demo_0001" in printed
+    assert "Confidence in the chosen option" in printed and "name no choice" not in printed
+    _, answers = sample.read_predictions(path)
+    assert "demo_0001.safetensors" in answers[3]["missing"]
+    assert answers[0]["answer"] in "AB" and answers[1]["answer"] in ("yes", "no")
+    for field in ("answer", "answer_by_text"):
+        assert sum(answers[0]["confidence"][field].values()) == pytest.approx(1)
+    args = sample.parse(["--data", str(tmp_path / "data"), "--out", str(folder / "out")])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
+    visual = wsi_llava.read_visual_tokens(args.data, "demo_0000", model.cfg)
+    for text in ("glands", "sheets of cells"):
+        prompt, answer = sample.prompt_ids(tokenizer, rows[0]), tokenizer.encode(text)
+        with torch.no_grad():
+            embeds, _ = model.splice(visual[None], [prompt + answer])
+            nats = model.llama(embeds=embeds)[0, -len(answer) - 1 : -1].log_softmax(-1)
+        want = nats[range(len(answer)), answer].mean().item()
+        assert sample.likelihood(model, tokenizer, rows[0], {"demo_0000": visual}, text) == pytest.approx(want, abs=1e-4)
+
+    (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
+    with pytest.raises(UserError, match="mine.jsonl: exists, and is no earlier output of this command"):
+        sample_with(demo, *flags[:2], "--predictions", tmp_path / "mine.jsonl", data=tmp_path / "data")
+    rows[0]["conversations"][0]["value"] = "half \ud83d"
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="qa.jsonl, line 1: .*is no text"):
+        sample_with(demo, *flags, data=tmp_path / "data")
+
+
+def test_fewer_tiles_of_a_slide_are_among_more_and_the_same_for_every_model(tiny, tmp_path, monkeypatch):
+    (tmp_path / "features").mkdir()
+    features = torch.randn(20, 128).half()
+    coords = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1).int() * 256
+    save_file({"features": features, "coords": coords}, tmp_path / "features" / "s.safetensors")
+    with torch.no_grad():
+        whole = tiny.encode_slide(features, coords).half()
+    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 0, 0, "s"), whole)
+    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 99, 1, "s"), whole)
+    seen = []
+    monkeypatch.setattr(tiny, "encode_slide", lambda features, coords: seen.append(coords.tolist()) or features)
+    for count, draw in ((4, 0), (9, 0), (9, 0), (9, 1)):
+        sample.drawn_tokens(tiny, tmp_path, count, draw, "s")
+    few, more, again, other = seen
+    assert len(few) == 4 and all(tile in more for tile in few) and more == again != other and sorted(more, key=lambda c: c[::-1]) == more
+
+
+@slow
+def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys):
+    folder, _ = demo
+    path = tmp_path / "p.jsonl"
+    flags = ["--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", path, "--max-new-tokens", 6]
+    flags += ["--batch-size", 9, "--tiles", 4, 0, "--draws", 2]
+    sample_with(demo, *flags)
+    printed = capsys.readouterr().out
+    made = {f"p.{name}.jsonl" for name in ("4-tiles.0", "4-tiles.1", "all-tiles.0")}
+    assert {file.name for file in tmp_path.iterdir()} == made | {"tiles.md", "tiles.csv", "tiles.svg"}
+    few, whole = csv.DictReader(io.StringIO((tmp_path / "tiles.csv").read_text()))
+    assert (few["tiles"], few["on average"], few["questions"]) == ("4", "4.0", "27") and whole["tiles"] == "all"
+    means = []
+    for draw in (0, 1):
+        _, rows = sample.read_predictions(tmp_path / f"p.4-tiles.{draw}.jsonl")
+        means += [sample.same_answer(row["answer"], row["truth"]) for row in rows.values()]
+    assert few["exact match"].startswith(f"{np.mean(means):.3f} [") and "| tiles |" in printed and few["seconds"]
+    xml.etree.ElementTree.parse(tmp_path / "tiles.svg")
+    sample_with(demo, *flags)
+    assert capsys.readouterr().out.count("27 are answered") == 3
+    with pytest.raises(UserError, match="--tiles goes with --qa, without --baselines"):
+        sample_with(demo, *flags, "--baselines")
+
+
+def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide, capsys):
+    """Pictures counted before; thumbnail and tiles sent; a slide without a file is missing; resumed without a call."""
+    for name in ("features", "slides"):
+        (tmp_path / name).mkdir()
+    prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
+    shutil.copy(toy_slide[0], tmp_path / "slides")
+    coords = torch.tensor([[0, 0], [256, 0], [512, 256], [0, 512]])
+    tensors = {"features": torch.zeros(4, 8), "coords": coords.int()}
+    save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 1.0}'})
+    rows = [{"id": f"{s}-1", "slide": s, "task": "t", "cancer": "", "conversations": TALK} for s in ("toy", "gone")]
+    prepare.write_qa(tmp_path / "qa.jsonl", rows)
+    path = tmp_path / "gpt.jsonl"
+    flags = ["--data", tmp_path, "--qa", tmp_path / "qa.jsonl", "--predictions", path, "--ask-url", judge_server.url]
+    flags = [*map(str, flags), "--ask-model", "seer", "--ask-tiles", "2", "--requests", "2"]
+    sample.main([*flags, "--dry-run"])
+    assert "seer would be called 2 times with 6 pictures" in capsys.readouterr().out and not path.exists()
+    sample.main(flags)
+    printed = capsys.readouterr().out
+    assert "Answered 2 questions" in printed and "2 questions got no answer: gone (gone: its file is not in" in printed
+    _, body = next(r for r in judge_server.requests if len(r[1]["messages"]) == 1)
+    parts = body["messages"][0]["content"]
+    assert parts[0]["text"] == "Which type of tumor is this?"
+    sizes = [
+        Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))).size for part in parts[1:]
+    ]
+    assert sizes == [(1024, 1024), (256, 256), (256, 256)]
+    roles = sorted([message["role"] for message in body["messages"]] for _, body in judge_server.requests)
+    assert roles == [["user"], ["user", "assistant", "user"]]  # the second question, after the true first answer
+    _, answers = sample.read_predictions(path)
+    assert answers[0]["answer"] and answers[2]["answer"] is None
+    before = len(judge_server.requests)
+    sample.main(flags)
+    assert "2 are answered" in capsys.readouterr().out and len(judge_server.requests) == before
+
+
+def test_answers_whose_file_vanishes_are_not_said_to_be_there(judge_server, tmp_path, monkeypatch):
+    prepare.write_qa(
+        tmp_path / "qa.jsonl", [{"id": "1", "slide": "s", "task": "t", "cancer": "", "conversations": TALK}]
+    )
+    monkeypatch.setattr(sample, "slide_pictures", lambda *_: shutil.rmtree(tmp_path / "deep") or [])
+    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", tmp_path / "deep" / "p.jsonl", "--ask-model", "seer"]
+    with pytest.raises(UserError, match="p.jsonl: deleted while it was written, so its answers are lost; run again"):
+        sample.main(list(map(str, [*flags, "--ask-url", judge_server.url, "--requests", 1])))
+
+
 def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
     def full(*_, **options):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sample, "answer_rows", full)
     with pytest.raises(UserError, match="--batch-size 8: out of memory; the same command with a smaller one goes on"):
-        sample.ask_three_ways(None, None, [], None, None, sample.parse([]))
+        sample.ask_group(None, None, [], {}, sample.parse([]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4127,11 +4293,20 @@ def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
 OPTIONS = "Which? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
 CLOSED = {
     "B": ["B", "B)", "(b)", "b.", "**B**", "'B'", "B:", '"B"', "B. Squamous cell carcinoma", "The answer is B."]
-    + ["Answer: (b) squamous"],
+    + [
+        "Answer: (b) squamous",
+        "The answer is B because option A lacks glands.",
+        "It is B, not A.",
+        "B is likelier than A",
+    ]
+    + ["It is not A but B.", "Adenocarcinoma is unlikely; this is squamous cell carcinoma.", "A can be excluded, so B"]
+    + ["Between A and B, I choose B.", "There is no doubt that it is B", "squamous cell carcinoma (B)", "[B]", "B、"],
     "C": ["It is mucinous adenocarcinoma.", "I choose C because of the mucin", "The correct option is C, I think."]
     + ["choice C"],
     "A": ["adenocarcinoma", "A", "The answer is A because of glands"],
-    None: ["", "B or C", "A and B", "The answer is a tumor.", "A tumor of unknown origin", "None of these", "yes"],
+    None: ["", "B or C", "A and B", "The answer is a tumor.", "A tumor of unknown origin", "None of these", "yes"]
+    + ["It is not A.", "A, B and C", "It is neither A nor B.", "neither A, B nor C", "The answer is A or B", "A / B"]
+    + ["Option A lacks glands, option B fits", "It isn't squamous cell carcinoma", "The answer is not B"],
 }
 
 
@@ -4141,15 +4316,34 @@ def test_closed_answers_are_read():
     assert list(sample.choices(" ".join(f"{x}) {x}{x}" for x in "ABCDEFGHI"))) == list("ABCDEFGH")
     assert sample.choices("Is protein A. present or not?") == {} == sample.choices("What is it? B) a tumor A) necrosis")
     for want, texts in CLOSED.items():
-        assert [sample.parse_choice(text, options) for text in texts] == [want] * len(texts)
+        assert {text: sample.parse_choice(text, options) for text in texts} == dict.fromkeys(texts, want)
     for want, texts in {
         "yes": ["Yes", "yes, it is.", "TRUE", "The answer is yes"],
         "no": ["No.", "no", "False, since", "Answer: No"],
+        None: ["There is no doubt", "No doubt, yes", "Yes or no?"],
     }.items():
         assert [sample.parse_yes_no(text) for text in texts] == [want] * len(texts)
-    assert sample.parse_yes_no("There is no doubt") is None
     assert sample.closed_parser("Is the prognosis poor?", "No")("no way") == "no"
     assert sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None  # open: more than a word
+
+
+@pytest.mark.parametrize(
+    "style", ["a) {} b) {}", "[A] {} [B] {}", "A - {} B - {}", "1) {} 2) {}", "A、{} B、{}", "1. {} 2. {}"]
+)
+def test_options_in_any_style_are_read(style):
+    options = sample.choices("Which one? " + style.format("Glands", "Sheets"))
+    assert list(options.values()) == ["Glands", "Sheets"]
+    second = list(options)[1]
+    for answer in (
+        second,
+        f"{second})",
+        f"({second.lower()})",
+        f"The answer is {second}.",
+        "sheets",
+        f"{second}. Sheets",
+    ):
+        assert sample.parse_choice(answer, options) == second, answer
+    assert sample.parse_choice("It has 2 nuclei, a tumor", options) is None
 
 
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
@@ -4223,9 +4417,14 @@ def judge_server():
                 server.most = max(server.most, server.now)
                 step = server.script.pop(0) if server.script else "good"
             server.closing.wait(9) if step == "slow" else time.sleep(0.02)
+            if isinstance(step, tuple):
+                return self.misbehave(*step)
             with server.lock:
                 server.now -= 1
-            content = json.loads(body["messages"][1]["content"])
+            server.paths.append(self.path)
+            content = {"answer": "It is a tumor."}  # to a question about a picture
+            if body["messages"][0]["role"] == "system":
+                content = json.loads(body["messages"][1]["content"])
             claims = content.get("claims")
             if claims:
                 good = json.dumps({"scores": [0.7 if "grade" in c else 1 for c in claims]})
@@ -4241,12 +4440,25 @@ def judge_server():
                 self.end_headers()
                 self.wfile.write(reply)
 
+        def misbehave(self, status, headers, body):
+            with self.server.lock:
+                self.server.now -= 1
+            with contextlib.suppress(OSError):
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for piece in body if isinstance(body, list) else [body]:  # drop by drop
+                    self.wfile.write(piece.encode())
+                    self.wfile.flush()
+                    self.server.closing.wait(0.1) if isinstance(body, list) else None
+
         def log_message(self, *arguments):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.lock, server.closing = threading.Lock(), threading.Event()
-    server.requests, server.script, server.now, server.most = [], [], 0, 0
+    server.requests, server.paths, server.script, server.now, server.most = [], [], [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
@@ -4270,6 +4482,12 @@ def write_predictions(folder, rows, **more):
         lines.append(row | {k: v[n] for k, v in more.items()})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def table_of(folder):
+    """evaluation.json's lines, {(kind or group, metric, system): line}."""
+    lines = json.loads((folder / "evaluation.json").read_text())["table"]
+    return {(name, x["metric"], x["system"]): x for x in lines for name in (x["kind"], x["group"])}
 
 
 def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_path, monkeypatch):
@@ -4315,18 +4533,20 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
     path = write_predictions(tmp_path, rows)
     judge_server.script += ["text"] * 3
-    monkeypatch.setattr(sample.Judge.__init__, "__defaults__", (False, 3, 5.0, 0.01))
-    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--judge-workers", 1]
+    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (False, 3, 5.0, 0.01))
+    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
     sample.main(list(map(str, flags)))
-    table = json.loads((tmp_path / "evaluation.json").read_text())
-    (line,) = [x for x in table["table"] if x["kind"] == "all" and x["metric"] == "WSI-Precision"]
-    assert line["unusable"] == 1 and line["questions"] == 8 and line["answer"][0] == pytest.approx(0.7 * 7 / 8)
-    assert "1 grades stayed unusable and count as 0" in capsys.readouterr().out
+    line = table_of(tmp_path)["all", "WSI-Precision", "model"]
+    assert line["unusable"] == 1 and line["questions"] == 8 and line["mean"] == pytest.approx(0.7 * 7 / 8)
+    printed = capsys.readouterr().out
+    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours, our prompts" in printed
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
-    assert len(judge_server.requests) == before and judge_server.most == 1  # an unusable reply is kept like any other
+    assert len(judge_server.requests) == before + 2 and judge_server.most == 1  # only what was unusable is asked again
+    assert "0 grades stayed unusable" in capsys.readouterr().out
+    before += 2
     (tmp_path / "judge.jsonl").unlink()
-    sample.main(list(map(str, [*flags, "--judge-dry-run"])))
+    sample.main(list(map(str, [*flags, "--dry-run"])))
     assert "would be called 32 times" in capsys.readouterr().out and len(judge_server.requests) == before
     sample.main(list(map(str, [*flags[:-1], 3])))
     assert judge_server.most == 3
@@ -4346,7 +4566,8 @@ def test_a_prompt_that_the_judge_refuses_is_not_sent_again(judge_server, tmp_pat
     judge = new_judge(judge_server, tmp_path)
     assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED)
     assert len(judge_server.requests) == 1 + 5
-    assert judge.reasons() == "; 1 times: HTTP 400 Bad Request; 1 times: HTTP 503 Service Unavailable"
+    words = [f"; 1 times: HTTP {reason}: {{half" for reason in ("400 Bad Request", "503 Service Unavailable")]
+    assert judge.reasons() == "".join(words)
 
 
 def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
@@ -4361,6 +4582,107 @@ def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
         new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
 
 
+def said(content, **more):
+    """A reply of the judge's server, for its script."""
+    return 200, {}, json.dumps({"choices": [{"message": {"content": content, **more}}]})
+
+
+CLAIMED, SCORED = '{"claims": ["a", "b"]}', '{"scores": [1, 0]}'
+
+
+@pytest.mark.parametrize(
+    "claims, scores",
+    [
+        (
+            said(f'<think>{{"claims": ["...", "..."]}} is asked for</think>{CLAIMED}'),
+            said(f"{SCORED} {{as requested}}"),
+        ),
+        (said(f"{CLAIMED}\n{CLAIMED}"), said('{"scores": ["1", "0.0"]}')),
+        (said([{"type": "text", "text": CLAIMED}]), said(None, reasoning_content=SCORED)),
+        (said('[{"claim": "a"}, {"claim": "b"}]'), said('[{"claim": "a", "score": 1}, {"claim": "b", "score": "0"}]')),
+    ],
+)
+def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, claims, scores):
+    judge_server.script += [claims, scores, claims, scores]
+    judge = new_judge(judge_server, tmp_path)
+    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5) and not judge.problems
+    assert judge_server.requests[0][1]["temperature"] == 0 and judge_server.requests[0][1]["max_tokens"] > 1000
+    again = new_judge(judge_server, tmp_path)
+    assert (
+        again.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5) and len(judge_server.requests) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    "step, words",
+    [
+        ((200, {}, '{"error": {"message": "quota used up"}}'), "quota used up"),
+        ((200, {}, "<html><style>p {}</style><p>Down for repairs"), "Down for repairs"),
+        ((400, {}, '{"error": {"message": "prompt has a bad word"}}'), "HTTP 400 Bad Request: prompt has a bad word"),
+        ((200, {}, "[" * 100_000), "no answer in its reply"),
+        (said("[" * 100_000), "RecursionError"),
+        ((200, {}, ["{"] * 90), "its reply does not end"),
+    ],
+)
+def test_what_a_server_says_instead_of_an_answer_is_passed_on(judge_server, tmp_path, step, words):
+    judge_server.script += [step] * 2
+    judge = new_judge(judge_server, tmp_path, attempts=1)
+    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED) and words in judge.reasons()
+    assert not (tmp_path / "judge.jsonl").read_text()  # what is unusable is asked again next time
+    assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
+
+
+def test_a_key_follows_no_redirect_and_waits_are_bounded(judge_server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    judge_server.script += [(307, {"Location": "http://127.0.0.2:1/evil"}, "")]
+    with pytest.raises(UserError, match="redirects to http://127.0.0.2:1/evil; name that instead"):
+        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+    judge_server.script += [(429, {"Retry-After": wait}, "") for wait in ("nan", "inf", "-1", "soon")]
+    assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
+    judge_server.script += [(429, {"Retry-After": "86400"}, "")]
+    with pytest.raises(UserError, match="asks to wait for 86,400 s; run the same command then, it goes on"):
+        new_judge(judge_server, tmp_path).grade("Else?", "This.", "That.")
+    judge_server.script += [(400, {}, '{"error": {"message": "max_tokens is not supported"}}')]
+    assert None not in new_judge(judge_server, tmp_path).grade("Else?", "This.", "That.").values()
+    assert "max_tokens" not in judge_server.requests[-1][1] and "warning" not in capsys.readouterr().err
+    sample.Judge("http://judge.example/v1", "wise", tmp_path / "other.jsonl")
+    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
+
+
+def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path):
+    judge_server.url += "/chat/completions?api-version=2024-06-01"
+    new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+    assert judge_server.paths[0] == "/v1/chat/completions?api-version=2024-06-01"
+    for url in ("http://", "https://a b/v1", "http://host:port/v1", "http://[::1/v1", "https://user@host/v1"):
+        judge_server.url = url
+        with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
+            new_judge(judge_server, tmp_path)
+
+
+def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
+    """No question for the truth's claims; claims that the truth does not address left out; what is unusable too."""
+    path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}. Else") for i in range(2)])
+    nothing, claims = said('{"scores": [1, null]}'), said('{"claims": ["This", "that"]}')
+    judge_server.script += [claims, said('{"scores": [1, 0.3]}'), claims, nothing, *[said("?")] * 9]
+    texts = {"claims": "Take it apart.", "precision": "Is it said?", "relevance": "Does it matter?"}
+    (tmp_path / "prompts.json").write_text(json.dumps(texts))
+    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
+    flags += ["--judge-protocol", "authors", "--judge-prompts", tmp_path / "prompts.json", "--judge-repeat", 2]
+    sample.main(list(map(str, flags)))
+    shown = [json.loads(body["messages"][1]["content"]) for _, body in judge_server.requests[:4]]
+    assert "question" not in shown[0] and "question" in shown[2]
+    system = [body["messages"][0]["content"] for _, body in judge_server.requests[:4]]
+    assert system == [texts[name] for name in ("claims", "precision", "claims", "relevance")]
+    precision, relevance = (table_of(tmp_path)["all", metric, "model"] for metric in sample.JUDGED)
+    assert precision["mean"] == pytest.approx(0.65) and precision["unusable"] == 1 and relevance["mean"] == 1
+    printed = capsys.readouterr().out
+    assert f"protocol authors, prompts of {tmp_path}/prompts.json. 1 grades stayed unusable and are left out" in printed
+    assert "WSI-Relevance graded twice, 2 answers" in printed
+    (tmp_path / "prompts.json").write_text('{"claims": 3}')
+    with pytest.raises(UserError, match="prompts.json: .*expected JSON of three texts"):
+        sample.main(list(map(str, flags)))
+
+
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
     asked = []
 
@@ -4370,7 +4692,7 @@ def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
         raise KeyboardInterrupt
 
     judge = types.SimpleNamespace(model="wise", replies={}, dry=False, grade=grade)
-    rows = [{"question": "What?", "answer": "This.", "truth": "That."} for _ in range(200)]
+    rows = [{"question": "What?", "answers": {"answer": "This."}, "truth": "That."} for _ in range(200)]
     with pytest.raises(KeyboardInterrupt):
         sample.grade_rows(judge, rows, ["answer"], 2)
     assert len(asked) < 100
@@ -4389,48 +4711,49 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
     blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
     path = write_predictions(tmp_path, rows, answer_no_image=blind)
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path)])
+    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2"])
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "evaluation.json").read_text())["table"]
-    table = {(line["group"], line["metric"]): line for line in found}
-    stage = table["Staging_choice", "accuracy"]
-    assert (stage["questions"], stage["missing"], stage["unusable"]) == (4, 0, 1)
-    mean, low, high = stage["answer"]
-    assert mean == 0.5 and low <= 0.5 <= high and stage["answer_no_image"][0] == 0.5
-    assert table["diagnosis", "accuracy"]["published"] == 0.863 and table["treatment", "accuracy"]["answer"][0] == 1
-    report = table["report", "BLEU-4"]
-    assert (report["questions"], report["missing"], report["published"]) == (1, 1, 0.0665)
-    assert report["answer"][0] == pytest.approx(1) and report["answer_no_image"][0] == 0
-    assert table["Grading", "exact match"]["answer"] == [1, 1, 1]
+    found, table = json.loads((tmp_path / "evaluation.json").read_text())["table"], table_of(tmp_path)
+    model, blind = (table["Staging_choice", "accuracy", name] for name in ("model", "no slide"))
+    assert (model["questions"], model["missing"], model["unusable"], blind["unusable"]) == (4, 0, 1, 0)
+    assert model["mean"] == 0.5 and model["low"] <= 0.5 <= model["high"] and blind["mean"] == 0.5
+    assert blind["difference"] == 0 and blind["p"] == 1 and model["difference"] is None
+    assert table["diagnosis", "accuracy", "model"]["published"] == 0.863
+    assert table["treatment", "accuracy", "model"]["mean"] == 1
+    report = table["report", "BLEU-4", "model"]
+    assert (report["questions"], report["missing"], report["published"]) == (1, 1, None)  # the suspect row is not shown
+    assert report["mean"] == pytest.approx(1) and table["report", "BLEU-4", "no slide"]["mean"] == 0
+    graded = table["Grading", "exact match", "model"]
+    assert [graded[name] for name in ("mean", "low", "high")] == [1, 1, 1]
     if sample.find_meteor() is None:
-        assert "METEOR: n/a" in printed and "answer" not in table["report", "METEOR"]
-    assert {line["group"].split()[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
+        assert "METEOR: n/a" in printed and ("report", "METEOR", "model") not in table
+    assert {line["group"].split(":")[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
+    assert {line["slides"] for line in found if line["kind"] == "cancer type"} == {1, 3}
     assert "7 of 8 questions answered" in printed
-    assert "1 closed answers name no choice" in printed and "'Who knows'" in printed
+    assert "1 closed answers of model name no choice" in printed and "'Who knows'" in printed
     kinds = {line["kind"] for line in found}
     assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
     assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
     with open(tmp_path / "evaluation.csv") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(found) and lines[0]["answer_mean"]
-    assert set(lines[0]) >= {"answer_no_image_high", "published"}
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--json"])
+    assert len(lines) == len(found) and lines[0]["mean"] and {line["system"] for line in lines} == {"model", "no slide"}
+    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2", "--json"])
     assert json.loads(capsys.readouterr().out)["table"] == found
 
 
 def test_the_average_is_of_the_nine_figures_of_three_capabilities():
     rows = []
     for i, task in enumerate(("Caption", "Grading", "Prognosis")):
-        row = {"slide": f"s{i}", "cancer": "c", "task": task, "parser": None}
-        closed = {"question": "Is it?", "truth": "Yes", "answer": "Yes" if i else "No", "parser": sample.parse_yes_no}
-        grades = {"answer": {"WSI-Precision": 0.3, "WSI-Relevance": 0.7}}
-        rows += [row | closed, row | {"question": "What?", "truth": "This.", "answer": "That.", "grades": grades}]
+        row = {"slide": f"s{i}", "cancer": "c", "task": task, "question": "Is it?", "grades": {}, "ratings": {}}
+        row |= {"answers": {"model": "Yes" if i else "No"}, "truth": "Yes", "costs": {}}
+        grades = {"model": {"WSI-Precision": 0.3, "WSI-Relevance": 0.7}}
+        rows += [row | {"scores": {}}, row | {"truth": "Yes, it is.", "grades": grades, "scores": {}}]
     for row in rows:
-        sample.score_row(row, ["answer"], lambda truth, answer: 0.25)
-    table = sample.tabulate(rows, ["answer"], {}, 0)
-    assert (table[0]["metric"], table[0]["questions"], table[0]["published"]) == ("average", 9, 0.754)
-    assert table[0]["answer"] == [pytest.approx((2 + 3 * 0.3 + 3 * 0.7) / 9)]
-    assert [line["answer"][0] for line in table if line["metric"] == "METEOR" and line["kind"] == "all"] == [0.25]
+        sample.score_row(row, ["model"], lambda truth, answer: 0.25)
+    table = sample.tabulate(rows, ["model"], ({"c": "rare"}, {"c": 3}), sample.parse([]))
+    assert (table[0].metric, table[0].questions, table[0].published) == ("average", 9, 0.754)
+    assert table[0].mean == pytest.approx((2 + 3 * 0.3 + 3 * 0.7) / 9)
+    assert [line.mean for line in table if line.metric == "METEOR" and line.kind == "all"] == [0.25]
 
 
 def test_intervals_and_rank_correlations():
@@ -4446,19 +4769,194 @@ def test_intervals_and_rank_correlations():
     assert together == pytest.approx([mean, low, high])  # four questions that a slide decides are no more than one
 
 
+def test_several_systems_stand_in_one_table(tmp_path, capsys):
+    """Others' files in their own shapes, on the questions that all answered; differences, McNemar, rarity, majority."""
+    rows = [("Staging_choice", f"{OPTIONS} ({n})", "B", "B" if n < 10 else "A") for n in range(14)]
+    path = write_predictions(tmp_path, rows)
+    ours = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    theirs = [{"question_id": row["id"], "text": "It is B." if n == 9 else "A"} for n, row in enumerate(ours)]
+    theirs[13]["question_id"] = "stranger"
+    (tmp_path / "llava.jsonl").write_text("".join(json.dumps(row) + "\n" for row in theirs))
+    facts = [
+        {"question_id": f"x{n}", "image": f"T/{row['slide']}.pt", "question": row["question"]}
+        for n, row in enumerate(ours)
+    ]
+    (tmp_path / "wsi.json").write_text(json.dumps([row | {"T-answer": "A", "Output": "(b)"} for row in facts]))
+    with open(tmp_path / "chat.csv", "w", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=";").writerows(
+            [["Slide", "Question", "Answer", "Output"], *[[r["slide"], r["question"], "A", "=1+1"] for r in ours]]
+        )
+    (tmp_path / "qa").mkdir()
+    talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "B"}]
+    train = [{"slide": f"t{i}", "task": "Staging_choice", "cancer": "rare", "conversations": talk} for i in range(3)]
+    (tmp_path / "qa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    files = [path, *(tmp_path / name for name in ("llava.jsonl", "wsi.json", "chat.csv"))]
+    sample.main(list(map(str, ["--data", tmp_path, "--rare", 2, "--evaluate", *files])))
+    printed = capsys.readouterr().out
+    assert "13 of 14 questions answered by all" in printed and "llava.jsonl: 1 rows match no question" in printed
+    assert "stranger" in printed and "llava: 1 of 14 questions not answered" in printed
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    means = {x["system"]: round(x["mean"], 3) for x in result["table"] if x["kind"] == "all"}
+    assert means == {"predictions": 0.769, "llava": 0.077, "wsi": 1.0, "chat": 0.0, "majority": 1.0}
+    llava, wsi = (table_of(tmp_path)["all", "accuracy", name] for name in ("llava", "wsi"))
+    assert (llava["questions"], llava["missing"]) == (13, 1)
+    assert llava["difference"] == pytest.approx(-9 / 13) and llava["difference_high"] < 0
+    assert llava["p"] == pytest.approx(2 / 2**9) and wsi["p"] == pytest.approx(2 / 2**3)
+    assert {x["group"]: x["slides"] for x in result["table"] if x["kind"] == "cancer type"} == {"common": 0, "rare": 3}
+    xml.etree.ElementTree.parse(tmp_path / "evaluation.svg")
+    (tmp_path / "evaluation.md").write_text("my notes")
+    with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
+        sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
+    (tmp_path / "evaluation.md").unlink()
+    with pytest.raises(UserError, match="llava.jsonl: lacks questions and true answers, so it cannot come first"):
+        sample.main(["--evaluate", str(files[1])])
+
+
+def test_cells_are_no_formulas():
+    assert sample.csv_text([["=1+1", "+a", "-b", "@c", -0.5, "fine", None]]) == "'=1+1,'+a,'-b,'@c,-0.5,fine,\n"
+
+
+def test_mcnemar_alpha_and_kappa_equal_the_literature():
+    """Krippendorff (2011), example C: ordinal 0.815. Boyd et al. (1982), two radiologists: quadratic weights, 0.671."""
+    spoken = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
+    ratings = np.array([[float(x) if x != "." else np.nan for x in row] for row in spoken]).T
+    assert sample.krippendorff(ratings) == pytest.approx(0.815, abs=5e-4)
+    table = [[21, 12, 0, 0], [4, 17, 1, 0], [3, 9, 15, 2], [0, 0, 0, 1]]
+    pairs = [(i, j) for i in range(4) for j in range(4) for _ in range(table[i][j])]
+    assert sample.weighted_kappa(*zip(*pairs)) == pytest.approx(0.6714, abs=5e-5)
+    right = np.array([1] * 9 + [0, 1, 0])
+    assert sample.mcnemar(right, np.array([0] * 9 + [1, 1, 0])) == pytest.approx(22 / 1024)
+    assert sample.mcnemar(right, right) == 1
+
+
+def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
+    rows = [("open", f"What {n}?", "A tumor.", f"A tumor {n}") for n in range(4)] + [("else", "Why?", "So.", None)]
+    a = write_predictions(tmp_path, rows).rename(tmp_path / "ours.jsonl")
+    rows = [("open", f"What {n}?", "A tumor.", f"<b>Necrosis {n}") for n in range(4)] + [("else", "Why?", "So.", "So.")]
+    b = write_predictions(tmp_path, rows).rename(tmp_path / "theirs.jsonl")
+    (tmp_path / "qc").mkdir()
+    Image.open(toy_slide[0]).convert("RGB").resize((64, 64)).save(tmp_path / "qc" / "s0.jpg")
+    flags = ["--data", tmp_path, "--rating-sheet", 3, tmp_path / "sheet.html", a, b]
+    sample.main(list(map(str, flags)))
+    assert "3 questions, 6 answers of 2 systems" in capsys.readouterr().out
+    page = (tmp_path / "sheet.html").read_text()
+    assert page.count("A tumor ") == page.count(r"\u003cb>Necrosis") == 3 and "data:image/jpeg" in page
+    assert "http" not in page and "ours" not in page and "theirs" not in page  # complete in itself; no system's name
+    with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
+        sample.main(list(map(str, flags)))
+    blank = (tmp_path / "sheet.csv").read_text()
+    for rater, shift in (("ann", 0), ("bob", 1)):
+        with open(tmp_path / "sheet.csv", newline="") as file:
+            table = list(csv.DictReader(file))
+        for row in table:
+            row |= {
+                "rater": rater,
+                "correctness": 5 if row["text"].startswith("A tumor") else 1 + shift,
+                "relevance": 3,
+            }
+        table[0]["relevance"] = ""
+        with open(tmp_path / f"{rater}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+    flags = ["--data", tmp_path, "--evaluate", a, b, "--ratings", tmp_path / "ann.csv", tmp_path / "bob.csv"]
+    sample.main(list(map(str, flags)))
+    printed = capsys.readouterr().out
+    ours, theirs = (table_of(tmp_path)["all", "experts' correctness", name] for name in ("ours", "theirs"))
+    assert ours["mean"] == 5 and theirs["mean"] == 1.5 and theirs["difference"] == -3.5 and ours["questions"] == 3
+    assert "Experts' relevance: 2 raters (ann, bob), 5 answers; Krippendorff's alpha (ordinal) nan" in printed
+    assert "weighted kappa of ann and bob 0." in printed and "Rank correlation with experts' correctness" in printed
+    (tmp_path / "bob.csv").write_text(blank.replace(",1,1,,,,", ",1,1,6,,,"))
+    with pytest.raises(UserError, match="bob.csv, line 2: correctness '6': a whole number from 1 to 5, or nothing"):
+        sample.main(list(map(str, flags)))
+    (tmp_path / "sheet.key.json").unlink()
+    with pytest.raises(UserError, match="the key of its sheet .* is not here; name it too"):
+        sample.main(list(map(str, flags)))
+
+
+@contextlib.contextmanager
+def browser(folder):
+    """Chromium without a window, that downloads into the folder -> call(method, **parameters) of its protocol."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not program:
+        pytest.skip("needs Chromium")
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    wiring = f"exec 3<&{theirs_in} 4>&{theirs_out}; exec {program} --headless --no-sandbox --disable-gpu "
+    command = f"{wiring} --user-data-dir={folder}/profile --remote-debugging-pipe"
+    process = subprocess.Popen(
+        ["bash", "-c", command], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.close(theirs_in), os.close(theirs_out)
+    replies, numbers, session = os.fdopen(ours_in, "rb"), itertools.count(1), {}
+
+    def call(method, **parameters):
+        number = next(numbers)
+        os.write(ours_out, json.dumps({"id": number, "method": method, "params": parameters, **session}).encode() + b"\0")
+        while True:
+            reply = b"".join(iter(lambda: replies.read(1), b"\0"))
+            reply = json.loads(reply)
+            if reply.get("id") == number:
+                return reply["result"]
+
+    try:
+        page = call("Target.createTarget", url="about:blank")["targetId"]
+        call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        session["sessionId"] = call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        yield call
+    finally:
+        process.terminate()
+        process.wait()
+        replies.close()
+        os.close(ours_out)
+
+
+@slow
+def test_the_rating_page_is_filled_in_and_saved_with_a_browser(tmp_path):
+    """Offline; what is typed survives a reload; the saved file is read back."""
+    rows = [("open", "What\n<b>1</b>?", "A tumor.", 'A "tumor", </script> of grade 2')]
+    rows += [("open", "What 2?", "A tumor.", "=1+1")]
+    a = write_predictions(tmp_path, rows).rename(tmp_path / "ours.jsonl")
+    sample.main(list(map(str, ["--data", tmp_path, "--rating-sheet", 2, tmp_path / "sheet.html", a])))
+    fill = """
+        document.getElementById("rater").value = "Dr. Ö";
+        const radios = [...document.querySelectorAll("input[type=radio]")];
+        radios.filter(x => x.value === (x.name.endsWith("correctness") ? "5" : "2")).forEach(x => x.click());
+        document.querySelectorAll("textarea").forEach(x => x.value = '=so, "so"');
+        document.querySelector("textarea").dispatchEvent(new Event("input", {bubbles: true}));"""
+    with browser(tmp_path) as call:
+        call("Page.enable")
+        for script in (fill, "document.getElementById('save').click(); document.body.innerText"):
+            call("Page.navigate", url=(tmp_path / "sheet.html").as_uri())  # the second time anew, as it was left
+            done = time.monotonic() + 20
+            ready = "document.readyState === 'complete' && document.querySelectorAll('fieldset').length"
+            while time.monotonic() < done:
+                if call("Runtime.evaluate", expression=ready)["result"].get("value") == 2:
+                    break
+                time.sleep(0.05)
+            said = call("Runtime.evaluate", expression=script)["result"]["value"]
+        saved = tmp_path / "ratings-Dr_.csv"
+        while not saved.exists() and time.monotonic() < done:
+            time.sleep(0.05)
+    assert "all done" in said and "What\n<b>1</b>?" in said and "</script> of grade 2" in said
+    lines = list(sample.read_sheets([saved]))
+    assert [line[-1] for line in lines] == [dict(zip(sample.EXPERTS, (5, 2)))] * 2 and lines[0][-2] == "Dr. Ö"
+    assert {line[3] for line in lines} == {row[3] for row in rows}
+    assert """'=so, ""so""\"""" in saved.read_text(encoding="utf-8-sig")
+
+
 def test_bad_files_of_predictions_are_named(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    with pytest.raises(UserError, match="no predictions of sample.py --qa"):
+    with pytest.raises(UserError, match="predictions.jsonl: no such file; expected predictions: of sample.py --qa"):
         sample.main(["--evaluate", str(path)])
     path.write_text('{"settings": {}}\n{oops\n')
-    with pytest.raises(UserError, match="predictions.jsonl: not JSON lines"):
+    with pytest.raises(UserError, match="predictions.jsonl: .*not the JSON lines that sample.py writes"):
         sample.main(["--evaluate", str(path)])
     write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", None)])
     with pytest.raises(UserError, match="holds no answers yet"):
         sample.main(["--evaluate", str(path)])
     write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", "Grade 2.")])
-    with pytest.raises(UserError, match="--judge-dry-run: which judge"):
-        sample.main(["--evaluate", str(path), "--judge-dry-run"])
+    with pytest.raises(UserError, match="--dry-run: which judge"):
+        sample.main(["--evaluate", str(path), "--dry-run"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4531,15 +5029,9 @@ def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
 
 
-def test_relevance_of_one_word_is_of_its_tokens(tokenizer):
-    answer = "Its grade is grade 2."
-    ids, spells = tokenizer.encode(answer), sample.spelling(tokenizer, answer, "GRADE 2")
-    assert tokenizer.decode([t for t, yes in zip(ids, spells) if yes]).strip(" .") == "grade 2"
-    assert all(sample.spelling(tokenizer, answer, None))
-    with pytest.raises(UserError, match='--word sarcoma: not in the answer "Its grade is grade 2."; name a word of it'):
-        sample.spelling(tokenizer, answer, "sarcoma")
+def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
     with pytest.raises(UserError, match="--heatmap: the answer is empty, so there is nothing to explain"):
-        sample.spelling(tokenizer, "", None)
+        sample.tile_relevance(tiny, tokenizer, torch.zeros(4, 128), GRID[:4], QUESTION, "")
 
 
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
@@ -4570,12 +5062,19 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
-def test_imported_tiles_without_a_place_on_a_slide_have_no_map(tmp_path):
+def test_a_slide_without_a_file_or_a_place_for_its_tiles_has_no_map(tmp_path, toy_slide):
     (tmp_path / "features").mkdir()
+    prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
     tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
     save_file(tensors, tmp_path / "features" / "s.safetensors", {"wsi_llava": "{}"})
-    with pytest.raises(UserError, match="s.safetensors: its metadata has no 'scale', so its tiles have no place"):
-        sample.slide_or_grid(tmp_path, "s")
+    with pytest.raises(UserError, match="s: its file is not in .*slides; name its folder with --slides DIR"):
+        sample.open_slide(tmp_path, "s")
+    save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 2.0}'})
+    assert sample.open_slide(tmp_path, "toy", toy_slide[0].parent).scale == 2  # as it was prepared
+    tensors["coords"] -= 1
+    save_file(tensors, tmp_path / "features" / "bare.safetensors", {"wsi_llava": '{"coordinates": false}'})
+    why = sample.why_missing(PRESETS["demo"], tmp_path, "bare")
+    assert "bare.safetensors: its tiles have no coordinates, and a slide encoder needs them" in why
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
@@ -4583,7 +5082,6 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
         ([*asked, "--region", "0,0,9,9", "--heatmap", tmp_path / "a.png"], "give --slide one name, and no --region"),
-        ([*asked, "--word", "necrosis"], "give --heatmap FILE with it"),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
     ):
@@ -4592,24 +5090,59 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
 
 
 @slow
-def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """With the slide's file and without, the language model in int8: gradients pass."""
+def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path):
+    """The language model in int8: gradients pass. A second time, its own pictures are replaced, and nothing else."""
     folder, _ = demo
-    (tmp_path / "features").mkdir()
-    shutil.copy(folder / "data" / "features" / "demo_0015.safetensors", tmp_path / "features")
     files = ["--heatmap", str(tmp_path / "map.png"), "--heatmap-geojson", str(tmp_path / "map.geojson")]
-    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--word", "carcinoma", "--int8", *files]
+    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", *files]
     args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
     wsi_llava.resolve_device(args)
-    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3, int8=args.int8)
-    for data, bare in ((folder / "data", False), (tmp_path, True)):
-        args.data = data
-        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
-        assert ("bare grid" in capsys.readouterr().out) == bare
-        assert Image.open(args.heatmap).size == (1842, 714)
-        tiles = json.loads(args.heatmap_geojson.read_text())["features"]
-        assert len(tiles) == len(wsi_llava.read_features(data, "demo_0015")[0])
-        assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
+    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
+    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
+    assert Image.open(args.heatmap).size == (1842, 714)
+    tiles = json.loads(args.heatmap_geojson.read_text())["features"]
+    assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
+    assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
+    sample.check_heatmap_flags(args)
+    for flag, path in (("heatmap", tmp_path / "mine.png"), ("heatmap_geojson", folder / "data" / "meta.json")):
+        before = path.read_bytes() if path.exists() else path.write_bytes(b"my own picture")
+        with pytest.raises(UserError, match=f"{path.name}: exists, and is no earlier output of this command"):
+            sample.check_heatmap_flags(argparse.Namespace(**(vars(args) | {flag: path})))
+        assert path.read_bytes() in (before, b"my own picture")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sample.py: what it costs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
+    sample.make_slide(tmp_path / "big.tif", 2)
+    slide = prepare.Slide(tmp_path / "big.tif")
+    width, height = slide.file.dimensions
+    assert width * height * 3 == pytest.approx(2e9, rel=0.02) and (tmp_path / "big.tif").stat().st_size < 1e6
+    assert slide.mpp == 0.25 and slide.file.level_count > 1
+    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(prepare.MASK)), 0.25)
+    circle = math.pi * (0.36 * slide.width / 256) ** 2
+    assert len(coords) == pytest.approx(circle, rel=0.15)
+    middle = slide.tile(*(np.array([slide.width, slide.height]) // 512 * 256).tolist())
+    assert middle[..., 1].mean() < 200 < slide.tile(0, 0)[..., 1].mean()
+
+
+def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(toy_slide, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "MEASURING", 0.3)
+    (tmp_path / "slides").mkdir()
+    shutil.copy(toy_slide[0], tmp_path / "slides")
+    (tmp_path / "slides" / "broken.svs").write_bytes(b"not a slide")
+    flags = ["--benchmark", tmp_path / "slides", "--data", tmp_path / "none", "--out", tmp_path / "out"]
+    sample.main(list(map(str, flags)))
+    out, err = capsys.readouterr()
+    assert "random, of the preset demo's size (no " in out and "failed: " in err and "broken.svs: not a slide" in err
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "out" / "benchmark.csv").read_text()))
+    assert row["slide"] == "toy.tif" and row["level 0"] == "2048 x 2048" and 20 < int(row["tiles"]) < 64
+    assert all(float(row[step]) > 0 for step in ("tissue", "reading", "tile encoder", "slide encoder", "first token"))
+    assert float(row["tokens/s"]) > 0 and float(row["CPU GB"]) > 0.1
+    xml.etree.ElementTree.parse(tmp_path / "out" / "benchmark.svg")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4667,6 +5200,13 @@ def test_demo_runs_end_to_end(demo):
         (prepare, "--demo --demo-slides 4", "--demo-slides: 4 is less than 5"),
         (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
         (sample, "--region 1,2,3", "1,2,3 is not x,y,width,height in level-0 pixels"),
+        (sample, "--region 1,2,nan,4", "1,2,nan,4 is not x,y,width,height in level-0 pixels"),
+        (
+            sample,
+            "--temperature 1e-38",
+            "--temperature: 1e-38 is neither 0 (the most likely token) nor from 0.001 to 100",
+        ),
+        (sample, "--zero-shot \ud83d", "is not UTF-8"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, message):
