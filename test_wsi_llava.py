@@ -6,6 +6,7 @@ that needs only this repository.
 
 import argparse
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import warnings
 import xml.etree.ElementTree
@@ -5280,6 +5282,274 @@ def test_bad_input_is_one_line(demo, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Damage: one file or flag of a small demo made odd, and the command that reads it; commands killed around each rename
+# --------------------------------------------------------------------------------------------------------------------
+
+SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
+QUESTION_FILE = [{"slide": "demo_0001", "question": "Which grade?", "answer": "B", "A": "low", "B": "high"}]
+# Command -> the files that it reads, as patterns in the demo's folder.
+READERS = {
+    "sample.py --slide demo_0010 --ask Which": "data/meta.json data/features/demo_0010* data/visual_tokens/demo_0010* "
+    "data/tokenizer.model data/llm/* out/stage3/*",
+    "sample.py --qa asked_test.json": "asked_test.json out/stage3/* data/features/demo_0001* data/qa/train.jsonl",
+    "sample.py --evaluate out/said.jsonl": "out/said.jsonl data/qa/train.jsonl",
+    "prepare.py --slides data/slides/demo_0003.jpg": "data/slides/demo_0003.jpg data/meta.json data/failures/* "
+    "data/features/demo_0003* data/qc/demo_0003.jpg",
+    "prepare.py --features foreign --mpp 0.5 --data new": "foreign/*",
+    "prepare.py --qa asked_test.json": "asked_test.json data/qa/t*.jsonl",
+    "prepare.py --demo --demo-slides 10": "data/cohort.json data/meta.json",
+    "train.py --stage 1 --epochs 0.1": "data/qa/train.jsonl data/meta.json data/features/demo_000*",
+    "train.py --stage 2 --epochs 0.1": "data/llm/* data/tokenizer.model out/stage1/* data/qa/train.jsonl",
+    "train.py --stage 3 --epochs 0.1": "out/stage2/* out/stage1/* data/llm/* data/qa/train.jsonl",
+    "train.py --stage 3 --epochs 1 --resume": "out/stage3/*",
+    "train.py --export exported": "out/stage3/* data/llm/*",
+}
+# Command -> what it writes, and is taken away before it runs.
+WRITERS = {
+    "prepare.py --slides data/slides": "data/features/demo_000[0-2]* data/qc/*",
+    "prepare.py --features foreign --mpp 0.5 --data new": "",
+    "prepare.py --qa asked_test.json --data new": "",
+    "train.py --stage 1 --epochs 2 --save-every 1 --resume": "out/stage1",
+    "train.py --stage 2 --epochs 2 --save-every 1 --resume": "out/stage2 data/visual_tokens/*",
+    "train.py --stage 2 --epochs 1 --val 0.3 --eval-every 1 --keep best --save-every 1 --resume": "out/stage2",
+    "train.py --stage 3 --epochs 1 --save-every 1 --resume": "out/stage3 data/llm data/tokenizer.model",
+    "train.py --export exported": "",
+    "sample.py --qa asked_test.json --evaluate": "",
+}
+ODD_TEXTS = ["", "-1", "0", "1e308", "nan", "inf", "99999999999999999999", "x", "data", "\udcff", "/", "a" * 300]
+ODD_JSON = [None, True, -1, 1.5, math.nan, 10**400, "", "\ud800", "x" * 300, [], {}, [None], [[1]], {"a": 1}]
+
+
+def set_out(folder, demo=None):
+    """A finished demo in the folder, or a copy of one, and a file of each kind that the commands read."""
+    places = ["--data", folder / "data", "--out", folder / "out"]
+    if demo:
+        shutil.copytree(demo, folder)
+    else:
+        done = script("train.py", "--demo", "--demo-slides", 10, "--llm-steps", 2, "--epochs", 1, *places)
+        assert done.returncode == 0, done.stderr
+    (folder / "foreign").mkdir()
+    coords = torch.tensor([[0, 0], [256, 0], [512, 0]])
+    torch.save({"features": torch.zeros(3, 8), "coords": coords}, folder / "foreign" / "a.pt")
+    (folder / "asked_test.json").write_text(json.dumps(QUESTION_FILE))
+    asked = ["--qa", folder / "asked_test.json", "--predictions", folder / "out" / "said.jsonl"]
+    done = script("sample.py", *asked, *places)
+    assert done.returncode == 0, done.stderr
+
+
+def mend_json(rng, value):
+    """One place of a JSON value, at any depth, of another type, odd, or gone."""
+    places = [value]
+    for place in places:  # grows
+        parts = place.values() if isinstance(place, dict) else place
+        places.extend(part for part in parts if isinstance(part, (dict, list)) and part)
+    place = places[rng.integers(len(places))]
+    keys = list(place) if isinstance(place, dict) else range(len(place))
+    key = keys[rng.integers(len(keys))]
+    if rng.random() < 0.2:
+        del place[key]
+    else:
+        place[key] = ODD_JSON[rng.integers(len(ODD_JSON))]
+    return value
+
+
+def damaged(rng, name, body):
+    """The bytes of a file, damaged: inside of its JSON, or flipped, cut, lengthened, overwritten, nested."""
+    with contextlib.suppress(ValueError, IndexError, struct.error):
+        if name.endswith((".json", ".jsonl")) and rng.random() < 0.7:
+            lines = [body] if name.endswith(".json") else body.splitlines()
+            i = rng.integers(len(lines))
+            lines[i] = json.dumps(mend_json(rng, json.loads(lines[i]))).encode()
+            return b"\n".join(lines)
+        if name.endswith(".safetensors") and rng.random() < 0.5:
+            (n,) = struct.unpack("<Q", body[:8])
+            header = json.dumps(mend_json(rng, json.loads(body[8 : 8 + n]))).encode()
+            return struct.pack("<Q", len(header)) + header + body[8 + n :]
+    at, cut = int(rng.integers(max(1, len(body)))), (1, 8, 100, len(body))[rng.integers(4)]
+    ways = (
+        body[:at] + bytes([rng.integers(256)]) + body[at + 1 :],
+        body[:at] + body[at + cut :],
+        body[:at],
+        body + bytes(cut),
+        body[:at] + b"\xff" * cut + body[at + cut :],
+        b"[" * 200_000,
+    )
+    return ways[rng.integers(len(ways))]
+
+
+@functools.cache
+def flags_of(name):
+    """The flags of a script, by its own help."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        SCRIPTS[name].parse(["--help"])
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.getvalue()))
+    return sorted(found - {"--help", "--demo", "--device", "--benchmark"})
+
+
+def run_forked(argv, folder, seconds=120, replace=os.replace):
+    """Runs a script's main in a forked child -> (exit status, or less the signal; stdout; stderr; its peak memory)."""
+    pid = os.fork()
+    if not pid:
+        status = 70
+        try:
+            os.setsid()
+            os.chdir(folder)
+            for fd, name in ((1, ".stdout"), (2, ".stderr")):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+            sys.argv, os.replace = argv, replace
+            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
+            try:
+                wsi_llava.run(SCRIPTS[argv[0]].main)
+                status = 0
+            except SystemExit as done:
+                status = done.code if isinstance(done.code, int) else 1
+                print("" if isinstance(done.code, int) else done.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+    ends, done = time.monotonic() + seconds, 0
+    while not done:
+        time.sleep(0.005)
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if not done and time.monotonic() > ends:
+            os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what it left running
+    read = [(folder / name).read_bytes().decode(errors="replace") for name in (".stdout", ".stderr")]
+    return os.waitstatus_to_exitcode(status), *read, usage.ru_maxrss * 1024
+
+
+def verdict(status, out, err, memory):
+    """What became of a command: "worked", "refused" in one line, or the fault."""
+    lines = [line for line in re.split("[\r\n]+", err) if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    if "Traceback (most recent" in err + out:
+        return "traceback"
+    if status < 0:
+        return "hang or abort"
+    if memory > 4e9:
+        return "memory"
+    if status == 0:
+        return "wrong success" if errors or re.search(r"\bnan\b", out) else "worked"
+    return "refused" if len(errors) == 1 and lines[-1] == errors[0] else "not one line"
+
+
+def fuzz_case(rng, master, folder):
+    """Damages one file or flag of a copy of a demo -> (what, the command, the verdict, its stderr)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(master, folder)
+    commands = list(READERS)
+    command = commands[rng.integers(len(commands))]
+    argv = command.split()
+    if rng.random() < 0.25:
+        flags = flags_of(argv[0])
+        argv += [flags[rng.integers(len(flags))], ODD_TEXTS[rng.integers(len(ODD_TEXTS))]]
+        what = "a flag"
+    else:
+        files = [path for pattern in READERS[command].split() for path in sorted(folder.glob(pattern))]
+        files = [path for path in files if path.is_file()]
+        path = files[rng.integers(len(files))]
+        what, body = str(path.relative_to(folder)), path.read_bytes()
+        path.unlink()
+        if rng.random() < 0.05:
+            path.mkdir()  # a folder in the place of a file
+        else:
+            path.write_bytes(damaged(rng, path.name, body))
+    argv += ["--llm-steps", "2"] if argv[0] == "train.py" and "--llm-steps" not in argv else []
+    result = run_forked(argv, folder)
+    return what, " ".join(argv), verdict(*result), result[2]
+
+
+def fuzz(master, cases, seed):
+    """Prints a table of what was damaged and what came of it -> the faults, (seed, case) each."""
+    table, faults = collections.Counter(), []
+    for i in range(cases):
+        what, command, said, err = fuzz_case(np.random.default_rng([seed, i]), master, master.with_name("case"))
+        table[re.sub(r"\d+", "*", what), said] += 1
+        if said not in ("worked", "refused"):
+            faults.append((seed, i))
+            print(f"seed {seed}, case {i}: {what}: {command!r}: {said}\n{err[-2000:]}\n", flush=True)
+    kinds = sorted({said for _, said in table})
+    print(f"{'damaged':40}" + "".join(f"{said:>15}" for said in kinds))
+    for what in sorted({what for what, _ in table}):
+        print(f"{what:40}" + "".join(f"{table[what, said]:15}" for said in kinds))
+    return faults
+
+
+@slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_damaged_files_and_odd_flags_are_refused_in_one_line(demo, tmp_path):
+    set_out(tmp_path / "master", demo[0])
+    assert not fuzz(tmp_path / "master", 200, seed=0)
+
+
+def lasting(folder):
+    """What must be the same after a kill {file: contents}: all but times, and what is written by the second."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in (".claims", ".stdout", ".stderr", "log.jsonl", "loss.svg"):
+            continue
+        body = path.read_bytes()
+        if path.name == "train_state.pt":
+            state = torch.load(path, weights_only=True)
+            body = {name: tensor.tolist() for name, tensor in state["model"].items()}
+        elif path.suffix in (".jsonl", ".json", ".md", ".csv"):
+            body = re.sub(rb'"(seconds|peak_memory)": [\d.]+', b"", body)
+        found[name] = body
+    return found
+
+
+def kills(master):
+    """Kills each command of WRITERS right before and right after each of its renames, and runs it again: the same
+    files as without, and no others. -> the faults."""
+    faults = []
+    for command, gone in WRITERS.items():
+        start, folder, argv = master.with_name("start"), master.with_name("case"), command.split()
+        for place in (start, folder):
+            shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(master, start)
+        for path in itertools.chain(*map(start.glob, gone.split())):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        argv += ["--llm-steps", "2"] if argv[0] == "train.py" else []
+        renames = multiprocessing.get_context("fork").Value("i", 0)
+
+        def replace(source, target, kill_at=-1, after=False, real=os.replace, renames=renames):
+            with renames.get_lock():
+                mine = renames.value
+                renames.value += 1
+            if mine == kill_at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+            if mine == kill_at and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        shutil.copytree(start, folder)
+        status, _, err, _ = run_forked(argv, folder, replace=replace)
+        assert status == 0, err
+        whole, n, wrong = lasting(folder), renames.value, 0
+        for kill_at, after in itertools.product(range(n), (False, True)):
+            shutil.rmtree(folder)
+            shutil.copytree(start, folder)
+            renames.value = 0
+            run_forked(argv, folder, replace=functools.partial(replace, kill_at=kill_at, after=after))
+            status, _, err, _ = run_forked(argv, folder)
+            again = lasting(folder)
+            odd = [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)]
+            if status or odd:
+                wrong += 1
+                where = f"{'after' if after else 'before'} rename {kill_at + 1} of {n}"
+                faults.append(f"{command}: killed {where}: status {status}, {odd[:4]} {err[-300:]}")
+                print(faults[-1], flush=True)
+        print(f"{command}: {n} renames, {2 * n} kills, {wrong} faults", flush=True)
+    return faults
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, on the same threads, and their ratio
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -5886,7 +6156,18 @@ def benchmark_tissue():
         print(f"{path.stem:40} {tissue.mean():8.1%} {ink.mean():8.1%} {took:6.0f}  {what}")
 
 
+def on_a_demo(what, cases="1000", seed="0"):
+    """fuzz and kills, on a demo of their own."""
+    torch.set_num_threads(1)  # forked children have none of their parent's
+    with tempfile.TemporaryDirectory() as folder:
+        set_out(Path(folder, "master"))
+        faults = fuzz(Path(folder, "master"), int(cases), int(seed)) if what == "fuzz" else kills(Path(folder, "master"))
+    print(f"{len(faults)} faults", *faults)
+
+
 BENCHMARKS = {
+    "fuzz": functools.partial(on_a_demo, "fuzz"),
+    "kills": functools.partial(on_a_demo, "kills"),
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
     "reading": benchmark_reading,
