@@ -2163,15 +2163,20 @@ def prepare_demo(args):
     shows."""
     args.preset, args.max_tiles = "demo", 0  # train.py's --max-tiles is an ablation of the training alone
     recipe = {"train": args.demo_slides, "test": args.demo_slides // 5, "seed": args.seed}
-    folder = args.data / "slides"
-    if (args.data / "meta.json").exists() and not (args.data / "cohort.json").exists():
-        raise UserError(f"{args.data} holds data of your own; give the demo a folder of its own with --data")
-    if (args.data / "cohort.json").exists():
-        cohort = json.loads((args.data / "cohort.json").read_text())
-        if cohort["recipe"] != recipe:
-            clash = f"{cohort['recipe']}, not {recipe}"
-            raise UserError(f"{args.data} holds another demo cohort ({clash}); name another --data")
-        cases = cohort["cases"]
+    folder, path = args.data / "slides", args.data / "cohort.json"
+    own = (args.data / "meta.json").exists() and not path.exists()
+    check(not own, f"{args.data} holds data of your own; give the demo a folder of its own with --data")
+    if path.exists():
+        with reading(path, "not what --demo writes; delete the folder, or name another --data"):
+            cohort = json.loads(path.read_text(encoding="utf-8"))
+            clash = f"holds another demo cohort ({cohort['recipe']}, not {recipe}); name another --data"
+            check(cohort["recipe"] == recipe, f"{args.data} {clash}")
+            cases = cohort["cases"]
+            invented = json.loads(json.dumps(invent_cases(recipe["train"], recipe["test"], args.seed)))
+            told = [case | {"planted": list(planted["planted"])} for case, planted in zip(invented, cases)]
+            check(
+                cases == told, f"{path}: other slides than its recipe's; delete the folder, or name another"
+            )
     else:
         cases = draw_cohort(args, recipe, folder)
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})

@@ -222,7 +222,7 @@ def demo(tmp_path_factory):
     """A demo too short to learn anything -> (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
     places = ["--data", folder / "data", "--out", folder / "out"]
-    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 5, "--epochs", 1, "--val", 0.2, *places)
+    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 30, "--epochs", 1, "--val", 0.2, *places)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -5156,7 +5156,7 @@ def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(toy_slide, 
 def test_demo_runs_end_to_end(demo):
     folder, printed = demo
     for task in ("type", "grade", "position", "focus", "subtype"):
-        assert re.search(rf"\| task +\| {task} +\| exact match +\| 3 ", printed), printed
+        assert re.search(rf"\| task +\| {task} +\| exact match +\|.*\| 3 +\| 0 +\|", printed), printed
     assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\|", printed)
     assert "Alignment of 3 slides and their reports" in printed and "ASSISTANT:" in printed
     assert re.search(r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed)

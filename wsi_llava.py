@@ -2049,9 +2049,11 @@ def read_meta(data):
         version = meta["version"]
         check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
         encoder = meta["encoder"]
-        texts = isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
-        numbers = type(encoder["width"]) is int and type(encoder.get("n_visual_tokens", 1)) is int
-        check(texts and numbers and meta["preset"] in PRESETS, f"{path}: {hint}")
+        known = isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
+        for number in (encoder["width"], encoder.get("n_visual_tokens", 1)):
+            known = known and type(number) is int and 0 < number < 2**16
+        fits = known and meta["preset"] in PRESETS and 0 < meta["mpp"] < math.inf
+        check(fits, f"{path}: {hint}")
     return meta
 
 
