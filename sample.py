@@ -800,6 +800,8 @@ def tabulate(rows, fields, rarity, seed):
             unusable = sum(metric in row["unusable"]["answer"] for row in chosen)
             line = dict(zip(COLUMNS, (kind, group, metric, len(chosen), missing, unusable)))
             for field in fields if chosen else ():
+                if metric not in chosen[0]["scores"][field]:  # nobody judges the majority's answers
+                    continue
                 values = [row["scores"][field][metric] for row in chosen]
                 line[field] = interval(values, [row["slide"] for row in chosen], seed)
             published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
@@ -807,7 +809,8 @@ def tabulate(rows, fields, rarity, seed):
     nine = [line for line in lines if line["group"] in CAPABILITIES and line["metric"] in METRICS[:3]]
     if len(nine) == 9:
         total = [sum(line[column] for line in nine) for column in COLUMNS[3:]]
-        means = {field: [float(np.mean([line[field][0] for line in nine]))] for field in fields}
+        judged = [field for field in fields if all(field in line for line in nine)]
+        means = {field: [float(np.mean([line[field][0] for line in nine]))] for field in judged}
         lines.insert(0, {**dict(zip(COLUMNS, ("all", "all", "average", *total))), **means, "published": AVERAGE})
     return lines
 
@@ -867,7 +870,8 @@ def evaluate(args, path):
         notes.append(f"Missing: {len(rows) - len(here):,} questions, about slides that were not prepared; in no mean.")
     judge = find_judge(args, path.with_name("judge.jsonl"))
     if judge:
-        grade_rows(judge, [row for row in here if not row["parser"]], fields, args.judge_workers)
+        asked = [field for field in fields if field != "majority"]
+        grade_rows(judge, [row for row in here if not row["parser"]], asked, args.judge_workers)
         if judge.dry:
             print(
                 f"The judge would be called {len(judge.planned):,} times, for about {judge.tokens:,} tokens. Nothing was sent."

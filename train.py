@@ -135,12 +135,12 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
         1: Recipe(1e-3, 60, 30, warmup=0.05, weight_decay=0.05, checkpointing=False),
         2: Recipe(2e-3, 32, 4, micro_batch=32, checkpointing=False),
         3: Recipe(
-            2e-3, 48, 3, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=24, checkpointing=False
+            3e-3, 48, 2, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=12, checkpointing=False
         ),
     },
 }
 RECIPES["13b"] = RECIPES["7b"]
-STAND_IN = Recipe(2e-3, 32, 0, 0.08, weight_decay=0.05, micro_batch=32, max_length=512, checkpointing=False)
+STAND_IN = Recipe(2e-3, 32, 0, 0.08, weight_decay=0.05, micro_batch=16, max_length=512, checkpointing=False)
 TITLES = ["a stand-in language model", "WSI-text alignment", "feature space alignment", "instruction tuning"]
 TILES_AT_ONCE = 4096  # stage 1: short slides go through the slide encoder together, up to so many tiles
 
@@ -281,11 +281,11 @@ def load_rows(data, split, skip_missing=False, tokens=False):
                     if slide not in tiles:
                         tiles[slide] = count_tiles(data, slide, imported)
                 rows.append(Row(line, slides, task, sum(tiles[slide] for slide in slides)))
-    missing = sorted(slide for slide, n in tiles.items() if not n)  # without tissue there is nothing to learn
+    lacking = {slide for slide, n in tiles.items() if not n}  # without tissue there is nothing to learn
     advice = "prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
-    what = f"{path} names {len(missing)} slides without features in {data}/features, the first"
-    check(skip_missing or not missing, f"{what}: {''.join(missing[:1])}; {advice}")
-    rows = [row for row in rows if all(tiles[slide] for slide in row.slides)]
+    what = f"{path} names {len(lacking)} slides without features in {data}/features, the first"
+    check(skip_missing or not lacking, f"{what}: {min(lacking, default='')}; {advice}")
+    rows = [row for row in rows if not lacking.intersection(row.slides)]
     check(rows, f"{path}: no question is about a slide that has features in {data}/features")
     return rows
 
@@ -500,7 +500,8 @@ def embed(args, model, words, pairs):
     slides = [slide for pair in pairs for slide in pair["slides"]]
     features = torch.cat([features for features, _ in slides]).to(args.device, dtype)  # [sum of N,C_tile]
     coords = torch.cat([coords for _, coords in slides]).to(args.device)
-    lengths, cases = [len(coords) for _, coords in slides], [len(pair["slides"]) for pair in pairs]
+    lengths = [len(coords) for _, coords in slides]
+    cases = [len(pair["slides"]) for pair in pairs]
     with autocast(args):
         embedded = model.embed_slides(features, coords, lengths, cases)
         texts = model.embed_words([pair["ids"] for pair in pairs], words)
@@ -817,7 +818,8 @@ class Conversation:
         seed, parts = torch.initial_seed(), my_share(self.micro_batches(rows))
         for k, samples in enumerate(read_ahead(self.read, parts, self.args)):
             torch.manual_seed(seed + k * world() + rank())  # no two processes draw the same dropout
-            ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
+            ids = [s["ids"] for s in samples]
+            labels = [s["labels"] for s in samples]
             with autocast(self.args):
                 loss = self.model([s["visual"] for s in samples], ids, labels, reduction="sum")
             if learn:
@@ -1043,10 +1045,11 @@ def write_svg(path, shapes, width, height):
 
 def say_start(stage, args, recipe, task, steps, batches):
     """What will be trained, on what, for how long."""
-    trains = [f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['peak']:g})" for g in task.groups]
-    frozen = sum(p.numel() for p in task.model.parameters()) - sum(
-        p.numel() for g in task.groups for p in g["params"]
-    )
+    trains = []
+    for group in task.groups:
+        size = sum(p.numel() for p in group["params"])
+        trains.append(f"{group['name']} {size:,} (lr {group['peak']:g})")
+    frozen = sum(p.numel() for p in task.model.parameters() if not p.requires_grad)
     slides, val = len(slides_in(task.train)), len(task.val)
     say(f"Stage {stage}, {TITLES[stage]}")
     say(f"  on      {args.device} in {str(args.dtype).removeprefix('torch.')}, processes: {world()}")
@@ -1075,6 +1078,7 @@ def train_stage(stage, args):
 
 
 def run_stage(stage, args, folder, stop):
+    """The loop. stop: a list that fills when the run is asked to end."""
     meta = wsi_llava.read_meta(args.data)
     recipe = pick_recipe(stage, args, meta)
     torch.manual_seed(args.seed)
@@ -1201,6 +1205,8 @@ def stand_in(args):
     if mark.exists() and mark.read_text() == texts:
         return
     say("No language model at hand (--llm): training a stand-in on the training texts alone.")
+    if rank() == 0:
+        mark.unlink(missing_ok=True)  # until it is whole again
     train_stage(0, argparse.Namespace(**vars(args) | {"resume": False}))
     if rank() == 0:
         write_text(mark, texts)
@@ -1674,8 +1680,8 @@ def parse(argv=None):
     )
     add("--eval-every", type=count, help="steps between validations (default: an eighth of the run)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
-    stand_in = "training steps of the demo preset's stand-in language model (default: 250)"
-    add("--llm-steps", type=count, default=250, help=stand_in)
+    stand_in = "training steps of the demo preset's stand-in language model (default: 160)"
+    add("--llm-steps", type=count, default=160, help=stand_in)
     group = parser.add_argument_group("ablations", "What is a piece worth? Train without it.")
     add = group.add_argument
     skipped = "leave these stages' weights as they start"
