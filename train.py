@@ -105,7 +105,7 @@ class Recipe:
         "stage 3: dropout of what enters the adapters", wsi_llava.share, default=0.0
     )
     lora_target: str = setting(
-        "stage 3: the decoder's linear layers that get adapters, a pattern; q_proj|v_proj is LoRA's own choice",
+        "stage 3: which linear layers of the decoder get adapters, a pattern; LoRA's own: q_proj|v_proj",
         pattern,
         default=".*",
     )
@@ -273,10 +273,8 @@ def load_rows(data, split, skip_missing=False, tokens=False):
             with reading(f"{path}, line {number}", "not a row; run python prepare.py --qa again"):
                 content = json.loads(line)
                 slides, task = tuple(prepare.slides_of(content)), content["task"]
-                check(
-                    slides and isinstance(task, str),
-                    f"{path}, line {number}: not about any slide, or without a task",
-                )
+                whole = slides and isinstance(task, str)
+                check(whole, f"{path}, line {number}: not about any slide, or without a task")
                 for slide in slides:
                     if slide not in tiles:
                         tiles[slide] = count_tiles(data, slide, imported)
@@ -737,24 +735,17 @@ class Conversation:
         self.model.to(args.device).llama.checkpointing = recipe.checkpointing
         self.train, self.val = self.choose(rows)
         self.longest = min(recipe.max_length, self.cfg.llama.context)
-        self.cut, self.lost, self.first_cut = (
-            0,
-            0,
-            None,
-        )  # rows longer than that, those left without an answer
+        self.cut, self.lost, self.first_cut = 0, 0, None  # rows longer than that; those left without answers
         self.check_room()
         if self.sharded:
             shard(self.model, args.dtype)
-        llm = [p for p in self.model.llama.parameters() if p.requires_grad]
+        llm = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
         lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
-        self.groups = [
-            {"name": "projector", "params": list(self.model.mm_projector.parameters()), "peak": lr}
-        ]
-        if llm:
-            name = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
-            self.groups.append({"name": name, "params": llm, "peak": recipe.lr})
-        if stage == 0:
-            del self.groups[0]
+        self.groups, model = [], self.model
+        for name, part, peak in (("projector", model.mm_projector, lr), (llm, model.llama, recipe.lr)):
+            params = [p for p in part.parameters() if p.requires_grad]
+            if params:
+                self.groups.append({"name": name, "params": params, "peak": peak})
         self.params = [p for group in self.groups for p in group["params"]]
 
     def choose(self, rows):
@@ -790,13 +781,20 @@ class Conversation:
         if self.stage == 0:
             labels = ids
         visual = [read_visual_tokens(self.args.data, slide, self.cfg) for slide in shown]
-        room = max(0, self.longest - sum(len(tokens) - 1 for tokens in visual))
+        more = sum(len(tokens) - 1 for tokens in visual)  # positions than ids
+        room = max(0, self.longest - more)
         example = {"id": content["id"], "visual": torch.stack(visual) if visual else None}
-        example |= {"ids": ids[:room], "labels": labels[:room], "cut": len(ids) > room, "lost": False}
-        if all(
-            label < 0 for label in example["labels"][1:]
-        ):  # then one token that teaches nothing takes its place
-            example |= {"ids": [self.tokenizer.eos], "labels": [IGNORE], "visual": None, "lost": True}
+        example |= {"ids": ids[:room], "labels": labels[:room], "positions": more + len(ids[:room])}
+        example |= {"cut": len(ids) > room, "lost": False}
+        if not any(label >= 0 for label in example["labels"][1:]):
+            # one token that teaches nothing takes its place
+            example |= {
+                "ids": [self.tokenizer.eos],
+                "labels": [IGNORE],
+                "visual": None,
+                "positions": 1,
+                "lost": True,
+            }
         return example
 
     def micro_batches(self, rows):
@@ -825,10 +823,7 @@ class Conversation:
             if learn:
                 loss.backward()
             labelled = sum(label >= 0 for row in labels for label in row[1:])
-            positions = sum(len(s["ids"]) for s in samples)
-            positions += sum(
-                s["visual"].shape[0] * (s["visual"].shape[1] - 1) for s in samples if s["visual"] is not None
-            )
+            positions = sum(s["positions"] for s in samples)
             cut = [s["id"] for s in samples if s["cut"]]
             self.first_cut = self.first_cut or (cut + [None])[0]
             counts = [loss.item(), labelled, positions, len(cut), sum(s["lost"] for s in samples)]
@@ -855,15 +850,13 @@ class Conversation:
         """Says, "before" training and "after" it, what is worth knowing beside the loss."""
         if self.stage == 2:
             some = self.val if len(self.val) > 1 else self.train[:256]
-            samples = [self.read(row) for row in some]
-            _, found = alignment(self.args, self.model, [s for s in samples if not s["lost"]])
+            samples = [example for example in map(self.read, some) if not example["lost"]]
+            found = alignment(self.args, self.model, samples)[1] if samples else {}
             say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         if self.cut:
             first = ([x for x in gather(self.first_cut) if x] + [None])[0]
-            say(
-                f"{self.cut} samples were longer than --max-length {self.longest} and were cut, {self.lost} of "
-                f"them so that no answer is left; the first: {first}"
-            )
+            long = f"{self.cut} samples were longer than --max-length {self.longest} and were cut"
+            say(f"{long}, {self.lost} of them so that no answer is left; the first: {first}")
 
     def write_result(self, folder, weights):
         if self.stage == 0:
@@ -1553,12 +1546,13 @@ def print_relevance(args, model, tokenizer, cases):
         chance.append(holds.mean())
         speaking = relevance.clip(min=0)  # negative: evidence against the answer
         times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
-    if hits:
+    n = len(hits)
+    if n:
+        times, hits, chance = np.mean(times), np.mean(hits), np.mean(chance)
         say(
-            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles "
-            f"that hold it get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most "
-            f"relevant tile is one of them in {np.mean(hits):.0%} (random: {np.mean(chance):.0%}). One of them: "
-            f"{picture}"
+            f"\nWhere the answers come from: on the {n} held-out slides with brown pigment, the tiles that "
+            f"hold it get {times:.1f} times the mean relevance (random: 1.0), and the most relevant tile is "
+            f"one of them in {hits:.0%} (random: {chance:.0%}). One of them: {picture}"
         )
 
 
