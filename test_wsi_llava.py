@@ -5772,6 +5772,39 @@ def benchmark_stage1_memory():
         print(f"64 against 8: {peaks[64] / peaks[8]:.3f} times")
 
 
+def stage1_step(at_once, sizes):
+    """One step of stage 1 at 7b's sizes, on made-up slides of so many tiles, `at_once` of these at once -> seconds, peak
+    bytes. For a process of its own."""
+    torch.manual_seed(0)
+    cfg, task = wsi_llava.WSILLaVAConfig(), object.__new__(train.Alignment)
+    cfg.text_encoder = wsi_llava.TextEncoderConfig(64, 64, 1, 2, 64)
+    task.args = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, max_tiles=0)
+    task.cfg, task.model, task.words = cfg, train.WSITextAlignment(cfg), torch.randn(100, 64)
+    task.model.slide_encoder.checkpointing, task.params = True, list(task.model.parameters())
+    task.train = [train.Row(b"", (str(i),), "report", tiles) for i, tiles in enumerate(sizes)]
+
+    def read(row):
+        x = torch.arange(row.tiles)
+        slide = torch.randn(row.tiles, 1536).half(), torch.stack([x % 60, x // 60], 1) * 256
+        return {"slides": [slide], "ids": [1, 2, 3]}
+
+    task.read, train.TILES_AT_ONCE = read, at_once
+    started = time.perf_counter()
+    task.backward(list(range(len(sizes))))
+    return time.perf_counter() - started, wsi_llava.peak_memory()
+
+
+def benchmark_stage1(n=64, longest=3000):
+    """A step of stage 1 at 7b's sizes: slides packed into TILES_AT_ONCE tiles, against one slide after the other; and what
+    a batch of just so many tiles takes."""
+    most, sizes = train.TILES_AT_ONCE, np.random.default_rng(0).integers(50, int(longest) + 1, int(n)).tolist()
+    for name, at_once, tiles in (("packed", most, sizes), ("one by one", 1, sizes), ("full", most, [most - 50, 50])):
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+            seconds, peak = fresh.submit(stage1_step, at_once, tiles).result()
+        print(f"{name:12} {len(tiles):3} slides, {sum(tiles):,} tiles: {seconds:.1f} s, {peak / 1e9:.2f} GB at the peak")
+
+
 def anonymous_memory_of_one_answer(folder, int8):
     """The most memory that loading a bfloat16 Llama and one token took beside what is mapped from its file, in bytes. Linux.
     For a process of its own. (The system drops mapped pages when it needs room: int8 reads them once, bfloat16 every time.)
@@ -6174,6 +6207,7 @@ BENCHMARKS = {
     "encoding": benchmark_encoding,
     "tissue": benchmark_tissue,
     "stage1-memory": benchmark_stage1_memory,
+    "stage1": benchmark_stage1,
     "llama": benchmark_llama,
     "int8": benchmark_int8,
     "7b": benchmark_7b,

@@ -105,7 +105,7 @@ class Recipe:
         "stage 3: dropout of what enters the adapters", wsi_llava.share, default=0.0
     )
     lora_target: str = setting(
-        "stage 3: the decoder's linear layers that get adapters, a pattern; q_proj|v_proj is LoRA's own choice",
+        "stage 3: which linear layers of the decoder get adapters, a pattern; LoRA's own: q_proj|v_proj",
         pattern,
         default=".*",
     )
@@ -135,12 +135,12 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
         1: Recipe(1e-3, 60, 30, warmup=0.05, weight_decay=0.05, checkpointing=False),
         2: Recipe(2e-3, 32, 4, micro_batch=32, checkpointing=False),
         3: Recipe(
-            2e-3, 48, 3, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=24, checkpointing=False
+            3e-3, 48, 2, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=12, checkpointing=False
         ),
     },
 }
 RECIPES["13b"] = RECIPES["7b"]
-STAND_IN = Recipe(2e-3, 32, 0, 0.08, weight_decay=0.05, micro_batch=32, max_length=512, checkpointing=False)
+STAND_IN = Recipe(2e-3, 32, 0, 0.08, weight_decay=0.05, micro_batch=16, max_length=512, checkpointing=False)
 TITLES = ["a stand-in language model", "WSI-text alignment", "feature space alignment", "instruction tuning"]
 TILES_AT_ONCE = 4096  # stage 1: short slides go through the slide encoder together, up to so many tiles
 
@@ -278,11 +278,11 @@ def load_rows(data, split, skip_missing=False, tokens=False):
                 if slide not in tiles:
                     tiles[slide] = count_tiles(data, slide, imported)
             rows.append(Row(line, slides, row["task"], sum(tiles[slide] for slide in slides)))
-    missing = sorted(slide for slide, n in tiles.items() if not n)  # without tissue there is nothing to learn
+    lacking = {slide for slide, n in tiles.items() if not n}  # without tissue there is nothing to learn
     advice = "prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
-    what = f"{path} names {len(missing)} slides without features in {data}/features, the first"
-    check(skip_missing or not missing, f"{what}: {''.join(missing[:1])}; {advice}")
-    rows = [row for row in rows if all(tiles[slide] for slide in row.slides)]
+    what = f"{path} names {len(lacking)} slides without features in {data}/features, the first"
+    check(skip_missing or not lacking, f"{what}: {min(lacking, default='')}; {advice}")
+    rows = [row for row in rows if not lacking.intersection(row.slides)]
     check(rows, f"{path}: no question is about a slide that has features in {data}/features")
     return rows
 
@@ -497,7 +497,8 @@ def embed(args, model, words, pairs):
     slides = [slide for pair in pairs for slide in pair["slides"]]
     features = torch.cat([features for features, _ in slides]).to(args.device, dtype)  # [sum of N,C_tile]
     coords = torch.cat([coords for _, coords in slides]).to(args.device)
-    lengths, cases = [len(coords) for _, coords in slides], [len(pair["slides"]) for pair in pairs]
+    lengths = [len(coords) for _, coords in slides]
+    cases = [len(pair["slides"]) for pair in pairs]
     with autocast(args):
         embedded = model.embed_slides(features, coords, lengths, cases)
         texts = model.embed_words([pair["ids"] for pair in pairs], words)
@@ -733,20 +734,17 @@ class Conversation:
         self.model.to(args.device).llama.checkpointing = recipe.checkpointing
         self.train, self.val = self.choose(rows)
         self.longest = min(recipe.max_length, self.cfg.llama.context)
-        self.cut, self.lost, self.first_cut = 0, 0, None  # rows longer than that; left without an answer
+        self.cut, self.lost, self.first_cut = 0, 0, None  # rows longer than that; those left without answers
         self.check_room()
         if self.sharded:
             shard(self.model, args.dtype)
-        llm = [p for p in self.model.llama.parameters() if p.requires_grad]
+        llm = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
         lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
-        self.groups = [
-            {"name": "projector", "params": list(self.model.mm_projector.parameters()), "peak": lr}
-        ]
-        if llm:
-            name = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
-            self.groups.append({"name": name, "params": llm, "peak": recipe.lr})
-        if stage == 0:
-            del self.groups[0]
+        self.groups, model = [], self.model
+        for name, part, peak in (("projector", model.mm_projector, lr), (llm, model.llama, recipe.lr)):
+            params = [p for p in part.parameters() if p.requires_grad]
+            if params:
+                self.groups.append({"name": name, "params": params, "peak": peak})
         self.params = [p for group in self.groups for p in group["params"]]
 
     def choose(self, rows):
@@ -782,11 +780,20 @@ class Conversation:
         if self.stage == 0:
             labels = ids
         visual = [read_visual_tokens(self.args.data, slide, self.cfg) for slide in shown]
-        room = max(0, self.longest - sum(len(tokens) - 1 for tokens in visual))
+        more = sum(len(tokens) - 1 for tokens in visual)  # positions than ids
+        room = max(0, self.longest - more)
         example = {"id": content["id"], "visual": torch.stack(visual) if visual else None}
-        example |= {"ids": ids[:room], "labels": labels[:room], "cut": len(ids) > room, "lost": False}
-        if all(label < 0 for label in example["labels"][1:]):  # one token that teaches nothing in its place
-            example |= {"ids": [self.tokenizer.eos], "labels": [IGNORE], "visual": None, "lost": True}
+        example |= {"ids": ids[:room], "labels": labels[:room], "positions": more + len(ids[:room])}
+        example |= {"cut": len(ids) > room, "lost": False}
+        if not any(label >= 0 for label in example["labels"][1:]):
+            # one token that teaches nothing takes its place
+            example |= {
+                "ids": [self.tokenizer.eos],
+                "labels": [IGNORE],
+                "visual": None,
+                "positions": 1,
+                "lost": True,
+            }
         return example
 
     def micro_batches(self, rows):
@@ -808,16 +815,14 @@ class Conversation:
         seed, parts = torch.initial_seed(), my_share(self.micro_batches(rows))
         for k, samples in enumerate(read_ahead(self.read, parts, self.args)):
             torch.manual_seed(seed + k * world() + rank())  # no two processes draw the same dropout
-            ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
+            ids = [s["ids"] for s in samples]
+            labels = [s["labels"] for s in samples]
             with autocast(self.args):
                 loss = self.model([s["visual"] for s in samples], ids, labels, reduction="sum")
             if learn:
                 loss.backward()
             labelled = sum(label >= 0 for row in labels for label in row[1:])
-            positions = sum(len(s["ids"]) for s in samples)
-            positions += sum(
-                s["visual"].shape[0] * (s["visual"].shape[1] - 1) for s in samples if s["visual"] is not None
-            )
+            positions = sum(s["positions"] for s in samples)
             cut = [s["id"] for s in samples if s["cut"]]
             self.first_cut = self.first_cut or (cut + [None])[0]
             counts = [loss.item(), labelled, positions, len(cut), sum(s["lost"] for s in samples)]
@@ -844,15 +849,13 @@ class Conversation:
         """Says, "before" training and "after" it, what is worth knowing beside the loss."""
         if self.stage == 2:
             some = self.val if len(self.val) > 1 else self.train[:256]
-            samples = [self.read(row) for row in some]
-            _, found = alignment(self.args, self.model, [s for s in samples if not s["lost"]])
+            samples = [example for example in map(self.read, some) if not example["lost"]]
+            found = alignment(self.args, self.model, samples)[1] if samples else {}
             say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         if self.cut:
             first = ([x for x in gather(self.first_cut) if x] + [None])[0]
-            say(
-                f"{self.cut} samples were longer than --max-length {self.longest} and were cut, {self.lost} of "
-                f"them so that no answer is left; the first: {first}"
-            )
+            long = f"{self.cut} samples were longer than --max-length {self.longest} and were cut"
+            say(f"{long}, {self.lost} of them so that no answer is left; the first: {first}")
 
     def write_result(self, folder, weights):
         if self.stage == 0:
@@ -1034,10 +1037,11 @@ def write_svg(path, shapes, width, height):
 
 def say_start(stage, args, recipe, task, steps, batches):
     """What will be trained, on what, for how long."""
-    trains = [f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['peak']:g})" for g in task.groups]
-    frozen = sum(p.numel() for p in task.model.parameters()) - sum(
-        p.numel() for g in task.groups for p in g["params"]
-    )
+    trains = []
+    for group in task.groups:
+        size = sum(p.numel() for p in group["params"])
+        trains.append(f"{group['name']} {size:,} (lr {group['peak']:g})")
+    frozen = sum(p.numel() for p in task.model.parameters() if not p.requires_grad)
     slides, val = len(slides_in(task.train)), len(task.val)
     say(f"Stage {stage}, {TITLES[stage]}")
     say(f"  on      {args.device} in {str(args.dtype).removeprefix('torch.')}, processes: {world()}")
@@ -1066,6 +1070,7 @@ def train_stage(stage, args):
 
 
 def run_stage(stage, args, folder, stop):
+    """The loop. stop: a list that fills when the run is asked to end."""
     meta = wsi_llava.read_meta(args.data)
     recipe = pick_recipe(stage, args, meta)
     torch.manual_seed(args.seed)
@@ -1192,6 +1197,8 @@ def stand_in(args):
     if mark.exists() and mark.read_text() == texts:
         return
     say("No language model at hand (--llm): training a stand-in on the training texts alone.")
+    if rank() == 0:
+        mark.unlink(missing_ok=True)  # until it is whole again
     train_stage(0, argparse.Namespace(**vars(args) | {"resume": False}))
     if rank() == 0:
         write_text(mark, texts)
@@ -1204,8 +1211,10 @@ def stand_in_to_train(args):
         vicuna = wsi_llava.CHAT_FORMATS["vicuna"]
         prompt, texts = vicuna.start + vicuna.human.format(""), []
         for row in load_rows(args.data, "train", skip_missing=True, tokens=True):
-            turns = wsi_llava.slide_first(row.read()["conversations"], image=0)
-            texts += [prompt, *(turn["value"] for turn in turns)]
+            texts += [
+                prompt,
+                *(turn["value"] for turn in wsi_llava.slide_first(row.read()["conversations"], 0)),
+            ]
         train_tokenizer(path, texts)
     gather(None)  # the others wait
     tokenizer = wsi_llava.Tokenizer(path)
@@ -1536,12 +1545,13 @@ def print_relevance(args, model, tokenizer, cases):
         chance.append(holds.mean())
         speaking = relevance.clip(min=0)  # negative: evidence against the answer
         times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
-    if hits:
+    n = len(hits)
+    if n:
+        times, hits, chance = np.mean(times), np.mean(hits), np.mean(chance)
         say(
-            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles "
-            f"that hold it get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most "
-            f"relevant tile is one of them in {np.mean(hits):.0%} (random: {np.mean(chance):.0%}). One of them: "
-            f"{picture}"
+            f"\nWhere the answers come from: on the {n} held-out slides with brown pigment, the tiles that "
+            f"hold it get {times:.1f} times the mean relevance (random: 1.0), and the most relevant tile is "
+            f"one of them in {hits:.0%} (random: {chance:.0%}). One of them: {picture}"
         )
 
 
@@ -1663,8 +1673,8 @@ def parse(argv=None):
     )
     add("--eval-every", type=count, help="steps between validations (default: an eighth of the run)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
-    stand_in = "training steps of the demo preset's stand-in language model (default: 250)"
-    add("--llm-steps", type=count, default=250, help=stand_in)
+    stand_in = "training steps of the demo preset's stand-in language model (default: 160)"
+    add("--llm-steps", type=count, default=160, help=stand_in)
     group = parser.add_argument_group("ablations", "What is a piece worth? Train without it.")
     add = group.add_argument
     skipped = "leave these stages' weights as they start"
