@@ -2343,7 +2343,7 @@ def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
     assert {row["questions"] for row in table} >= {"all", "type", "grade", "report"}
     for row in table:
         assert float(row["low"]) <= float(row["mean"]) <= float(row["high"]), row
-        assert row["without"] != train.WHOLE or float(row["difference"]) == 0
+        assert (row["difference"] == "") == (row["without"] == train.WHOLE)
         if row["questions"] == "all":
             assert re.search(rf"{row['metric']} +{re.escape(row['without'])} .*{float(row['mean']):.3f} \[", printed)
     assert "<svg" in (folder / "ablations.svg").read_text()
@@ -2354,16 +2354,14 @@ def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
 
 def test_ablations_compare_question_by_question():
     """The paired difference of the means, with its interval over slides; closed questions by accuracy."""
-    closed = {"question": "Which? A) Sarcoma B) Carcinoma", "truth": "B"}
-    assert train.grade(closed, "It is a carcinoma.") == {"accuracy": 1.0} and train.grade(closed, "A")["accuracy"] == 0
-    assert train.grade({"question": "Why?", "truth": "It is grade 2."}, "it is grade 2")["exact match"] == 1
-    rows = [{"task": "t", "slide": f"s{i // 2}"} for i in range(40)]
-    graded = {train.WHOLE: {i: (row, {"accuracy": 1.0}) for i, row in enumerate(rows)}}
-    graded["x"] = {i: (row, {"accuracy": float(i % 4 > 0)}) for i, row in enumerate(rows[:36])}
-    lines = {(line["questions"], line["without"]): line for line in train.compare(graded, 0)}
-    assert lines["all", "x"]["n"] == 36 and lines["all", "x"]["slides"] == 18
+    rows = [{"task": "t", "slide": f"s{i // 2}", "question": "A) Sarcoma B) Carcinoma", "truth": "B"} for i in range(40)]
+    whole = {i: (row, "It is a carcinoma.") for i, row in enumerate(rows)}
+    other = {i: (row, "B" if i % 4 else "A") for i, row in enumerate(rows[:36])}
+    lines = {(line["questions"], line["without"]): line for line in train.compare({train.WHOLE: whole, "x": other}, 0)}
+    assert {line["metric"] for line in lines.values()} == {"accuracy"} and lines["all", "x"]["n"] == 36
     assert lines["t", "x"]["mean"] == 0.75 and lines["t", "x"]["difference"] == -0.25
-    assert lines["all", "x"]["from"] < -0.25 < lines["all", "x"]["to"] <= 0
+    assert lines["all", "x"]["difference_low"] < -0.25 < lines["all", "x"]["difference_high"] <= 0
+    assert lines["all", train.WHOLE]["difference"] is None
 
 
 def test_ablations_need_a_model_to_compare_with():

@@ -1393,41 +1393,23 @@ def answer_test(args, out, name, *flags):
     return path
 
 
-def grade(row, answer):
-    """{metric: value} of an answer: accuracy of a closed question; exact match and text metrics of an
-    open one."""
-    parser = sample.closed_parser(row["question"], row["truth"])
-    if parser:
-        return {"accuracy": float(parser(answer) == parser(row["truth"]))}
-    truth, tokens = sample.tokenize(row["truth"]), sample.tokenize(answer)
-    found = {"exact match": float(sample.same_answer(answer, row["truth"]))}
-    return found | {"BLEU-1": sample.bleu(truth, tokens)[0], "ROUGE-L": sample.rouge_l(truth, tokens)}
-
-
-def compare(graded, seed):
-    """{variant: {question's number: (row, {metric: value})}}, the whole model first -> lines of the
-    table: of each group of questions, metric and variant the mean and the paired difference from the
-    whole, with 95% intervals over slides."""
-    both = set.intersection(*(set(rows) for rows in graded.values()))
+def compare(answers, seed):
+    """{variant: {n: (question, answer)}}, the whole model first -> lines of the table: of each group of
+    questions, metric and variant the mean, and the paired difference from the whole."""
     groups, lines = {}, []
-    for n in sorted(both):
-        row, scores = graded[WHOLE][n]
-        for metric in scores:
-            groups.setdefault(("all", metric), []).append(n)
-            groups.setdefault((row["task"], metric), []).append(n)
-    for (group, metric), chosen in groups.items():
-        slides = [str(graded[WHOLE][n][0]["slide"]) for n in chosen]
-        whole = np.array([graded[WHOLE][n][1][metric] for n in chosen])
-        for name, rows in graded.items():
-            values = np.array([rows[n][1][metric] for n in chosen])
-            line = {"questions": group, "metric": metric, "without": name}
-            line |= {"n": len(chosen), "slides": len(set(slides))}
-            for keys, numbers in (
-                (("mean", "low", "high"), values),
-                (("difference", "from", "to"), values - whole),
-            ):
-                line |= {k: round(x, 6) for k, x in zip(keys, sample.interval(numbers, slides, seed))}
-            lines.append(line)
+    for n in sorted(set.intersection(*map(set, answers.values()))):
+        row = answers[WHOLE][n][0]
+        row["scores"] = {name: sample.score_answer(row, found[n][1]) for name, found in answers.items()}
+        for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L"):
+            if metric in row["scores"][WHOLE]:
+                groups.setdefault(("all", metric), []).append(row)
+                groups.setdefault((row["task"], metric), []).append(row)
+    for (group, metric), rows in groups.items():
+        for name, facts in sample.compare(rows, metric, list(answers), False, seed).items():
+            what = {"questions": group, "metric": metric, "without": name, "n": len(rows)}
+            lines.append(
+                what | dict.fromkeys(("difference", "difference_low", "difference_high", "p")) | facts
+            )
     return lines
 
 
@@ -1473,7 +1455,7 @@ def variants(args):
 def ablations(args):
     """--ablations: what each piece is worth. The model of --out is trained again without it, in a folder
     of its own, and both answer data/qa/test.jsonl. Interrupted, the same command goes on."""
-    args.resume, folder, graded = True, args.out / "ablations", {}
+    args.resume, folder, found = True, args.out / "ablations", {}
     for name, (flags, first) in {WHOLE: ({}, 4), **variants(args)}.items():
         say(f"\nWithout {name}")
         variant = argparse.Namespace(**(vars(args) | flags))
@@ -1491,18 +1473,16 @@ def ablations(args):
         asked = ["--baselines"] if variant.no_image else []
         field = "answer_no_image" if variant.no_image else "answer"
         _, answers = sample.read_predictions(answer_test(args, variant.out, "ablation.jsonl", *asked))
-        there = {n: row for n, row in answers.items() if row.get(field) is not None}
-        graded[name] = {n: (row, grade(row, row[field])) for n, row in there.items()}
-    lines = compare(graded, args.seed)
+        found[name] = {n: (row, row[field]) for n, row in answers.items() if row.get(field) is not None}
+    lines = compare(found, args.seed)
     check(lines, f"{args.data}/qa/test.jsonl: no question was answered by all of the models")
     shown = [line for line in lines if line["questions"] == "all"]
     say(f"\nAblations: {args.data}/qa/test.jsonl, in brackets 95% bootstrap intervals over slides\n")
     say(f"{'metric':12} {'trained without':28} {'questions':>9}  {'mean':22} difference from the whole")
     for line in shown:
         ends = "[{low:.3f}, {high:.3f}]".format(**line)
-        paired = (
-            "" if line["without"] == WHOLE else "{difference:+.3f} [{from:+.3f}, {to:+.3f}]".format(**line)
-        )
+        paired = "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
+        paired = "" if line["difference"] is None else paired.format(**line)
         say("{metric:12} {without:28} {n:9,}  {mean:.3f} ".format(**line) + f"{ends}  {paired}".rstrip())
     table = io.StringIO()
     writer = csv.DictWriter(table, lines[0], lineterminator="\n")

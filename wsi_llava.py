@@ -838,7 +838,7 @@ SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attentio
 @functools.lru_cache(256)
 @torch.inference_mode(False)  # kept, and then used where gradients are taken too
 def branch_counts(L, H, segments, dilations, pad_keys):
-    """Of each query and key, how many branches hold the pair (m in the derivation above) -> [H,L,L+1]. The last
+    """How many branches hold each pair of query and key (m in the derivation above) -> [H,L,L+1]; the last
     column counts the zero keys of the padding."""
     counts = torch.zeros(H, L, L + 1)
     positions = torch.arange(L)[None, :, None].expand(1, L, H)
@@ -853,8 +853,8 @@ def branch_counts(L, H, segments, dilations, pad_keys):
 @functools.lru_cache(2)
 @torch.inference_mode(False)
 def short_bias(lengths, H, segments, dilations, pad_keys):
-    """log m, what makes dense attention over slides padded to one length dilated attention -> [S,H,L,L+1]: added
-    to the score of a key, it multiplies e^score by m. The last key is a zero key."""
+    """log m, which makes dense attention over slides padded to one length dilated attention: added to the
+    score of a key, it multiplies e^score by m -> [S,H,L,L+1]. The last key is a zero key."""
     longest = max(lengths)
     counts = torch.zeros(len(lengths), H, longest, longest + 1)
     for slide, L in zip(counts, lengths):
