@@ -4504,6 +4504,9 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
     assert "http" not in page and "ours" not in page and "theirs" not in page  # complete in itself; no system's name
     with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
         sample.main(list(map(str, flags)))
+    for wrong in (["3"], ["x", "a.html", "b"], ["0", "a.html", "b"], ["3", "a.htm", "b"], ["3", "a.html"]):
+        with pytest.raises(UserError, match=r"takes N OUT.html FILE \[FILE...\]: how many questions"):
+            sample.main(["--rating-sheet", *wrong])
     blank = (tmp_path / "sheet.csv").read_text()
     for rater, shift in (("ann", 0), ("bob", 1)):
         with open(tmp_path / "sheet.csv", newline="") as file:
