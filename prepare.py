@@ -52,7 +52,6 @@ except ImportError:  # Windows
 import numpy as np
 import openslide
 import safetensors
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
@@ -60,8 +59,6 @@ from tqdm import tqdm
 
 import wsi_llava
 from wsi_llava import (
-    CHAT_FORMATS,
-    PRESETS,
     TILE,
     UserError,
     at_least,
@@ -2171,79 +2168,7 @@ def prepare_demo(args):
     if failures:
         raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
     write_index(args.data)
-    stand_in_llm(args)
     return cases
-
-
-# ---- A stand-in for Vicuna, where there is none: a tiny Llama that has read the training texts and seen no slide ----
-
-
-def train_tokenizer(path, talks):
-    """SentencePiece with Llama's conventions, so that the stand-in and Vicuna share every line of code."""
-    prompt = CHAT_FORMATS["vicuna"].start + CHAT_FORMATS["vicuna"].human.format("")
-    texts = [turn["value"] for talk in talks for turn in talk] + [prompt] * len(talks)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in texts for line in text.split("\n")),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=1024,
-        hard_vocab_limit=False,  # few texts have fewer pieces
-        byte_fallback=True,  # whatever a user types has a code
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,  # the same model every time
-        minloglevel=2,
-    )
-    with replacing(path) as temporary:
-        temporary.write_bytes(model.getvalue())
-
-
-def stand_in_llm(args):
-    """data/tokenizer.model and data/llm, trained on data/qa/train.jsonl. Does nothing where they fit the
-    texts already."""
-    text = (args.data / "qa" / "train.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.split("\n") if line]  # splitlines also splits at U+2028
-    mark = hashlib.sha256(f"{args.seed}{text}".encode()).hexdigest()[:16]
-    folder = args.data / "llm"
-    if (folder / "texts").exists() and (folder / "texts").read_text() == mark:
-        return
-    talks = [wsi_llava.slide_first(row["conversations"], image=False) for row in rows]
-    train_tokenizer(args.data / "tokenizer.model", talks)
-    tokenizer = wsi_llava.Tokenizer(args.data / "tokenizer.model")
-    samples = [tokenizer.encode_chat(talk)[0] for talk in talks]
-    for row, talk in zip(rows, talks):
-        if wsi_llava.is_report(row):
-            samples.append(tokenizer.bos + tokenizer.encode(talk[1]["value"]) + [tokenizer.eos])
-    torch.manual_seed(args.seed)
-    cfg = PRESETS["demo"].llama
-    cfg = type(cfg).from_dict({**cfg.to_dict(), "vocab": len(tokenizer)})
-    llama = wsi_llava.Llama(cfg).to(args.device)
-    print(
-        f"No language model at hand: training a stand-in of {sum(p.numel() for p in llama.parameters()):,} parameters on "
-        f"the {len(samples)} training texts alone. It learns to speak as they do; it has seen no slide."
-    )
-    for p in llama.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.04)
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    steps, batch = args.llm_steps, 32
-    rng = np.random.default_rng(args.seed)
-    with tqdm(range(steps), unit="step") as progress:
-        for step in progress:
-            chosen = [torch.tensor(samples[i][: cfg.context]) for i in rng.integers(len(samples), size=batch)]
-            ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1).to(args.device)
-            logits = llama(ids.clamp(min=0))[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1)
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
-            optimizer.step()
-            progress.set_postfix_str(f"loss {loss.item():.3f}")
-    wsi_llava.save_llama(llama, folder, tokenizer)
-    wsi_llava.write_text(folder / "texts", mark)
 
 
 # ---- Flags and main --------------------------------------------------------------------------------------
@@ -2257,7 +2182,6 @@ def add_demo_flags(parser):
         default=500,
         help="toy slides to train on (default: 500); a fifth more",
     )
-    add("--llm-steps", type=at_least(1), default=250, help="training steps of the stand-in language model")
 
 
 def parse(argv=None):
@@ -2348,14 +2272,6 @@ def main(argv=None):
     if args.qa and os.environ.get("RANK", "0") == "0":
         with disk_errors(args.data):
             import_qa(args)
-    if (
-        not args.dry_run
-        and (args.data / "meta.json").exists()
-        and (args.data / "qa" / "train.jsonl").exists()
-        and not args.llm
-    ):
-        if wsi_llava.read_meta(args.data)["preset"] == "demo":
-            stand_in_llm(args)
     for _, message in failures:
         print(f"failed: {message}", file=sys.stderr)
     if failures:

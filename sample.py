@@ -378,9 +378,6 @@ def open_slide(data, name, path=None, mpp=None):
     return prepare.SafeSlide(file, given, target, mpp)
 
 
-slide_or_grid = open_slide  # the name that train.py calls
-
-
 def draw_heatmap(path, slide, coords, relevance, lines):
     """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones
     enlarged.
@@ -856,10 +853,8 @@ def prompt_ids(tokenizer, row, image=True):
     """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at
     all."""
     turns = row["conversations"][:-1] if row["conversations"][-1]["from"] == "gpt" else row["conversations"]
-    turns = wsi_llava.slide_first(turns, image=False)
-    if image:
-        turns[0]["value"] = "<image>\n" * (len(slides_of(row)) if "slide" in row else 1) + turns[0]["value"]
-    return tokenizer.encode_chat(turns)[0]
+    slides = len(slides_of(row)) if "slide" in row else 1
+    return tokenizer.encode_chat(wsi_llava.slide_first(turns, image and slides))[0]
 
 
 def tokens_of(rows, visual):

@@ -1,33 +1,42 @@
 """Trains WSI-LLaVA in the paper's three stages, each on what the one before it left.
 
-    python train.py --stage 1   WSI-text alignment: slides meet their reports in one space (trains the slide encoder)
+    python train.py --stage 1   WSI-text alignment: slides meet their reports in one space (the slide encoder)
     python train.py --stage 2   feature space alignment: slide -> report (trains the projector)
-    python train.py --stage 3   instruction tuning on all tasks (trains the projector, and the LLM by LoRA or --full)
-    python train.py --demo      all of it on a cohort of toy slides, then questions about slides it has not seen
+    python train.py --stage 3   instruction tuning on all tasks (the projector, and the LLM by LoRA or --full)
+    python train.py --demo      all of it on a cohort of toy slides, then questions about slides not seen
+    python train.py --stage 3 --ablations    what each piece is worth: trained again without it, and compared
+    python train.py --alignment              are slides nearer to their own reports than to others'?
 
 Reads data/ (made by prepare.py); writes out/stageN: model.safetensors (what the stage trained), config.json,
-train_state.pt (to resume from), log.jsonl and loss.png. Several GPUs: torchrun --nproc-per-node 8 train.py ...
+train_state.pt (to resume from), log.jsonl, loss.svg. Several GPUs: torchrun --nproc-per-node 8 train.py ...
+
+One loop, run_stage, serves all stages. A stage is a task, Alignment or Conversation, which knows its rows and
+does backward(batch) and validate(). With the demo's preset there is a stage 0 before them, which trains a
+stand-in for the language model.
 """
 
 import argparse
-import collections
+import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import datetime
-import itertools
+import hashlib
+import io
 import json
 import math
 import os
-import pickle
+import re
 import shutil
 import signal
 import sys
 import time
+import typing
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,21 +48,40 @@ import prepare
 import sample
 import wsi_llava
 from wsi_llava import (
-    IMAGE_TOKEN,
+    IGNORE,
     PRESETS,
     UserError,
     at_least,
     check,
     read_features,
     read_visual_tokens,
+    reading,
     replacing,
+    some_path,
     without_image,
+    write_tensors,
+    write_text,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-def setting(help, **default):
-    """A field of Recipe; `help` is what --help says of its flag."""
-    return dataclasses.field(metadata={"help": help}, **default)
+
+def pattern(text):
+    """A type for argparse: a regular expression."""
+    try:
+        re.compile(wsi_llava.some_text(text))
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a pattern ({error})") from None
+    return text
+
+
+def setting(help, kind=None, **default):
+    """A field of Recipe. help: what --help says of its flag; kind: its type for argparse, where that is
+    special."""
+    return dataclasses.field(metadata={"help": help, "kind": kind}, **default)
 
 
 @dataclass
@@ -61,27 +89,37 @@ class Recipe:
     """Hyperparameters of one stage. Every field is also a flag, which overrides it."""
 
     lr: float = setting("the learning rate at its highest, after the warmup")
-    batch_size: int = setting("rows of the dataset a step, of all processes together")
+    batch_size: int = setting(
+        "rows a step, of all processes together, at most: an epoch's batches are of one size"
+    )
     epochs: float = setting("how often every row is seen")
-    warmup: float = setting("the share of the steps in which the learning rate rises", default=0.03)
+    warmup: float = setting(
+        "the share of the steps in which the learning rate rises", wsi_llava.share, default=0.03
+    )
     weight_decay: float = setting("AdamW's", default=0.0)
     projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", default=0.0)
     full_lr: float = setting("stage 3 with --full: takes the place of --lr (0: it does not)", default=0.0)
     lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM's matrices", default=0)
     lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
-    lora_dropout: float = setting("stage 3: dropout of what enters the adapters", default=0.0)
+    lora_dropout: float = setting(
+        "stage 3: dropout of what enters the adapters", wsi_llava.share, default=0.0
+    )
     lora_target: str = setting(
-        "stage 3: which of the decoder's linear layers get adapters, a pattern; q_proj|v_proj is LoRA's own choice",
+        "stage 3: the decoder's linear layers that get adapters, a pattern; q_proj|v_proj is LoRA's own choice",
+        pattern,
         default=".*",
     )
     micro_batch: int = setting(
-        "stages 2 and 3: rows that go through the model at once; their gradients add up to the batch's", default=8
+        "stages 2 and 3: rows that go through the model at once; their gradients add up to the batch's",
+        default=8,
     )
     max_length: int = setting(
-        "stages 2 and 3: positions, text and visual tokens together; longer rows are cut, and counted", default=2048
+        "stages 2 and 3: positions, text and visual tokens together; longer rows are cut, and counted",
+        default=2048,
     )
     checkpointing: bool = setting(
-        "recompute activations in the backward pass: a third more time, a fraction of the memory", default=True
+        "recompute activations in the backward pass: a third more time, a fraction of the memory",
+        default=True,
     )
 
 
@@ -89,22 +127,25 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
     "7b": {
         1: Recipe(1e-4, 64, 20, warmup=0.05, weight_decay=0.05),
         2: Recipe(1e-3, 256, 1),
-        3: Recipe(2e-4, 128, 3, projector_lr=2e-5, full_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05),
+        3: Recipe(
+            2e-4, 128, 3, projector_lr=2e-5, full_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05
+        ),
     },
     "demo": {
-        1: Recipe(1e-3, 60, 34, warmup=0.05, weight_decay=0.05, checkpointing=False),
+        1: Recipe(1e-3, 60, 30, warmup=0.05, weight_decay=0.05, checkpointing=False),
         2: Recipe(2e-3, 32, 4, micro_batch=32, checkpointing=False),
-        3: Recipe(2e-3, 48, 3, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=24, checkpointing=False),
+        3: Recipe(
+            2e-3, 48, 3, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=24, checkpointing=False
+        ),
     },
 }
 RECIPES["13b"] = RECIPES["7b"]
-TITLES = {1: "WSI-text alignment", 2: "feature space alignment", 3: "instruction tuning"}
+STAND_IN = Recipe(2e-3, 32, 0, 0.08, weight_decay=0.05, micro_batch=32, max_length=512, checkpointing=False)
+TITLES = ["a stand-in language model", "WSI-text alignment", "feature space alignment", "instruction tuning"]
 TILES_AT_ONCE = 4096  # stage 1: short slides go through the slide encoder together, up to so many tiles
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Several processes: torchrun starts them, each takes its share of every batch
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Several processes: torchrun starts them, each takes its share of every batch --------------------------
 
 
 def rank():
@@ -115,9 +156,9 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mine(parts):
-    """Of a list that all processes hold, this one's share."""
-    return parts[rank() :: world()]
+def my_share(items):
+    """Of a list that all processes hold, what this one works on."""
+    return items[rank() :: world()]
 
 
 def all_sum(x):
@@ -127,233 +168,227 @@ def all_sum(x):
     return x
 
 
+def gather(x):
+    """-> a list of what each process gave, on every process."""
+    found = [x]
+    if world() > 1:
+        found = [None] * world()
+        dist.all_gather_object(found, x)
+    return found
+
+
+def environment(name, default):
+    """A number that torchrun leaves in the environment."""
+    text = os.environ.get(name, default)
+    check(text.isdecimal(), f"{name}={wsi_llava.one_line(text)} in the environment is not a number: unset it")
+    return int(text)
+
+
 def join_processes(args):
     """Joins the processes that torchrun started, one GPU each; does nothing without torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes, _, local = (
+        environment("WORLD_SIZE", "1"),
+        environment("RANK", "0"),
+        environment("LOCAL_RANK", "0"),
+    )
+    if processes == 1:
         return
-    local = int(os.environ["LOCAL_RANK"])
     if args.device == "auto" and torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()})")
+        gpus = torch.cuda.device_count()
+        check(local < gpus, f"torchrun started more processes than this machine has GPUs ({gpus})")
         torch.cuda.set_device(local)
         args.device = f"cuda:{local}"
     dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
 
 
-def say(*text):
-    """Prints, above the progress bar; of several processes, one speaks."""
+def say(text):
+    """Prints above the progress bar; rank 0 only."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
+        tqdm.write(text)
         sys.stdout.flush()  # line by line also into a file or a pipe
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Data: rows of the dataset, the samples made of them, the micro-batches of a step
-#
-# Words, here and in the stages below: a row is a line of data/qa, a sample what the model takes of it. `parts` are a
-# batch's micro-batches over all processes, each a list of indices of rows; `micro` are the samples of this process's.
-# --------------------------------------------------------------------------------------------------------------------
+def sum_gradients(params, weight, sharded=False):
+    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work,
+    done once after the last micro-batch, and free of its rule that all processes run the same number of
+    backwards."""
+    if world() > 1 and not sharded:
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            work.wait()
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_((world() if sharded else 1) / weight)  # FSDP has taken the mean
 
 
-class Rows:
-    """Rows of data/qa/<split>.jsonl. Of each, `index` keeps where it starts, its slide, task, length in bytes and
-    number of tiles; the row itself is read when it is asked for. So 175,000 questions open in seconds.
-    """
+def shard(model, dtype):
+    """FSDP2: each process keeps a share of every layer's weights, gradients and optimizer state."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    def __init__(self, path, index):
-        self.path, self.index = path, index
+    model.slide_encoder = None  # it has done its work
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.llama.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
 
-    def __len__(self):
-        return len(self.index)
 
-    def __getitem__(self, i):
-        with open(self.path, "rb") as file:
-            file.seek(self.index[i]["offset"])
-            return json.loads(file.readline())
+# ---- Data: the rows of the dataset, and the batches that are drawn from them -------------------------------
 
-    def where(self, keep):
-        """The rows whose entry in the index passes keep(entry)."""
-        return Rows(self.path, [entry for entry in self.index if keep(entry)])
 
-    def slides(self):
-        return sorted({entry["slide"] for entry in self.index})
+class Row(typing.NamedTuple):
+    """A line of data/qa, parsed when it is asked for, and what batches are made by. 175,000 of them open
+    in seconds."""
+
+    line: bytes
+    slides: tuple
+    task: str
+    tiles: int  # of all its slides
+
+    def read(self):
+        return json.loads(self.line)
+
+
+def count_tiles(data, slide, imported):
+    """How many tiles of a slide there are to learn from (of imported visual tokens: 1), 0 where there are
+    none."""
+    path = wsi_llava.features_file(data, slide)
+    if path.exists():
+        return wsi_llava.feature_metadata(path)["tiles"]
+    return int(imported and wsi_llava.slide_file(data / "visual_tokens", slide).exists())
 
 
 def load_rows(data, split, skip_missing=False, tokens=False):
-    """data/qa/<split>.jsonl -> Rows, whose slides all have features (tokens: or imported visual tokens).
+    """data/qa/<split>.jsonl -> a list of Rows whose slides all have features (tokens: or imported visual
+    tokens).
 
     Raises UserError where some have none.
     """
     path = data / "qa" / f"{split}.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run python prepare.py --qa FILE... first")
-    index, offset = [], 0
+    check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
+    imported = tokens and wsi_llava.read_meta(data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
+    rows, tiles = [], {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                entry = {"offset": offset, "slide": row["slide"], "task": row["task"], "length": len(line)}
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: not a row ({error}); run python prepare.py --qa again"
-                ) from None
-            index.append(entry)
-            offset += len(line)
-    rows = Rows(path, index)
-    have = {p.stem for p in (data / "features").glob("*.safetensors")} & set(rows.slides())
-    tiles = {slide: len(read_features(data, slide, coordinates=not tokens)[1]) for slide in have}
-    if tokens and wsi_llava.read_meta(data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS:
-        tiles |= {p.stem: 1 for p in (data / "visual_tokens").glob("*.safetensors")}
-    missing = [slide for slide in rows.slides() if not tiles.get(slide)]  # without tissue there is nothing to learn
-    if missing and not skip_missing:
-        raise UserError(
-            f"{path} names {len(missing)} slides without features in {data}/features, the first: {missing[0]}; "
-            f"prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
-        )
-    rows = rows.where(lambda entry: tiles.get(entry["slide"]))
-    if not len(rows):
-        raise UserError(f"{path}: no question is about a slide that has features in {data}/features")
-    for entry in rows.index:
-        entry["tiles"] = tiles[entry["slide"]]
+            with reading(f"{path}, line {number}", "not a row; run python prepare.py --qa again"):
+                content = json.loads(line)
+                slides, task = tuple(prepare.slides_of(content)), content["task"]
+                check(
+                    slides and isinstance(task, str),
+                    f"{path}, line {number}: not about any slide, or without a task",
+                )
+                for slide in slides:
+                    if slide not in tiles:
+                        tiles[slide] = count_tiles(data, slide, imported)
+                rows.append(Row(line, slides, task, sum(tiles[slide] for slide in slides)))
+    missing = sorted(slide for slide, n in tiles.items() if not n)  # without tissue there is nothing to learn
+    advice = "prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
+    what = f"{path} names {len(missing)} slides without features in {data}/features, the first"
+    check(skip_missing or not missing, f"{what}: {''.join(missing[:1])}; {advice}")
+    rows = [row for row in rows if all(tiles[slide] for slide in row.slides)]
+    check(rows, f"{path}: no question is about a slide that has features in {data}/features")
     return rows
 
 
-def split_validation(rows, share):
-    """Training and validation rows. By slide, and by its name alone: the same slides in every stage and every run."""
+def slides_in(rows):
+    """The names of all slides that the rows are about, sorted."""
+    return sorted({slide for row in rows for slide in row.slides})
 
-    def held(entry):
-        return zlib.crc32(entry["slide"].encode()) % 1000 < share * 1000
 
-    return rows.where(lambda entry: not held(entry)), rows.where(held)
+def held_out(row, share):
+    """Whether a row is for validation: by its slides' names alone, so the same slides in every stage and
+    every run."""
+    return any(zlib.crc32(slide.encode()) % 1000 < share * 1000 for slide in row.slides)
+
+
+def split_validation(rows, args):
+    """Rows to train on, and at most --val-rows to validate on."""
+    train = [row for row in rows if not held_out(row, args.val)]
+    check(train, f"--val {args.val} leaves no slide to train on; lower it")
+    return train, [row for row in rows if held_out(row, args.val)][: args.val_rows]
+
+
+def hash_of(rows):
+    """What tells these rows from others: their texts, and the size of their slides."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.line + str(row.tiles).encode())
+    return digest.hexdigest()[:16]
 
 
 def one_report_a_slide(rows):
-    """Two reports of a slide in one batch would be each other's false negatives."""
-    last = {entry["slide"]: entry for entry in rows.index if wsi_llava.is_report(entry)}
-    return Rows(rows.path, list(last.values()))
+    """The last report of each slide: two in one batch would be each other's false negatives."""
+    chosen, seen = [], set()
+    for row in reversed(rows):
+        if is_report(row) and not seen.intersection(row.slides):
+            chosen.append(row)
+            seen.update(row.slides)
+    return chosen[::-1]
 
 
-class Pairs(torch.utils.data.Dataset):
-    """Stage 1: slides and their reports. A sample: id, features [N,C_tile], coords [N,2], ids of the report."""
-
-    def __init__(self, rows, args, tokenizer, longest):
-        self.rows, self.data, self.max_tiles = rows, args.data, args.max_tiles
-        self.tokenizer, self.longest = tokenizer, longest
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        features, coords = read_features(self.data, row["slide"], self.max_tiles)
-        ids = self.tokenizer.encode(row["conversations"][1]["value"])[: self.longest]
-        return {"id": row["id"], "features": features, "coords": coords, "ids": ids}
-
-    def parts(self, chosen):
-        """A batch's micro-batches, over all processes: slides that are packed into one sequence of TILES_AT_ONCE tiles,
-        or of fewer, so that every process has one."""
-        tiles = {i: min(self.rows.index[i]["tiles"], self.max_tiles or math.inf) for i in chosen}
-        at_once = min(TILES_AT_ONCE, math.ceil(sum(tiles.values()) / world()))
-        parts, room = [], 0
-        for i in chosen:
-            if tiles[i] > room:
-                parts.append([])
-                room = at_once
-            parts[-1].append(i)
-            room -= tiles[i]
-        return parts
+def is_report(row):
+    return wsi_llava.is_report({"task": row.task})
 
 
-class Conversations(torch.utils.data.Dataset):
-    """Stages 2 and 3. A sample: id, ids and labels of the prompt, visual tokens, whether it was cut."""
-
-    def __init__(self, rows, args, tokenizer, cfg, stage, recipe):
-        self.rows, self.data, self.no_image = rows, args.data, args.no_image
-        self.tokenizer, self.cfg, self.plain, self.micro_batch = tokenizer, cfg, stage == 2, recipe.micro_batch
-        self.longest = min(recipe.max_length, cfg.llama.context)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        talk = wsi_llava.slide_first(row["conversations"], image=not self.no_image)
-        ids, labels = self.tokenizer.encode_plain(talk[1]["value"]) if self.plain else self.tokenizer.encode_chat(talk)
-        images = ids.count(IMAGE_TOKEN)
-        room = self.longest - images * (self.cfg.n_visual_tokens - 1)
-        visual = read_visual_tokens(self.data, row["slide"], self.cfg)[None].expand(images, -1, -1)
-        sample = {"id": row["id"], "ids": ids[:room], "labels": labels[:room], "cut": len(ids) > room}
-        return sample | {"visual": visual[: sample["ids"].count(IMAGE_TOKEN)]}
-
-    def parts(self, chosen):
-        """A batch's micro-batches, as many for each process: samples of like length together, so that little is padded.
-
-        Sorted inside the batch only: batches stay random draws, which batches of one length, hence of one task, are
-        not.
-        """
-        chosen = sorted(chosen, key=lambda i: self.rows.index[i]["length"])
-        rounds = min(math.ceil(len(chosen) / (self.micro_batch * world())), len(chosen) // world())
-        return [part.tolist() for part in np.array_split(chosen, rounds * world())]
+def size_of_run(stage, recipe, n):
+    """-> how many batches n rows are shared among, evenly and anew in every epoch; how many steps the run
+    has."""
+    check(stage != 1 or n > 1, f"stage 1 contrasts slides and needs at least 2 with a report; found {n}")
+    check(
+        stage != 1 or recipe.batch_size > 1,
+        "--batch-size 1: stage 1 contrasts the slides of a batch; raise it",
+    )
+    batches = math.ceil(n / recipe.batch_size)
+    few = f"a batch of {n // batches} is too small for {world()} processes; raise --batch-size or start fewer"
+    check(n // batches >= world(), few)
+    steps = round(recipe.epochs * batches)
+    return batches, max(1, steps) if recipe.epochs > 0 else 0
 
 
-def plan(dataset, batch_size, steps, first, seed):
-    """Yields (step, its micro-batches: lists of indices). It follows from (seed, step), so resuming needs no state."""
-    per_epoch = len(dataset.rows) // batch_size
-    for step in range(first, steps):
-        epoch, k = divmod(step, per_epoch)
-        if step == first or k == 0:
-            order = np.random.default_rng([*seed, epoch]).permutation(len(dataset.rows)).tolist()
-        yield step, dataset.parts(order[k * batch_size : (k + 1) * batch_size])
+def batch_of(step, n, batches, seed):
+    """The rows of a step, as indices. They follow from the seed and the step: resuming needs no state of
+    its own."""
+    epoch, k = divmod(step, batches)
+    order = np.random.default_rng([*seed, epoch]).permutation(n)
+    return order[k * n // batches : (k + 1) * n // batches].tolist()
 
 
-def micro_batches(dataset, parts, args):
-    """This process's samples, part by part. On a GPU, readers load ahead; on a CPU they'd take the model's cores."""
-    workers = args.workers if args.device.type == "cuda" else 0
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=parts, num_workers=workers, collate_fn=list))
+def read_ahead(read, parts, args):
+    """[read(row) of each row], part by part. On a GPU, threads read the next part while this one is at
+    work; on a CPU they would take the model's cores."""
+    if args.device.type == "cpu":
+        for part in parts:
+            yield [read(row) for row in part]
+        return
+    with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+        waiting = []
+        for part in [*parts, []]:
+            coming = [pool.submit(read, row) for row in part]
+            if waiting:
+                yield [job.result() for job in waiting]
+            waiting = coming
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The three stages. Each is a Task for the one training loop below.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Task:
-    """What the loop needs to know of a stage."""
-
-    model: torch.nn.Module
-    cfg: wsi_llava.WSILLaVAConfig
-    groups: list  # optimizer groups: {"name", "params", "lr"}
-    train: torch.utils.data.Dataset
-    val: torch.utils.data.Dataset
-    backward: object  # (parts of a batch, this process's micro-batches) -> Totals; adds to the parameters' gradients
-    validate: object  # (parts, micro-batches) -> {metric: value}
-    before_and_after: object = None  # () -> {metric: value}, shown before the first step and after the last
-    sharded: bool = False  # FSDP: gradients are averaged over the processes already
-    saved_dtype: torch.dtype = torch.float32  # of the weights in model.safetensors
-
-
-@dataclass
-class Totals:
-    """What a batch came to, over all processes."""
-
-    loss: float  # the sum that the gradients are of
-    weight: float  # divide both by it: labelled tokens, or 1 where the loss is a mean already
-    tokens: int  # positions (stage 1: tiles) that went through the model
-    cut: int = 0  # samples that were longer than --max-length
+# ---- Stage 1: slides and reports in one space --------------------------------------------------------------
 
 
 class TextEncoder(torch.nn.Module):
-    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a small
-    bidirectional Transformer, mean over the tokens.
-    """
+    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a
+    small bidirectional Transformer, mean over the tokens."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.embed = torch.nn.Linear(cfg.in_width, cfg.width)
         self.pos_embed = torch.nn.Parameter(0.02 * torch.randn(1, cfg.max_length, cfg.width))
-        self.blocks = torch.nn.ModuleList(wsi_llava.Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth))
+        blocks = [wsi_llava.Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth)]
+        self.blocks = torch.nn.ModuleList(blocks)
         self.norm = torch.nn.LayerNorm(cfg.width, eps=1e-6)
 
     def forward(self, token_embeds, mask):
         _, T, C = token_embeds.shape
-        # An LLM's embeddings are small, and differ in size from one LLM to the next: without the norm, the position
-        # embedding drowns them.
+        # An LLM's embeddings are small, and differ in size from one LLM to the next: without the norm, the
+        # position embedding drowns them.
         x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]  # [B,T,C_llm] -> [B,T,C]
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
@@ -362,10 +397,11 @@ class TextEncoder(torch.nn.Module):
 
 
 class WSITextAlignment(torch.nn.Module):
-    """Stage 1: slide encoder, text encoder, a linear head each to the shared space, and CLIP's temperature.
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space, and CLIP's
+    temperature.
 
-    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language model reads
-    later, and a loss on the CLS alone would leave their last layer untrained.
+    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language
+    model reads later, and a loss on the CLS alone would leave their last layer untrained.
     """
 
     def __init__(self, cfg):
@@ -377,10 +413,15 @@ class WSITextAlignment(torch.nn.Module):
         self.text_head = torch.nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
         self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def embed_slides(self, features, coords, lengths):
-        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [S,E] of unit length."""
+    def embed_slides(self, features, coords, lengths, cases=None):
+        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [B,E] of unit
+        length. cases: how many slides each row has (default: one); a case's embedding is of the mean of
+        its slides'."""
         tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens, lengths)  # [S,V,C]
-        return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
+        slides = tokens.mean(1)  # [S,C]
+        if cases and max(cases) > 1:
+            slides = torch.stack([case.mean(0) for case in slides.split(cases)])  # [B,C]
+        return F.normalize(self.slide_head(slides), dim=-1)
 
     def embed_texts(self, token_embeds, mask):
         """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
@@ -393,21 +434,24 @@ class WSITextAlignment(torch.nn.Module):
         return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
 
     def loss(self, slides, texts):
-        """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its slide."""
+        """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its
+        slide."""
         logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T  # [B slides,B texts]
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def token_embeddings(args, meta):
-    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen, and its Tokenizer."""
+    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen, and its
+    Tokenizer."""
     folder, tokenizer = wsi_llava.pick_llm(args, meta)
     words = wsi_llava.load_llama(folder).embed_tokens.weight.detach()
     return words.to(args.device, torch.float32), tokenizer
 
 
 def load_alignment(args, meta):
-    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm], Tokenizer)."""
+    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm],
+    Tokenizer)."""
     path = wsi_llava.stage_weights(args, 1)
     cfg = wsi_llava.load_config(path.parent)
     wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, path.parent)
@@ -417,39 +461,50 @@ def load_alignment(args, meta):
     return cfg, model, *token_embeddings(args, meta)
 
 
+def slide_encoder_to_train(args, meta):
+    """What stage 1 starts from -> (SlideEncoder, or None for a new one; its config)."""
+    gigapath = wsi_llava.GIGAPATH / "slide_encoder.pth"
+    check(
+        not (args.from_scratch and args.slide_encoder), "--from-scratch, or --slide-encoder: give one of them"
+    )
+    if args.slide_encoder or (meta["preset"] != "demo" and not args.from_scratch and gigapath.exists()):
+        path = args.slide_encoder or gigapath
+        encoder = wsi_llava.load_slide_encoder(path)
+        wsi_llava.check_tile_encoder(encoder.cfg, meta, path)
+        return encoder, encoder.cfg
+    missing = (
+        f"no slide encoder: {gigapath} is missing; name it with --slide-encoder, or train --from-scratch"
+    )
+    check(meta["preset"] == "demo" or args.from_scratch, missing)
+    cfg = PRESETS[args.preset or meta["preset"]].slide_encoder
+    return None, dataclasses.replace(cfg, in_width=meta["encoder"]["width"])  # a new one takes any features
+
+
 def autocast(args):
-    """bfloat16 is for the products. What is trained stays in float32: updates are too small for bfloat16's 8 bits."""
+    """bfloat16 is for the products. What is trained stays in float32: updates are too small for
+    bfloat16's 8 bits."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
 
 
-def embed(args, model, words, samples):
-    """Samples of Pairs -> embeddings of their slides and of their reports, [B,E] each."""
+def read_pair(data, row, tokenizer, cfg):
+    """A slide, or a case, and its report -> {"slides": [(features [N,C_tile], coords [N,2])], "ids"}."""
+    width = cfg.slide_encoder.in_width
+    slides = [read_features(data, slide, cfg.max_tiles, width) for slide in row.slides]
+    ids = tokenizer.encode(row.read()["conversations"][1]["value"])
+    return {"slides": slides, "ids": ids[: cfg.text_encoder.max_length]}
+
+
+def embed(args, model, words, pairs):
+    """What read_pair gave -> embeddings of the slides and of the reports, [B,E] each."""
     dtype = model.logit_scale.dtype  # float32
-    features = torch.cat([s["features"] for s in samples]).to(args.device, dtype)  # [sum of N,C_tile]
-    coords = torch.cat([s["coords"] for s in samples]).to(args.device)
+    slides = [slide for pair in pairs for slide in pair["slides"]]
+    features = torch.cat([features for features, _ in slides]).to(args.device, dtype)  # [sum of N,C_tile]
+    coords = torch.cat([coords for _, coords in slides]).to(args.device)
+    lengths, cases = [len(coords) for _, coords in slides], [len(pair["slides"]) for pair in pairs]
     with autocast(args):
-        slides = model.embed_slides(features, coords, [len(s["coords"]) for s in samples])
-        texts = model.embed_words([s["ids"] for s in samples], words)
-    return slides.to(dtype), texts.to(dtype)
-
-
-def places(parts):
-    """This process's parts of a batch -> (number, its rows in the whole batch)."""
-    start = 0
-    for k, part in enumerate(parts):
-        if k % world() == rank():
-            yield k, slice(start, start + len(part))
-        start += len(part)
-
-
-def embed_batch(args, model, words, parts, micro, seed=0):
-    """The whole batch's embeddings, [n,E] twice, on every process: each fills its own rows, the sum gathers them."""
-    n, width = sum(map(len, parts)), model.slide_head.out_features
-    slides, texts = torch.zeros(2, n, width, device=args.device, dtype=model.logit_scale.dtype)
-    for (k, place), samples in zip(places(parts), micro):
-        torch.manual_seed(seed + k)
-        slides[place], texts[place] = embed(args, model, words, samples)
-    return all_sum(slides), all_sum(texts)
+        embedded = model.embed_slides(features, coords, lengths, cases)
+        texts = model.embed_words([pair["ids"] for pair in pairs], words)
+    return embedded.to(dtype), texts.to(dtype)
 
 
 def recall(similarity):
@@ -459,97 +514,123 @@ def recall(similarity):
     return {f"{name} R@{k}": (r < k).float().mean().item() for name, r in ranks.items() for k in (1, 5, 10)}
 
 
-def stage1(args, recipe, meta):
-    """WSI-text alignment by symmetric InfoNCE with the gradient-cache method (arXiv 2101.06983).
+class Alignment:
+    """Stage 1: WSI-text alignment by symmetric InfoNCE with the gradient-cache method (arXiv 2101.06983).
 
-    A contrastive loss needs a large batch, and slides are long. So: embed everything without grad; take the loss's
-    gradient with respect to the embeddings; embed again, micro-batch by micro-batch, and carry that gradient back.
-    Memory is one micro-batch's, and the gradient is exactly that of the whole batch. Several processes embed a share
-    each.
+    A contrastive loss needs a large batch, and slides are long. So: embed everything without grad; take
+    the loss's gradient with respect to the embeddings; embed again, micro-batch by micro-batch, and carry
+    that gradient back. Memory is one micro-batch's, and the gradient is exactly that of the whole batch.
+    Several processes embed a share each. A batch that is one micro-batch is embedded once.
     """
-    if args.no_slide_encoder:
-        raise UserError("--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2")
-    words, tokenizer = token_embeddings(args, meta)  # [vocab,C_llm]
-    cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
-    cfg.max_tiles = args.max_tiles
-    slide_encoder = None
-    path = args.slide_encoder or wsi_llava.WEIGHTS / "gigapath" / "slide_encoder.pth"
-    if args.slide_encoder or (meta["preset"] != "demo" and path.exists()):
-        slide_encoder = wsi_llava.load_slide_encoder(path)
-        cfg.slide_encoder = slide_encoder.cfg
-    elif meta["preset"] != "demo" and not args.from_scratch:
-        raise UserError(f"no slide encoder: {path} is missing; name it with --slide-encoder, or train --from-scratch")
-    wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, path if slide_encoder else f"--preset {meta['preset']}")
-    cfg.slide_encoder.trained_on = meta["encoder"]["fingerprint"]
-    cfg.text_encoder.in_width = words.shape[1]
-    model = WSITextAlignment(cfg)
-    if slide_encoder is not None:
-        model.slide_encoder = slide_encoder
-    model.to(args.device, torch.float32).slide_encoder.checkpointing = recipe.checkpointing
-    rows = one_report_a_slide(load_rows(args.data, "train", args.skip_missing))
-    train, val = (Pairs(r, args, tokenizer, cfg.text_encoder.max_length) for r in split_validation(rows, args.val))
-    if slide_encoder is None:
-        some = [train[i]["features"] for i in range(min(200, len(train.rows)))]
-        model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
 
-    def backward(parts, micro):
-        seed, tiles = torch.initial_seed(), sum(train.rows.index[i]["tiles"] for part in parts for i in part)
-        if len(parts) == 1 and world() == 1:  # all fits at once
-            loss = model.loss(*embed(args, model, words, next(micro)))
+    beta2, sharded = 0.98, False
+
+    def __init__(self, stage, args, recipe, meta):
+        check(
+            not args.no_slide_encoder,
+            "--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2",
+        )
+        self.args = args
+        self.words, self.tokenizer = token_embeddings(args, meta)  # [vocab,C_llm]
+        encoder, encoder_cfg = slide_encoder_to_train(args, meta)
+        cfg = self.cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+        cfg.slide_encoder = dataclasses.replace(encoder_cfg, trained_on=meta["encoder"]["fingerprint"])
+        cfg.text_encoder.in_width, cfg.max_tiles = self.words.shape[1], args.max_tiles
+        self.model = WSITextAlignment(cfg)
+        if encoder:
+            self.model.slide_encoder.load_state_dict(encoder.state_dict())
+        self.start = wsi_llava.fingerprint(self.model)
+        self.model.to(args.device, torch.float32).slide_encoder.checkpointing = recipe.checkpointing
+        rows = one_report_a_slide(load_rows(args.data, "train", args.skip_missing))
+        self.train, self.val = split_validation(rows, args)
+        if not encoder:  # the inputs' mean and deviation, of some slides
+            some = [self.read(row)["slides"][0][0] for row in self.train[:200]]
+            self.model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
+        params = self.params = list(self.model.parameters())
+        self.groups = [{"name": "slide and text encoder", "params": params, "peak": recipe.lr}]
+
+    def read(self, row):
+        return read_pair(self.args.data, row, self.tokenizer, self.cfg)
+
+    def micro_batches(self, rows):
+        """Rows whose slides are packed into one sequence of TILES_AT_ONCE tiles, or of fewer, so that
+        every process has some; a slide that is longer comes alone."""
+        most = self.args.max_tiles or math.inf
+        tiles = [min(row.tiles, most * len(row.slides)) for row in rows]
+        at_once = min(TILES_AT_ONCE, math.ceil(sum(tiles) / world()))
+        parts, room = [], 0
+        for row, n in zip(rows, tiles):
+            if n > room:
+                parts.append([])
+                room = at_once
+            parts[-1].append(row)
+            room -= n
+        return parts
+
+    def shares(self, parts):
+        """This process's micro-batches -> (number, its place in the whole batch, its pairs)."""
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        mine = my_share(range(len(parts)))
+        for k, pairs in zip(mine, read_ahead(self.read, [parts[k] for k in mine], self.args)):
+            yield k, slice(ends[k] - len(parts[k]), ends[k]), pairs
+
+    def embed_all(self, parts, seed):
+        """The whole batch's embeddings, [B,E] twice, on every process: each fills its rows, the sum
+        gathers them."""
+        n, width = sum(len(part) for part in parts), self.cfg.text_encoder.embed_width
+        dtype = self.model.logit_scale.dtype
+        slides, texts = torch.zeros(2, n, width, device=self.args.device, dtype=dtype)
+        for k, place, pairs in self.shares(parts):
+            torch.manual_seed(seed + k)
+            slides[place], texts[place] = embed(self.args, self.model, self.words, pairs)
+        return all_sum(slides), all_sum(texts)
+
+    def backward(self, batch):
+        """Adds the gradient of the loss of a batch, rows' indices -> (its loss, the tiles that it took)."""
+        parts = self.micro_batches([self.train[i] for i in batch])
+        seed, tiles = torch.initial_seed(), sum(self.train[i].tiles for i in batch)
+        if len(parts) == 1 and world() == 1:
+            loss = self.model.loss(
+                *embed(self.args, self.model, self.words, [self.read(row) for row in parts[0]])
+            )
             loss.backward()
-            return Totals(loss.item(), 1, tiles)
+            return loss.item(), tiles
         with torch.no_grad():
-            slides, texts = embed_batch(args, model, words, parts, micro, seed)
+            slides, texts = self.embed_all(parts, seed)
         slides.requires_grad_(), texts.requires_grad_()
-        loss = model.loss(slides, texts)
+        loss = self.model.loss(slides, texts)
         loss.backward()
         if rank():
-            model.logit_scale.grad.zero_()  # every process has all of it; the sum over them is to hold it once
-        for k, place in places(parts):
-            samples = [train[i] for i in parts[k]]  # read again, not held: memory stays one micro-batch's
+            self.model.logit_scale.grad.zero_()  # all of it on every process; the sum is to hold it once
+        for k, place, pairs in self.shares(parts):  # read again, not held: memory stays one micro-batch's
             torch.manual_seed(seed + k)  # the second pass must draw the dropout of the first
-            torch.autograd.backward(embed(args, model, words, samples), (slides.grad[place], texts.grad[place]))
-        return Totals(loss.item(), 1, tiles)
+            embedded = embed(self.args, self.model, self.words, pairs)
+            torch.autograd.backward(embedded, (slides.grad[place], texts.grad[place]))
+        sum_gradients(self.params, 1)
+        return loss.item(), tiles
 
     @torch.no_grad()
-    def validate(parts, micro):
-        slides, texts = embed_batch(args, model, words, parts, micro)
-        return {"loss": model.loss(slides, texts).item(), **recall(slides @ texts.T)}
+    def validate(self):
+        """-> {metric: value} of the rows for validation; {} where there are too few."""
+        if len(self.val) < max(2, world()):
+            return {}
+        slides, texts = self.embed_all(self.micro_batches(self.val), 0)
+        return {"loss": self.model.loss(slides, texts).item(), **recall(slides @ texts.T)}
 
-    groups = [{"name": "slide and text encoder", "params": list(model.parameters()), "lr": recipe.lr}]
-    return Task(model, cfg, groups, train, val, backward, validate)
+    def report(self, when):
+        """Nothing beyond what validate() tells."""
 
-
-@torch.no_grad()
-def alignment(args, model, samples):
-    """Whether projected slides are nearer to their own reports than to others' -> {what: value}, in two measures:
-
-    as vectors (mean over the visual tokens, mean over the embedded words, both less their mean over the slides;
-    cosine), and as the language model sees it (its loss on a report, after the report's own slide and after another's).
-    """
-    slides = torch.stack([model.project(s["visual"][0].to(model.device)).float().mean(0) for s in samples])
-    words = [[i for i, label in zip(s["ids"], s["labels"]) if label >= 0] for s in samples]
-    texts = [model.llama.embed_tokens(torch.tensor(ids, device=model.device)).float().mean(0) for ids in words]
-    slides, texts = (F.normalize(x - x.mean(0), dim=-1) for x in (slides, torch.stack(texts)))
-    cosine = slides @ texts.T
-    own, n = cosine.diagonal(), len(samples)
-    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
-    losses = []
-    for shift in (0, 1):
-        with autocast(args):
-            found = [model([samples[i - shift]["visual"]], [s["ids"]], [s["labels"]]) for i, s in enumerate(samples)]
-        losses.append(torch.stack(found).mean().item())
-    return {
-        "cosine to the own report": own.mean().item(),
-        "to others": others.item(),
-        "loss of a report after its own slide": losses[0],
-        "after another": losses[1],
-    }
+    def write_result(self, folder, weights):
+        """The whole model, and its slide encoder in the form in which later stages, and GigaPath's users,
+        take it."""
+        write_text(folder / "config.json", self.cfg.to_json())
+        prefix = "slide_encoder."
+        encoder = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        wsi_llava.save_slide_encoder(self.cfg.slide_encoder, encoder, folder / "slide_encoder.safetensors")
+        write_tensors(folder / "model.safetensors", weights)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Stages 2 and 3: answers to questions about slides -----------------------------------------------------
 
 
 def model_to_train(args, recipe, meta, stage):
@@ -564,201 +645,242 @@ def model_to_train(args, recipe, meta, stage):
     if full:
         model.llama.requires_grad_(True)
     elif stage == 3:
-        cfg.lora_rank, cfg.lora_alpha, cfg.lora_target = recipe.lora_rank, recipe.lora_alpha, recipe.lora_target
+        cfg.lora_rank, cfg.lora_alpha, cfg.lora_target = (
+            recipe.lora_rank,
+            recipe.lora_alpha,
+            recipe.lora_target,
+        )
         wsi_llava.add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target, recipe.lora_dropout)
     model.mm_projector.requires_grad_(True)
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
-    model.to(args.device).llama.checkpointing = recipe.checkpointing
     return model, tokenizer
 
 
 def write_visual_tokens(args, model, slides):
-    """Runs the frozen slide encoder once over every slide that lacks its visual tokens, each process over a share. ->
-    {slide: why it has none}, on every process."""
+    """Runs the frozen slide encoder once over every slide that lacks its visual tokens, each process over
+    a share. -> {slide: why it has none}, on every process."""
     with autocast(args):
         written, problems = wsi_llava.cache_visual_tokens(
-            model, args.data, mine(slides), lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0)
+            model,
+            args.data,
+            my_share(slides),
+            lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0),
         )
-    written = int(all_sum(torch.tensor(written, device=args.device)))  # also waits for the others
-    if world() > 1:
-        shares = [None] * world()
-        dist.all_gather_object(shares, problems)
-        problems = {slide: why for share in shares for slide, why in share.items()}
+    written = sum(gather(written))  # also waits for the others
+    problems = {slide: why for share in gather(problems) for slide, why in share.items()}
     there = len(slides) - written - len(problems)
     say(f"Visual tokens of {len(slides)} slides: {written} computed, {there} were there.")
     return problems
 
 
-def shard(model, dtype):
-    """FSDP2: each process keeps a share of every layer's weights, gradients and optimizer state."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    model.slide_encoder = None  # it has done its work
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in model.llama.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+def encode_row(tokenizer, row, slides, plain=False):
+    """A row of the dataset -> ids and labels, with so many slides before its first question; plain: as
+    LLaVA's stage 2 has it, the slides and then the report."""
+    if plain:
+        return tokenizer.encode_plain(row["conversations"][1]["value"], slides)
+    return tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], slides))
 
 
-def language_task(args, recipe, meta, stage):
-    """Stages 2 and 3: next-token loss on the answers, given the slide's visual tokens."""
-    model, tokenizer = model_to_train(args, recipe, meta, stage)
-    cfg, full = model.cfg, stage == 3 and args.full
-    rows = load_rows(args.data, "train", args.skip_missing, tokens=True)
-    if stage == 2:
-        rows = rows.where(wsi_llava.is_report)
-        if not len(rows):
-            raise UserError(
-                f"{args.data}/qa/train.jsonl holds no reports (tasks with 'report' in the name): stage 2 needs them"
-            )
-    problems = write_visual_tokens(args, model, rows.slides())
-    if problems:
-        say(f"Left out, {len(problems)} slides that cannot be read, the first: {next(iter(problems.values()))}")
-        rows = rows.where(lambda entry: entry["slide"] not in problems)
-        check(len(rows), f"{args.data}/visual_tokens: no slide is left to train on")
-    train, val = (Conversations(r, args, tokenizer, cfg, stage, recipe) for r in split_validation(rows, args.val))
-    if full and world() > 1:
-        shard(model, args.dtype)
+def project_and_embed(model, samples):
+    """Projected slides and embedded reports as vectors, [n,C_llm] twice: the mean over visual tokens and
+    over words, both less their mean over the samples, of unit length."""
+    slides, texts = [], []
+    for example in samples:
+        projected = model.project(example["visual"].flatten(0, 1).to(model.device))
+        words = [i for i, label in zip(example["ids"], example["labels"]) if label >= 0]
+        slides.append(projected.float().mean(0))
+        texts.append(model.llama.embed_tokens(torch.tensor(words, device=model.device)).float().mean(0))
+    slides, texts = torch.stack(slides), torch.stack(texts)
+    return F.normalize(slides - slides.mean(0), dim=-1), F.normalize(texts - texts.mean(0), dim=-1)
 
-    def run(samples):
-        """-> (summed loss, labelled tokens, positions, cut samples)"""
-        ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
-        with autocast(args):
-            loss = model([s["visual"].to(args.device) for s in samples], ids, labels, reduction="sum")
-        labelled = sum(l >= 0 for x in labels for l in x[1:])
-        positions = sum(len(s["ids"]) + len(s["visual"]) * (cfg.n_visual_tokens - 1) for s in samples)
-        return loss, labelled, positions, sum(s["cut"] for s in samples)
 
-    def totals(parts, micro, work):
-        sums = torch.zeros(4, dtype=torch.float64, device=args.device)
-        seed = torch.initial_seed()
-        for k, samples in enumerate(micro):
+@torch.no_grad()
+def alignment(args, model, samples):
+    """Whether projected slides are nearer to their own reports than to others' -> (their cosines [n,n],
+    slides by reports; {what: value}): as vectors, and as the language model sees it, by its loss on a
+    report after the report's own slide and after another's."""
+    slides, texts = project_and_embed(model, samples)
+    cosine = slides @ texts.T
+    own, n = cosine.diagonal(), len(samples)
+    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
+    found = {"cosine to the own report": own.mean().item(), "to others": others.item()}
+    for name, shift in (("loss of a report after its own slide", 0), ("after another", 1)):
+        losses = []
+        for i, example in enumerate(samples):
+            others_slides, S = samples[i - shift]["visual"], len(example["visual"])
+            visual = others_slides[torch.arange(S) % len(others_slides)]  # as many as the report has slides
+            with autocast(args):
+                losses.append(model([visual], [example["ids"]], [example["labels"]]))
+        found[name] = torch.stack(losses).mean().item()
+    return cosine, found
+
+
+class Conversation:
+    """Stages 2 and 3: next-token loss on the answers, given the slides' visual tokens. And stage 0, on
+    all of the text and without slides."""
+
+    def __init__(self, stage, args, recipe, meta):
+        self.stage, self.args, self.micro_batch = stage, args, recipe.micro_batch
+        full = stage == 0 or stage == 3 and args.full
+        self.beta2, self.sharded = 0.999 if stage else 0.95, stage == 3 and full and world() > 1
+        self.saved_dtype = args.dtype if full else torch.float32  # 7B in float32 would be 27 GB
+        rows = load_rows(args.data, "train", args.skip_missing or stage == 0, tokens=True)
+        if stage == 0:
+            self.model, self.tokenizer = stand_in_to_train(args)
+            rows += [row._replace(task=PLAIN) for row in rows if is_report(row)]  # stage 2 shows them so
+        else:
+            self.model, self.tokenizer = model_to_train(args, recipe, meta, stage)
+        self.cfg, self.start = self.model.cfg, wsi_llava.fingerprint(self.model)
+        self.model.to(args.device).llama.checkpointing = recipe.checkpointing
+        self.train, self.val = self.choose(rows)
+        self.longest = min(recipe.max_length, self.cfg.llama.context)
+        self.cut, self.lost, self.first_cut = (
+            0,
+            0,
+            None,
+        )  # rows longer than that, those left without an answer
+        self.check_room()
+        if self.sharded:
+            shard(self.model, args.dtype)
+        llm = [p for p in self.model.llama.parameters() if p.requires_grad]
+        lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
+        self.groups = [
+            {"name": "projector", "params": list(self.model.mm_projector.parameters()), "peak": lr}
+        ]
+        if llm:
+            name = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
+            self.groups.append({"name": name, "params": llm, "peak": recipe.lr})
+        if stage == 0:
+            del self.groups[0]
+        self.params = [p for group in self.groups for p in group["params"]]
+
+    def choose(self, rows):
+        """The rows that the stage trains on and validates on; their slides' visual tokens are on disk
+        then."""
+        if self.stage == 0:
+            return rows, []
+        if self.stage == 2:
+            rows = [row for row in rows if is_report(row)]
+            lacks = "holds no reports (tasks with 'report' in the name): stage 2 needs them"
+            check(rows, f"{self.args.data}/qa/train.jsonl {lacks}")
+        problems = write_visual_tokens(self.args, self.model, slides_in(rows))
+        if problems:
+            first = next(iter(problems.values()))
+            say(f"Left out, {len(problems)} slides that cannot be read, the first: {first}")
+            rows = [row for row in rows if not problems.keys() & set(row.slides)]
+            check(rows, f"{self.args.data}/visual_tokens: no slide is left to train on, the first: {first}")
+        return split_validation(rows, self.args)
+
+    def check_room(self):
+        """Refuses a --max-length under which not even the shortest rows keep a word of an answer."""
+        shortest = sorted(self.train, key=lambda row: len(row.line))[:8]
+        samples = [self.read(row) for row in shortest]
+        what = f"--max-length {self.longest}: {self.cfg.n_visual_tokens} visual tokens and the question of"
+        what += f" {samples[0]['id']} leave no room for its answer; raise it"
+        check(not all(example["lost"] for example in samples), what)
+
+    def read(self, row):
+        """-> {"id", "ids", "labels" (of the prompt), "visual" ([S,V,C], or None), "cut", "lost"}."""
+        content = row.read()
+        shown = () if self.stage == 0 or self.stage == 3 and self.args.no_image else row.slides
+        ids, labels = encode_row(self.tokenizer, content, len(shown), self.stage == 2 or row.task == PLAIN)
+        if self.stage == 0:
+            labels = ids
+        visual = [read_visual_tokens(self.args.data, slide, self.cfg) for slide in shown]
+        room = max(0, self.longest - sum(len(tokens) - 1 for tokens in visual))
+        example = {"id": content["id"], "visual": torch.stack(visual) if visual else None}
+        example |= {"ids": ids[:room], "labels": labels[:room], "cut": len(ids) > room, "lost": False}
+        if all(
+            label < 0 for label in example["labels"][1:]
+        ):  # then one token that teaches nothing takes its place
+            example |= {"ids": [self.tokenizer.eos], "labels": [IGNORE], "visual": None, "lost": True}
+        return example
+
+    def micro_batches(self, rows):
+        """As many for each process: rows of like length together, so that little is padded.
+
+        Sorted inside the batch only: batches stay random draws, which batches of one length, hence of one
+        task, are not.
+        """
+        rows = sorted(rows, key=lambda row: len(row.line))
+        rounds = min(math.ceil(len(rows) / (self.micro_batch * world())), len(rows) // world())
+        parts = rounds * world()
+        return [rows[k * len(rows) // parts : (k + 1) * len(rows) // parts] for k in range(parts)]
+
+    def losses(self, rows, learn):
+        """Runs a batch, each process its share, and backward where it is to learn -> (loss, labelled
+        tokens, positions, rows cut, rows without an answer), sums over all processes."""
+        device = "cpu" if self.args.device.type == "mps" else self.args.device  # mps has no float64
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        seed, parts = torch.initial_seed(), my_share(self.micro_batches(rows))
+        for k, samples in enumerate(read_ahead(self.read, parts, self.args)):
             torch.manual_seed(seed + k * world() + rank())  # no two processes draw the same dropout
-            loss, *counts = run(samples)
-            work(loss)
-            sums += torch.tensor([loss.item(), *counts], dtype=torch.float64, device=args.device)
-        loss, labelled, positions, cut = all_sum(sums).tolist()
-        return Totals(loss, max(1, labelled), int(positions), int(cut))
+            ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
+            with autocast(self.args):
+                loss = self.model([s["visual"] for s in samples], ids, labels, reduction="sum")
+            if learn:
+                loss.backward()
+            labelled = sum(label >= 0 for row in labels for label in row[1:])
+            positions = sum(len(s["ids"]) for s in samples)
+            positions += sum(
+                s["visual"].shape[0] * (s["visual"].shape[1] - 1) for s in samples if s["visual"] is not None
+            )
+            cut = [s["id"] for s in samples if s["cut"]]
+            self.first_cut = self.first_cut or (cut + [None])[0]
+            counts = [loss.item(), labelled, positions, len(cut), sum(s["lost"] for s in samples)]
+            sums += torch.tensor(counts, dtype=torch.float64, device=device)
+        return all_sum(sums).tolist()
 
-    def backward(parts, micro):
-        return totals(parts, micro, lambda loss: loss.backward())
+    def backward(self, batch):
+        """Adds the gradient of the loss of a batch, rows' indices -> (its loss, the positions that it
+        took)."""
+        loss, labelled, positions, cut, lost = self.losses([self.train[i] for i in batch], learn=True)
+        sum_gradients(self.params, max(1, labelled), self.sharded)
+        self.cut, self.lost = self.cut + int(cut), self.lost + int(lost)
+        return loss / max(1, labelled), int(positions)
 
     @torch.no_grad()
-    def validate(parts, micro):
-        found = totals(parts, micro, lambda loss: None)
-        return {"loss": found.loss / found.weight}
+    def validate(self):
+        """-> {metric: value} of the rows for validation; {} where there are too few."""
+        if len(self.val) < world():
+            return {}
+        loss, labelled, *_ = self.losses(self.val, learn=False)
+        return {"loss": loss / max(1, labelled)}
 
-    projector = list(model.mm_projector.parameters())
-    lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
-    groups = [{"name": "projector", "params": projector, "lr": lr}]
-    if stage == 3:
-        name = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
-        params = [p for p in model.llama.parameters() if p.requires_grad]
-        groups.append({"name": name, "params": params, "lr": recipe.lr})
-    task = Task(model, cfg, groups, train, val, backward, validate, sharded=full and world() > 1)
-    if full:
-        task.saved_dtype = args.dtype  # 7B in float32 would be 27 GB
-    if stage == 2 and not args.no_image:
-        some = val if len(val.rows) > 1 else train
-        task.before_and_after = lambda: alignment(args, model, [some[i] for i in range(min(256, len(some.rows)))])
-    return task
+    def report(self, when):
+        """Says, "before" training and "after" it, what is worth knowing beside the loss."""
+        if self.stage == 2:
+            some = self.val if len(self.val) > 1 else self.train[:256]
+            samples = [self.read(row) for row in some]
+            _, found = alignment(self.args, self.model, [s for s in samples if not s["lost"]])
+            say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+        if self.cut:
+            first = ([x for x in gather(self.first_cut) if x] + [None])[0]
+            say(
+                f"{self.cut} samples were longer than --max-length {self.longest} and were cut, {self.lost} of "
+                f"them so that no answer is left; the first: {first}"
+            )
 
-
-def resume(path, run, model, optimizer):
-    """Loads what an interrupted run saved, on any number of processes -> (steps done, log)."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved_run, first, log = state["run"], state["step"], state["log"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: damaged ({reason}); leave --resume out to start the stage anew") from None
-    if saved_run != run:
-        raise UserError(f"{path} belongs to another run ({saved_run}, not {run}); leave --resume out to start anew")
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-    )
-    say(f"Resuming at step {first} of {run['steps']}.")
-    return first, log
+    def write_result(self, folder, weights):
+        if self.stage == 0:
+            return wsi_llava.save_llama(self.model.llama, folder, self.tokenizer)
+        write_text(folder / "config.json", self.cfg.to_json())
+        weights = {name: x.to(self.saved_dtype) for name, x in weights.items()}
+        write_tensors(folder / "model.safetensors", weights)
 
 
-def summarize(stage, args, recipe, task, steps, batch_size, first, folder):
-    """What will be trained, on what, for how long: timed on one micro-batch, whose gradients are thrown away."""
-    trained = {id(p) for g in task.groups for p in g["params"]}
-    parts = {}
-    for name, p in task.model.named_parameters():
-        if id(p) not in trained:
-            part = name.split(".")[0]
-            parts[part] = parts.get(part, 0) + p.numel()
-    index = task.train.rows.index
-    _, first_parts = next(plan(task.train, batch_size, 1, 0, [args.seed, stage]))
-    rounds = math.ceil(len(first_parts) / world())
-    task.model.train()
-    started = time.time()
-    task.backward(first_parts[: world()], micro_batches(task.train, mine(first_parts[: world()]), args))
-    task.model.zero_grad(set_to_none=True)
-    duration = datetime.timedelta(seconds=round((time.time() - started) * rounds * (steps - first)))
-    lines = {
-        "on": f"{args.device} in {str(args.dtype).removeprefix('torch.')}, {world()} process{'es' * (world() > 1)}",
-        "trains": ", ".join(
-            f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['lr']:g})" for g in task.groups
-        ),
-        "frozen": ", ".join(f"{name} {count:,}" for name, count in parts.items()) or "nothing",
-        "data": f"{len(index):,} {'reports' if stage < 3 else 'questions'} of {len(task.train.rows.slides()):,} slides, "
-        f"{len(task.val.rows):,} more of {len(task.val.rows.slides()):,} slides to validate on",
-        "plan": f"{steps:,} steps of {batch_size} ({recipe.epochs:g} epochs), about {duration} by the first micro-batch",
-        "writes": f"{folder}/: model.safetensors at the end, train_state.pt every {args.save_every} steps",
-    }
-    say(f"Stage {stage}, {TITLES[stage]}")
-    for name, text in lines.items():
-        say(f"  {name:8}{text}")
-
-
-def show_alignment(task, when):
-    """Prints, of the stages that have it, what before_and_after measures."""
-    if task.before_and_after:
-        found = task.before_and_after()
-        say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-
-
-def gather_gradients(task, weight):
-    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done once after
-    the last micro-batch, and free of its rule that all processes run the same number of backwards."""
-    params = [p for g in task.groups for p in g["params"]]
-    if world() > 1 and not task.sharded:
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
-            work.wait()
-    for p in params:
-        if p.grad is not None:
-            p.grad.mul_((world() if task.sharded else 1) / weight)  # FSDP takes the mean
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list yielded then fills."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        tqdm.write("Finishing this step, then saving; once more to stop at once.")
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+# ---- The loop ----------------------------------------------------------------------------------------------
 
 
 def pick_recipe(stage, args, meta):
-    """The preset's recipe for the stage, with the user's flags on top."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None}
+    """The preset's recipe for the stage, with the user's flags on top. The stand-in's is its own."""
+    if stage == 0:
+        return STAND_IN
+    given = {
+        f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None
+    }
     recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage], **given)
     if stage == 3 and args.full and (args.lr is None or args.full_lr):
         recipe.lr = recipe.full_lr or recipe.lr
@@ -775,96 +897,162 @@ def schedule(step, steps, warmup):
     return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / max(1, steps - rising))
 
 
-def draw_curves(path, logs):
-    """Training loss (thin: every step; thick: smoothed) and validation loss (dots), one panel a stage, side by side."""
-    width, height, left, top, bottom = 520, 360, 62, 40, 44
-    picture = Image.new("RGB", (width * len(logs), height), "white")
-    draw = ImageDraw.Draw(picture)
-    font, small = ImageFont.load_default(16), ImageFont.load_default(12)
-    for panel, (title, log) in enumerate(logs.items()):
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 18, height - bottom, top
-        losses = np.array([entry["loss"] for entry in log])
-        high = max([*losses, *[e["val_loss"] for e in log if "val_loss" in e]]) * 1.05 + 1e-9
-        last = log[-1]["step"]
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list yielded then
+    fills."""
+    asked = []
 
-        def point(step, loss, x0=x0, x1=x1, y0=y0, y1=y1, last=last, high=high):
-            return x0 + (x1 - x0) * step / last, y0 + (y1 - y0) * loss / high
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        tqdm.write("Finishing this step, then saving; once more to stop at once.")
 
-        for i in range(5):
-            y = y0 + (y1 - y0) * i / 4
-            draw.line((x0, y, x1, y), fill=(226, 226, 226))
-            draw.text((x0 - 8, y), f"{high * i / 4:.2f}", fill=(90, 90, 90), font=small, anchor="rm")
-            x = x0 + (x1 - x0) * i / 4
-            draw.text((x, y0 + 8), f"{last * i / 4:.0f}", fill=(90, 90, 90), font=small, anchor="ma")
-        draw.text(((x0 + x1) / 2, height - 6), "step", fill=(90, 90, 90), font=small, anchor="mb")
-        draw.text((x0, 10), f"{title}: loss", fill="black", font=font)
-        draw.text((x1, 12), "training", fill=(31, 95, 180), font=small, anchor="ra")
-        draw.text((x1 - 60, 12), "validation", fill=(214, 90, 30), font=small, anchor="ra")
-        span = max(1, len(losses) // 25)
-        smooth = np.convolve(np.pad(losses, (span - 1, 0), mode="edge"), np.ones(span) / span, "valid")
-        for values, colour, thick in ((losses, (178, 202, 235), 1), (smooth, (31, 95, 180), 3)):
-            line = [point(entry["step"], value) for entry, value in zip(log, values)]
-            draw.line(line * (2 if len(line) == 1 else 1), fill=colour, width=thick)
-        dots = [point(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
-        if len(dots) > 1:
-            draw.line(dots, fill=(214, 90, 30), width=2)
-        for x, y in dots:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=(214, 90, 30))
-    with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
-def size_of_run(stage, recipe, n):
-    """How many rows of n a batch has, and how many batches the run -> (batch_size, steps)."""
-    if stage == 1 and n < 2:
-        raise UserError(f"stage 1 contrasts slides with one another and needs at least 2 with a report; found {n}")
-    batch_size = min(recipe.batch_size, n)
-    if batch_size < world():
-        raise UserError(
-            f"a batch of {batch_size} is too small for {world()} processes; raise --batch-size or start fewer"
+@contextlib.contextmanager
+def alone_in(folder):
+    """Refuses a second run in a stage's folder, and sweeps up what a killed one had half written. Rank 0
+    only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank() or fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is training here; wait for it, or name another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        for path in folder.glob(".*.part"):
+            path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(handle)
+
+
+# What a run is beside its recipe: flags that change what is learned. How often it saves is not among them.
+FLAGS_OF_A_RUN = ("seed", "dtype", "val", "clip", "keep", "full", "no_slide_encoder", "no_image", "max_tiles")
+
+
+def identity(stage, args, recipe, task, steps):
+    """What makes a run the one that it is, as {what: text}: resumed otherwise, it would be neither the
+    one nor the other. Processes and micro-batches may change: they change the last bits alone."""
+    run = {"stage": stage, "steps": steps} | dataclasses.asdict(recipe)
+    del run["micro_batch"], run["checkpointing"]
+    run |= {name: getattr(args, name) for name in FLAGS_OF_A_RUN}
+    run |= {"the training rows": hash_of(task.train), "what it started from": task.start}
+    return {what: str(value) for what, value in run.items()}
+
+
+def resume(path, run, model, optimizer):
+    """Loads what an interrupted run saved, on any number of processes -> (steps done, log)."""
+    with reading(path, "damaged; leave --resume out to start the stage anew"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        old, step, log = state["run"], state["step"], state["log"]
+        other = [f"{what} {old.get(what)}, not {run[what]}" for what in run if old.get(what) != run[what]]
+        anew = "leave --resume out to start anew"
+        check(not other, f"{path} belongs to another run: {'; '.join(other[:3])}; {anew}")
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        check(
+            state["model"].keys() == names,
+            f"{path}: does not hold the weights that this stage trains; {anew}",
         )
-    steps = round(recipe.epochs * (n // batch_size))
-    return batch_size, max(1, steps) if recipe.epochs > 0 else steps
+        options = StateDictOptions(full_state_dict=True, strict=False)  # the frozen weights are not in it
+        moments = state["optimizer"]
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=options
+        )
+    say(f"Resuming at step {step} of {run['steps']}.")
+    return step, log
 
 
-def save_stage(args, task, folder, run, step, optimizer, log):
-    """Everything that the next stage or --resume needs, each file written aside and renamed."""
+def start_anew(folder):
+    """Removes what an earlier run left, its state first: then at every instant either the folder holds
+    the result of a whole run, or a resumed run makes it."""
+    for name in ("train_state.pt", "model.safetensors", "slide_encoder.safetensors", "best.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save(folder, run, task, step, optimizer, log, keep):
+    """Writes what --resume needs; with the last step, and before that, the stage's result.
+
+    The state comes last: a state that says "done" has its result beside it, whatever a kill or a full
+    disk left of the rest. Killed before, a resumed run does the last steps again, and writes the same
+    result again.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights, optimizer_state = get_state_dict(task.model, optimizer, options=options)  # sharded or not; all take part
+    weights, moments = get_state_dict(task.model, optimizer, options=options)  # sharded or not; all take part
+    finite = all(x.isfinite().all() for x in weights.values())
+    advice = "try a lower --lr or --dtype float32"
+    check(finite, f"{folder}: after step {step} the weights are not finite, and were not saved; {advice}")
     if rank():
         return
-    state = {"run": run, "step": step, "model": weights, "optimizer": optimizer_state, "log": log}
+    best, done = folder / "best.safetensors", step == int(run["steps"])
+    losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
+    if keep == "best" and losses and log[-1].get("val_loss") == min(losses):
+        write_tensors(best, weights)
+    if done:
+        task.write_result(folder, wsi_llava.read_tensors(best) if best.exists() else weights)
     with replacing(folder / "train_state.pt") as path:
-        torch.save(state, path)
-
-    def write(path):
-        wsi_llava.write_tensors(path, {name: x.to(task.saved_dtype) for name, x in weights.items()})
-
-    best = folder / "best.safetensors"
-    if args.keep == "best" and step and log[-1].get("val_loss") == min(e.get("val_loss", math.inf) for e in log):
-        write(best)
-    if step == run["steps"]:  # a stage's result appears when it is whole: the next stage takes no half-trained weights
-        wsi_llava.write_text(folder / "config.json", task.cfg.to_json())
-        if isinstance(task.model, WSITextAlignment):  # the form in which the later stages, and GigaPath's users, take it
-            result = wsi_llava.read_tensors(best) if best.exists() else weights
-            names = [name for name in result if name.startswith("slide_encoder.")]
-            encoder = {name.removeprefix("slide_encoder."): result[name] for name in names}
-            wsi_llava.save_slide_encoder(task.cfg.slide_encoder, encoder, folder / "slide_encoder.safetensors")
-        if best.exists():
-            os.replace(best, folder / "model.safetensors")
-        else:
-            write(folder / "model.safetensors")
+        torch.save({"run": run, "step": step, "model": weights, "optimizer": moments, "log": log}, path)
+    if done:
+        best.unlink(missing_ok=True)
 
 
-def not_finite(stage, step, loss, norm, task, parts, folder, log_file):
-    """The end of a run whose loss or gradient is not finite: its batch goes into the log -> the UserError to raise."""
-    ids = [task.train.rows[i]["id"] for part in parts for i in part]
-    log_file.write(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}) + "\n")
-    return UserError(
-        f"stage {stage}, step {step}: the loss is {loss}, the norm of its gradient {norm}; the batch was "
-        f"{', '.join(ids[:8])}{', ...' * (len(ids) > 8)} (all in {folder}/log.jsonl); "
-        f"try a lower --lr or --dtype float32"
+def draw_curves(path, log, width=520, height=300):
+    """Training loss (every step, and smoothed) and validation loss (dots) as an SVG, which any browser
+    shows."""
+    losses = [entry["loss"] for entry in log]
+    top = 1.05 * max(max(entry["loss"], entry.get("val_loss", 0)) for entry in log) + 1e-9
+    steps = log[-1]["step"]
+    x = [45 + (width - 55) * entry["step"] / steps for entry in log]
+    span, shapes = max(1, len(losses) // 25), []
+    smooth = [np.mean(losses[max(0, i - span) : i + 1]) for i in range(len(losses))]
+    for values, colour, thick in ((losses, "#b2caeb", 1), (smooth, "#1f5fb4", 2)):
+        points = " ".join(f"{a:.1f},{(height - 20) - (height - 40) * y / top:.1f}" for a, y in zip(x, values))
+        shapes.append(f'<polyline fill="none" stroke="{colour}" stroke-width="{thick}" points="{points}"/>')
+    for a, entry in zip(x, log):
+        if "val_loss" in entry:
+            y = (height - 20) - (height - 40) * entry["val_loss"] / top
+            shapes.append(f'<circle r="3" fill="#d65a1e" cx="{a:.1f}" cy="{y:.1f}"/>')
+    for i in range(5):
+        shapes.append(f'<text x="4" y="{height - 16 - (height - 40) * i / 4:.0f}">{top * i / 4:.2f}</text>')
+    shapes.append(f'<text x="{width / 2:.0f}" y="{height - 4}">step, of {steps}</text>')
+    shapes.append('<text x="50" y="14" fill="#1f5fb4">training loss</text>')
+    shapes.append('<text x="150" y="14" fill="#d65a1e">validation loss</text>')
+    write_svg(path, shapes, width, height)
+
+
+def write_svg(path, shapes, width, height):
+    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11"'
+    frame = f'<rect width="{width}" height="{height}" fill="white"/>'
+    write_text(path, f'<svg {style} width="{width}" height="{height}">{frame}{"".join(shapes)}</svg>\n')
+
+
+def say_start(stage, args, recipe, task, steps, batches):
+    """What will be trained, on what, for how long."""
+    trains = [f"{g['name']} {sum(p.numel() for p in g['params']):,} (lr {g['peak']:g})" for g in task.groups]
+    frozen = sum(p.numel() for p in task.model.parameters()) - sum(
+        p.numel() for g in task.groups for p in g["params"]
     )
+    slides, val = len(slides_in(task.train)), len(task.val)
+    say(f"Stage {stage}, {TITLES[stage]}")
+    say(f"  on      {args.device} in {str(args.dtype).removeprefix('torch.')}, processes: {world()}")
+    say(f"  trains  {', '.join(trains)}; frozen {frozen:,}")
+    say(f"  data    {len(task.train):,} rows of {slides:,} slides, {val:,} more to validate on")
+    say(f"  plan    {steps:,} steps, {batches:,} an epoch, of {len(task.train) / batches:.0f} rows each")
 
 
 def say_step(where, entry, seconds_left, device):
@@ -877,118 +1065,201 @@ def say_step(where, entry, seconds_left, device):
 
 
 def train_stage(stage, args):
-    """Trains a stage and writes out/stageN. Raises UserError where it cannot start, or was stopped, and has saved."""
+    """Trains a stage and writes out/stageN; the stand-in of stage 0 goes to data/llm. Stopped by Ctrl-C
+    or a job's time limit, it saves first. Raises UserError where it cannot start, or was stopped."""
+    if stage and wsi_llava.read_meta(args.data)["preset"] == "demo" and not args.llm:
+        stand_in(args)
+    folder = args.out / f"stage{stage}" if stage else args.data / "llm"
+    with alone_in(folder), stop_signals() as stop:
+        run_stage(stage, args, folder, stop)
+
+
+def run_stage(stage, args, folder, stop):
     meta = wsi_llava.read_meta(args.data)
     recipe = pick_recipe(stage, args, meta)
     torch.manual_seed(args.seed)
-    task = stage1(args, recipe, meta) if stage == 1 else language_task(args, recipe, meta, stage)
-    model = task.model
-    batch_size, steps = size_of_run(stage, recipe, len(task.train.rows))
-    folder = args.out / f"stage{stage}"
-    folder.mkdir(parents=True, exist_ok=True)
-    beta2 = 0.98 if stage == 1 else 0.999
-    optimizer = torch.optim.AdamW(task.groups, betas=(0.9, beta2), weight_decay=recipe.weight_decay)
-    peaks = [group["lr"] for group in task.groups]
-    run = {"steps": steps, "batch_size": batch_size, "items": len(task.train.rows), "seed": args.seed}
-    first, log = 0, []
+    task = (Alignment if stage == 1 else Conversation)(stage, args, recipe, meta)
+    batches, steps = size_of_run(stage, recipe, len(task.train))
+    steps = steps if stage else args.llm_steps
+    optimizer = torch.optim.AdamW(task.groups, betas=(0.9, task.beta2), weight_decay=recipe.weight_decay)
+    run, step, log = identity(stage, args, recipe, task, steps), 0, []
     if args.resume and (folder / "train_state.pt").exists():
-        first, log = resume(folder / "train_state.pt", run, model, optimizer)
-    summarize(stage, args, recipe, task, steps, batch_size, first, folder)
-    validating = len(task.val.rows) >= max(world(), 2 if stage == 1 else 1)
-    val_parts = task.val.parts(list(range(min(len(task.val.rows), args.val_rows)))) if validating else []
-    eval_every = args.eval_every or max(1, steps // 8)
-    if not first:
-        for name in ("model.safetensors", "best.safetensors"):
-            (folder / name).unlink(missing_ok=True) if rank() == 0 else None
-        show_alignment(task, "before")
-    log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")  # noqa: SIM115 (closed by the loop's with)
+        step, log = resume(folder / "train_state.pt", run, task.model, optimizer)
+        gone = f"{folder}/model.safetensors: the stage was done, but this is gone; leave --resume out"
+        check(step < steps or (folder / "model.safetensors").exists(), gone)
+        if step == steps and rank() == 0:  # a kill may have come between the last state and this
+            (folder / "best.safetensors").unlink(missing_ok=True)
+    elif rank() == 0:
+        start_anew(folder)
+    say_start(stage, args, recipe, task, steps, batches)
+    if step == 0:
+        task.report("before")
+
+    log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")  # noqa: SIM115 (closed below)
     log_file.writelines(json.dumps(entry) + "\n" for entry in log)
-    batches = plan(task.train, batch_size, steps, first, [args.seed, stage])
-    ahead = plan(task.train, batch_size, steps, first, [args.seed, stage])  # the same, for the readers to run ahead in
-    loader = micro_batches(task.train, (part for _, parts in ahead for part in mine(parts)), args)
-    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", unit="step", disable=rank() > 0)
-    began, cut = time.time(), 0
-    model.train()
-    with log_file, bar, stop_signals() as asked:
-        for step, parts in batches:
-            started, done = time.time(), step + 1
-            torch.manual_seed(args.seed * 1_000_003 + stage * 100_000_007 + step * 1009)
+    bar = tqdm(total=steps, initial=step, desc=f"stage {stage}", unit="step", disable=rank() > 0)
+    began, first, finished = time.time(), step, step == steps > 0
+    task.model.train()
+    with log_file, bar:
+        while step < steps:
+            # The batch, and what is random in it, follow from the seed, the stage and the step.
+            batch = batch_of(step, len(task.train), batches, [args.seed, stage])
+            torch.manual_seed(hash((args.seed, stage, step)) % 2**62)
             height = schedule(step, steps, recipe.warmup)
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * height
-            found = task.backward(parts, itertools.islice(loader, len(mine(parts))))
-            gather_gradients(task, found.weight)
-            norm = torch.nn.utils.clip_grad_norm_([p for g in task.groups for p in g["params"]], args.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * height
+
+            # Forward and backward: the gradient of the mean over the batch, summed over the processes.
+            started = time.time()
+            loss, tokens = task.backward(batch)
+            norm = torch.nn.utils.clip_grad_norm_(task.params, args.clip or math.inf)  # 0: off
             norm = float(norm.full_tensor() if task.sharded else norm)
-            loss = found.loss / found.weight
             if not math.isfinite(loss + norm):
-                raise not_finite(stage, done, loss, norm, task, parts, folder, log_file)
+                raise not_finite(stage, step + 1, loss, norm, task, batch, folder, log_file)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            step += 1
 
-            cut += found.cut
-            entry = {"step": done, "loss": round(loss, 5), "lr": optimizer.param_groups[-1]["lr"]}
-            entry |= {"grad_norm": round(norm, 4), "tokens_per_s": round(found.tokens / (time.time() - started), 1)}
-            entry |= {"cut": found.cut} if found.cut else {}
+            # One greppable line, now and then the losses on what is held out.
+            entry = {"step": step, "loss": round(loss, 5), "lr": optimizer.param_groups[-1]["lr"]}
+            entry |= {"grad_norm": round(norm, 4), "tokens_per_s": round(tokens / (time.time() - started), 1)}
             log.append(entry)
-            where = f"stage {stage} step {done}/{steps}"
-            if done % args.log_every == 0:
-                say_step(where, entry, (time.time() - began) / (done - first) * (steps - done), args.device)
+            where = f"stage {stage} step {step}/{steps}"
+            if step % args.log_every == 0:
+                say_step(where, entry, (time.time() - began) / (step - first) * (steps - step), args.device)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}")
-
-            last = done == steps
-            evaluated = validating and (last or done % eval_every == 0)
+            evaluated = step == steps or step % (args.eval_every or max(1, steps // 8)) == 0
             if evaluated:
-                model.eval()
-                metrics = task.validate(val_parts, micro_batches(task.val, mine(val_parts), args))
-                model.train()
+                task.model.eval()
+                metrics = task.validate()
+                task.model.train()
                 entry |= {f"val_{name}": round(value, 5) for name, value in metrics.items()}
-                say(f"{where} " + "  ".join(f"val {name} {value:.4g}" for name, value in metrics.items()))
+                if metrics:
+                    say(f"{where} " + "  ".join(f"val {name} {value:.4g}" for name, value in metrics.items()))
+                if rank() == 0:
+                    draw_curves(folder / "loss.svg", log)
             print(json.dumps(entry), file=log_file, flush=True)
-            if rank() == 0 and (evaluated or last):
-                draw_curves(folder / "loss.png", {f"stage {stage}, {TITLES[stage]}": log})
 
-            stopping = all_sum(torch.tensor(float(bool(asked)), device=args.device)) > 0
-            if last or stopping or done % args.save_every == 0 or (evaluated and args.keep == "best"):
-                save_stage(args, task, folder, run, done, optimizer, log)
-            if stopping and not last:
-                raise UserError(f"interrupted after step {done} of {steps}, saved; --resume goes on from there")
-    if not steps:
-        save_stage(args, task, folder, run, 0, optimizer, log)
-    show_alignment(task, "after")
-    if cut:
-        say(f"{cut} samples were longer than --max-length {recipe.max_length} and were cut.")
-    say(f"Stage {stage} is done: {folder}/model.safetensors; curves in {folder}/loss.png.")
+            # Saved every so often, and when asked to stop: then all processes stop after the same step.
+            stopping = all_sum(torch.tensor(float(bool(stop)), device=args.device)) > 0
+            due = stopping or step % args.save_every == 0 or evaluated and args.keep == "best"
+            if due and step < steps:
+                save(folder, run, task, step, optimizer, log, args.keep)
+            stopped = f"interrupted after step {step} of {steps}, saved; --resume goes on from there"
+            check(step == steps or not stopping, stopped)
+    if not finished:
+        save(folder, run, task, step, optimizer, log, args.keep)
+    task.model.eval()
+    task.report("after")
+    say(f"Stage {stage} is done: {folder}/model.safetensors; losses in {folder}/log.jsonl and loss.svg.")
     all_sum(torch.zeros(1, device=args.device))  # nobody goes on before the files are there
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Out again: what the stages trained, in the layouts in which LLaVA's weights are published
-# --------------------------------------------------------------------------------------------------------------------
+def not_finite(stage, step, loss, norm, task, batch, folder, log_file):
+    """The end of a run whose loss or gradient is not finite: its batch goes into the log -> the UserError
+    to raise."""
+    ids = [task.train[i].read()["id"] for i in batch]
+    log_file.write(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}) + "\n")
+    few = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
+    return UserError(
+        f"stage {stage}, step {step}: the loss is {loss}, the norm of its gradient {norm}; the batch was "
+        f"{few} (all in {folder}/log.jsonl); try a lower --lr or --dtype float32"
+    )
+
+
+# ---- Stage 0: a stand-in for Vicuna, where there is none. It has read the training texts and seen no slide -
+
+PLAIN = "report, plain"  # the task of a report that stage 0 reads by itself, without a question
+
+
+def train_tokenizer(path, texts):
+    """SentencePiece with Llama's conventions, so that the stand-in and Vicuna share every line of code."""
+    model, lines = io.BytesIO(), [line for text in texts for line in text.split("\n")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=1024,
+        hard_vocab_limit=False,  # few texts have fewer pieces
+        byte_fallback=True,  # whatever a user types has a code
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,  # the same model every time
+        minloglevel=2,
+    )
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+
+
+def stand_in(args):
+    """Sees to it that data/tokenizer.model and data/llm are there, trained on the texts of
+    data/qa/train.jsonl."""
+    path, mark = args.data / "qa" / "train.jsonl", args.data / "llm" / "texts"
+    check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
+    texts = hashlib.sha256(str(args.seed).encode() + path.read_bytes()).hexdigest()[:16]
+    if mark.exists() and mark.read_text() == texts:
+        return
+    say("No language model at hand (--llm): training a stand-in on the training texts alone.")
+    train_stage(0, argparse.Namespace(**vars(args) | {"resume": False}))
+    if rank() == 0:
+        write_text(mark, texts)
+
+
+def stand_in_to_train(args):
+    """-> (a WSILLaVA of whose parts only a new, small language model is trained, its Tokenizer)."""
+    path = args.data / "tokenizer.model"
+    if rank() == 0:
+        vicuna = wsi_llava.CHAT_FORMATS["vicuna"]
+        prompt, texts = vicuna.start + vicuna.human.format(""), []
+        for row in load_rows(args.data, "train", skip_missing=True, tokens=True):
+            texts += [
+                prompt,
+                *(turn["value"] for turn in wsi_llava.slide_first(row.read()["conversations"], 0)),
+            ]
+        train_tokenizer(path, texts)
+    gather(None)  # the others wait
+    tokenizer = wsi_llava.Tokenizer(path)
+    cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict() | {"no_slide_encoder": True})
+    cfg.llama = dataclasses.replace(cfg.llama, vocab=len(tokenizer))
+    model = wsi_llava.WSILLaVA(cfg)
+    model.mm_projector.requires_grad_(False)
+    for p in model.llama.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.04)
+    return model, tokenizer
+
+
+# ---- Out again: what the stages trained, in the layouts in which LLaVA's weights are published -------------
 
 
 def export(args):
-    """out/stage3 -> a LLaVA folder: the language model with its adapters merged and the projector, or the adapters and
-    the projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
+    """out/stage3 -> a LLaVA folder: the language model with its adapters merged and the projector, or the
+    adapters and the projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no
+    place for."""
     folder = args.export or args.export_adapter
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; name a new folder to export to")
+    check(
+        not folder.exists() or not any(folder.iterdir()),
+        f"{folder} is not empty; name a new folder to export to",
+    )
     wsi_llava.stage_weights(args, 3)  # without it there is nothing of the user's own to export
-    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
-    base, _ = wsi_llava.pick_llm(args, wsi_llava.read_meta(args.data))
-    if model.cfg.no_slide_encoder:
-        raise UserError(f"{args.out}/stage3 is an ablation without slide encoder, which no published layout can say")
-    if args.export_adapter and (args.lora or not model.cfg.lora_rank):
-        reason = "its language model is --llm with --lora merged" if args.lora else "stage 3 trained no adapters"
-        raise UserError(f"--export-adapter: {reason}; use --export, which writes the whole model")
+    meta = wsi_llava.read_meta(args.data)
+    model, tokenizer = wsi_llava.load_model(args, meta, 3)
+    base, _ = wsi_llava.pick_llm(args, meta)
+    what = f"{args.out}/stage3 is an ablation without slide encoder, which no published layout can say"
+    check(not model.cfg.no_slide_encoder, what)
+    reason = "its language model is --llm with --lora merged" if args.lora else "stage 3 trained no adapters"
+    adapters = model.cfg.lora_rank and not args.lora
+    check(args.export or adapters, f"--export-adapter: {reason}; use --export, which writes the whole model")
     say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
-    for path in [tokenizer.path, *(path for pattern in beside for path in base.glob(pattern))]:
-        shutil.copy(path, folder)
+    shutil.copy(tokenizer.path, folder)
+    for beside in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*"):
+        for path in base.glob(beside):
+            shutil.copy(path, folder)
     encoder = model.slide_encoder
-    wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), folder / "slide_encoder.safetensors")
+    if encoder:
+        wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), folder / "slide_encoder.safetensors")
     if args.export:
         wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
     else:
@@ -1000,9 +1271,251 @@ def export(args):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The demo: the three stages on the toy cohort, then questions about slides that it has never seen
-# --------------------------------------------------------------------------------------------------------------------
+# ---- What it is worth: slides against reports, one piece less at a time ------------------------------------
+
+
+def load_whole(args):
+    """The model as far as it is trained, or a published one, on its device -> (WSILLaVA, Tokenizer)."""
+    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
+    return model.to(args.device), tokenizer
+
+
+def visual_tokens(args, model, slides):
+    """-> {slide: visual tokens [V,C]}, made where they lack. Raises UserError that says which slide has
+    none."""
+    problems = write_visual_tokens(args, model, slides)
+    check(
+        not problems,
+        f"{len(problems)} slides cannot be asked about, the first: {next(iter(problems.values()), '')}",
+    )
+    return {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
+
+
+def retrieval(args, rows):
+    """Stage 1's own space -> the cosines of slides and reports [n,n], on the CPU; None where stage 1 is
+    not there."""
+    meta = wsi_llava.read_meta(args.data)
+    encoded = meta["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
+    if encoded or not (args.out / "stage1" / "model.safetensors").exists():
+        return None
+    cfg, model, words, tokenizer = load_alignment(args, meta)
+    slides, texts = [], []
+    for row in rows:
+        with torch.no_grad():
+            slide, text = embed(args, model, words, [read_pair(args.data, row, tokenizer, cfg)])
+        slides.append(slide)
+        texts.append(text)
+    return (torch.cat(slides) @ torch.cat(texts).T).cpu()
+
+
+def draw_similarity(path, panels, side=420):
+    """{title: similarities [n,n], slides by reports} -> a PNG, a square each: a bright diagonal is what
+    one hopes for."""
+    picture = Image.new("RGB", ((side + 20) * len(panels) + 20, side + 70), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for i, (title, matrix) in enumerate(panels.items()):
+        low, high = matrix.min(), matrix.max()
+        grey = (255 * (matrix - low) / (high - low).clamp(min=1e-9)).byte().numpy()
+        square = Image.fromarray(grey).resize((side, side), Image.Resampling.NEAREST)
+        x = 20 + i * (side + 20)
+        picture.paste(square, (x, 40))
+        draw.text((x, 12), title, fill="black", font=font)
+        scale = f"rows: slides, columns: their reports; black {low:.2f}, white {high:.2f}"
+        draw.text((x, side + 46), scale, fill="black", font=font)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def show_alignment(args):
+    """--alignment: is a slide nearer to its own report than to others', before the projector and behind
+    it? For whatever model is at hand, on the reports of the test split, or of training where there is
+    none."""
+    split = "test" if (args.data / "qa" / "test.jsonl").exists() else "train"
+    rows = one_report_a_slide(load_rows(args.data, split, args.skip_missing, tokens=True))[:256]
+    check(len(rows) > 1, f"{args.data}/qa/{split}.jsonl: --alignment needs the reports of two slides or more")
+    model, tokenizer = load_whole(args)
+    visual = visual_tokens(args, model, slides_in(rows))
+    room, examples = model.cfg.llama.context, []
+    for row in rows:
+        tokens = torch.stack([visual[slide] for slide in row.slides])  # [S,V,C]
+        ids, labels = encode_row(tokenizer, row.read(), len(tokens), plain=True)
+        kept = room - tokens.shape[0] * (tokens.shape[1] - 1)
+        check(
+            kept > len(tokens) + 2,
+            f"{row.read()['id']}: its slides leave no room in the language model's context",
+        )
+        examples.append({"visual": tokens, "ids": ids[:kept], "labels": labels[:kept]})
+    cosine, found = alignment(args, model, examples)
+    panels = {"after the projector (cosine)": cosine.cpu()}
+    before = retrieval(args, rows)
+    if before is not None:
+        panels = {"before it, stage 1's space (cosine)": before} | panels
+    n = len(rows)
+    say(
+        f"\nAlignment of {n} slides and their reports ({split}; by chance R@1 {1 / n:.2f}, "
+        f"R@5 {min(1, 5 / n):.2f})"
+    )
+    for title, matrix in panels.items():
+        say(f"  {title}: " + ", ".join(f"{name} {share:.2f}" for name, share in recall(matrix).items()))
+    say("  " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+    draw_similarity(args.out / "alignment.png", panels)
+    say(f"  all pairs: {args.out}/alignment.png")
+
+
+ABLATIONS = {  # what is taken away -> the flags that do it, and the first stage to train again
+    "the slide encoder": ({"no_slide_encoder": True}, 2),
+    "stage 2": ({"skip_stage": [2]}, 2),
+    "the image": ({"no_image": True}, 3),
+    "three of four tiles": ({"max_tiles": 0.25}, 1),  # of the median slide
+    "stage 1": ({"skip_stage": [1]}, 1),  # last: it has visual tokens of its own in the place of the others'
+}
+WHOLE = "nothing (the whole model)"
+
+
+def shared_flags(args, out):
+    """The flags that say which data and which weights, as sample.py takes them."""
+    flags = ["--data", args.data, "--out", out, "--device", args.device, "--seed", args.seed]
+    flags += ["--dtype", str(args.dtype).removeprefix("torch.")]
+    for name in ("preset", "slide_encoder", "llm", "lora", "projector", "chat_format"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    return [str(flag) for flag in flags]
+
+
+def answer_test(args, out, name, *flags):
+    """Asks the model of a folder all questions of the test split, by sample.py -> the file of its answers."""
+    path, questions = out / name, args.data / "qa" / "test.jsonl"
+    lacks = "no such file; run python prepare.py --qa FILE --split test first"
+    check(questions.exists(), f"{questions}: {lacks}")
+    for newer in (questions, out / "stage3" / "model.safetensors"):
+        if path.exists() and path.stat().st_mtime < newer.stat().st_mtime:
+            path.unlink()  # another model's, or answers to other questions
+    asked = ["--qa", str(questions), "--predictions", str(path), "--batch-size", "64"]
+    sample.main([*asked, "--max-new-tokens", "96", *flags, *shared_flags(args, out)])
+    return path
+
+
+def grade(row, answer):
+    """{metric: value} of an answer: accuracy of a closed question; exact match and text metrics of an
+    open one."""
+    parser = sample.closed_parser(row["question"], row["truth"])
+    if parser:
+        return {"accuracy": float(parser(answer) == parser(row["truth"]))}
+    truth, tokens = sample.tokenize(row["truth"]), sample.tokenize(answer)
+    found = {"exact match": float(sample.same_answer(answer, row["truth"]))}
+    return found | {"BLEU-1": sample.bleu(truth, tokens)[0], "ROUGE-L": sample.rouge_l(truth, tokens)}
+
+
+def compare(graded, seed):
+    """{variant: {question's number: (row, {metric: value})}}, the whole model first -> lines of the
+    table: of each group of questions, metric and variant the mean and the paired difference from the
+    whole, with 95% intervals over slides."""
+    both = set.intersection(*(set(rows) for rows in graded.values()))
+    groups, lines = {}, []
+    for n in sorted(both):
+        row, scores = graded[WHOLE][n]
+        for metric in scores:
+            groups.setdefault(("all", metric), []).append(n)
+            groups.setdefault((row["task"], metric), []).append(n)
+    for (group, metric), chosen in groups.items():
+        slides = [str(graded[WHOLE][n][0]["slide"]) for n in chosen]
+        whole = np.array([graded[WHOLE][n][1][metric] for n in chosen])
+        for name, rows in graded.items():
+            values = np.array([rows[n][1][metric] for n in chosen])
+            line = {"questions": group, "metric": metric, "without": name}
+            line |= {"n": len(chosen), "slides": len(set(slides))}
+            for keys, numbers in (
+                (("mean", "low", "high"), values),
+                (("difference", "from", "to"), values - whole),
+            ):
+                line |= {k: round(x, 6) for k, x in zip(keys, sample.interval(numbers, slides, seed))}
+            lines.append(line)
+    return lines
+
+
+def draw_ablations(path, lines):
+    """The means with their intervals, a block a metric, as an SVG."""
+    shapes, y = [], 0
+    for metric in dict.fromkeys(line["metric"] for line in lines):
+        y += 30
+        shapes.append(
+            f'<text x="10" y="{y}" font-weight="bold">{metric}, all questions, trained without</text>'
+        )
+        for line in lines:
+            if line["metric"] == metric:
+                y += 20
+                low, mean, high = (240 + 300 * line[key] for key in ("low", "mean", "high"))
+                shapes.append(f'<text x="20" y="{y + 4}">{line["without"]}</text>')
+                shapes.append(f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="#1f5fb4" stroke-width="2"/>')
+                shapes.append(f'<circle cx="{mean:.1f}" cy="{y}" r="4" fill="#1f5fb4"/>')
+                shapes.append(f'<text x="555" y="{y + 4}">{line["mean"]:.2f}</text>')
+    write_svg(path, shapes, 600, y + 20)
+
+
+def variants(args):
+    """The ablations that tell something of this data and this model -> {name: (flags, first stage to
+    train)}."""
+    chosen, pointless = {}, set()
+    if not (args.out / "stage1" / "slide_encoder.safetensors").exists():  # it is published, or there is none
+        pointless.add("stage 1")
+    if wsi_llava.read_meta(args.data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS:
+        pointless |= {"the slide encoder", "three of four tiles"}
+    if args.no_slide_encoder:
+        pointless.add("the slide encoder")
+    rows = load_rows(args.data, "train", skip_missing=True, tokens=True)
+    tiles = float(np.median([row.tiles / len(row.slides) for row in rows]))
+    for name, (flags, first) in ABLATIONS.items():
+        if "max_tiles" in flags:
+            flags = {"max_tiles": max(1, round(flags["max_tiles"] * tiles))}
+        if name not in pointless:
+            chosen[name] = flags, first
+    return chosen
+
+
+def ablations(args):
+    """--ablations: what each piece is worth. The model of --out is trained again without it, in a folder
+    of its own, and both answer data/qa/test.jsonl. Interrupted, the same command goes on."""
+    args.resume, folder, graded = True, args.out / "ablations", {}
+    for name, (flags, first) in {WHOLE: ({}, 4), **variants(args)}.items():
+        say(f"\nWithout {name}")
+        variant = argparse.Namespace(**(vars(args) | flags))
+        variant.out = args.out if name == WHOLE else folder / name.replace(" ", "-")
+        stages = [stage for stage in (1, 2, 3) if (args.out / f"stage{stage}" / "model.safetensors").exists()]
+        if variant.no_slide_encoder and 1 in stages:
+            stages.remove(1)
+        for stage in stages:
+            if stage >= first:
+                train_stage(stage, variant)
+            elif name != WHOLE:
+                copied = shutil.ignore_patterns("train_state.pt", ".*")
+                there = variant.out / f"stage{stage}"
+                shutil.copytree(args.out / f"stage{stage}", there, ignore=copied, dirs_exist_ok=True)
+        asked = ["--baselines"] if variant.no_image else []
+        field = "answer_no_image" if variant.no_image else "answer"
+        _, answers = sample.read_predictions(answer_test(args, variant.out, "ablation.jsonl", *asked))
+        there = {n: row for n, row in answers.items() if row.get(field) is not None}
+        graded[name] = {n: (row, grade(row, row[field])) for n, row in there.items()}
+    lines = compare(graded, args.seed)
+    check(lines, f"{args.data}/qa/test.jsonl: no question was answered by all of the models")
+    shown = [line for line in lines if line["questions"] == "all"]
+    say(f"\nAblations: {args.data}/qa/test.jsonl, in brackets 95% bootstrap intervals over slides\n")
+    say(f"{'metric':12} {'trained without':28} {'questions':>9}  {'mean':22} difference from the whole")
+    for line in shown:
+        ends = "[{low:.3f}, {high:.3f}]".format(**line)
+        paired = (
+            "" if line["without"] == WHOLE else "{difference:+.3f} [{from:+.3f}, {to:+.3f}]".format(**line)
+        )
+        say("{metric:12} {without:28} {n:9,}  {mean:.3f} ".format(**line) + f"{ends}  {paired}".rstrip())
+    table = io.StringIO()
+    writer = csv.DictWriter(table, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(folder / "ablations.csv", table.getvalue())
+    draw_ablations(folder / "ablations.svg", shown)
+    say(f"\nAlso task by task: {folder}/ablations.csv; as a picture: {folder}/ablations.svg")
+
+
+# ---- The demo: the three stages on the toy cohort, then questions about slides that it has never seen ------
 
 
 def truth(row):
@@ -1010,223 +1523,175 @@ def truth(row):
     return row["conversations"][1]["value"]
 
 
-def held_out(args):
-    """-> the trained model, its tokenizer, {held-out slide: visual tokens [V,C]}, the short questions about these."""
-    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
-    model.to(args.device)
-    rows = load_rows(args.data, "test")
-    slides = rows.slides()
-    wsi_llava.cache_visual_tokens(model, args.data, slides)
-    visual = {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
-    return model, tokenizer, visual, [row for row in rows if not wsi_llava.is_report(row) and row["task"] != "dialogue"]
-
-
-def accuracies(rows, answers):
-    """{kind of question: (share answered right, count)} of the demo's short questions, in the order of its tables."""
-    right = {}
-    for row, answer in zip(rows, answers):
-        gives_away = row["task"] == "subtype"
-        same = sample.same_answer(answer, truth(row))
-        right.setdefault(f"{row['task']} ({'text gives it away' if gives_away else 'needs the slide'})", []).append(
-            same
-        )
-        right.setdefault("all that need the slide", []).extend([same] * (not gives_away))
-    right["all that need the slide"] = right.pop("all that need the slide")  # comes last
-    return {name: (float(np.mean(same)), len(same)) for name, same in right.items()}
-
-
-def print_retrieval(args):
-    """Stage 1 by itself: which of the held-out reports belongs to which of the held-out slides."""
-    cfg, model, words, tokenizer = load_alignment(args, wsi_llava.read_meta(args.data))
-    rows = load_rows(args.data, "test")
-    pairs = Pairs(one_report_a_slide(rows), args, tokenizer, cfg.text_encoder.max_length)
-    n = len(pairs.rows)
-    parts = pairs.parts(list(range(n)))
-    with torch.no_grad():
-        slides, texts = embed_batch(args, model, words, parts, micro_batches(pairs, parts, args))
-    found = recall(slides @ texts.T)
-    print(
-        f"\nRetrieval among {n} held-out slides and reports (chance: R@1 {1 / n:.2f}, R@5 {5 / n:.2f}, R@10 {10 / n:.2f})"
-    )
-    for direction in ("slide->report", "report->slide"):
-        print("  " + direction + "".join(f"   R@{k} {found[f'{direction} R@{k}']:.2f}" for k in (1, 5, 10)))
-
-
-def print_relevance(args, model, tokenizer, cases, said):
-    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that hold it? All
-    held-out slides with pigment count, also those about which the model is wrong. The first on which it is right
-    becomes a picture. said: {id: the model's answer}."""
+def print_relevance(args, model, tokenizer, cases):
+    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that
+    hold it? All held-out slides with pigment count. The first of them becomes a picture."""
     planted = {case["slide"]: case["planted"] for case in cases}
-    times, hits, chance, drawn, picture = [], [], [], False, args.out / "heatmap.png"
-    rows = load_rows(args.data, "test")
-    for row in rows.where(lambda entry: entry["task"] == "focus" and planted[entry["slide"]]):
-        slide, question = row["slide"], without_image(row["conversations"][0]["value"])
+    times, hits, chance, picture = [], [], [], args.out / "heatmap.png"
+    for row in load_rows(args.data, "test"):
+        (slide, *_), content = row.slides, row.read()
+        if row.task != "focus" or not planted[slide]:
+            continue
+        question = without_image(content["conversations"][0]["value"])
         features, coords = read_features(args.data, slide, args.max_tiles)
         holds = np.array([corner in planted[slide] for corner in coords.tolist()])
         if not holds.any():  # --max-tiles left them out
             continue
-        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(row))
+        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(content))
         relevance = relevance.numpy()
-        if not drawn and sample.same_answer(said[row["id"]], truth(row)):
-            drawn = True
-            lines = [f"{slide}: {question}", f"Answer: {said[row['id']]}"]
-            view = sample.slide_or_grid(args.data, slide)
+        if not hits:
+            view = sample.open_slide(args.data, slide)
+            lines = [f"{slide}: {question}", f"Answer: {truth(content)}"]
             sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
         hits.append(holds[relevance.argmax()])
         chance.append(holds.mean())
-        speaking = relevance.clip(min=0)  # below zero: against the answer
+        speaking = relevance.clip(min=0)  # negative: evidence against the answer
         times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
     if hits:
-        print(
-            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles that hold it "
-            f"get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most relevant tile is one of them in "
-            f"{np.mean(hits):.0%} (random: {np.mean(chance):.0%})." + f" One of them: {picture}" * drawn
+        say(
+            f"\nWhere the answers come from: on the {len(hits)} held-out slides with brown pigment, the tiles "
+            f"that hold it get {np.mean(times):.1f} times the mean relevance (random: 1.0), and the most "
+            f"relevant tile is one of them in {np.mean(hits):.0%} (random: {np.mean(chance):.0%}). One of them: "
+            f"{picture}"
         )
 
 
-ABLATIONS = {  # name -> what is changed, and the stages that it has in common with the run beside it
-    "nothing (the run above)": ({}, (1, 2, 3)),
-    "no slide encoder": ({"no_slide_encoder": True}, ()),
-    "16 tiles a slide": ({"max_tiles": 16}, ()),
-    "no stage 1": ({"skip_stage": [1]}, ()),
-    "no stage 2": ({"skip_stage": [2]}, (1,)),
-    "no image": ({"no_image": True}, (1, 2)),
-}
-
-
-def ablations(args):
-    """What each piece is worth: the demo with one thing changed, in out/ablations. Interrupted, --resume goes on."""
-    names, table = None, []
-    for name, (changes, common) in ABLATIONS.items():
-        say(f"\nWithout a piece: {name}")
-        variant = argparse.Namespace(**(vars(args) | changes))
-        variant.out = args.out / "ablations" / name.replace(" ", "-") if changes else args.out
-        for stage in common if changes else ():
-            shutil.copytree(args.out / f"stage{stage}", variant.out / f"stage{stage}", dirs_exist_ok=True)
-        for stage in (1, 2, 3):
-            if stage not in common and not (stage == 1 and variant.no_slide_encoder):
-                train_stage(stage, variant)
-        model, tokenizer, visual, closed = held_out(variant)
-        found = accuracies(closed, sample.answer_rows(model, tokenizer, closed, None if variant.no_image else visual))
-        names = [kind.split(" (")[0] for kind in found]
-        table.append(
-            name.ljust(26)
-            + "".join(f"{share:{max(10, len(n) + 2)}.2f}" for n, (share, _) in zip(names, found.values()))
-        )
-    print("\nAccuracy on the held-out slides with one thing changed")
-    print("changed".ljust(26) + "".join(f"{n:>{max(10, len(n) + 2)}}" for n in names))
-    print("\n".join(table))
-
-
-def print_accuracies(args, model, tokenizer, visual, closed):
-    """The table of the short questions, answered with the slide, another's, or none -> the answers with the slide."""
-    slides = sorted(visual)
-    other = dict(zip(slides, slides[1:] + slides[:1]))  # the slides are in random order of findings
-    answers = {
-        "model": sample.answer_rows(model, tokenizer, closed, None if args.no_image else visual),
-        "other slide": sample.answer_rows(model, tokenizer, closed, {s: visual[other[s]] for s in slides}),
-        "no slide": sample.answer_rows(model, tokenizer, closed, None),
-    }
-    counts = collections.defaultdict(collections.Counter)  # of the answers to each kind of question, in training
-    for row in load_rows(args.data, "train"):
-        counts[row["task"]][truth(row)] += 1
-    answers["majority"] = [counts[row["task"]].most_common(1)[0][0] for row in closed]
-    print(f"\nAccuracy on {len(closed)} questions about {len(slides)} held-out slides")
-    print("question kind".ljust(32) + "count".rjust(6) + "".join(name.rjust(13) for name in answers))
-    found = [accuracies(closed, got) for got in answers.values()]
-    for name, (_, count) in found[0].items():
-        print(name.ljust(32) + f"{count:6d}" + "".join(f"{shares[name][0]:13.2f}" for shares in found))
-    return answers["model"]
-
-
-def print_dialogue(args, model, tokenizer, visual):
+def print_dialogue(args, model, tokenizer):
     """A chat about the first held-out slide that has one, beside the truth -> the slide."""
-    talk = next(row for row in load_rows(args.data, "test") if row["task"] == "dialogue")
-    print(f"\nA dialogue about {talk['slide']}, a held-out slide (in brackets: the truth):")
-    chat = sample.Chat(model, tokenizer, visual[talk["slide"]], max_new_tokens=64)
-    for question, answer in zip(talk["conversations"][::2], talk["conversations"][1::2]):
+    row = next(row for row in load_rows(args.data, "test") if row.task == "dialogue")
+    visual = visual_tokens(args, model, row.slides)[row.slides[0]]
+    say(f"\nA dialogue about {row.slides[0]}, a held-out slide (in brackets: the truth):")
+    chat, turns = sample.Chat(model, tokenizer, visual, max_new_tokens=64), row.read()["conversations"]
+    for question, answer in zip(turns[::2], turns[1::2]):
         question = without_image(question["value"])
-        print(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
-    return talk["slide"]
+        say(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
+    return row.slides[0]
 
 
 def demo(args):
     """--demo: the toy cohort, the three stages, and what they are worth on slides that were held out."""
-    started = time.time()
+    parts = {"start": time.time()}
     args.preset, args.log_every = "demo", args.log_every * 20
     cases = prepare.prepare_demo(prepare.with_defaults(args))
-    stages = (2, 3) if args.no_slide_encoder else (1, 2, 3)
-    for stage in stages:
+    parts["slides and features"] = time.time()
+    stand_in(args)
+    parts["stand-in"] = time.time()
+    for stage in (2, 3) if args.no_slide_encoder else (1, 2, 3):
         train_stage(stage, args)
-    model, tokenizer, visual, closed = held_out(args)
-    answers = print_accuracies(args, model, tokenizer, visual, closed)
-    if 1 in stages:
-        print_retrieval(args)
-    slide = print_dialogue(args, model, tokenizer, visual)
+        parts[f"stage {stage}"] = time.time()
+    answer_test(args, args.out, "test.jsonl", "--baselines", "--evaluate", str(args.out / "test.jsonl"))
+    parts["answers"] = time.time()
+    show_alignment(args)
+    model, tokenizer = load_whole(args)
+    slide = print_dialogue(args, model, tokenizer)
     if not args.no_image:
-        said = dict(zip((row["id"] for row in closed), answers))
-        print_relevance(args, model, tokenizer, cases, said)
-    logs = {}
-    for stage in stages:
-        lines = (args.out / f"stage{stage}" / "log.jsonl").read_text().splitlines()
-        logs[f"stage {stage}, {TITLES[stage]}"] = [json.loads(line) for line in lines]
-    draw_curves(args.out / "loss.png", logs)
-    print(f"\nPictures: {args.out}/loss.png (the three losses), {args.data}/qc/{slide}.jpg (tissue and tiles)")
-    print(f"Took {time.time() - started:.0f} s. Ask it yourself: python sample.py --slide {slide}")
-    if args.ablations:
-        ablations(args)
+        print_relevance(args, model, tokenizer, cases)
+    parts["alignment, dialogue, heatmaps"] = time.time()
+    say(
+        f"\nPictures: {args.out}/stage*/loss.svg, {args.out}/alignment.png, {args.data}/qc/{slide}.jpg "
+        f"(tissue and tiles)"
+    )
+    took = [
+        f"{name} {end - begin:.0f}" for (name, end), begin in zip(list(parts.items())[1:], parts.values())
+    ]
+    say(f"Took {time.time() - parts['start']:.0f} s: {', '.join(took)}.")
+    say(f"Ask it yourself: python sample.py --slide {slide}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Flags, and what they start
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Flags, and what they start ----------------------------------------------------------------------------
 
 
 def add_recipe_flags(parser):
     """A flag for each field of Recipe, whose help ends in the values of the recipes."""
-    brackets = "In brackets: the defaults by preset, of stages 1, 2 and 3 where they differ; 13b has those of 7b."
+    brackets = (
+        "In brackets: the defaults by preset, of stages 1, 2 and 3 where they differ; 13b has those of 7b."
+    )
     group = parser.add_argument_group("the recipe", brackets)
     for f in dataclasses.fields(Recipe):
         text = []
         for preset in ("7b", "demo"):
             values = [str(getattr(recipe, f.name)) for recipe in RECIPES[preset].values()]
             text.append(f"{preset}: {', '.join(values if len(set(values)) > 1 else values[:1])}")
-        kind = f.type if f.type is str else at_least(1 if f.type is int else 0, f.type)
-        extra = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kind, "metavar": "X"}
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({'; '.join(text)})", **extra)
+        kind = f.metadata["kind"] or at_least(1 if f.type is int else 0, f.type, 1e38)
+        extra = {"type": kind, "metavar": "X"}
+        if f.type is bool:
+            extra = {"action": argparse.BooleanOptionalAction}
+        help = f"{f.metadata['help']} ({'; '.join(text)})".replace("%", "%%")
+        group.add_argument(f"--{f.name.replace('_', '-')}", help=help, **extra)
 
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     add = parser.add_argument_group("what to do").add_argument
     add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
-    add("--demo", action="store_true", help="draw toy slides if needed, train all stages, answer held-out questions")
-    add("--ablations", action="store_true", help="after the demo, train it again without one piece at a time")
-    add("--export", type=Path, metavar="DIR", help="write out/stage3 as a Hugging Face folder, its adapters merged, and stop")
-    add("--export-adapter", type=Path, metavar="DIR", help="the same as a LoRA folder, to stand on --llm")
-    add("--layout", choices=["hf", "llava"], default="hf", help="of an export: transformers' (default) or LLaVA's own")
+    add(
+        "--demo",
+        action="store_true",
+        help="draw toy slides if needed, train all stages, answer held-out questions",
+    )
+    worth = "with --stage 3 or --demo: then train again without each piece, and compare the answers"
+    add("--ablations", action="store_true", help=worth)
+    add(
+        "--alignment",
+        action="store_true",
+        help="how near slides are to their reports, before the projector and after",
+    )
+    whole = "write out/stage3 as a Hugging Face folder, its adapters merged, and stop"
+    add("--export", type=some_path, metavar="DIR", help=whole)
+    add(
+        "--export-adapter", type=some_path, metavar="DIR", help="the same as a LoRA folder, to stand on --llm"
+    )
+    add(
+        "--layout",
+        choices=["hf", "llava"],
+        default="hf",
+        help="of an export: transformers' (default) or LLaVA's own",
+    )
     add("--resume", action="store_true", help="go on where an interrupted run of the stage saved last")
     add = parser.add_argument_group("what is trained, and on what").add_argument
-    add("--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters")
-    add("--from-scratch", action="store_true", help="stage 1 starts from a random slide encoder, not GigaPath's")
+    add(
+        "--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters"
+    )
+    add(
+        "--from-scratch",
+        action="store_true",
+        help="stage 1 starts from a random slide encoder, not GigaPath's",
+    )
     add("--skip-missing", action="store_true", help="leave out questions about slides that have no features")
-    add("--val", type=float, default=0.05, help="share of the training slides to validate on (default: 0.05)")
+    val = "share of the training slides to validate on (default: 0.05)"
+    add("--val", type=at_least(0, float, 0.9), default=0.05, help=val)
     count = at_least(1)
     add("--val-rows", type=count, default=256, help="validate on at most so many rows (default: 256)")
     keep = "the stage's result: the last weights (default), or those of lowest validation loss"
     add("--keep", choices=["last", "best"], default="last", help=keep)
-    add("--clip", type=float, default=1.0, help="a gradient of larger norm is scaled down to it (default: 1)")
-    add("--log-every", type=count, default=1, help="steps between lines on the screen (default: 1; the demo: 20)")
+    clip = "a gradient of larger norm is scaled down to it (default: 1; 0: never)"
+    add("--clip", type=at_least(0, float), default=1.0, help=clip)
+    add(
+        "--log-every",
+        type=count,
+        default=1,
+        help="steps between lines on the screen (default: 1; the demo: 20)",
+    )
     add("--eval-every", type=count, help="steps between validations (default: an eighth of the run)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
+    stand_in = "training steps of the demo preset's stand-in language model (default: 250)"
+    add("--llm-steps", type=count, default=250, help=stand_in)
     group = parser.add_argument_group("ablations", "What is a piece worth? Train without it.")
     add = group.add_argument
     skipped = "leave these stages' weights as they start"
     add("--skip-stage", type=int, choices=[1, 2], nargs="*", default=[], help=skipped)
-    add("--no-slide-encoder", action="store_true", help="tile features go straight to the pool (stages 2 and 3)")
+    add(
+        "--no-slide-encoder",
+        action="store_true",
+        help="tile features go straight to the pool (stages 2 and 3)",
+    )
     tiles = "at most so many tiles of a slide, drawn at random (default: all)"
     add("--max-tiles", type=at_least(0), default=0, help=tiles)
-    add("--no-image", action="store_true", help="the language model gets the questions without the slide")
+    add(
+        "--no-image",
+        action="store_true",
+        help="stage 3: the language model gets the questions without the slide",
+    )
     add_recipe_flags(parser)
     wsi_llava.add_shared_flags(parser)
     prepare.add_demo_flags(parser)
@@ -1235,19 +1700,40 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    compared = args.demo or args.stage == 3
+    check(
+        compared or not args.ablations,
+        "--ablations goes with --stage 3 or --demo, whose model it compares with",
+    )
     join_processes(args)
     wsi_llava.resolve_device(args)
+    few = (
+        f"--val-rows {args.val_rows}: fewer than the {world()} processes, each of which takes some; raise it"
+    )
+    check(args.val_rows >= world(), few)
+    alone = args.demo or args.ablations or args.alignment
+    check(
+        world() == 1 or not alone,
+        "--demo, --ablations and --alignment run in one process; start without torchrun",
+    )
     if args.demo:
-        if world() > 1:
-            raise UserError("--demo runs in one process; start it without torchrun")
         demo(args)
     elif args.stage:
+        args.resume = args.resume or args.ablations  # what is trained already is not trained again
         train_stage(args.stage, args)
+    elif args.alignment:
+        show_alignment(args)
     elif args.export or args.export_adapter:
         export(args)
     else:
-        raise UserError("nothing to do: give --stage 1, 2 or 3, --export or --demo (--help explains)")
-    if dist.is_initialized():  # gloo's threads may hold tensors, which they cannot free while Python is shutting down
+        raise UserError(
+            "nothing to do: give --stage 1, 2 or 3, --alignment, --export or --demo (--help explains)"
+        )
+    if args.ablations:
+        ablations(args)
+    if (
+        dist.is_initialized()
+    ):  # gloo's threads may hold tensors, which they cannot free while Python is shutting down
         dist.destroy_process_group()
 
 

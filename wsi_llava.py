@@ -28,7 +28,9 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -830,6 +832,55 @@ class SlideFFN(nn.Module):
         return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
 
 
+SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attention is done densely
+
+
+@functools.lru_cache(256)
+@torch.inference_mode(False)  # kept, and then used where gradients are taken too
+def branch_counts(L, H, segments, dilations, pad_keys):
+    """Of each query and key, how many branches hold the pair (m in the derivation above) -> [H,L,L+1]. The last
+    column counts the zero keys of the padding."""
+    counts = torch.zeros(H, L, L + 1)
+    positions = torch.arange(L)[None, :, None].expand(1, L, H)
+    for where, padded in _branches(L, H, segments, dilations):
+        heads = where[-1]
+        for kept in _kept(positions, *where)[0, :, :, 0]:  # of each segment [n], alike for all these heads
+            counts[heads, kept[:, None], kept] += 1
+            counts[heads, kept, L] += padded if pad_keys else 0
+    return counts
+
+
+@functools.lru_cache(2)
+@torch.inference_mode(False)
+def short_bias(lengths, H, segments, dilations, pad_keys):
+    """log m, what makes dense attention over slides padded to one length dilated attention -> [S,H,L,L+1]: added
+    to the score of a key, it multiplies e^score by m. The last key is a zero key."""
+    longest = max(lengths)
+    counts = torch.zeros(len(lengths), H, longest, longest + 1)
+    for slide, L in zip(counts, lengths):
+        slide[:, :L, [*range(L), longest]] = branch_counts(L, H, segments, dilations, pad_keys)
+    # A query that no branch keeps, or that is padding, sees the zero key alone, and gets zeros.
+    counts[..., -1] += counts.sum(-1) == 0
+    return counts.log()
+
+
+def attend_short(q, k, v, lengths, cfg):
+    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> a list of [L,H,D], in one
+    call: branch by branch, so few tokens are all overhead. Slides are padded to the longest, and one zero key
+    stands for those of pad_keys."""
+    L = torch.arange(max(lengths))
+    starts = itertools.accumulate(lengths[:-1], initial=0)
+    index = torch.stack([start + L.clamp(max=n - 1) for start, n in zip(starts, lengths)])  # [S,L]
+    padded = []
+    for x in (q, k, v):
+        rows = x.index_select(0, index.flatten().to(x.device))
+        padded.append(rows.unflatten(0, index.shape).transpose(1, 2))  # [S,H,L,D]
+    q, k, v = padded[0], *(F.pad(x, (0, 0, 0, 1)) for x in padded[1:])  # k, v [S,H,L+1,D]
+    bias = short_bias(tuple(lengths), cfg.heads, cfg.segments, cfg.dilations, cfg.pad_keys)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.device, q.dtype))
+    return [slide[:n] for slide, n in zip(attended.transpose(1, 2), lengths)]
+
+
 class SlideLayer(nn.Module):
     """A LongNet layer over a packed sequence, [sum of L,C] -> the same: slides one after the other, `lengths`
     the L of each. All but the attention is done token by token; the attention is done slide by slide."""
@@ -866,6 +917,23 @@ class SlideLayer(nn.Module):
             return tuple(map(torch.cat, zip(*chunks)))
         return torch.cat(chunks)
 
+    def attend(self, q, k, v, lengths):
+        """Dilated attention within each slide, [sum of L,H,D] each -> the same: long slides one by one, all
+        short ones together."""
+        slides, cfg = list(zip(*(x.split(lengths) for x in (q, k, v)))), self.cfg
+        attended = [None] * len(slides)
+        for i, slide in enumerate(slides):
+            if lengths[i] > SHORT:
+                slide = (x[None] for x in slide)  # [1,L,H,D]
+                attended[i] = dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)[0]
+        short = [i for i, L in enumerate(lengths) if L <= SHORT]
+        if short:
+            q, k, v = (torch.cat(parts) for parts in zip(*(slides[i] for i in short)))
+            together = attend_short(q, k, v, [lengths[i] for i in short], cfg)
+            for i, slide in zip(short, together):
+                attended[i] = slide
+        return torch.cat(attended)
+
     def forward(self, x, lengths):
         def before(x):
             return self.self_attn.heads(self.self_attn_layer_norm(x))
@@ -874,11 +942,8 @@ class SlideLayer(nn.Module):
             x = self.residual(x, self.self_attn.merge(attended), lengths)
             return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
-        cfg, attended = self.cfg, []
-        q, k, v = (y[None].split(lengths, dim=1) for y in self.in_chunks(before, x))  # a slide's: [1,L,H,D]
-        for slide in zip(q, k, v):
-            attended.append(dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)[0])
-        return self.in_chunks(after, x, torch.cat(attended))  # [sum of L,H,D]
+        q, k, v = self.in_chunks(before, x)  # [sum of L,H,D] each
+        return self.in_chunks(after, x, self.attend(q, k, v, lengths))
 
 
 class SlideEncoder(nn.Module):
@@ -1153,10 +1218,10 @@ def without_image(text):
 
 
 def slide_first(turns, image=True):
-    """Moves the <image> placeholder to the front of the first turn, as LLaVA does, or out (image False)."""
+    """Moves the <image> placeholder to the front of the first turn, as LLaVA does. image: how many there are
+    then, one for each slide of a case; False: none."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
-    if image:
-        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = "<image>\n" * int(image) + turns[0]["value"]
     return turns
 
 
@@ -1262,10 +1327,10 @@ class Tokenizer:
             ids += new
         return ids, labels
 
-    def encode_plain(self, report):
-        """LLaVA's plain form, for stage 2: the image, then its report, nothing else -> ids, labels. The
+    def encode_plain(self, report, images=1):
+        """LLaVA's plain form, for stage 2: the images, then their report, nothing else -> ids, labels. The
         report ends in eos, as every answer, where LLaVA's ends in a newline."""
-        image, answer = self.bos + [IMAGE_TOKEN], self.encode(report) + [self.eos]
+        image, answer = self.bos + [IMAGE_TOKEN] * images, self.encode(report) + [self.eos]
         return image + answer, [IGNORE] * len(image) + answer
 
 
@@ -2168,7 +2233,7 @@ def pick_llm(args, meta):
     """The language model's folder and its tokenizer -> (folder, Tokenizer)."""
     folders, hint = LLMS, "name a language model with --llm"
     if meta["preset"] == "demo":  # the demo's own stand-in
-        folders, hint = [args.data / "llm"], f"run python prepare.py --qa FILE... first, or {hint}"
+        folders, hint = [args.data / "llm"], f"run python train.py --stage 1 first, or {hint}"
     folder = args.llm or first(*folders, hint=hint)
     check(folder.is_dir(), f"{folder}: no such folder (--llm)")
     places = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
@@ -2305,15 +2370,16 @@ def at_least(low, kind=int, high=math.inf):
     def number(text):
         try:
             value = kind(text)
+            finite = math.isfinite(value)
         except (ValueError, OverflowError):
-            value = math.nan
+            value, finite = math.nan, False
         for wrong, reason in (
-            (not math.isfinite(value), "is no whole number" if kind is int else "is no number"),
+            (not finite, "is no whole number" if kind is int else "is no number"),
             (value < low, f"is less than {low}"),
             (value > high, f"is more than {high}"),
         ):
             if wrong:
-                raise argparse.ArgumentTypeError(f"{text} {reason}")
+                raise argparse.ArgumentTypeError(f"{one_line(text, 40)} {reason}")
         return value
 
     return number
@@ -2361,7 +2427,7 @@ def add_shared_flags(parser):
     products = "of matrix products (default: bfloat16 on CUDA, else float32)"
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=products)
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
-    add("--seed", type=at_least(0), default=0, help=seed)
+    add("--seed", type=at_least(0, int, 2**32 - 1), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
     add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help=readers)
     for flag, metavar, help in (
