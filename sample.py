@@ -1946,9 +1946,8 @@ def side_by_side(lines, systems, difference=False):
     groups, rows = collections.defaultdict(dict), []
     for line in lines:
         groups[line.kind, line.group, line.metric][line.system] = line
-    header = ["kind", "group", "metric", *systems]
-    if not difference:
-        header += ["questions", "missing", "unusable", "slides", "published"]
+    facts = [] if difference else ["questions", "missing", "unusable", "slides"]
+    header = ["kind", "group", "metric", *facts, *systems, *([] if difference else ["published"])]
     for key, found in groups.items():
         cells, line = [], next(iter(found.values()))
         for system in systems:
@@ -1961,8 +1960,9 @@ def side_by_side(lines, systems, difference=False):
             else:
                 cells.append(with_interval(x.mean, x.low, x.high))
         unusable = ", ".join(str(x.unusable) for x in found.values())
-        facts = line.questions, line.missing, unusable, line.slides, line.published
-        rows.append([*key, *cells, *([] if difference else facts)])
+        if not difference:
+            cells = [line.questions, line.missing, unusable, line.slides, *cells, line.published]
+        rows.append([*key, *cells])
     return markdown(header, rows)
 
 
