@@ -217,10 +217,10 @@ def toy_slide(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """A demo too short to learn anything -> (its folder, what it printed)."""
+    """A demo too short to learn more than to speak -> (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
     places = ["--data", folder / "data", "--out", folder / "out"]
-    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 5, "--epochs", 1, "--val", 0.2, *places)
+    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 30, "--epochs", 1, "--val", 0.2, *places)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
