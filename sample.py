@@ -378,9 +378,6 @@ def open_slide(data, name, path=None, mpp=None):
     return prepare.SafeSlide(file, given, target, mpp)
 
 
-slide_or_grid = open_slide  # the name that train.py calls
-
-
 def draw_heatmap(path, slide, coords, relevance, lines):
     """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones
     enlarged.
@@ -856,10 +853,8 @@ def prompt_ids(tokenizer, row, image=True):
     """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at
     all."""
     turns = row["conversations"][:-1] if row["conversations"][-1]["from"] == "gpt" else row["conversations"]
-    turns = wsi_llava.slide_first(turns, image=False)
-    if image:
-        turns[0]["value"] = "<image>\n" * (len(slides_of(row)) if "slide" in row else 1) + turns[0]["value"]
-    return tokenizer.encode_chat(turns)[0]
+    slides = len(slides_of(row)) if "slide" in row else 1
+    return tokenizer.encode_chat(wsi_llava.slide_first(turns, image and slides))[0]
 
 
 def tokens_of(rows, visual):
@@ -1061,27 +1056,25 @@ def answer_into(args, path, rows, settings, problems, ask):
         f"{len(rows):,} questions about {len(slides):,} slides, {len(problems):,} of which are not prepared; "
         f"{len(rows) - len(todo):,} are answered. Asks the others{ways} into {path}."
     )
-    failed, started = {"were too long to ask": [], "are about slides that are missing": []}, time.time()
-    failed["got no answer"] = []
+    failed, started = collections.defaultdict(list), time.time()
     with file, tqdm(total=len(askable), unit="question", disable=not askable) as bar:
         for row in lacking:
             why = next(problems[slide] for slide in slides_of(row) if slide in problems)
-            failed["are about slides that are missing"] += slides_of(row)[:1]
+            failed["are about slides that are missing"].append(slides_of(row)[0])
             if row["n"] not in done:
                 write_prediction(file, row, {"answer": None, "missing": why})
         for row, answers in ask(askable, shown(args, [slide for slide in slides if slide not in problems])):
             write_prediction(file, row, answers)
             bar.update()
             if "error" in answers:
-                failed["were too long to ask"] += slides_of(row)[:1]
+                failed["were too long to ask"].append(slides_of(row)[0])
             elif answers["answer"] is None:
                 failed["got no answer"].append(f"{slides_of(row)[0]} ({answers['missing']})")
     answered = len(todo) - sum(map(len, failed.values()))
     rate = answered / max(time.time() - started, 1e-9)
     print(f"Answered {answered:,} questions, {rate:.1f}/s, peak memory {gigabytes(args)}.")
     for what, names in failed.items():
-        if names:
-            print(f"{len(names):,} questions {what}: {some(names)}")
+        print(f"{len(names):,} questions {what}: {some(names)}")
 
 
 @torch.inference_mode()
@@ -1137,7 +1130,7 @@ def answer_file(args):
             answer_into(args, path, rows, about, problems, functools.partial(ask, tokens))
     if not args.tiles:
         good = [slide for slide in all_slides(rows) if slide not in problems]
-        bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
+        bar = functools.partial(tqdm, desc="visual tokens", unit="slide", disable=not good)
         problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
         tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
         answer_into(args, args.predictions, rows, settings, problems, functools.partial(ask, tokens))
@@ -1682,10 +1675,11 @@ def sheet_picture(args, slide):
 def rating_sheet(args):
     """--rating-sheet N OUT.html A B: the systems' answers to N questions, in random order, their names
     hidden."""
-    number, out, *files = args.rating_sheet
-    check(number.isdecimal() and int(number), f"--rating-sheet {number}: comes first: how many questions")
-    named = out.endswith(".html") and files
-    check(named, "--rating-sheet N OUT.html FILE [FILE...]: the page's name ends in .html")
+    given = args.rating_sheet
+    complete = len(given) > 2 and given[0].isdecimal() and int(given[0]) and given[1].endswith(".html")
+    usage = "takes N OUT.html FILE [FILE...]: how many questions, the page to write, predictions"
+    check(complete, f"--rating-sheet {' '.join(given)}: {usage}")
+    number, out, *files = given
     page, table, key = (Path(out).with_suffix(ending) for ending in (".html", ".csv", ".key.json"))
     for path in (page, table, key):
         filled = "exists, and may be filled in already; name another sheet, or move it away"
@@ -1952,9 +1946,8 @@ def side_by_side(lines, systems, difference=False):
     groups, rows = collections.defaultdict(dict), []
     for line in lines:
         groups[line.kind, line.group, line.metric][line.system] = line
-    header = ["kind", "group", "metric", *systems]
-    if not difference:
-        header += ["questions", "missing", "unusable", "slides", "published"]
+    facts = [] if difference else ["questions", "missing", "unusable", "slides"]
+    header = ["kind", "group", "metric", *facts, *systems, *([] if difference else ["published"])]
     for key, found in groups.items():
         cells, line = [], next(iter(found.values()))
         for system in systems:
@@ -1967,8 +1960,9 @@ def side_by_side(lines, systems, difference=False):
             else:
                 cells.append(with_interval(x.mean, x.low, x.high))
         unusable = ", ".join(str(x.unusable) for x in found.values())
-        facts = line.questions, line.missing, unusable, line.slides, line.published
-        rows.append([*key, *cells, *([] if difference else facts)])
+        if not difference:
+            cells = [line.questions, line.missing, unusable, line.slides, *cells, line.published]
+        rows.append([*key, *cells])
     return markdown(header, rows)
 
 
@@ -2068,9 +2062,9 @@ def describe_scores(rows, first, judge, args):
 def evaluate(args, paths):
     """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg
     beside the first of them."""
+    settings, rows, asked, notes = read_systems(paths)
     marks = {"md": "# Evaluation", "csv": "kind,group", "json": '"predictions"'}
     written = check_outputs(paths[0].with_name("evaluation"), **marks)
-    settings, rows, asked, notes = read_systems(paths)
     here = answered_by_all(rows, asked)
     none = "holds no answers yet; sample.py --qa goes on with it"
     none = "no question is answered by all" if paths[1:] else none

@@ -219,7 +219,7 @@ def toy_slide(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """A demo too short to learn anything -> (its folder, what it printed)."""
+    """A demo too short to learn more than to speak -> (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
     places = ["--data", folder / "data", "--out", folder / "out"]
     done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 30, "--epochs", 1, "--val", 0.2, *places)
@@ -4016,6 +4016,10 @@ def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
     assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    for turn in saved["conversations"]:
+        turn["value"] = turn["value"] or "Nothing."  # a model that has hardly learnt may say nothing
+    prepare.write_qa(tmp_path / "talk.json", [saved])
     (row,) = prepare.read_qa(tmp_path / "talk.json")
     assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
 
@@ -4844,6 +4848,9 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
     assert "http" not in page and "ours" not in page and "theirs" not in page  # complete in itself; no system's name
     with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
         sample.main(list(map(str, flags)))
+    for wrong in (["3"], ["x", "a.html", "b"], ["0", "a.html", "b"], ["3", "a.htm", "b"], ["3", "a.html"]):
+        with pytest.raises(UserError, match=r"takes N OUT.html FILE \[FILE...\]: how many questions"):
+            sample.main(["--rating-sheet", *wrong])
     blank = (tmp_path / "sheet.csv").read_text()
     for rater, shift in (("ann", 0), ("bob", 1)):
         with open(tmp_path / "sheet.csv", newline="") as file:

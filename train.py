@@ -1518,7 +1518,7 @@ def print_relevance(args, model, tokenizer, cases):
         relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(content))
         relevance = relevance.numpy()
         if not hits:
-            view = sample.slide_or_grid(args.data, slide)
+            view = sample.open_slide(args.data, slide)
             lines = [f"{slide}: {question}", f"Answer: {truth(content)}"]
             sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
         hits.append(holds[relevance.argmax()])
