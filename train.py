@@ -1194,7 +1194,7 @@ def stand_in(args):
     path, mark = args.data / "qa" / "train.jsonl", args.data / "llm" / "texts"
     check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
     texts = hashlib.sha256(str(args.seed).encode() + path.read_bytes()).hexdigest()[:16]
-    if mark.exists() and mark.read_text() == texts:
+    if mark.is_file() and mark.read_bytes() == texts.encode():
         return
     say("No language model at hand (--llm): training a stand-in on the training texts alone.")
     if rank() == 0:
