@@ -1891,6 +1891,22 @@ def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
         train_with(demo, tmp_path / "out", "--stage", 2, "--resume")
 
 
+@slow
+def test_the_stand_in_follows_the_texts(demo, tmp_path, monkeypatch):
+    """It is trained once; again where the texts are others, and a kill amid that leaves nothing that looks whole."""
+    data, trained = tmp_path / "data", []
+    shutil.copytree(demo[0] / "data", data, ignore=shutil.ignore_patterns("slides", "qc"))
+    args = train.parse(["--data", str(data), "--out", str(tmp_path), "--resume"])
+    monkeypatch.setattr(train, "train_stage", lambda stage, args: trained.append((stage, args.resume)))
+    train.stand_in(args)
+    assert not trained and (data / "llm" / "texts").exists()
+    with open(data / "qa" / "train.jsonl", "a") as file:
+        file.write("\n")
+    monkeypatch.setattr(train, "write_text", lambda path, text: trained.append(path.exists()))
+    train.stand_in(args)
+    assert trained == [(0, False), False]
+
+
 class Killed(BaseException):
     """What stands for kill -9 in this process."""
 
@@ -2216,7 +2232,13 @@ def test_two_processes_equal_one(demo, tmp_path, flags):
         log = (tmp_path / processes / stage / "log.jsonl").read_text().splitlines()
         losses[processes] = [json.loads(line)["loss"] for line in log]
     assert losses["1"] == pytest.approx(losses["2"], rel=1e-5, abs=1.1e-5)  # the log holds five decimals
-    assert same_weights(*(tmp_path / n / stage / "model.safetensors" for n in "12"), tolerance=1e-3)
+    paths = [tmp_path / n / stage / "model.safetensors" for n in "12"]
+    if stage != "stage1":
+        assert same_weights(*paths, tolerance=1e-3)
+    else:  # by the norm: of a weight whose gradient is all rounding, AdamW takes the sign, whichever it is
+        one, two = map(load_file, paths)
+        for name, want in one.items():
+            assert (two[name] - want).norm() < 3e-4 * want.norm(), name
 
 
 @slow

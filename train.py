@@ -79,8 +79,7 @@ def pattern(text):
 
 
 def setting(help, kind=None, **default):
-    """A field of Recipe. help: what --help says of its flag; kind: its type for argparse, where that is
-    special."""
+    """A field of Recipe. help: what --help says of its flag; kind: its type for argparse, if special."""
     return dataclasses.field(metadata={"help": help, "kind": kind}, **default)
 
 
@@ -209,9 +208,8 @@ def say(text):
 
 
 def sum_gradients(params, weight, sharded=False):
-    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work,
-    done once after the last micro-batch, and free of its rule that all processes run the same number of
-    backwards."""
+    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done
+    once after the last micro-batch. Unlike there, processes may run different numbers of backwards."""
     if world() > 1 and not sharded:
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -237,8 +235,7 @@ def shard(model, dtype):
 
 
 class Row(typing.NamedTuple):
-    """A line of data/qa, parsed when it is asked for, and what batches are made by. 175,000 of them open
-    in seconds."""
+    """A line of data/qa, parsed when it is asked for (175,000 open in seconds), and what batches go by."""
 
     line: bytes
     slides: tuple
@@ -250,8 +247,7 @@ class Row(typing.NamedTuple):
 
 
 def count_tiles(data, slide, imported):
-    """How many tiles of a slide there are to learn from (of imported visual tokens: 1), 0 where there are
-    none."""
+    """How many tiles of a slide there are to learn from; of imported visual tokens: 1."""
     path = wsi_llava.features_file(data, slide)
     if path.exists():
         return wsi_llava.feature_metadata(path)["tiles"]
@@ -259,11 +255,8 @@ def count_tiles(data, slide, imported):
 
 
 def load_rows(data, split, skip_missing=False, tokens=False):
-    """data/qa/<split>.jsonl -> a list of Rows whose slides all have features (tokens: or imported visual
-    tokens).
-
-    Raises UserError where some have none.
-    """
+    """data/qa/<split>.jsonl -> a list of Rows, all of whose slides have features (tokens: or imported visual
+    tokens). Raises UserError where some have none."""
     path = data / "qa" / f"{split}.jsonl"
     check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
     imported = tokens and wsi_llava.read_meta(data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
@@ -293,8 +286,7 @@ def slides_in(rows):
 
 
 def held_out(row, share):
-    """Whether a row is for validation: by its slides' names alone, so the same slides in every stage and
-    every run."""
+    """Whether a row is for validation: by its slides' names alone, the same in every stage and run."""
     return any(zlib.crc32(slide.encode()) % 1000 < share * 1000 for slide in row.slides)
 
 
@@ -328,8 +320,7 @@ def is_report(row):
 
 
 def size_of_run(stage, recipe, n):
-    """-> how many batches n rows are shared among, evenly and anew in every epoch; how many steps the run
-    has."""
+    """-> how many batches an epoch of n rows is shared among, evenly; how many steps the run has."""
     check(stage != 1 or n > 1, f"stage 1 contrasts slides and needs at least 2 with a report; found {n}")
     check(
         stage != 1 or recipe.batch_size > 1,
@@ -343,8 +334,7 @@ def size_of_run(stage, recipe, n):
 
 
 def batch_of(step, n, batches, seed):
-    """The rows of a step, as indices. They follow from the seed and the step: resuming needs no state of
-    its own."""
+    """The rows of a step, as indices: they follow from seed and step, so resuming needs no state."""
     epoch, k = divmod(step, batches)
     order = np.random.default_rng([*seed, epoch]).permutation(n)
     return order[k * n // batches : (k + 1) * n // batches].tolist()
@@ -394,8 +384,7 @@ class TextEncoder(torch.nn.Module):
 
 
 class WSITextAlignment(torch.nn.Module):
-    """Stage 1: slide encoder, text encoder, a linear head each to the shared space, and CLIP's
-    temperature.
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature.
 
     A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language
     model reads later, and a loss on the CLS alone would leave their last layer untrained.
@@ -431,24 +420,21 @@ class WSITextAlignment(torch.nn.Module):
         return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
 
     def loss(self, slides, texts):
-        """Symmetric InfoNCE over a batch of pairs [B,E]: each slide finds its report, each report its
-        slide."""
+        """Symmetric InfoNCE over pairs [B,E]: each slide finds its report, each report its slide."""
         logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T  # [B slides,B texts]
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def token_embeddings(args, meta):
-    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen, and its
-    Tokenizer."""
+    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen; its Tokenizer."""
     folder, tokenizer = wsi_llava.pick_llm(args, meta)
     words = wsi_llava.load_llama(folder).embed_tokens.weight.detach()
     return words.to(args.device, torch.float32), tokenizer
 
 
 def load_alignment(args, meta):
-    """Stage 1's model -> (its config, WSITextAlignment, the LLM's token embeddings [vocab,C_llm],
-    Tokenizer)."""
+    """Stage 1's model -> (its config, WSITextAlignment, token_embeddings' two)."""
     path = wsi_llava.stage_weights(args, 1)
     cfg = wsi_llava.load_config(path.parent)
     wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, path.parent)
@@ -478,8 +464,7 @@ def slide_encoder_to_train(args, meta):
 
 
 def autocast(args):
-    """bfloat16 is for the products. What is trained stays in float32: updates are too small for
-    bfloat16's 8 bits."""
+    """bfloat16 is for the products. What is trained stays in float32: updates are too small for 8 bits."""
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == torch.bfloat16)
 
 
@@ -573,8 +558,7 @@ class Alignment:
             yield k, slice(ends[k] - len(parts[k]), ends[k]), pairs
 
     def embed_all(self, parts, seed):
-        """The whole batch's embeddings, [B,E] twice, on every process: each fills its rows, the sum
-        gathers them."""
+        """The whole batch's embeddings, [B,E] twice: each process fills its rows, the sum gathers them."""
         n, width = sum(len(part) for part in parts), self.cfg.text_encoder.embed_width
         dtype = self.model.logit_scale.dtype
         slides, texts = torch.zeros(2, n, width, device=self.args.device, dtype=dtype)
@@ -584,7 +568,7 @@ class Alignment:
         return all_sum(slides), all_sum(texts)
 
     def backward(self, batch):
-        """Adds the gradient of the loss of a batch, rows' indices -> (its loss, the tiles that it took)."""
+        """Adds the gradient of a batch, rows' indices -> (its loss, the tiles that it took)."""
         parts = self.micro_batches([self.train[i] for i in batch])
         seed, tiles = torch.initial_seed(), sum(self.train[i].tiles for i in batch)
         if len(parts) == 1 and world() == 1:
@@ -619,8 +603,7 @@ class Alignment:
         """Nothing beyond what validate() tells."""
 
     def write_result(self, folder, weights):
-        """The whole model, and its slide encoder in the form in which later stages, and GigaPath's users,
-        take it."""
+        """The whole model, and its slide encoder as later stages, and GigaPath's users, take it."""
         write_text(folder / "config.json", self.cfg.to_json())
         prefix = "slide_encoder."
         encoder = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
@@ -748,8 +731,7 @@ class Conversation:
         self.params = [p for group in self.groups for p in group["params"]]
 
     def choose(self, rows):
-        """The rows that the stage trains on and validates on; their slides' visual tokens are on disk
-        then."""
+        """The rows to train and to validate on; their slides' visual tokens are on disk then."""
         if self.stage == 0:
             return rows, []
         if self.stage == 2:
@@ -797,11 +779,8 @@ class Conversation:
         return example
 
     def micro_batches(self, rows):
-        """As many for each process: rows of like length together, so that little is padded.
-
-        Sorted inside the batch only: batches stay random draws, which batches of one length, hence of one
-        task, are not.
-        """
+        """As many for each process: rows of like length together, so that little is padded. Sorted inside
+        the batch only: batches of one length would be of one task, and no random draws."""
         rows = sorted(rows, key=lambda row: len(row.line))
         rounds = min(math.ceil(len(rows) / (self.micro_batch * world())), len(rows) // world())
         parts = rounds * world()
@@ -830,8 +809,7 @@ class Conversation:
         return all_sum(sums).tolist()
 
     def backward(self, batch):
-        """Adds the gradient of the loss of a batch, rows' indices -> (its loss, the positions that it
-        took)."""
+        """Adds the gradient of a batch, rows' indices -> (its loss, the positions that it took)."""
         loss, labelled, positions, cut, lost = self.losses([self.train[i] for i in batch], learn=True)
         sum_gradients(self.params, max(1, labelled), self.sharded)
         self.cut, self.lost = self.cut + int(cut), self.lost + int(lost)
@@ -893,8 +871,7 @@ def schedule(step, steps, warmup):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list yielded then
-    fills."""
+    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list then fills."""
     asked = []
 
     def ask(number, frame):
@@ -913,8 +890,7 @@ def stop_signals():
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Refuses a second run in a stage's folder, and sweeps up what a killed one had half written. Rank 0
-    only."""
+    """Refuses a second run in a stage's folder; sweeps up what a killed one had half written. Rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
     if rank() or fcntl is None:
         yield
@@ -1006,8 +982,7 @@ def save(folder, run, task, step, optimizer, log, keep):
 
 
 def draw_curves(path, log, width=520, height=300):
-    """Training loss (every step, and smoothed) and validation loss (dots) as an SVG, which any browser
-    shows."""
+    """Training loss (every step, and smoothed) and validation loss (dots) as an SVG."""
     losses = [entry["loss"] for entry in log]
     top = 1.05 * max(max(entry["loss"], entry.get("val_loss", 0)) for entry in log) + 1e-9
     steps = log[-1]["step"]
@@ -1153,8 +1128,7 @@ def run_stage(stage, args, folder, stop):
 
 
 def not_finite(stage, step, loss, norm, task, batch, folder, log_file):
-    """The end of a run whose loss or gradient is not finite: its batch goes into the log -> the UserError
-    to raise."""
+    """The end of a run whose loss or gradient is not finite: its batch goes into the log -> a UserError."""
     ids = [task.train[i].read()["id"] for i in batch]
     log_file.write(json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}) + "\n")
     few = ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else "")
@@ -1189,8 +1163,7 @@ def train_tokenizer(path, texts):
 
 
 def stand_in(args):
-    """Sees to it that data/tokenizer.model and data/llm are there, trained on the texts of
-    data/qa/train.jsonl."""
+    """Makes data/tokenizer.model and data/llm, unless they are there and of data/qa/train.jsonl's texts."""
     path, mark = args.data / "qa" / "train.jsonl", args.data / "llm" / "texts"
     check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
     texts = hashlib.sha256(str(args.seed).encode() + path.read_bytes()).hexdigest()[:16]
@@ -1232,9 +1205,8 @@ def stand_in_to_train(args):
 
 
 def export(args):
-    """out/stage3 -> a LLaVA folder: the language model with its adapters merged and the projector, or the
-    adapters and the projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no
-    place for."""
+    """out/stage3 -> a LLaVA folder: the language model, its adapters merged, and the projector; or adapters
+    and projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
     folder = args.export or args.export_adapter
     check(
         not folder.exists() or not any(folder.iterdir()),
@@ -1279,8 +1251,7 @@ def load_whole(args):
 
 
 def visual_tokens(args, model, slides):
-    """-> {slide: visual tokens [V,C]}, made where they lack. Raises UserError that says which slide has
-    none."""
+    """-> {slide: visual tokens [V,C]}, made where they lack. The UserError says which slide has none."""
     problems = write_visual_tokens(args, model, slides)
     check(
         not problems,
@@ -1290,8 +1261,7 @@ def visual_tokens(args, model, slides):
 
 
 def retrieval(args, rows):
-    """Stage 1's own space -> the cosines of slides and reports [n,n], on the CPU; None where stage 1 is
-    not there."""
+    """Cosines of slides and reports in stage 1's own space [n,n], on the CPU; None without stage 1."""
     meta = wsi_llava.read_meta(args.data)
     encoded = meta["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
     if encoded or not (args.out / "stage1" / "model.safetensors").exists():
@@ -1307,8 +1277,7 @@ def retrieval(args, rows):
 
 
 def draw_similarity(path, panels, side=420):
-    """{title: similarities [n,n], slides by reports} -> a PNG, a square each: a bright diagonal is what
-    one hopes for."""
+    """{title: similarities [n,n], slides by reports} -> a PNG: one hopes for a bright diagonal."""
     picture = Image.new("RGB", ((side + 20) * len(panels) + 20, side + 70), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for i, (title, matrix) in enumerate(panels.items()):
@@ -1325,9 +1294,8 @@ def draw_similarity(path, panels, side=420):
 
 
 def show_alignment(args):
-    """--alignment: is a slide nearer to its own report than to others', before the projector and behind
-    it? For whatever model is at hand, on the reports of the test split, or of training where there is
-    none."""
+    """--alignment: is a slide nearer to its own report than to others', before the projector and behind it?
+    For whatever model is at hand, on the reports of the test split, or of training where there is none."""
     split = "test" if (args.data / "qa" / "test.jsonl").exists() else "train"
     rows = one_report_a_slide(load_rows(args.data, split, args.skip_missing, tokens=True))[:256]
     check(len(rows) > 1, f"{args.data}/qa/{split}.jsonl: --alignment needs the reports of two slides or more")
@@ -1406,10 +1374,8 @@ def compare(answers, seed):
                 groups.setdefault((row["task"], metric), []).append(row)
     for (group, metric), rows in groups.items():
         for name, facts in sample.compare(rows, metric, list(answers), False, seed).items():
-            what = {"questions": group, "metric": metric, "without": name, "n": len(rows)}
-            lines.append(
-                what | dict.fromkeys(("difference", "difference_low", "difference_high", "p")) | facts
-            )
+            line = dict.fromkeys(("difference", "difference_low", "difference_high", "p")) | facts
+            lines.append({"questions": group, "metric": metric, "without": name, "n": len(rows)} | line)
     return lines
 
 
@@ -1433,8 +1399,7 @@ def draw_ablations(path, lines):
 
 
 def variants(args):
-    """The ablations that tell something of this data and this model -> {name: (flags, first stage to
-    train)}."""
+    """The ablations that tell something of this data and model -> {name: (flags, first stage)}."""
     chosen, pointless = {}, set()
     if not (args.out / "stage1" / "slide_encoder.safetensors").exists():  # it is published, or there is none
         pointless.add("stage 1")
@@ -1550,7 +1515,7 @@ def print_dialogue(args, model, tokenizer):
 def demo(args):
     """--demo: the toy cohort, the three stages, and what they are worth on slides that were held out."""
     parts = {"start": time.time()}
-    args.preset, args.log_every = "demo", args.log_every * 20
+    args.preset, args.log_every, args.val_rows = "demo", args.log_every * 20, min(args.val_rows, 96)
     cases = prepare.prepare_demo(prepare.with_defaults(args))
     parts["slides and features"] = time.time()
     stand_in(args)
