@@ -5425,6 +5425,7 @@ def run_forked(argv, folder, seconds=120, replace=os.replace):
         try:
             os.setsid()
             os.chdir(folder)
+            torch.set_num_threads(1)  # a fork has none of its parent's threads
             for fd, name in ((1, ".stdout"), (2, ".stderr")):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
             sys.argv, os.replace = argv, replace
@@ -6221,7 +6222,6 @@ def benchmark_tissue():
 
 def on_a_demo(what, cases="1000", seed="0"):
     """fuzz and kills, on a demo of their own."""
-    torch.set_num_threads(1)  # forked children have none of their parent's
     with tempfile.TemporaryDirectory() as folder:
         set_out(Path(folder, "master"))
         faults = fuzz(Path(folder, "master"), int(cases), int(seed)) if what == "fuzz" else kills(Path(folder, "master"))
