@@ -77,6 +77,7 @@ MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing b
 GRID = 1000  # tiles along a side for which the slide encoder has positions
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
 BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
+PICTURE = 768  # pixels along the longer side of the picture to look at
 PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
 DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
@@ -248,11 +249,14 @@ class Slide:
         """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels
         takes time then, and not memory. What cannot be decoded is taken from a finer level; what no level
         has stays white, up to 1%."""
-        size = [max(1, round(side / pixel)) for side in (self.width, self.height)]
-        picture, self.lost = Image.new("RGB", size, "white"), 0  # pixels of the picture
+        picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
         level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        self._paint(picture, pixel, level, (0, 0, *size), PART)
+        self._paint(picture, pixel, level, (0, 0, *picture.size), PART)
         return picture
+
+    def size_at(self, pixel):
+        """Width and height of the whole slide at `pixel` tiled pixels a pixel."""
+        return [max(1, round(side / pixel)) for side in (self.width, self.height)]
 
     def _paint(self, picture, pixel, level, box, side):
         """Pastes a box of the thumbnail from a level, read in squares of `side` level pixels."""
@@ -686,7 +690,7 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
     for part, colour in ((ink, (220, 0, 0)), (mask, (0, 150, 60))):
         solid = Image.fromarray(part.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
         solid = solid.point([0] * 128 + [255] * 128)
-        edge = np.asarray(solid) != np.asarray(solid.filter(ImageFilter.MinFilter(5)))
+        edge = np.asarray(solid) > np.asarray(solid.filter(ImageFilter.BoxBlur(2)))
         picture.paste(colour, mask=Image.fromarray(edge.astype(np.uint8) * 255))
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=90)
@@ -883,23 +887,21 @@ class Readers(torch.utils.data.Dataset):
             other = "the features that are there by its name are another slide's; --overwrite replaces them"
             check(options["known"] in (None, slide.hash), other)
             step = "tissue"
-            thumbnail = slide.thumbnail(MASK)
+            # One picture is read, for the mask and to look at: without small levels it takes minutes.
+            pixel = max(slide.width, slide.height) / PICTURE
+            picture = slide.thumbnail(MASK / max(1, round(MASK / pixel)))
+            thumbnail = picture.resize(slide.size_at(MASK), Image.Resampling.BOX)
             mask, ink, plan["why"] = tissue_of(slide, thumbnail, options["mask"])
             coords = tile_grid(mask, options["min_tissue"], options["step"])
             coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
             plan |= {"coords": coords, "lost": slide.lost, "ink": ink.mean() > 0.001}
-            pixel = max(slide.width, slide.height) / 768
-            if "picture" in outputs and pixel <= MASK:
-                thumbnail = slide.thumbnail(pixel)
-            elif "picture" in outputs:  # not read again: a slide without small levels takes minutes
-                size = [max(1, round(side * MASK / pixel)) for side in thumbnail.size]
-                thumbnail = thumbnail.resize(size, Image.Resampling.BOX)
         except Exception as error:
             open_slide.cache_clear()  # a handle that has failed once fails for good
             reason = wsi_llava.one_line(error, 500)
             raise SlideError(step, reason if str(path) in reason else f"{path}: {reason}") from None
         if "picture" in outputs:
-            draw_qc(outputs["picture"], thumbnail, pixel, mask, ink, coords)
+            picture = picture.resize(slide.size_at(pixel), Image.Resampling.BICUBIC)
+            draw_qc(outputs["picture"], picture, pixel, mask, ink, coords)
         if "geojson" in outputs:
             write_geojson(outputs["geojson"], slide, mask, coords)
         return plan
@@ -2036,7 +2038,7 @@ def draw_slide(case):
             planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     table = [round(255 * (i / 255) ** stain) for i in range(256)]
-    return picture.filter(ImageFilter.SMOOTH).point(table * 3), planted
+    return picture.point(table * 3), planted
 
 
 def draw_case(case, path):
@@ -2179,7 +2181,10 @@ def prepare_demo(args):
             )
     else:
         cases = draw_cohort(args, recipe, folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))  # this small encoder takes no more time than the readers
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
+    torch.set_num_threads(threads)
     if failures:
         raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
     write_index(args.data)

@@ -1466,14 +1466,17 @@ def truth(row):
     return row["conversations"][1]["value"]
 
 
+HEATMAPS = 20  # slides; each takes up to 64 passes
+
+
 def print_relevance(args, model, tokenizer, cases):
     """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that
-    hold it? All held-out slides with pigment count. The first of them becomes a picture."""
+    hold it? The first held-out slides with pigment count. The very first becomes a picture."""
     planted = {case["slide"]: case["planted"] for case in cases}
     times, hits, chance, picture = [], [], [], args.out / "heatmap.png"
     for row in load_rows(args.data, "test"):
         (slide, *_), content = row.slides, row.read()
-        if row.task != "focus" or not planted[slide]:
+        if row.task != "focus" or not planted[slide] or len(hits) == HEATMAPS:
             continue
         question = without_image(content["conversations"][0]["value"])
         features, coords = read_features(args.data, slide, args.max_tiles)

@@ -211,7 +211,7 @@ class WSILLaVAConfig(Config):
 PRESETS = {
     # Small enough to train on two CPU cores in minutes, and the same code in every line.
     "demo": WSILLaVAConfig(
-        TileEncoderConfig(width=128, depth=2, heads=2, mlp_hidden=256, layer_scale=1.0),  # untrained
+        TileEncoderConfig(width=128, depth=1, heads=2, mlp_hidden=256, layer_scale=1.0),  # untrained
         SlideEncoderConfig(128, 128, 4, 4, 384, (64, 256), (1, 2), dropout=0.0, drop_path=0.0),
         TextEncoderConfig(128, 128, 2, 4, 256, 128, 128),
         LlamaConfig(512, 128, 4, 4, 4, 352, context=512),
@@ -228,6 +228,7 @@ PRESETS = {
 
 # ---- Tile encoder: a 256-px tile -> one vector (DINOv2 ViT, names as in timm) ------------------------------
 
+
 def preprocess_tiles(tiles):
     """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std.
 
@@ -237,10 +238,10 @@ def preprocess_tiles(tiles):
     _, height, width, channels = tiles.shape
     if tiles.dtype != torch.uint8 or (height, width, channels) != (TILE, TILE, 3):
         raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
-    x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255  # [B,3,224,224]
+    x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).contiguous().float()  # [B,3,224,224]
     mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225], device=x.device).view(3, 1, 1)
-    return (x - mean) / std
+    return x.sub_(255 * mean).div_(255 * std)  # in place, channel by channel: memory is what takes the time
 
 
 class Attention(nn.Module):
@@ -767,6 +768,7 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 
 # ---- Slide encoder: all tiles of a slide -> tiles in context (LongNet, names as in Prov-GigaPath) ----------
 
+
 def grid_cells(coords, tile_size=TILE, grid=1000):
     """Tiles' coords [...,2] -> their cells in the position grid. Raises ValueError for a cell outside of it:
     level-0 coordinates given instead of 0.5 um/px look like this."""
@@ -1009,6 +1011,7 @@ class SlideEncoder(nn.Module):
 
 
 # ---- Projector and Llama (names as in LLaVA and in Hugging Face, less their leading "model.") --------------
+
 
 def make_projector(in_width, width):
     """LLaVA-1.5's `mlp2x_gelu`: visual tokens -> the language model's embedding space."""
@@ -1336,6 +1339,7 @@ class Tokenizer:
 
 # ---- The whole model ---------------------------------------------------------------------------------------
 
+
 def sample_token(logits, top_p, top_k, generator):
     """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
     logits, order = logits.sort(dim=-1, descending=True)
@@ -1483,6 +1487,7 @@ if sys.platform == "linux":
 
 # ---- Adapters (LoRA), and weights in int8 ------------------------------------------------------------------
 
+
 @torch.no_grad()
 def add_update(linear, a, b, scale, dtype=None):
     """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
@@ -1592,6 +1597,7 @@ def quantize_int8(llama):
 
 
 # ---- Files: read strictly, written whole or not at all -----------------------------------------------------
+
 
 def printable(text):
     """The text without what steers a terminal: control characters but line ends and tabs, text direction."""
@@ -1751,6 +1757,7 @@ def load_config(folder):
 
 
 # ---- Published weights, in and out: GigaPath's, language models', LLaVA's, LoRA adapters -------------------
+
 
 def load_tile_encoder(path):
     """Prov-GigaPath's `pytorch_model.bin` (or safetensors) -> TileEncoder, its size read off the shapes."""
@@ -2366,6 +2373,7 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
 
 # ---- Flags, and how a script runs --------------------------------------------------------------------------
 
+
 def at_least(low, kind=int, high=math.inf):
     """A type for argparse: a finite number from low to high."""
 
@@ -2513,6 +2521,7 @@ def peak_memory(device=None):
 
 
 # ---- python wsi_llava.py: the model's sizes and shapes -----------------------------------------------------
+
 
 def print_sizes():
     """Parameters of each part, for every preset. Built on the meta device, so it costs nothing."""
