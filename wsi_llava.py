@@ -30,6 +30,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -2156,8 +2157,15 @@ def read_visual_tokens(data, slide, cfg):
     return tokens
 
 
+@functools.cache
+def source(*code):
+    """The text of functions and classes."""
+    return "".join(map(inspect.getsource, code))
+
+
 def made_by(model, data, slide):
-    """What a slide's visual tokens follow from, as a text: slide encoder, pool, and the slide's features."""
+    """What a slide's visual tokens follow from, as a text: slide encoder, pool, and the slide's features; of
+    the first two the code also, so that whoever changes it gets new tokens."""
     path = features_file(data, slide)
     with reading(path, PREPARE_AGAIN):
         tensors = read_tensors(path, PREPARE_AGAIN)
@@ -2165,6 +2173,7 @@ def made_by(model, data, slide):
         digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
         digest.update(tensors["coords"].numpy().tobytes())
         digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
+    digest.update(source(pool_tokens, SlideEncoder, WSILLaVA.encode_slide).encode())
     encoder = model.cfg.fingerprints.get("slide_encoder", "none")
     return f"{encoder} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
 
