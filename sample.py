@@ -1941,8 +1941,8 @@ def with_interval(mean, low, high, sign=""):
 
 
 def side_by_side(lines, systems, difference=False):
-    """Lines -> a Markdown table with a column a system: the means, or the differences from the first
-    system."""
+    """Lines -> a Markdown table with a column a system: the means, or the differences from the first system.
+    A column that says nothing in any row is left out."""
     groups, rows = collections.defaultdict(dict), []
     for line in lines:
         groups[line.kind, line.group, line.metric][line.system] = line
@@ -1959,10 +1959,13 @@ def side_by_side(lines, systems, difference=False):
                 cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+") + p)
             else:
                 cells.append(with_interval(x.mean, x.low, x.high))
-        unusable = ", ".join(str(x.unusable) for x in found.values())
+        unusable = [x.unusable for x in found.values()]
         if not difference:
-            cells = [line.questions, line.missing, unusable, line.slides, *cells, line.published]
+            unusable = ", ".join(map(str, unusable)) if any(unusable) else None
+            cells = [line.questions, line.missing or None, unusable, line.slides, *cells, line.published]
         rows.append([*key, *cells])
+    columns = [column for column in zip(header, *rows) if set(column[1:]) != {None}]
+    header, *rows = zip(*columns)
     return markdown(header, rows)
 
 
@@ -2109,6 +2112,7 @@ def write_evaluation(args, written, lines, systems, result):
     listed_notes = "".join(f"- {note}\n" for note in result["notes"])
     text = f"# Evaluation\n\n{listed_notes}\n{side_by_side(lines, systems)}\n"
     shown = [line for line in lines if line.kind != "cancer type" and line.metric in BRIEF]
+    shown = [line for line in shown if line.kind != "task" or line.metric not in NLU]
     print(f"\n{side_by_side(shown, systems)}\n")
     if systems[1:]:
         beside = f"Paired difference from {systems[0]} (p: McNemar's, exact)"
