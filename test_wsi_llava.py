@@ -6220,12 +6220,17 @@ def benchmark_tissue():
         print(f"{path.stem:40} {tissue.mean():8.1%} {ink.mean():8.1%} {took:6.0f}  {what}")
 
 
-def on_a_demo(what, cases="1000", seed="0"):
-    """fuzz and kills, on a demo of their own."""
+def on_a_demo(what, *flags):
+    """fuzz [--cases N] [--seed S] and kills, on a demo of their own."""
+    parser = argparse.ArgumentParser(prog=f"test_wsi_llava.py {what}")
+    if what == "fuzz":
+        parser.add_argument("--cases", type=int, default=1000)
+        parser.add_argument("--seed", type=int, default=0)
+    options, started = vars(parser.parse_args(flags)), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         set_out(Path(folder, "master"))
-        faults = fuzz(Path(folder, "master"), int(cases), int(seed)) if what == "fuzz" else kills(Path(folder, "master"))
-    print(f"{len(faults)} faults", *faults)
+        faults = (fuzz if what == "fuzz" else kills)(Path(folder, "master"), **options)
+    print(f"{len(faults)} faults in {time.perf_counter() - started:.0f} s", *faults)
 
 
 BENCHMARKS = {
