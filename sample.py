@@ -85,6 +85,7 @@ def check_output(path, mark):
     path = Path(path)
     check(path.parent.is_dir(), f"{path}: the folder {path.parent} does not exist; make it first")
     check(not path.is_dir(), f"{path}: a folder; name a file in it")
+    check(path.is_file() or not path.exists(), f"{path}: a device or a pipe; name a file")
     if path.exists():
         with open(path, "rb") as file:
             beginning = file.read(400)
@@ -769,7 +770,7 @@ class Server:
                 messages = messages + [{"role": "assistant", "content": reply}]
                 messages = messages + [{"role": "user", "content": more}]
             else:
-                with self.lock:
+                with self.lock, wsi_llava.writing(self.file.name):
                     self.replies[key] = reply
                     self.file.write(json.dumps({"key": key, "reply": reply}) + "\n")
                     self.file.flush()
@@ -1057,7 +1058,8 @@ def answer_into(args, path, rows, settings, problems, ask):
         f"{len(rows) - len(todo):,} are answered. Asks the others{ways} into {path}."
     )
     failed, started = collections.defaultdict(list), time.time()
-    with file, tqdm(total=len(askable), unit="question", disable=not askable) as bar:
+    bar = tqdm(total=len(askable), unit="question", disable=not askable)
+    with wsi_llava.writing(path), file, bar:
         for row in lacking:
             why = next(problems[slide] for slide in slides_of(row) if slide in problems)
             failed["are about slides that are missing"].append(slides_of(row)[0])
