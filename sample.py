@@ -622,6 +622,10 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirect)
 
 
+def api_key():
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
 def endpoint(where, url):
     """A flag's URL -> (that of chat completions, headers with the key). where: the flag and its value."""
     check(url.startswith(("http://", "https://")), f"{where}: begins with neither http:// nor https://")
@@ -632,7 +636,7 @@ def endpoint(where, url):
         fine = False
     check(fine, f"{where}: not a URL like https://api.openai.com/v1")
     path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY", "").strip()
+    headers, key = {"Content-Type": "application/json"}, api_key()
     check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -642,13 +646,15 @@ def endpoint(where, url):
 
 
 def read_body(response, seconds):
-    """A reply's bytes, which must end in time, however slowly they drip."""
+    """A reply's bytes, which must end in time, however slowly they drip. What it repeats of the key is left
+    out: errors are printed, and replies are kept."""
     body, deadline = b"", time.monotonic() + seconds
     while chunk := response.read1(1 << 16):
         body += chunk
         if time.monotonic() > deadline or len(body) > LONGEST_REPLY:
             raise TimeoutError("its reply does not end")
-    return body
+    key = api_key().encode()
+    return body.replace(key, b"***") if len(key) > 7 else body  # shorter, it may be a word
 
 
 def server_words(body):

@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -5309,6 +5310,168 @@ def test_bad_input_is_one_line(demo, tmp_path):
             errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
             assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (name, flags, done.stderr)
             assert "Traceback" not in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Secrets and paths: what files, servers and names that others made cannot do
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Makes the file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("way", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("pytorch_model.bin", wsi_llava.load_tile_encoder),
+        ("pytorch_model.bin", lambda path: wsi_llava.read_folder(path.parent)),
+        ("slide_encoder.pth", wsi_llava.load_slide_encoder),
+        ("mm_projector.bin", wsi_llava.load_projector),
+        ("adapter_model.bin", lambda path: wsi_llava.read_folder(path.parent)),
+        ("non_lora_trainables.bin", wsi_llava.read_tensors),
+        ("train_state.pt", lambda path: train.resume(path, {}, torch.nn.Linear(1, 1), None)),
+        ("features.pt", prepare.read_foreign),
+        ("features.pth", prepare.read_foreign),
+    ],
+)
+def test_nothing_is_unpickled(tmp_path, name, read, way):
+    path, bad = tmp_path / name, {"model": torch.zeros(2), "run": Payload(str(tmp_path / "ran"))}
+    if way == "bare":
+        path.write_bytes(pickle.dumps(bad))
+    else:
+        torch.save(bad, path, _use_new_zipfile_serialization=way == "zip")
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    with contextlib.suppress(RuntimeError):  # it is armed: torch unpickles before it looks at what it got
+        torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeypatch, capsys):
+    """Also where the server repeats it, in an error or in a reply."""
+    monkeypatch.setenv("OPENAI_API_KEY", key := "sk-0123456789abcdef")
+    path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", "A tumor. Large")] * 3)
+    argv = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
+    echo = {"choices": [{"message": {"content": json.dumps({"claims": [f"The key is {key}."]})}}]}
+    judge_server.script += [(500, {"Retry-After": "0"}, f"{key} is busy"), (200, {}, json.dumps(echo))]
+    sample.main(list(map(str, argv)))
+    assert judge_server.requests[0][0] == f"Bearer {key}" and (tmp_path / "judge.jsonl").read_text()
+    judge_server.script += [(401, {}, json.dumps({"error": {"message": f"Incorrect API key: {key}"}}))]
+    (tmp_path / "judge.jsonl").unlink()
+    with pytest.raises(UserError, match=r"Incorrect API key: \*\*\*") as caught:
+        sample.main(list(map(str, argv)))
+    said = capsys.readouterr()
+    assert key not in said.out + said.err + str(caught.value)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "..", "a/../../b"])
+def test_questions_cannot_name_a_slide_outside(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "qa").mkdir(parents=True)
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A tumor."}]
+    row = {"id": "1", "slide": name, "task": "report", "cancer": "x", "conversations": turns}
+    (tmp_path / "data" / "qa" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="not the name of a slide"):
+        train.load_rows(Path("data"), "train")
+    (tmp_path / "test.json").write_text(json.dumps([{"slide": f"{name}.svs", "question": "Q?", "answer": "A"}]))
+    assert "/" not in prepare.read_qa("test.json")[0]["slide"]
+    with pytest.raises(UserError, match="meta.json|neither|no such|not a slide|no slides"):
+        sample.main(["--slide", name, "--ask", "What?", "--data", "data"])
+
+
+def test_parts_of_a_file_lie_in_its_folder(tmp_path):
+    """Shards that an index names, and datasets of HDF5 that are links, kept outside or put together."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "secret.safetensors")
+    (tmp_path / "llm").mkdir()
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "../llm/../secret.safetensors"):
+        (tmp_path / "llm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UserError, match="its weight_map leads out of this folder"):
+            wsi_llava.read_folder(tmp_path / "llm")
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["features"] = np.zeros((3, 4), np.float32)
+    layout = h5py.VirtualLayout((3, 4), np.float32)
+    layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "features", (3, 4))
+    for number, make in enumerate(
+        [
+            lambda file: file.update({"features": h5py.ExternalLink(tmp_path / "secret.h5", "features")}),
+            lambda file: file.update(
+                {"x": h5py.ExternalLink(tmp_path / "secret.h5", "/"), "features": h5py.SoftLink("/x/features")}
+            ),
+            lambda file: file.create_dataset("features", (3, 4), np.float32, external=[("secret.h5", 0, 48)]),
+            lambda file: file.create_virtual_dataset("features", layout),
+        ]
+    ):
+        path = tmp_path / f"{number}.h5"
+        with h5py.File(path, "w") as file:
+            make(file)
+        with pytest.raises(UserError, match=f"{path}: its features lie in another file"):
+            prepare.read_foreign(path)
+
+
+def test_names_and_servers_cannot_steer_the_terminal(judge_server, tmp_path, capsys):
+    """ESC, the C1 controls and the turning of text, from a slide's file, a folder, a question file, a server."""
+    steers, odd = "\x1b[2J\x9b\u202e", re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+    data = tmp_path / f"data{steers}"
+    (tmp_path / f"s{steers}.svs").write_bytes(b"no slide")
+    (tmp_path / f"q{steers}.json").write_text(json.dumps([{"slide": f"{steers}", "question": "", "answer": ""}]))
+    predictions = write_predictions(tmp_path, [(f"open{steers}", f"What{steers}?", "A.", f"B{steers}.")] * 3)
+    judge_server.script += [(400, {}, json.dumps({"error": {"message": f"no{steers}"}}))] * 9
+    for program, argv in (
+        (prepare, ["--slides", tmp_path, "--data", data]),
+        (prepare, ["--qa", tmp_path / f"q{steers}.json", "--data", data, "--split", "test"]),
+        (prepare, [f"--{steers}"]),
+        (sample, ["--slide", f"s{steers}", "--data", data]),
+        (sample, ["--evaluate", predictions, "--judge-model", f"wise{steers}", "--judge-url", judge_server.url]),
+    ):
+        with pytest.raises(SystemExit) if program is prepare or "--slide" in argv else contextlib.nullcontext() as end:
+            wsi_llava.run(lambda program=program, argv=argv: program.main(list(map(str, argv))))
+        said = capsys.readouterr()
+        said = said.out + said.err + (str(end.value.code) if end else "")
+        assert said and not odd.search(said), said
+
+
+def test_who_may_read_what_is_replaced_is_the_umasks_to_say(tmp_path, monkeypatch):
+    umask = os.umask(0o027)
+    try:
+        for _ in range(2):  # new, and replaced
+            wsi_llava.write_text(tmp_path / "text", "a")
+            wsi_llava.write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+            assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    finally:
+        os.umask(umask)
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tmp_path, monkeypatch):
+    """A temporary name cannot be foreseen; and if it could, it is a new file or none."""
+    monkeypatch.setattr(os, "urandom", bytes)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".out.00000000.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        wsi_llava.write_text(tmp_path / "out", "theirs")
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
+    (tmp_path / "thesis").write_text("years of work")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "thesis", tmp_path / "pipe", Path(os.devnull), tmp_path, tmp_path / "no" / "file"):
+        for mark in (sample.PICTURE_MARK, sample.HEATMAP_MARK, '{"settings"', '{"id": "chat"'):
+            with pytest.raises(UserError, match=re.escape(str(path))):
+                sample.check_output(path, mark)
+    with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):
+        sample.open_predictions(tmp_path / "thesis", {})
 
 
 # --------------------------------------------------------------------------------------------------------------------
