@@ -1208,10 +1208,9 @@ def export(args):
     """out/stage3 -> a LLaVA folder: the language model, its adapters merged, and the projector; or adapters
     and projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
     folder = args.export or args.export_adapter
-    check(
-        not folder.exists() or not any(folder.iterdir()),
-        f"{folder} is not empty; name a new folder to export to",
-    )
+    unfinished = folder / ".unfinished"  # a killed export is begun anew
+    new = not folder.exists() or not any(folder.iterdir()) or unfinished.exists()
+    check(new, f"{folder} is not empty; name a new folder to export to")
     wsi_llava.stage_weights(args, 3)  # without it there is nothing of the user's own to export
     meta = wsi_llava.read_meta(args.data)
     model, tokenizer = wsi_llava.load_model(args, meta, 3)
@@ -1222,19 +1221,22 @@ def export(args):
     adapters = model.cfg.lora_rank and not args.lora
     check(args.export or adapters, f"--export-adapter: {reason}; use --export, which writes the whole model")
     say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
-    folder.mkdir(parents=True, exist_ok=True)
-    besides = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
-    for path in [tokenizer.path, *(path for beside in besides for path in base.glob(beside))]:
-        if path.is_file():
-            with replacing(folder / path.name) as temporary:
-                temporary.write_bytes(path.read_bytes())
-    encoder = model.slide_encoder
-    if encoder:
-        wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), folder / "slide_encoder.safetensors")
-    if args.export:
-        wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
-    else:
-        wsi_llava.save_lora(model, folder, base, tokenizer, args.layout)
+    with alone_in(folder):
+        unfinished.touch()
+        besides = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
+        for path in [tokenizer.path, *(path for beside in besides for path in base.glob(beside))]:
+            if path.is_file():
+                with replacing(folder / path.name) as temporary:
+                    temporary.write_bytes(path.read_bytes())
+        encoder = model.slide_encoder
+        if encoder:
+            file = folder / "slide_encoder.safetensors"
+            wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
+        if args.export:
+            wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
+        else:
+            wsi_llava.save_lora(model, folder, base, tokenizer, args.layout)
+        unfinished.unlink()
     llm = f"--llm {folder}" if args.export else f"--llm {base} --lora {folder}"
     say(
         f"Done. It answers where --out holds no stage 2 or 3: "

@@ -2533,6 +2533,8 @@ def run(main, on_interrupt="interrupted"):
     except OSError as error:
         where = f"{one_line(error.filename, 1000)}: " if error.filename else ""
         sys.exit(f"error: {where}{one_line(error.strerror or error)}; nothing that was finished is lost")
+    except UnicodeEncodeError as error:  # a file's name, where the system's are not UTF-8
+        sys.exit(f"error: {one_line(error)}; set PYTHONUTF8=1, then run the same command")
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
