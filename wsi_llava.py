@@ -1659,18 +1659,18 @@ def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
-    try:
-        with writing(path):
-            for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-                if time.time() - left.stat().st_mtime > DAY:  # by a run that was killed
-                    left.unlink(missing_ok=True)
-            temporary.touch(exist_ok=False)  # follows no link that lies in wait
+    with writing(path):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if time.time() - left.stat().st_mtime > DAY:  # by a run that was killed
+                left.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)  # follows no link that lies in wait
+        try:
             mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
             yield temporary
             temporary.chmod(mode)
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -2523,6 +2523,8 @@ def run(main, on_interrupt="interrupted"):
         stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Printable(sys.stdout), Printable(sys.stderr, bars=True)
     try:
+        utf8 = sys.getfilesystemencoding() == "utf-8"
+        check(utf8, "this locale's file names are not UTF-8; set PYTHONUTF8=1, then run the same command")
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -2533,8 +2535,6 @@ def run(main, on_interrupt="interrupted"):
     except OSError as error:
         where = f"{one_line(error.filename, 1000)}: " if error.filename else ""
         sys.exit(f"error: {where}{one_line(error.strerror or error)}; nothing that was finished is lost")
-    except UnicodeEncodeError as error:  # a file's name, where the system's are not UTF-8
-        sys.exit(f"error: {one_line(error)}; set PYTHONUTF8=1, then run the same command")
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
