@@ -1127,7 +1127,8 @@ class Work:
         """Those of the slide's files that are to be made {kind: path}."""
         missing = {}
         for kind, path in self.files.items():
-            if not path.exists() or path.stat().st_mtime < self.since:
+            made = path.stat().st_mtime if path.exists() else -1
+            if made < self.since or self.since and made > time.time() + wsi_llava.DAY:  # no date at all
                 missing[kind] = path
         return missing
 

@@ -2468,7 +2468,7 @@ def add_shared_flags(parser):
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
     add("--seed", type=at_least(0, int, 2**32 - 1), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
-    add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help=readers)
+    add("--workers", type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1), help=readers)
     for flag, metavar, help in (
         ("--tile-encoder", "FILE", f"Prov-GigaPath's, published (default: {GIGAPATH}/pytorch_model.bin)"),
         ("--slide-encoder", "FILE", f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"),
