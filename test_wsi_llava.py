@@ -6,6 +6,7 @@ that needs only this repository.
 
 import argparse
 import base64
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -5580,8 +5581,9 @@ def flags_of(name):
     return sorted(found - {"--help", "--demo", "--device", "--benchmark"})
 
 
-def run_forked(argv, folder, seconds=120, replace=os.replace):
-    """Runs a script's main in a forked child -> (exit status, or less the signal; stdout; stderr; its peak memory)."""
+def run_forked(argv, folder, seconds=120, replace=os.replace, before=None):
+    """Runs a script's main in a forked child -> (exit status, or less the signal; stdout; stderr; its peak memory).
+    before: called in the child first."""
     pid = os.fork()
     if not pid:
         status = 70
@@ -5593,6 +5595,8 @@ def run_forked(argv, folder, seconds=120, replace=os.replace):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
             sys.argv, os.replace = argv, replace
             sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
+            if before:
+                before()
             try:
                 wsi_llava.run(SCRIPTS[argv[0]].main)
                 status = 0
@@ -5674,11 +5678,126 @@ def fuzz(master, cases, seed):
     return faults
 
 
+@pytest.fixture(scope="session")
+def finished(demo, tmp_path_factory):
+    """A demo and a file of each kind that the commands read -> its folder, whose neighbours are free."""
+    folder = tmp_path_factory.mktemp("finished") / "master"
+    set_out(folder, demo[0])
+    return folder
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
 @slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_damaged_files_and_odd_flags_are_refused_in_one_line(demo, tmp_path):
-    set_out(tmp_path / "master", demo[0])
-    assert not fuzz(tmp_path / "master", 200, seed=0)
+@forks
+def test_damaged_files_and_odd_flags_are_refused_in_one_line(finished):
+    assert not fuzz(finished, 200, seed=0)
+
+
+def full_disk(size):
+    """No file grows beyond the size."""
+    resource = pytest.importorskip("resource")
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def read_only():
+    """Nothing is made in the current folder, for root neither."""
+
+    def refused(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def checked(open, writes):
+        def checked_open(path, *how, **named):
+            here = isinstance(path, (str, Path)) and not os.path.isabs(path)
+            mode = how[0] if how else named.get("mode")
+            return (refused if here and mode and writes(mode) else open)(path, *how, **named)
+
+        return checked_open
+
+    os.open, os.mkdir = checked(os.open, lambda flags: flags & os.O_CREAT), refused
+    builtins.open = io.open = checked(open, lambda mode: set("wax") & set(mode))
+
+
+def ascii_terminal():
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii", errors="strict")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+# What is taken away, the command, and its surroundings.
+ODD_SURROUNDINGS = [
+    ("out/stage1", "train.py --stage 1 --epochs 0.1", full_disk(200_000)),
+    ("data/visual_tokens/*", "train.py --stage 2 --epochs 0.1", full_disk(5000)),
+    ("out/stage2", "train.py --stage 2 --epochs 0.1", full_disk(200_000)),
+    ("data/llm data/tokenizer.model", "train.py --stage 3 --epochs 0.1", full_disk(100_000)),
+    ("", "train.py --export exported", full_disk(500_000)),
+    ("", "train.py --export-adapter exported", full_disk(5000)),
+    ("", "sample.py --slide demo_0010 --ask Which --heatmap new.png", full_disk(5000)),
+    ("out/evaluation.*", "sample.py --evaluate out/said.jsonl", full_disk(500)),
+    ("data/features/* data/qc/*", "prepare.py --slides data/slides", full_disk(5000)),
+    ("", "prepare.py --qa data/qa/train.jsonl --split train --data new", full_disk(2000)),
+    ("out/stage1", "train.py --stage 1 --epochs 0.1", read_only),
+    ("", "train.py --stage 2 --epochs 0.1", read_only),
+    ("", "train.py --export exported", read_only),
+    ("", "train.py --alignment", read_only),
+    ("", "sample.py --qa asked_test.json --evaluate", read_only),
+    ("data/features/* data/qc/*", "prepare.py --slides data/slides", read_only),
+    ("", "prepare.py --qa asked_test.json", read_only),
+    ("", "prepare.py --features foreign --mpp 0.5 --data new", read_only),
+    ("", "sample.py --evaluate out/said.jsonl", closed_pipe),
+    ("", "sample.py --slide demo_0010 --ask Which", closed_pipe),
+    ("", "prepare.py --slides data/slides --dry-run", closed_pipe),
+    ("", "prepare.py --qa asked_test.json", closed_pipe),
+    ("", "sample.py --slide größe --ask Größe?", ascii_terminal),
+    ("", "prepare.py --slides data/größe.jpg --data neü", ascii_terminal),
+    ("", "prepare.py --slides data/slides --workers 3000", None),
+]
+
+
+@slow
+@forks
+@pytest.mark.parametrize("gone, command, before", ODD_SURROUNDINGS)
+def test_odd_surroundings_are_survived_or_one_line(finished, gone, command, before):
+    folder = finished.with_name("case")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(finished, folder)
+    for path in itertools.chain(*map(folder.glob, gone.split())):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    status, _, err, memory = run_forked(command.split(), folder, before=before)
+    said = verdict(status, "", err, memory)
+    assert said == "refused", err[-2000:]
+    if before not in (closed_pipe, ascii_terminal, None):
+        assert re.search(r"error: .*(data|new|exported|out|png)\b.*", err), err  # the file
+    assert not list(folder.rglob(".*.part"))
+    for path in folder.rglob("*.safetensors"):
+        wsi_llava.read_tensors(path)
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text())
+
+
+@slow
+@forks
+@pytest.mark.parametrize("command", READERS)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(finished, command):
+    kinds = {}
+    for path in itertools.chain(*map(finished.glob, READERS[command].split())):
+        kinds[re.sub(r"\d+", "*", path.name) + str(path.parent)] = path.relative_to(finished)
+    for name in kinds.values():
+        folder = finished.with_name("case")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(finished, folder)
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        argv = command.split() + (["--llm-steps", "2"] if command.startswith("train") else [])
+        result = run_forked(argv, folder, seconds=40)
+        assert verdict(*result) in ("worked", "refused"), (name, result[:3])
 
 
 def lasting(folder):
