@@ -1139,6 +1139,13 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+    old, new, another = (tmp_path / f".{name}.part" for name in ("file.00000000", "file.11111111", "file.a.00000000"))
+    for path in (old, new, another):  # left by kills
+        path.touch()
+    for path in (old, another):  # days ago
+        os.utime(path, (0, 0))
+    wsi_llava.write_text(target, "new")
+    assert not old.exists() and new.exists() and another.exists()
 
 
 def test_who_may_read_a_file_is_the_users_to_say(tmp_path):

@@ -1660,9 +1660,10 @@ def replacing(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
     with writing(path):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-            if time.time() - left.stat().st_mtime > DAY:  # by a run that was killed
-                left.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+            with contextlib.suppress(FileNotFoundError):  # another run was faster
+                if time.time() - left.stat().st_mtime > DAY:  # by a run that was killed
+                    left.unlink()
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
         try:
             mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
