@@ -51,7 +51,6 @@ except ImportError:  # Windows
 
 import numpy as np
 import openslide
-import safetensors
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
@@ -1069,7 +1068,9 @@ def disk_errors(data):
     """Slide errors are caught in the readers, so an OSError here is the output folder's."""
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as error:
+    except BrokenPipeError:  # of what is printed
+        raise
+    except OSError as error:
         what = "make room or get the permission, then run the same command: it goes on"
         raise UserError(f"{data} cannot be written ({error}); {what}") from None
 
@@ -1105,8 +1106,10 @@ class Work:
         self.files["picture"] = args.data / "qc" / f"{name}.jpg"
         if args.geojson:
             self.files["geojson"] = args.data / "qc" / f"{name}.geojson"
-        with reading(self.mask, "a mask of --mask"):
-            mark = hashlib.sha256(self.mask.read_bytes()).hexdigest()[:12] if self.mask else None
+        mark = None
+        if self.mask:
+            with reading(self.mask, "a mask of --mask"):
+                mark = hashlib.sha256(self.mask.read_bytes()).hexdigest()[:12]
         self.params = {
             "tile": TILE,
             "target_mpp": args.target_mpp,
@@ -1124,7 +1127,8 @@ class Work:
         """Those of the slide's files that are to be made {kind: path}."""
         missing = {}
         for kind, path in self.files.items():
-            if not path.exists() or path.stat().st_mtime < self.since:
+            made = path.stat().st_mtime if path.exists() else -1
+            if made < self.since or self.since and made > time.time() + wsi_llava.DAY:  # no date at all
                 missing[kind] = path
         return missing
 
@@ -1196,9 +1200,12 @@ class Preparation:
         self.failures, self.notes = [], collections.defaultdict(list)
         self.tiles, self.written = 0, []  # tiles that were encoded; of each slide that was written, its tiles
         self.seen = []  # works of a dry run
-        self.halves = collections.defaultdict(list)  # {slide: half-written files of runs that were killed}
-        for path in itertools.chain(*(self.data.glob(f"{folder}/.*.part") for folder in ("features", "qc"))):
-            self.halves[re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])].append(path)
+        halves = () if args.dry_run else ("features/.*.part", "qc/.*.part")
+        for path in itertools.chain(*map(self.data.glob, halves)):
+            name = re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])
+            if name in self.works and claim(self.data, name):  # nobody is at work on it: a kill left it
+                path.unlink(missing_ok=True)
+                claim(self.data, name, give_up=True)
 
     def claimed(self, todo):
         """Claims one slide after the other, for as long as it is at hand; yields those left to do."""
@@ -1211,8 +1218,6 @@ class Preparation:
             elif work.is_done():  # another process was faster
                 self.settle(work)
             else:
-                for path in self.halves[work.name]:  # nobody else is at work on it
-                    path.unlink(missing_ok=True)
                 yield work
 
     def jobs(self, readers, todo):
@@ -1448,6 +1453,8 @@ def read_hdf5(path):
     with reading(path, "not an HDF5 file with datasets features and coords"), h5py.File(path) as file:
         about = dict(file.attrs)
         for name in file.keys() & {"features", "feats", "coords"}:
+            inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
+            check(inside, f"{path}: its {name} lie in another file; copy them into this one")
             # Float64 holds every coordinate; torch knows no big-endian numbers and few unsigned ones.
             dtype = np.float64 if name == "coords" else np.float32
             tensors[name] = torch.from_numpy(np.asarray(file[name], dtype))
@@ -1933,7 +1940,7 @@ def import_qa(args):
         write_split(args, paths[name], splits[name], have)
     check(len(args.qa) > 1 or not failures, "".join(failures))
     for message in failures:
-        print(f"failed: {message}", file=sys.stderr)
+        print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
     what = f"{count(len(failures), 'question file')} could not be read, see above"
     check(not failures, f"{what}; the others are done")
 
@@ -2293,7 +2300,7 @@ def main(argv=None):
         with disk_errors(args.data):
             import_qa(args)
     for _, message in failures:
-        print(f"failed: {message}", file=sys.stderr)
+        print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
     if failures:
         where, rest = f"listed above and in {args.data}/failures", "the others are done"
         if args.dry_run:

@@ -85,6 +85,7 @@ def check_output(path, mark):
     path = Path(path)
     check(path.parent.is_dir(), f"{path}: the folder {path.parent} does not exist; make it first")
     check(not path.is_dir(), f"{path}: a folder; name a file in it")
+    check(path.is_file() or not path.exists(), f"{path}: a device or a pipe; name a file")
     if path.exists():
         with open(path, "rb") as file:
             beginning = file.read(400)
@@ -621,6 +622,10 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 OPENER = urllib.request.build_opener(NoRedirect)
 
 
+def api_key():
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
 def endpoint(where, url):
     """A flag's URL -> (that of chat completions, headers with the key). where: the flag and its value."""
     check(url.startswith(("http://", "https://")), f"{where}: begins with neither http:// nor https://")
@@ -631,7 +636,7 @@ def endpoint(where, url):
         fine = False
     check(fine, f"{where}: not a URL like https://api.openai.com/v1")
     path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    headers, key = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY", "").strip()
+    headers, key = {"Content-Type": "application/json"}, api_key()
     check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -641,13 +646,15 @@ def endpoint(where, url):
 
 
 def read_body(response, seconds):
-    """A reply's bytes, which must end in time, however slowly they drip."""
+    """A reply's bytes, which must end in time, however slowly they drip. What it repeats of the key is left
+    out: errors are printed, and replies are kept."""
     body, deadline = b"", time.monotonic() + seconds
     while chunk := response.read1(1 << 16):
         body += chunk
         if time.monotonic() > deadline or len(body) > LONGEST_REPLY:
             raise TimeoutError("its reply does not end")
-    return body
+    key = api_key().encode()
+    return body.replace(key, b"***") if len(key) > 7 else body  # shorter, it may be a word
 
 
 def server_words(body):
@@ -769,7 +776,7 @@ class Server:
                 messages = messages + [{"role": "assistant", "content": reply}]
                 messages = messages + [{"role": "user", "content": more}]
             else:
-                with self.lock:
+                with self.lock, wsi_llava.writing(self.file.name):
                     self.replies[key] = reply
                     self.file.write(json.dumps({"key": key, "reply": reply}) + "\n")
                     self.file.flush()
@@ -1057,7 +1064,8 @@ def answer_into(args, path, rows, settings, problems, ask):
         f"{len(rows) - len(todo):,} are answered. Asks the others{ways} into {path}."
     )
     failed, started = collections.defaultdict(list), time.time()
-    with file, tqdm(total=len(askable), unit="question", disable=not askable) as bar:
+    bar = tqdm(total=len(askable), unit="question", disable=not askable)
+    with wsi_llava.writing(path), file, bar:
         for row in lacking:
             why = next(problems[slide] for slide in slides_of(row) if slide in problems)
             failed["are about slides that are missing"].append(slides_of(row)[0])

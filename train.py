@@ -258,7 +258,7 @@ def load_rows(data, split, skip_missing=False, tokens=False):
     """data/qa/<split>.jsonl -> a list of Rows, all of whose slides have features (tokens: or imported visual
     tokens). Raises UserError where some have none."""
     path = data / "qa" / f"{split}.jsonl"
-    check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
+    check(path.is_file(), f"{path}: no such file; run python prepare.py --qa FILE... first")
     imported = tokens and wsi_llava.read_meta(data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
     rows, tiles = [], {}
     with open(path, "rb") as file:
@@ -1071,7 +1071,7 @@ def run_stage(stage, args, folder, stop):
     bar = tqdm(total=steps, initial=step, desc=f"stage {stage}", unit="step", disable=rank() > 0)
     began, first, finished = time.time(), step, step == steps > 0
     task.model.train()
-    with log_file, bar:
+    with wsi_llava.writing(folder / "log.jsonl"), log_file, bar:
         while step < steps:
             # The batch, and what is random in it, follow from the seed, the stage and the step.
             batch = batch_of(step, len(task.train), batches, [args.seed, stage])
@@ -1165,7 +1165,7 @@ def train_tokenizer(path, texts):
 def stand_in(args):
     """Makes data/tokenizer.model and data/llm, unless they are there and of data/qa/train.jsonl's texts."""
     path, mark = args.data / "qa" / "train.jsonl", args.data / "llm" / "texts"
-    check(path.exists(), f"{path}: no such file; run python prepare.py --qa FILE... first")
+    check(path.is_file(), f"{path}: no such file; run python prepare.py --qa FILE... first")
     texts = hashlib.sha256(str(args.seed).encode() + path.read_bytes()).hexdigest()[:16]
     if mark.is_file() and mark.read_bytes() == texts.encode():
         return
@@ -1208,10 +1208,9 @@ def export(args):
     """out/stage3 -> a LLaVA folder: the language model, its adapters merged, and the projector; or adapters
     and projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
     folder = args.export or args.export_adapter
-    check(
-        not folder.exists() or not any(folder.iterdir()),
-        f"{folder} is not empty; name a new folder to export to",
-    )
+    unfinished = folder / ".unfinished"  # a killed export is begun anew
+    new = not folder.exists() or not any(folder.iterdir()) or unfinished.exists()
+    check(new, f"{folder} is not empty; name a new folder to export to")
     wsi_llava.stage_weights(args, 3)  # without it there is nothing of the user's own to export
     meta = wsi_llava.read_meta(args.data)
     model, tokenizer = wsi_llava.load_model(args, meta, 3)
@@ -1222,18 +1221,22 @@ def export(args):
     adapters = model.cfg.lora_rank and not args.lora
     check(args.export or adapters, f"--export-adapter: {reason}; use --export, which writes the whole model")
     say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(tokenizer.path, folder)
-    for beside in ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*"):
-        for path in base.glob(beside):
-            shutil.copy(path, folder)
-    encoder = model.slide_encoder
-    if encoder:
-        wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), folder / "slide_encoder.safetensors")
-    if args.export:
-        wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
-    else:
-        wsi_llava.save_lora(model, folder, base, tokenizer, args.layout)
+    with alone_in(folder):
+        unfinished.touch()
+        besides = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
+        for path in [tokenizer.path, *(path for beside in besides for path in base.glob(beside))]:
+            if path.is_file():
+                with replacing(folder / path.name) as temporary:
+                    temporary.write_bytes(path.read_bytes())
+        encoder = model.slide_encoder
+        if encoder:
+            file = folder / "slide_encoder.safetensors"
+            wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
+        if args.export:
+            wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
+        else:
+            wsi_llava.save_lora(model, folder, base, tokenizer, args.layout)
+        unfinished.unlink()
     llm = f"--llm {folder}" if args.export else f"--llm {base} --lora {folder}"
     say(
         f"Done. It answers where --out holds no stage 2 or 3: "

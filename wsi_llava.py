@@ -29,6 +29,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
 import itertools
@@ -37,6 +38,7 @@ import math
 import os
 import re
 import sys
+import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1619,6 +1621,8 @@ def reading(path, hint):
     a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list.
     """
     try:
+        regular = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+        check(regular, f"{path}: not a regular file; {hint}")  # a pipe would be waited for, perhaps for ever
         yield
     except UserError:
         raise
@@ -1631,18 +1635,44 @@ def reading(path, hint):
 
 
 @contextlib.contextmanager
+def writing(path):
+    """What the system refuses inside, a full disk above all, is an OSError that names the file: those of an
+    open file name none, and safetensors and torch raise errors of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename).endswith(".part"):
+            error.filename = str(path)
+        raise
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's zip writer
+            raise
+        told = re.search(r"os error (\d+)", str(error))
+        reason = os.strerror(int(told[1])) if told else "cannot be written; is the disk full?"
+        raise OSError(told and int(told[1]), reason, str(path)) from None
+
+
+DAY = 24 * 3600  # seconds; nothing that is written stands still for so long
+
+
+@contextlib.contextmanager
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
+            with contextlib.suppress(FileNotFoundError):  # another run was faster
+                if time.time() - left.stat().st_mtime > DAY:  # by a run that was killed
+                    left.unlink()
+        temporary.touch(exist_ok=False)  # follows no link that lies in wait
+        try:
+            mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -2448,7 +2478,7 @@ def add_shared_flags(parser):
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
     add("--seed", type=at_least(0, int, 2**32 - 1), default=0, help=seed)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
-    add("--workers", type=at_least(1), default=min(8, os.cpu_count() or 1), help=readers)
+    add("--workers", type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1), help=readers)
     for flag, metavar, help in (
         ("--tile-encoder", "FILE", f"Prov-GigaPath's, published (default: {GIGAPATH}/pytorch_model.bin)"),
         ("--slide-encoder", "FILE", f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"),
@@ -2481,13 +2511,15 @@ def count(n, thing):
 
 
 class Printable:
-    """A stream whose text is printable: names, answers and servers' messages cannot steer a terminal."""
+    """A stream whose text is printable: names, answers and servers' messages cannot steer a terminal.
+    bars: but for the carriage returns with which progress bars begin anew."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, stream, bars=False):
+        self.stream, self.kept = stream, "\r" if bars else ""
 
     def write(self, text):
-        return self.stream.write(printable(text))
+        parts = text.split("\r") if self.kept else [text]
+        return self.stream.write(self.kept.join(map(printable, parts)))
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -2499,8 +2531,10 @@ def run(main, on_interrupt="interrupted"):
     What is left is a bug, and keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         stream.reconfigure(errors="backslashreplace")
-    sys.stdout = Printable(sys.stdout)  # not stderr: progress bars move the cursor there
+    sys.stdout, sys.stderr = Printable(sys.stdout), Printable(sys.stderr, bars=True)
     try:
+        utf8 = sys.getfilesystemencoding() == "utf-8"
+        check(utf8, "this locale's file names are not UTF-8; set PYTHONUTF8=1, then run the same command")
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -2509,9 +2543,8 @@ def run(main, on_interrupt="interrupted"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("error: the output was closed before all was printed")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        problem = f"{one_line(where, 1000)}{one_line(error.strerror or error)}"
-        sys.exit(f"error: {problem}; nothing that was finished is lost")
+        where = f"{one_line(error.filename, 1000)}: " if error.filename else ""
+        sys.exit(f"error: {where}{one_line(error.strerror or error)}; nothing that was finished is lost")
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
