@@ -872,7 +872,7 @@ def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, o
     with torch.no_grad():
         linear.weight[3] *= 100
         linear.weight[5] = 0
-    int8 = wsi_llava.Int8Linear(linear)
+    int8 = wsi_llava.Int8Linear(linear).to(dtype)  # as load_model casts all it has
     weight, scale = int8.weight.double() * int8.scale.double()[:, None], int8.scale.double()[:, None]
     assert ((weight - linear.weight.double()).abs() <= scale / 2 * (1 + 1e-6)).all()
     x = torch.randn(2, rows, width, dtype=dtype, requires_grad=True)

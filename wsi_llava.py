@@ -1578,7 +1578,8 @@ class Int8Linear(nn.Module):
         elif x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
             # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It
             # takes bfloat16, and reads past the end of rows that are no multiple of 32.
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), self.weight, self.scale)
+            x16, scale = x.reshape(rows, -1).bfloat16(), self.scale.bfloat16()  # .to(float32) took the scale along
+            y = torch._weight_int8pack_mm(x16, self.weight, scale)
             y = y.view(*x.shape[:-1], -1).to(x.dtype)  # [rows,out] -> [...,out]
         else:
             y = self.product(x)
