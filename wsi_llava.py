@@ -1104,8 +1104,10 @@ class LlamaAttention(nn.Module):
         if past and T > 1:  # a later turn of a chat: row t sees everything before it, and itself
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         causal = past == 0 and T > 1
+        if T == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            q = q.expand(-1, -1, 2, -1)  # twice the same: of two rows PyTorch makes a matmul, twice as fast
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # [B,H,T,D] -> [B,T,H*D]
+        return self.o_proj(x[:, :, :T].transpose(1, 2).reshape(B, T, -1))  # [B,H,T,D] -> [B,T,H*D]
 
 
 class LlamaMLP(nn.Module):
@@ -1564,15 +1566,18 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
-        self.register_buffer("weight", (weight / scale.float()[:, None]).round().to(torch.int8))  # [out,in]
+        weight = linear.weight.detach()
+        scale = (weight.abs().amax(1).float().clamp(min=1e-12) / 127).bfloat16()
+        self.register_buffer("weight", (weight / scale.float()[:, None]).round_().to(torch.int8))  # [out,in]
         self.register_buffer("scale", scale)  # [out]
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        bias = getattr(linear, "bias", None)  # an embedding has none
+        self.register_buffer("bias", None if bias is None else bias.detach())
 
     def product(self, x):
-        """x W^T for many rows: worth a real matmul, in the input's dtype, where |int8| < 2^8 is exact."""
-        return x @ self.weight.to(x.dtype).T * self.scale.to(x.dtype)
+        """x W^T for many rows: worth real matmuls, in the input's dtype, where |int8| < 2^8 is exact. A part of
+        W at a time: all of a lm_head's would take more memory than int8 saves."""
+        parts = [x @ weight.to(x.dtype).T for weight in self.weight.split(16384)]
+        return torch.cat(parts, -1) * self.scale.to(x.dtype)
 
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
@@ -1580,8 +1585,10 @@ class Int8Linear(nn.Module):
             y = checkpoint(self.product, x, use_reentrant=False)
         elif x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
             # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It
-            # takes bfloat16, and reads past the end of rows that are no multiple of 32.
-            y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), self.weight, self.scale)
+            # takes bfloat16 (the scale may have been cast with the model), and reads past the end of rows that
+            # are no multiple of 32.
+            y, scale = x.reshape(rows, -1).bfloat16(), self.scale.bfloat16()  # [rows,in]
+            y = torch._weight_int8pack_mm(y, self.weight, scale)
             y = y.view(*x.shape[:-1], -1).to(x.dtype)  # [rows,out] -> [...,out]
         else:
             y = self.product(x)
@@ -1589,11 +1596,12 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the linear layers of the decoder's blocks to int8, adapters merged first -> the llama.
+    """Rounds the decoder's linear layers to int8, adapters merged first, and the lm_head -> the llama.
 
-    Layer by layer, so that memory holds one layer twice and not the model. The embedding and the lm_head
-    stay: 4% of a 7B model, one of them only looked up, the other's error would go straight into the logits.
+    Layer by layer, so that memory holds one layer twice and not the model. The embedding stays, since it is
+    only looked up; where the lm_head is tied to it, a rounded copy gives the logits.
     """
+    llama.lm_head = Int8Linear(llama.lm_head or llama.embed_tokens)
     for part, name, child in decoder_linears(llama):
         setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
     return llama
