@@ -35,13 +35,16 @@ import threading
 import time
 import traceback
 import types
-import warnings
 import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: a thread each, also of what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if __name__ == "__main__" or torch.cuda.is_available():
@@ -62,8 +65,7 @@ from wsi_llava import IGNORE, IMAGE_TOKEN, PRESETS, UserError
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 GOLDEN = HERE / "assets" / "upstream.safetensors"
-with warnings.catch_warnings(action="ignore"):  # a mark without a configuration file to register it in
-    slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "not slow" leaves these tests out
+slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "not slow" leaves these tests out
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1773,7 +1775,7 @@ def test_stage_2_without_reports_is_refused(demo, tmp_path):
     rows = [row for row in prepare.read_qa(data / "qa" / "train.jsonl") if row["task"] != "report"]
     prepare.write_qa(data / "qa" / "train.jsonl", rows)
     with pytest.raises(UserError, match="train.jsonl holds no reports .* stage 2 needs them"):
-        train.main(["--stage", "2", "--data", str(data), "--out", str(demo[0] / "out")])
+        train.main(["--stage", "2", "--llm-steps", "2", "--data", str(data), "--out", str(demo[0] / "out")])
 
 
 @slow
@@ -5413,8 +5415,9 @@ def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["../out", "/etc/passwd", "..", "a/../../b"])
 def test_questions_cannot_name_a_slide_outside(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
+    tmp_path = tmp_path / "inner" / "inner"  # "..", if it were looked through, is small
     (tmp_path / "data" / "qa").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A tumor."}]
     row = {"id": "1", "slide": name, "task": "report", "cancer": "x", "conversations": turns}
     (tmp_path / "data" / "qa" / "train.jsonl").write_text(json.dumps(row) + "\n")
@@ -5772,7 +5775,7 @@ ODD_SURROUNDINGS = [
     ("out/stage1", "train.py --stage 1 --epochs 0.1", full_disk(200_000)),
     ("data/visual_tokens/*", "train.py --stage 2 --epochs 0.1", full_disk(5000)),
     ("out/stage2", "train.py --stage 2 --epochs 0.1", full_disk(200_000)),
-    ("data/llm data/tokenizer.model", "train.py --stage 3 --epochs 0.1", full_disk(100_000)),
+    ("data/llm data/tokenizer.model", "train.py --stage 3 --llm-steps 2", full_disk(100_000)),
     ("", "train.py --export exported", full_disk(500_000)),
     ("", "train.py --export-adapter exported", full_disk(5000)),
     ("", "sample.py --slide demo_0010 --ask Which --heatmap new.png", full_disk(5000)),

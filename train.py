@@ -652,7 +652,7 @@ def write_visual_tokens(args, model, slides):
     written = sum(gather(written))  # also waits for the others
     problems = {slide: why for share in gather(problems) for slide, why in share.items()}
     there = len(slides) - written - len(problems)
-    say(f"Visual tokens of {len(slides)} slides: {written} computed, {there} were there.")
+    say(f"Visual tokens of {wsi_llava.count(len(slides), 'slide')}: {written} computed, {there} were there.")
     return problems
 
 
