@@ -291,9 +291,9 @@ def chat_loop(args, open_chat, names, chat):
 # log p(answer | average tiles), in nats.
 #
 # Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token
-# that is read need not be where the evidence lies. train.py --demo measures it on the held-out slides where
-# the evidence was planted; there (50 slides), of the ways tried, how often the hottest tile holds the
-# evidence, and its relevance over the mean tile's:
+# that is read need not be where the evidence lies. train.py --demo measures it on held-out slides where the
+# evidence was planted; on 50 such slides of an earlier cohort, of the ways tried, how often the hottest
+# tile holds the evidence, and its relevance over the mean tile's:
 #
 #     chance                                                                      3%     1.0
 #     attention; attention times its gradient, rolled out (arXiv 2103.15679)      2%     1.0

@@ -68,9 +68,7 @@ GOLDEN = HERE / "assets" / "upstream.safetensors"
 slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "not slow" leaves these tests out
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What several sections use
-# --------------------------------------------------------------------------------------------------------------------
+# ---- What several sections use ---------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +92,9 @@ def agrees(what, got, want, tolerance):
 def script(name, *arguments, env=None):
     """Runs a script as a user would."""
     command, env = [sys.executable, HERE / name, *map(str, arguments)], os.environ | (env or {})
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL, env=env)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE, stdin=subprocess.DEVNULL, env=env
+    )
 
 
 def torchrun(processes, *arguments, program="train.py"):
@@ -151,7 +151,9 @@ def greedy(llama, ids, n, cached):
 def hf_llama(folder, family="Llama", **changes):
     """A small language model of transformers with random weights, saved to the folder."""
     transformers = pytest.importorskip("transformers")
-    config = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = dict(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
     config |= dict(intermediate_size=112, max_position_embeddings=128, rope_theta=5000.0) | changes
     torch.manual_seed(1)
     config = getattr(transformers, f"{family}Config")(**config)
@@ -183,7 +185,9 @@ def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4)):
                 body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
         values = len(body)
         per_cm = round(1e4 / mpp / downsample)
-        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
+        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(
+            f"<{2 * len(offsets)}I", *offsets, *lengths
+        )
         entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
             (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
             (256, 4, 1, size[0]),
@@ -227,14 +231,14 @@ def demo(tmp_path_factory):
     """A demo too short to learn more than to speak -> (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
     places = ["--data", folder / "data", "--out", folder / "out"]
-    done = script("train.py", "--demo", "--demo-slides", 15, "--llm-steps", 30, "--epochs", 1, "--val", 0.2, *places)
+    done = script(
+        "train.py", "--demo", "--demo-slides", 15, "--llm-steps", 30, "--epochs", 1, "--val", 0.2, *places
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: parity with upstream
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: parity with upstream ------------------------------------------------------------------
 
 # assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet,
 # transformers), and the names and shapes of its checkpoints, which `fill` fills; the tests make the inputs.
@@ -394,9 +398,7 @@ def test_vit_equals_dinov2():
         agrees("ViT against Dinov2", ours(images), theirs(images).last_hidden_state[:, 0], 1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: dilated attention against its definition
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: dilated attention against its definition ----------------------------------------------
 
 
 def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
@@ -460,12 +462,12 @@ def test_dilated_attention_without_the_fused_kernel_is_the_same(monkeypatch):
 
 def test_dilated_attention_gradcheck():
     q, k, v = (torch.randn(1, 11, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(lambda *x: wsi_llava.dilated_attention(*x, (4, 8, 16), (1, 2, 3)), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda *x: wsi_llava.dilated_attention(*x, (4, 8, 16), (1, 2, 3)), (q, k, v)
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: the Triton kernels, interpreted (on a GPU where there is one), and compiled for GPUs that are not here
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: the Triton kernels, interpreted (on a GPU where there is one), and compiled for GPUs that are not here
 
 needs_triton = pytest.mark.skipif(wsi_llava.triton is None, reason="needs triton")
 KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
@@ -476,7 +478,14 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 8, 2, 16, (8, 16), (1, 2)),  # W
     (1, 9, 2, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
     (1, 53, 3, 16, (20, 40), (1, 2)),  # a prime; H not divisible by R
-    (1, 21, 2, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
+    (
+        1,
+        21,
+        2,
+        16,
+        (10, 30),
+        (3, 7),
+    ),  # R does not divide W, more offsets than heads: some queries get nothing
     (1, 29, 5, 16, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
     (2, 19, 2, 16, (8, 32), (1, 2)),
     (1, 23, 2, 24, (16, 32), (1, 2)),
@@ -486,7 +495,14 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 23, 1, 128, (16, 32), (1, 2)),
     (1, 211, 1, 16, (128, 512), (1, 2)),  # several blocks of rows, and of keys
     (1, 300, 2, 16, (290, 600), (1, 2)),  # the same for the larger blocks of half precision
-    (1, 19, 8, 16, (16, 2**40), (4, 8)),  # a rest of 3 tokens, fewer than R; a segment beyond 64 bits of offsets
+    (
+        1,
+        19,
+        8,
+        16,
+        (16, 2**40),
+        (4, 8),
+    ),  # a rest of 3 tokens, fewer than R; a segment beyond 64 bits of offsets
     (2, 26, 3, 16, (5, 13), (5, 4)),  # R = W; every branch pads; a batch of two
 ]
 HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roundings of the largest value
@@ -521,7 +537,9 @@ def test_kernel_equals_the_definition(shape, pad_keys):
 @needs_triton
 @pytest.mark.parametrize("pad_keys", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
-@pytest.mark.parametrize("shape", [KERNEL_SHAPES[i] for i in (3, 5, 6, 7, 9, 11, 12, 14, 16, 17, 18)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [KERNEL_SHAPES[i] for i in (3, 5, 6, 7, 9, 11, 12, 14, 16, 17, 18)], ids=str
+)
 def test_kernel_in_half_precision(shape, dtype, tolerance, pad_keys):
     check_kernel(shape, pad_keys, dtype, tolerance)
 
@@ -590,7 +608,9 @@ def test_kernel_names_its_limits(monkeypatch):
             ((1, 70000, 1, 16), 1, "at most 65,535 segments"),
         ):
             with pytest.raises(ValueError, match=message):
-                wsi_llava.dilated_attention(*[torch.empty(shape, device="meta")] * 3, (W,), (1,), impl="triton")
+                wsi_llava.dilated_attention(
+                    *[torch.empty(shape, device="meta")] * 3, (W,), (1,), impl="triton"
+                )
     monkeypatch.setattr(wsi_llava, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="triton")
@@ -644,7 +664,9 @@ def compiled_resources(kernel, gpu, dtype, options):
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         for flag in ("--dump-resource-usage", "-sass"):
-            said[flag] = subprocess.run([cuobjdump, flag, cubin], capture_output=True, text=True, check=True).stdout
+            said[flag] = subprocess.run(
+                [cuobjdump, flag, cubin], capture_output=True, text=True, check=True
+            ).stdout
     return {
         "registers": int(re.search(r"REG:(\d+)", said["--dump-resource-usage"])[1]),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", said["-sass"])),
@@ -673,13 +695,13 @@ def test_the_benchmark_of_attention_measures_every_path(capsys):
     benchmark_attention("9")
     shown = capsys.readouterr().out
     errors = re.findall(r"(float32|bfloat16) *torch *error (\S+)", shown)
-    assert [dtype for dtype, _ in errors] == ["float32", "bfloat16"] and all(float(e) < 1e-2 for _, e in errors)
+    assert [dtype for dtype, _ in errors] == ["float32", "bfloat16"] and all(
+        float(e) < 1e-2 for _, e in errors
+    )
     assert re.search(r" 9 tiles +torch +forward .*GFLOP/s.*with backward", shown)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: slide encoder
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: slide encoder -------------------------------------------------------------------------
 
 
 def test_position_embedding_equals_the_table():
@@ -719,7 +741,9 @@ def test_stochastic_depth_leaves_out_whole_slides_in_training():
     left = layer.train().residual(x, update, lengths)
     slides = torch.stack([slide[0, 0] for slide in left.split(lengths)])
     assert all((slide == slide[0, 0]).all() for slide in left.split(lengths))
-    assert slides.mean() == pytest.approx(1, abs=0.05) and slides.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert slides.mean() == pytest.approx(1, abs=0.05) and slides.unique().tolist() == pytest.approx(
+        [0, 4 / 3]
+    )
     assert torch.equal(layer.eval().residual(x, update, lengths), update)
 
 
@@ -754,16 +778,22 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
         (own_visual[0] * weight[i]).sum().backward()
         start += n
     agrees("gradient", encoder.patch_embed["proj"].weight.grad, grad, 1e-5)
-    two, _ = encoder(features[:140].view(2, 70, 128), torch.stack([coords[:70]] * 2))  # of one length: stacked
+    two, _ = encoder(
+        features[:140].view(2, 70, 128), torch.stack([coords[:70]] * 2)
+    )  # of one length: stacked
     agrees("stacked", two[0], cls[0], 1e-6)
 
 
 @pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("branches", [((64, 256), (1, 2)), ((8, 32), (2, 4)), ((1024, 5792, 32768), (1, 2, 4))], ids=str)
+@pytest.mark.parametrize(
+    "branches", [((64, 256), (1, 2)), ((8, 32), (2, 4)), ((1024, 5792, 32768), (1, 2, 4))], ids=str
+)
 def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch):
     """One dense call over all of them, forward and backward, also first seen in inference mode, also where no branch
     keeps a query."""
-    cfg = wsi_llava.SlideEncoderConfig(64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0)
+    cfg = wsi_llava.SlideEncoderConfig(
+        64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0
+    )
     encoder, lengths = wsi_llava.SlideEncoder(cfg).double(), [1, 40, 128, 63, 64, 127, 150]
     features, coords = packed(lengths, 64)
     found = []
@@ -824,9 +854,7 @@ print(sum(p.numel() for p in encoder.parameters()), peak() - before)
     assert grown < 1e9
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 -------------------
 
 
 def test_cache_and_no_cache_agree(tiny):
@@ -907,7 +935,9 @@ def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
     llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, 2, 128, tied=tied)).to(dtype)
     ids, words = torch.randint(97, (2, 17)), llama.embed_tokens.weight.clone()
     want = with_adapters(llama)(ids)
-    before = 2 * sum(p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words])  # in bfloat16
+    before = 2 * sum(
+        p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words]
+    )  # in bfloat16
     llama = wsi_llava.quantize_int8(llama).to(dtype)
     weights = [x for name, x in llama.named_buffers() if name.endswith("weight")]
     assert len(weights) == 2 * 7 + 1 and sum(x.numel() * x.element_size() for x in weights) < 0.51 * before
@@ -919,9 +949,7 @@ def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
         assert torch.equal(greedy(llama, ids, 8, True)[:, 17], one.argmax(-1))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: tokenizer and prompt
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: tokenizer and prompt ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -945,7 +973,9 @@ def test_ids_around_the_slides_are_llavas(tokenizer, said, pieces):
     assert ids == want and labels == [IGNORE] * len(ids)
     if said.startswith("<image>"):
         space = tokenizer.id("\N{LOWER ONE EIGHTH BLOCK}")
-        assert space is not None and ids[ids.index(IMAGE_TOKEN) - 1] == ids[ids.index(IMAGE_TOKEN) + 1] == space
+        assert (
+            space is not None and ids[ids.index(IMAGE_TOKEN) - 1] == ids[ids.index(IMAGE_TOKEN) + 1] == space
+        )
 
 
 CHAT_TEMPLATES = {  # of the published tokenizers, shortened to what a system prompt and plain turns take
@@ -974,7 +1004,9 @@ def byte_level_tokenizer(folder, special):
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet
+    )
     fast.train_from_iterator([turn["value"] for turn in TALK] * 9, trainer)
     fast.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
@@ -987,23 +1019,34 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     template, special = CHAT_TEMPLATES[family]
     path = byte_level_tokenizer(tmp_path, special)
     ours, theirs = wsi_llava.Tokenizer(path), transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert ours.chat is wsi_llava.CHAT_FORMATS[family] and wsi_llava.Tokenizer(path, "vicuna").chat is not ours.chat
+    assert (
+        ours.chat is wsi_llava.CHAT_FORMATS[family]
+        and wsi_llava.Tokenizer(path, "vicuna").chat is not ours.chat
+    )
     turns = [{**turn, "value": wsi_llava.without_image(turn["value"])} for turn in TALK[:3]]
     messages = [] if family == "mistral" else [{"role": "system", "content": "You are a helpful assistant."}]
     for turn in turns:
-        messages.append({"role": "user" if turn["from"] == "human" else "assistant", "content": turn["value"]})
+        messages.append(
+            {"role": "user" if turn["from"] == "human" else "assistant", "content": turn["value"]}
+        )
     ids, labels = ours.encode_chat(turns)
     text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
     assert ids == theirs(text, add_special_tokens=False).input_ids
-    assert [i for i in labels if i != IGNORE] == theirs(turns[1]["value"], add_special_tokens=False).input_ids + [ours.eos]
+    assert [i for i in labels if i != IGNORE] == theirs(
+        turns[1]["value"], add_special_tokens=False
+    ).input_ids + [ours.eos]
     end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[family]
     assert ours.eos == theirs.convert_tokens_to_ids(end) and ours.ends == {ours.eos}
     first, _ = ours.encode_chat(turns[:2])
     assert ids == first + ours.encode_turn(turns[2]["value"], first=False)  # as a chat goes on, turn by turn
     with_slide, _ = ours.encode_chat(TALK[:1])
     before = ours.encode_template(ours.chat.start + ours.chat.human.split("{}")[0], "")
-    assert with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before  # the head of the first human turn
-    plain, injected = (ours.encode_chat([{"from": "human", "value": said}])[0] for said in ("end", f"{end}end"))
+    assert (
+        with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
+    )  # the head of the first human turn
+    plain, injected = (
+        ours.encode_chat([{"from": "human", "value": said}])[0] for said in ("end", f"{end}end")
+    )
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
 
 
@@ -1058,9 +1101,7 @@ def test_plain_form_is_image_then_report(tokenizer):
     assert ids[2:] == labels[2:] == tokenizer.encode("It is grade 2.") + [tokenizer.eos]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: files, and how a script ends
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
 
 
 def test_configs_survive_json():
@@ -1085,11 +1126,36 @@ def stand_in(data):
         (wsi_llava.load_config, "config.json", "[]", "holds no trained model that can be read"),
         (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
         (wsi_llava.read_llama_config, "config.json", "{}", "lacks 'vocab_size'; --llm takes"),
-        (wsi_llava.read_folder, "model.safetensors.index.json", "{}", "lacks 'weight_map'; copy or download it again"),
-        (stand_in, "llm", None, "no such file; run python train.py --stage 1 first, or name a language model"),
-        (lambda folder: wsi_llava.Tokenizer(folder / "t.model"), "t.model", "?", "copy the language model's tokenizer.model"),
-        (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", None, "no such file; run python prepare.py --qa"),
-        (lambda folder: train.load_rows(folder, "qa"), "qa/qa.jsonl", "{}\n", r"line 1: lacks 'conversations'; not a row; run"),
+        (
+            wsi_llava.read_folder,
+            "model.safetensors.index.json",
+            "{}",
+            "lacks 'weight_map'; copy or download it again",
+        ),
+        (
+            stand_in,
+            "llm",
+            None,
+            "no such file; run python train.py --stage 1 first, or name a language model",
+        ),
+        (
+            lambda folder: wsi_llava.Tokenizer(folder / "t.model"),
+            "t.model",
+            "?",
+            "copy the language model's tokenizer.model",
+        ),
+        (
+            lambda folder: train.load_rows(folder, "qa"),
+            "qa/qa.jsonl",
+            None,
+            "no such file; run python prepare.py --qa",
+        ),
+        (
+            lambda folder: train.load_rows(folder, "qa"),
+            "qa/qa.jsonl",
+            "{}\n",
+            r"line 1: lacks 'conversations'; not a row; run",
+        ),
         (prepare.read_failures, "failures/x.json", "[]", "; not what prepare.py writes; delete it"),
         (lambda folder: prepare.read_qa(folder / "qa.json"), "qa.json", "\xff", "can.t decode byte 0xff"),
     ],
@@ -1103,8 +1169,19 @@ def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, nam
 
 
 ODD_JSON = ["null", "3", '"text"', "[]", "[" * 200_000, '{"llama": null}', '{"n_visual_tokens": 1e9}']
-ODD_JSON += ['{"pad_to": -1}', '{"slide_encoder": {"heads": 0}}', '{"llama": {"depth": 100000000}}', "\xff", ""]
-ODD_JSON += ['{"lora_alpha": NaN}', '{"tile_encoder": []}', '{"llama": {"rope_scaling": ["a"]}}', '{"max_tiles": true}']
+ODD_JSON += [
+    '{"pad_to": -1}',
+    '{"slide_encoder": {"heads": 0}}',
+    '{"llama": {"depth": 100000000}}',
+    "\xff",
+    "",
+]
+ODD_JSON += [
+    '{"lora_alpha": NaN}',
+    '{"tile_encoder": []}',
+    '{"llama": {"rope_scaling": ["a"]}}',
+    '{"max_tiles": true}',
+]
 
 
 @pytest.mark.parametrize("text", ODD_JSON)
@@ -1124,7 +1201,9 @@ def test_damaged_bytes_are_one_line(tmp_path, tokenizer, ending):
         (torch.save if ending == "bin" else save_file)({"a": torch.randn(9, 9), "b": torch.randn(4)}, path)
         read = wsi_llava.read_tensors
     else:
-        byte_level_tokenizer(tmp_path, ["</s>"]).rename(path) if ending == "json" else shutil.copy(tokenizer.path, path)
+        byte_level_tokenizer(tmp_path, ["</s>"]).rename(path) if ending == "json" else shutil.copy(
+            tokenizer.path, path
+        )
         read = wsi_llava.Tokenizer
     good, refused = path.read_bytes(), 0
     for case in range(120):
@@ -1163,7 +1242,9 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-    old, new, another = (tmp_path / f".{name}.part" for name in ("file.00000000", "file.11111111", "file.a.00000000"))
+    old, new, another = (
+        tmp_path / f".{name}.part" for name in ("file.00000000", "file.11111111", "file.a.00000000")
+    )
     for path in (old, new, another):  # left by kills
         path.touch()
     for path in (old, another):  # days ago
@@ -1180,7 +1261,9 @@ def test_who_may_read_a_file_is_the_users_to_say(tmp_path):
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
-@pytest.mark.parametrize("error, status, said", [(UserError("no"), "error: no", ""), (KeyboardInterrupt, 130, "bye\n")])
+@pytest.mark.parametrize(
+    "error, status, said", [(UserError("no"), "error: no", ""), (KeyboardInterrupt, 130, "bye\n")]
+)
 def test_a_script_ends_in_one_line(capsys, error, status, said):
     def main():
         raise error
@@ -1190,9 +1273,7 @@ def test_a_script_ends_in_one_line(capsys, error, status, said):
     assert caught.value.code == status and capsys.readouterr().err == said
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: the whole model
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: the whole model -----------------------------------------------------------------------
 
 
 def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
@@ -1205,7 +1286,9 @@ def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
     projected = tiny.mm_projector(F.pad(visual, (0, 160 - 128)))
     torch.testing.assert_close(embeds[0, place : place + 9], projected[0])
     torch.testing.assert_close(embeds[0, place + 9], tiny.llama.embed_tokens.weight[ids[place + 1]])
-    assert [label for label in spliced[0].tolist() if label != IGNORE] == [label for label in labels if label != IGNORE]
+    assert [label for label in spliced[0].tolist() if label != IGNORE] == [
+        label for label in labels if label != IGNORE
+    ]
     assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
     for wrong in (None, torch.randn(2, 2, 9, 128)):
         with pytest.raises(ValueError, match="1 <image>"):
@@ -1261,7 +1344,10 @@ def test_sampling_is_seeded_and_cut(tiny):
 
 @pytest.mark.parametrize("name", ["../s", "a/b", "/etc/passwd", "..", ".", "", "a\\b", "a\0b", 7, None])
 def test_a_name_of_a_slide_cannot_leave_its_folder(tmp_path, name):
-    for file in (wsi_llava.features_file, lambda *place: wsi_llava.visual_tokens_file(*place, PRESETS["demo"])):
+    for file in (
+        wsi_llava.features_file,
+        lambda *place: wsi_llava.visual_tokens_file(*place, PRESETS["demo"]),
+    ):
         with pytest.raises(UserError, match="not the name of a slide"):
             file(tmp_path, name)
 
@@ -1303,7 +1389,9 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
     assert [written() for _ in range(2)] == [1, 0]
     tiny.cfg.fingerprints["slide_encoder"] = "another"
     assert [written() for _ in range(2)] == [1, 0]
-    save_file(tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors")  # other tiles
+    save_file(
+        tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors"
+    )  # other tiles
     assert [written() for _ in range(2)] == [1, 0]
     cut(tmp_path / "visual_tokens" / "s.safetensors")
     assert [written() for _ in range(2)] == [1, 0]
@@ -1340,9 +1428,7 @@ def test_save_and_load_round_trip(tiny, tmp_path, rank):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: published weights, in miniature
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: published weights, in miniature -------------------------------------------------------
 
 
 def test_loaders_are_strict_both_ways(tmp_path):
@@ -1361,7 +1447,9 @@ def test_loaders_are_strict_both_ways(tmp_path):
     refused(good | {"decoder.weight": torch.zeros(1)}, r"keys that the model lacks \(1\): decoder.weight")
     refused(good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]")
     refused({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder")
-    refused({"model": {"norm.bias": object()}}, "copy or download it again")  # would need unpickling of a foreign class
+    refused(
+        {"model": {"norm.bias": object()}}, "copy or download it again"
+    )  # would need unpickling of a foreign class
     path.write_bytes(b"not a checkpoint at all")
     with pytest.raises(UserError, match="copy or download it again"):
         wsi_llava.load_slide_encoder(path)
@@ -1380,11 +1468,17 @@ def test_llama_loader_names_what_is_wrong(tmp_path):
     assert wsi_llava.load_llama(tmp_path).cfg == cfg
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in [
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling .*linear.* is not supported here"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope scaling .*linear.* is not supported here",
+        ),
         ({"model_type": "gpt2"}, "model_type gpt2 is not supported here"),
         ({"attention_bias": True}, "biases beside those of Qwen2 is not supported here"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported here"),
-        ({"model_type": "mistral", "sliding_window": 100}, "a sliding window of 100 below the context of 4096"),
+        (
+            {"model_type": "mistral", "sliding_window": 100},
+            "a sliding window of 100 below the context of 4096",
+        ),
         ({"head_dim": 8}, "wrong shapes"),
         ({"num_attention_heads": 5}, "5 query heads cannot share 2 key heads"),
         ({"num_hidden_layers": 10**9}, "depth cannot be 1000000000"),
@@ -1447,9 +1541,18 @@ def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensor
     for name, module in merged.named_modules():
         if name.split(".")[-1] in targets:
             a, b = torch.randn(r, module.in_features) / 8, torch.randn(module.out_features, r) / 8
-            adapters |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+            adapters |= {
+                f"base_model.model.{name}.lora_A.weight": a,
+                f"base_model.model.{name}.lora_B.weight": b,
+            }
             module.weight.data += scale * b @ a
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none"} | changes
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "bias": "none",
+    } | changes
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (save_file if ending == "safetensors" else torch.save)(adapters, folder / f"adapter_model.{ending}")
     prefix = "base_model.model.model.mm_projector."
@@ -1478,12 +1581,19 @@ def test_a_projector_of_another_shape_is_refused(tmp_path):
 
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     """As in llava-1.5-7b-hf, whose text_config does not give the sizes."""
-    text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}
+    text = {
+        "model_type": "llama",
+        "vocab_size": 32064,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+    }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
     assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"], "ending": "bin"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"], "ending": "bin"}]
+)
 def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     theirs, projector = published_llm(tmp_path / "base", "llava")
     merged = published_lora(tmp_path / "lora", theirs, projector, **changes)
@@ -1492,8 +1602,12 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     with torch.no_grad():
         agrees("a LoRA folder, merged on load", ours(ids), merged(ids).logits, 1e-5)
         assert relative(ours(ids), theirs(ids).logits) > 1e-5
-    assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}  # merged in mapped memory
-    half = wsi_llava.load_llama(tmp_path / "base", torch.bfloat16, tmp_path / "lora")  # summed first, then cast
+    assert before == {
+        file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()
+    }  # merged in mapped memory
+    half = wsi_llava.load_llama(
+        tmp_path / "base", torch.bfloat16, tmp_path / "lora"
+    )  # summed first, then cast
     assert torch.equal(half.layers[0].mlp.down_proj.weight, ours.layers[0].mlp.down_proj.weight.bfloat16())
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))  # a pattern
@@ -1513,7 +1627,10 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
         ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"modules_to_save": ["mm_projector", "embed_tokens"]}, "here: modules_to_save embed_tokens"),
         ({"lora_alpha": None}, "adapter_config.json: unsupported operand"),
-        ({"r": 8}, r"adapters of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], not of rank 8, 112 -> 64"),
+        (
+            {"r": 8},
+            r"adapters of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], not of rank 8, 112 -> 64",
+        ),
     ]:
         path.write_text(json.dumps(good | changes))
         with pytest.raises(UserError, match=message) as caught:
@@ -1539,7 +1656,12 @@ def test_adapters_of_some_layers_and_of_several_ranks_are_read(tmp_path):
         a, b = torch.randn(rank, module.in_features) / 8, torch.randn(module.out_features, rank) / 8
         adapters |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
         module.weight.data += scale * b @ a
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["lm_head", "down_proj", "q_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["lm_head", "down_proj", "q_proj"],
+    }
     config |= {"rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 6}}
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
@@ -1566,7 +1688,11 @@ def test_damaged_shards_are_named(tmp_path, ending):
     for tensors, harm, message in [
         (state, cut, f"{second.name}: .*; copy or download it again"),
         (state, Path.unlink, f"{second.name}: no such file; copy"),
-        (state | {"model.extra.weight": torch.zeros(3)}, None, r"keys that the model lacks \(1\): model.extra.weight"),
+        (
+            state | {"model.extra.weight": torch.zeros(3)},
+            None,
+            r"keys that the model lacks \(1\): model.extra.weight",
+        ),
         (state | {norm: torch.zeros(3)}, None, r"wrong shapes \(1\): model.norm.weight is \[3\], not \[64\]"),
         ({k: v for k, v in state.items() if k != norm}, None, r"missing keys \(1\): norm.weight"),
         (state | {"norm.weight": state[norm]}, None, r"two keys of one parameter \(1\): .*norm.weight"),
@@ -1582,9 +1708,7 @@ def test_damaged_shards_are_named(tmp_path, ending):
         wsi_llava.load_llama(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# wsi_llava.py: the same where a user puts them
-# --------------------------------------------------------------------------------------------------------------------
+# ---- wsi_llava.py: the same where a user puts them -------------------------------------------------------
 
 
 @pytest.fixture
@@ -1594,7 +1718,9 @@ def published(tmp_path, monkeypatch, toy_slide, tokenizer):
     gigapath = tmp_path / "weights" / "gigapath"
     gigapath.mkdir(parents=True)
     torch.manual_seed(2)
-    tile_encoder = wsi_llava.TileEncoder(wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64))
+    tile_encoder = wsi_llava.TileEncoder(
+        wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64)
+    )
     torch.save(tile_encoder.state_dict(), gigapath / "pytorch_model.bin")
     slide_encoder = wsi_llava.SlideEncoder(wsi_llava.SlideEncoderConfig(64, 128, 1, 16, 128))
     torch.save({"model": slide_encoder.state_dict()}, gigapath / "slide_encoder.pth")
@@ -1610,14 +1736,18 @@ def published(tmp_path, monkeypatch, toy_slide, tokenizer):
 
 def test_published_weights_answer_without_training(published, capsys):
     merged, projector = published
-    sample.main(["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"])
+    sample.main(
+        ["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"]
+    )
     printed = capsys.readouterr()
     assert "Projector: that of WSI-LLaVA." in printed.err and "576 visual tokens" in printed.out
     model, ids = assembled(3, "--lora", "WSI-LLaVA"), torch.randint(90, (1, 40))
     assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
     with torch.no_grad():
         assert relative(model.llama(ids), merged(ids).logits) < 1e-5
-    with pytest.raises(UserError, match="out/stage3 holds no trained model: run python train.py --stage 3 first"):
+    with pytest.raises(
+        UserError, match="out/stage3 holds no trained model: run python train.py --stage 3 first"
+    ):
         assembled(3)  # Vicuna alone has no projector
 
 
@@ -1631,7 +1761,9 @@ def test_stage_1_starts_from_gigapaths_slide_encoder(published):
     def start(*flags):
         args = train.parse(["--stage", "1", *flags])
         wsi_llava.resolve_device(args)
-        return train.Alignment(1, args, train.RECIPES["7b"][1], wsi_llava.read_meta(args.data)).model.slide_encoder
+        return train.Alignment(
+            1, args, train.RECIPES["7b"][1], wsi_llava.read_meta(args.data)
+        ).model.slide_encoder
 
     path = Path("weights/gigapath/slide_encoder.pth")
     theirs = torch.load(path)["model"]
@@ -1644,7 +1776,9 @@ def test_stage_1_starts_from_gigapaths_slide_encoder(published):
     with pytest.raises(UserError, match="--from-scratch, or --slide-encoder: give one of them"):
         start("--from-scratch", "--slide-encoder", str(path))
     path.unlink()
-    with pytest.raises(UserError, match="no slide encoder: weights/gigapath/slide_encoder.pth is missing; name"):
+    with pytest.raises(
+        UserError, match="no slide encoder: weights/gigapath/slide_encoder.pth is missing; name"
+    ):
         start()
 
 
@@ -1675,14 +1809,18 @@ def test_a_projector_can_be_named(published, tmp_path, capsys):
     assert "Projector: that of mm_projector_160.bin." in capsys.readouterr().err
     want = torch.load(tmp_path / "mm_projector_160.bin")["model.mm_projector.0.weight"]
     assert torch.equal(model.mm_projector[0].weight, want)
-    with pytest.raises(UserError, match=r"mm_projector_100.bin: its projector does not fit \(100 -> 64, not 128 -> 64\)"):
+    with pytest.raises(
+        UserError, match=r"mm_projector_100.bin: its projector does not fit \(100 -> 64, not 128 -> 64\)"
+    ):
         assembled(1, "--projector", "mm_projector_100.bin")
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused(published):
     path = Path("weights/vicuna-7b-v1.5/config.json")
     config, folder = json.loads(path.read_text()), path.parent
-    small = wsi_llava.Llama(wsi_llava.LlamaConfig(vocab=90, width=64, depth=1, heads=4, kv_heads=4, mlp_hidden=112))
+    small = wsi_llava.Llama(
+        wsi_llava.LlamaConfig(vocab=90, width=64, depth=1, heads=4, kv_heads=4, mlp_hidden=112)
+    )
     for file in folder.glob("pytorch_model*"):
         file.unlink()
     wsi_llava.save_llama(small, folder)
@@ -1693,13 +1831,20 @@ def test_a_tokenizer_larger_than_its_model_is_refused(published):
 
 def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
     published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
-    with pytest.raises(UserError, match=r"narrow: its projector does not fit \(100 -> 64, not 128 -> 64\); train one"):
+    with pytest.raises(
+        UserError, match=r"narrow: its projector does not fit \(100 -> 64, not 128 -> 64\); train one"
+    ):
         assembled(3, "--lora", "narrow")
     shutil.rmtree("weights/vicuna-7b-v1.5")
-    with pytest.raises(UserError, match="weights/vicuna-7b-v1.5 or weights/llava-v1.5-7b: no such file; name a language model"):
+    with pytest.raises(
+        UserError,
+        match="weights/vicuna-7b-v1.5 or weights/llava-v1.5-7b: no such file; name a language model",
+    ):
         assembled(3)
     shutil.rmtree("weights/gigapath")
-    with pytest.raises(UserError, match="--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"):
+    with pytest.raises(
+        UserError, match="--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
+    ):
         wsi_llava.pick_tile_encoder(train.parse(["--preset", "7b"]))
 
 
@@ -1716,7 +1861,9 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     wsi_llava.resolve_device(args)
     meta = wsi_llava.read_meta(args.data)
     meta["encoder"]["fingerprint"] = "0123456789abcdef"
-    with pytest.raises(UserError, match="stage1.* was trained on features of the tile encoder .*, these are 0123456789abcdef"):
+    with pytest.raises(
+        UserError, match="stage1.* was trained on features of the tile encoder .*, these are 0123456789abcdef"
+    ):
         wsi_llava.load_model(args, meta, 3)
     meta = wsi_llava.read_meta(args.data)
     meta["encoder"]["width"] = 1536
@@ -1724,9 +1871,7 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
         wsi_llava.load_model(args, meta, 3)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# train.py: what is trained on
-# --------------------------------------------------------------------------------------------------------------------
+# ---- train.py: what is trained on ------------------------------------------------------------------------
 
 
 def train_with(demo, out, *arguments):
@@ -1798,13 +1943,13 @@ def test_slides_with_visual_tokens_only_need_no_slide_encoder(demo, tmp_path):
     (visual,) = sample.slide_tokens(args, model, ["T.1"])
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
     torch.save(torch.randn(64, 512), tmp_path / "few.pt")
-    prepare.main(["--features", str(tmp_path / "few.pt"), "--features-are", "tokens", "--data", str(tmp_path / "few")])
+    prepare.main(
+        ["--features", str(tmp_path / "few.pt"), "--features-are", "tokens", "--data", str(tmp_path / "few")]
+    )
     assert wsi_llava.load_model(args, wsi_llava.read_meta(tmp_path / "few"), 1)[0].cfg.n_visual_tokens == 64
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# train.py: the stages
-# --------------------------------------------------------------------------------------------------------------------
+# ---- train.py: the stages --------------------------------------------------------------------------------
 
 
 @slow
@@ -1813,7 +1958,10 @@ def test_gradient_cache_equals_the_full_batch(demo, monkeypatch):
     args = train.parse(["--data", str(demo[0] / "data"), "--stage", "1"])
     wsi_llava.resolve_device(args)
     task = train.Alignment(1, args, train.RECIPES["demo"][1], wsi_llava.read_meta(args.data))
-    model, batch = task.model.double().eval(), list(range(len(task.train)))  # no dropout: the two draw it differently
+    model, batch = (
+        task.model.double().eval(),
+        list(range(len(task.train))),
+    )  # no dropout: the two draw it differently
     gradients = []
     for at_once in (60, 4096):
         monkeypatch.setattr(train, "TILES_AT_ONCE", at_once)
@@ -1830,18 +1978,26 @@ def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
     args = train.parse([])
     wsi_llava.resolve_device(args)
     samples = []
-    for visual, report in zip(torch.randn(2, 1, 9, 128), ("It is grade 2.", "The tumor is an adenocarcinoma.")):
+    for visual, report in zip(
+        torch.randn(2, 1, 9, 128), ("It is grade 2.", "The tumor is an adenocarcinoma.")
+    ):
         ids, labels = tokenizer.encode_plain(report)
         samples.append({"visual": visual, "ids": ids, "labels": labels})
     _, before = train.alignment(args, tiny, samples)
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
-    batch = [torch.cat([s["visual"] for s in samples]), [s["ids"] for s in samples], [s["labels"] for s in samples]]
+    batch = [
+        torch.cat([s["visual"] for s in samples]),
+        [s["ids"] for s in samples],
+        [s["labels"] for s in samples],
+    ]
     for _ in range(40):
         optimizer.zero_grad()
         tiny(*batch).backward()
         optimizer.step()
     cosine, after = train.alignment(args, tiny, samples)
-    assert cosine.shape == (2, 2) and cosine.diagonal().mean().item() == pytest.approx(after["cosine to the own report"])
+    assert cosine.shape == (2, 2) and cosine.diagonal().mean().item() == pytest.approx(
+        after["cosine to the own report"]
+    )
     own, another = "loss of a report after its own slide", "after another"
     assert abs(before[own] - before[another]) < 0.1 < 1 < after[another] - after[own]
 
@@ -1850,7 +2006,15 @@ def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
 @pytest.mark.parametrize("stage, epochs, batch", [(1, 5, 60), (2, 3, 4), (3, 1, 9)])
 def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, stage, epochs, batch):
     """Bit for bit; and the same command twice gives the same weights."""
-    flags = ["--stage", stage, "--epochs", epochs, "--batch-size", batch, *["--lora-dropout", 0.1] * (stage == 3)]
+    flags = [
+        "--stage",
+        stage,
+        "--epochs",
+        epochs,
+        "--batch-size",
+        batch,
+        *["--lora-dropout", 0.1] * (stage == 3),
+    ]
     for earlier in range(1, stage):
         shutil.copytree(demo[0] / "out" / f"stage{earlier}", tmp_path / "out" / f"stage{earlier}")
     result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
@@ -1951,10 +2115,16 @@ class Killed(BaseException):
 
 
 @slow
-@pytest.mark.parametrize("stage, flags", [(1, []), (2, ["--batch-size", 6, "--eval-every", 1, "--keep", "best"])], ids=str)
+@pytest.mark.parametrize(
+    "stage, flags", [(1, []), (2, ["--batch-size", 6, "--eval-every", 1, "--keep", "best"])], ids=str
+)
 def test_a_kill_around_any_rename_leaves_what_can_be_finished(demo, tmp_path, monkeypatch, stage, flags):
     """Before and after each, with a finished run in the folder and without: the resumed run ends with the same bits."""
-    flags, real, left = ["--stage", stage, "--epochs", 1, "--val", 0.3, "--save-every", 1, *flags], os.replace, []
+    flags, real, left = (
+        ["--stage", stage, "--epochs", 1, "--val", 0.3, "--save-every", 1, *flags],
+        os.replace,
+        [],
+    )
     earlier = tmp_path / "earlier"
     for n in range(1, stage):
         shutil.copytree(demo[0] / "out" / f"stage{n}", earlier / f"stage{n}")
@@ -1966,7 +2136,9 @@ def test_a_kill_around_any_rename_leaves_what_can_be_finished(demo, tmp_path, mo
     assert names[-2:] == ["model.safetensors", "train_state.pt"] and names.count("train_state.pt") == stage
     for at in range(2 * len(names)):
         out = tmp_path / f"killed-{at}"
-        shutil.copytree(tmp_path / "whole" if at % 3 == 0 else earlier, out) if stage > 1 or at % 3 == 0 else None
+        shutil.copytree(
+            tmp_path / "whole" if at % 3 == 0 else earlier, out
+        ) if stage > 1 or at % 3 == 0 else None
         countdown = [at // 2]
 
         def replace(a, b, countdown=countdown, after=at % 2):
@@ -1986,7 +2158,9 @@ def test_a_kill_around_any_rename_leaves_what_can_be_finished(demo, tmp_path, mo
             assert same_weights(folder / "model.safetensors", finished / "model.safetensors")
             assert (folder / "config.json").exists()
         train_with(demo, out, *flags, "--resume")
-        assert {path.name for path in folder.iterdir()} == {path.name for path in finished.iterdir()}, names[at // 2]
+        assert {path.name for path in folder.iterdir()} == {path.name for path in finished.iterdir()}, names[
+            at // 2
+        ]
         assert same_weights(folder / "model.safetensors", finished / "model.safetensors"), names[at // 2]
         assert torch.load(folder / "train_state.pt", weights_only=True)["step"] == stage
         shutil.rmtree(out)
@@ -2005,7 +2179,19 @@ def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
     """Its recipe, its flags, its data, what it stands on: whatever differs is named."""
     data = shutil.copytree(demo[0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns("slides", "qc"))
     out = shutil.copytree(demo[0] / "out", tmp_path / "out")
-    flags = ["--stage", "3", "--epochs", "1", "--val", "0.2", "--resume", "--data", str(data), "--out", str(out)]
+    flags = [
+        "--stage",
+        "3",
+        "--epochs",
+        "1",
+        "--val",
+        "0.2",
+        "--resume",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+    ]
     train.main(flags)  # as the demo ran it
     for changed, what in (
         ("--lora-alpha 8", "lora_alpha 32, not 8.0"),
@@ -2029,7 +2215,10 @@ def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
     for break_it, what in (
         (lambda: state["model"].popitem(), "does not hold the weights that this stage trains"),
         (lambda: state["run"].update({"the training rows": "x"}), "another run: the training rows x, not"),
-        (lambda: state["run"].update({"what it started from": "x"}), "another run: .*what it started from x, not"),
+        (
+            lambda: state["run"].update({"what it started from": "x"}),
+            "another run: .*what it started from x, not",
+        ),
     ):
         break_it()
         torch.save(state, out / "stage3" / "train_state.pt")
@@ -2037,7 +2226,9 @@ def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
             train.main(flags)
     (out / "stage3" / "model.safetensors").unlink()
     shutil.copy(demo[0] / "out" / "stage3" / "train_state.pt", out / "stage3")
-    with pytest.raises(UserError, match="model.safetensors: the stage was done, but this is gone; leave --resume out"):
+    with pytest.raises(
+        UserError, match="model.safetensors: the stage was done, but this is gone; leave --resume out"
+    ):
         train.main(flags)
     rows = prepare.read_qa(data / "qa" / "train.jsonl")
     before = train.hash_of(train.load_rows(data, "train"))
@@ -2051,7 +2242,10 @@ def test_one_run_at_a_time_in_a_stages_folder(demo, tmp_path):
     pytest.importorskip("fcntl")
     folder = tmp_path / "stage2"
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "stage1")
-    with train.alone_in(folder), pytest.raises(UserError, match="stage2: another run is training here; wait for it"):
+    with (
+        train.alone_in(folder),
+        pytest.raises(UserError, match="stage2: another run is training here; wait for it"),
+    ):
         train_with(demo, tmp_path, "--stage", 2, "--epochs", 0)
     train_with(demo, tmp_path, "--stage", 2, "--epochs", 0)
     assert (folder / "model.safetensors").exists()
@@ -2076,14 +2270,22 @@ def test_weights_that_are_not_finite_are_never_done(demo, tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "stage1")
-    with pytest.raises(UserError, match="stage2: after step 1 the weights are not finite, and were not saved; try a lower"):
+    with pytest.raises(
+        UserError, match="stage2: after step 1 the weights are not finite, and were not saved; try a lower"
+    ):
         train_with(demo, tmp_path, "--stage", 2, "--epochs", 0.01)
-    assert not list((tmp_path / "stage2").glob("*.safetensors")) and not (tmp_path / "stage2" / "train_state.pt").exists()
+    assert (
+        not list((tmp_path / "stage2").glob("*.safetensors"))
+        and not (tmp_path / "stage2" / "train_state.pt").exists()
+    )
 
 
 def test_an_environment_that_is_none_of_torchruns_is_named(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{name}=x in the environment is not a number"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match=f"{name}=x in the environment is not a number"),
+        ):
             patch.setenv(name, "x")
             train.main(["--stage", "2"])
 
@@ -2096,14 +2298,24 @@ def foreign(tmp_path_factory):
         cells = np.argwhere(np.random.default_rng(i).random((7, 6)) < 0.8)[:, ::-1]
         coords, features = torch.from_numpy(cells * 256).float(), torch.randn(len(cells), 48)
         torch.save({"features": features, "coords": coords}, folder / f"s{i}.pt")
-    prepare.main(["--features", str(folder), "--preset", "demo", "--mpp", "0.5", "--data", str(folder / "data")])
+    prepare.main(
+        ["--features", str(folder), "--preset", "demo", "--mpp", "0.5", "--data", str(folder / "data")]
+    )
     rows = []
     for i in range(8):
         slides, pieces = (["s6", "s7"], "a pair") if i == 6 else ([f"s{i}"], f"case {i}")
         for task, answer in (("report", f"This is {pieces}."), ("grade", f"It is grade {i % 3}.")):
             turns = [{"from": "human", "value": f"What is the {task}?"}, {"from": "gpt", "value": answer}]
-            row = {"id": f"{i}-{task}", "slide": slides[0], "task": task, "cancer": "x", "conversations": turns}
-            rows.append(prepare.about_slides(row, slides) if i < 7 else row | {"id": f"7-{task}", "slide": "s5"})
+            row = {
+                "id": f"{i}-{task}",
+                "slide": slides[0],
+                "task": task,
+                "cancer": "x",
+                "conversations": turns,
+            }
+            rows.append(
+                prepare.about_slides(row, slides) if i < 7 else row | {"id": f"7-{task}", "slide": "s5"}
+            )
     (folder / "data" / "qa").mkdir(exist_ok=True)
     prepare.write_qa(folder / "data" / "qa" / "train.jsonl", rows)
     return folder / "data"
@@ -2113,7 +2325,18 @@ def foreign(tmp_path_factory):
 def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_path, capsys):
     """All stages, then an answer: the slide encoder takes the data's width; a case's slides come first, one by one."""
     assert wsi_llava.read_meta(foreign)["encoder"]["width"] == 48
-    flags = ["--data", str(foreign), "--out", str(tmp_path), "--val", "0", "--epochs", "1", "--llm-steps", "3"]
+    flags = [
+        "--data",
+        str(foreign),
+        "--out",
+        str(tmp_path),
+        "--val",
+        "0",
+        "--epochs",
+        "1",
+        "--llm-steps",
+        "3",
+    ]
     for stage in "123":
         train.main(["--stage", stage, *flags])
     assert wsi_llava.load_config(tmp_path / "stage1").slide_encoder.in_width == 48
@@ -2122,7 +2345,9 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
     assert "s6, s7: 72 visual tokens" in capsys.readouterr().out
     args = train.parse(["--stage", "3", *flags])
     wsi_llava.resolve_device(args)
-    task = train.Conversation(3, args, train.pick_recipe(3, args, {"preset": "demo"}), wsi_llava.read_meta(foreign))
+    task = train.Conversation(
+        3, args, train.pick_recipe(3, args, {"preset": "demo"}), wsi_llava.read_meta(foreign)
+    )
     (case,) = [task.read(row) for row in task.train if len(row.slides) == 2 and row.task == "grade"]
     assert case["ids"].count(IMAGE_TOKEN) == 2 and case["visual"].shape == (2, 36, 128)
     assert task.tokenizer.decode(case["ids"]).count("What is the grade?") == 1
@@ -2135,7 +2360,9 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
     torch.testing.assert_close(train.embed(args, first.model, first.words, pairs)[0], torch.cat(alone))
     encoder = tmp_path / "gigapath.pth"
     torch.save({"model": wsi_llava.SlideEncoder(SMALL_GIGAPATH).state_dict()}, encoder)
-    with pytest.raises(UserError, match="takes tile features of width 1536, these are 48: .* train stage 1 --from-scratch"):
+    with pytest.raises(
+        UserError, match="takes tile features of width 1536, these are 48: .* train stage 1 --from-scratch"
+    ):
         train.main(["--stage", "1", *flags, "--slide-encoder", str(encoder)])
 
 
@@ -2144,7 +2371,9 @@ def test_features_without_coordinates_train_without_a_slide_encoder(tmp_path):
     for i in range(3):
         torch.save(torch.randn(20 + i, 48), tmp_path / f"b{i}.pt")
     data, out = tmp_path / "data", tmp_path / "out"
-    prepare.main(["--features", str(tmp_path), "--preset", "demo", "--features-are", "tiles", "--data", str(data)])
+    prepare.main(
+        ["--features", str(tmp_path), "--preset", "demo", "--features-are", "tiles", "--data", str(data)]
+    )
     rows = []
     for i in range(3):
         turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": f"It is grade {i}."}]
@@ -2152,7 +2381,9 @@ def test_features_without_coordinates_train_without_a_slide_encoder(tmp_path):
     (data / "qa").mkdir(exist_ok=True)
     prepare.write_qa(data / "qa" / "train.jsonl", rows)
     flags = ["--data", str(data), "--out", str(out), "--val", "0", "--epochs", "1", "--llm-steps", "3"]
-    with pytest.raises(UserError, match="b0.safetensors: its tiles have no coordinates, .*--no-slide-encoder"):
+    with pytest.raises(
+        UserError, match="b0.safetensors: its tiles have no coordinates, .*--no-slide-encoder"
+    ):
         train.main(["--stage", "1", *flags])
     for stage in "23":
         train.main(["--stage", stage, "--no-slide-encoder", *flags])
@@ -2207,7 +2438,9 @@ def test_a_run_needs_a_batch_for_every_process(monkeypatch):
     monkeypatch.setattr(train, "world", lambda: 8)
     with pytest.raises(UserError, match="a batch of 7 is too small for 8 processes"):
         train.size_of_run(2, recipe, 7)
-    with pytest.raises(UserError, match="--demo, --ablations and --alignment run in one process; start without torchrun"):
+    with pytest.raises(
+        UserError, match="--demo, --ablations and --alignment run in one process; start without torchrun"
+    ):
         train.main(["--demo"])
     with pytest.raises(UserError, match="--val-rows 7: fewer than the 8 processes"):
         train.main(["--stage", "2", "--val-rows", "7"])
@@ -2232,8 +2465,23 @@ def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
 @slow
 def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "out" / "stage1")
-    with pytest.raises(UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"):
-        train_with(demo, tmp_path / "out", "--stage", 2, "--epochs", 5, "--batch-size", 4, "--lr", 1e30, "--warmup", 0)
+    with pytest.raises(
+        UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"
+    ):
+        train_with(
+            demo,
+            tmp_path / "out",
+            "--stage",
+            2,
+            "--epochs",
+            5,
+            "--batch-size",
+            4,
+            "--lr",
+            1e30,
+            "--warmup",
+            0,
+        )
     bad = json.loads((tmp_path / "out" / "stage2" / "log.jsonl").read_text().splitlines()[-1])
     assert bad["step"] == 2 and 3 <= len(bad["ids"]) <= 4
 
@@ -2251,12 +2499,16 @@ def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
     )
     assert found and int(found[1]) > int(found[2]) >= 0, printed
     for short in (20, 36, 60):
-        with pytest.raises(UserError, match=f"--max-length {short}: 36 visual tokens and the question of demo_.* leave no"):
+        with pytest.raises(
+            UserError, match=f"--max-length {short}: 36 visual tokens and the question of demo_.* leave no"
+        ):
             train_with(demo, tmp_path / "out", "--stage", 3, "--max-length", short)
 
 
 @slow
-@pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str
+)
 def test_two_processes_equal_one(demo, tmp_path, flags):
     """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
     flags = [*flags, "--epochs", {1: 4, 2: 1, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
@@ -2288,7 +2540,9 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     shutil.copytree(demo[0] / "out", tmp_path / "2")
     train_with(demo, tmp_path / "1", *flags)
     command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=HERE
+    ) as process:
         for line in process.stdout:
             if line.startswith("stage 3 step 2/"):
                 process.terminate()  # as a job's time limit does
@@ -2297,14 +2551,14 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# train.py: what comes of it
-# --------------------------------------------------------------------------------------------------------------------
+# ---- train.py: what comes of it --------------------------------------------------------------------------
 
 
 @slow
 @pytest.mark.parametrize("layout", ["hf", "llava"])
-@pytest.mark.parametrize("kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str)
+@pytest.mark.parametrize(
+    "kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str
+)
 def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys, kind, flags, layout):
     """To transformers, to our loader, and to sample.py, which then needs no out/ any more."""
     transformers = pytest.importorskip("transformers")
@@ -2325,11 +2579,20 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
             agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
     else:
         weights = ["--llm", data / "llm", "--lora", folder]
-    weights += ["--slide-encoder", folder / "slide_encoder.safetensors", "--data", data, "--out", tmp_path / "none"]
+    weights += [
+        "--slide-encoder",
+        folder / "slide_encoder.safetensors",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "none",
+    ]
     again = assembled(3, *weights)
     with torch.no_grad():
         assert relative(again.llama(ids), model.llama(ids)) < 1e-5
-    assert all(torch.equal(a, b) for a, b in zip(again.mm_projector.parameters(), model.mm_projector.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.mm_projector.parameters(), model.mm_projector.parameters())
+    )
     slide = wsi_llava.read_features(data, "demo_0015")
     assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
     assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
@@ -2345,7 +2608,9 @@ def test_an_ablation_is_refused_by_export(demo, tmp_path):
     out = shutil.copytree(demo[0] / "out", tmp_path / "out")
     cfg = wsi_llava.load_config(out / "stage3")
     (out / "stage3" / "config.json").write_text(dataclasses.replace(cfg, no_slide_encoder=True).to_json())
-    with pytest.raises(UserError, match="is an ablation without slide encoder, which no published layout can say"):
+    with pytest.raises(
+        UserError, match="is an ablation without slide encoder, which no published layout can say"
+    ):
         train_with(demo, out, "--export", tmp_path / "exported")
 
 
@@ -2384,7 +2649,16 @@ def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
     shutil.copytree(demo[0] / "data", tmp_path / "data")
     shutil.copytree(demo[0] / "out", tmp_path / "out")
-    flags = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--val", "0.2", "--epochs", "1"]
+    flags = [
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "out"),
+        "--val",
+        "0.2",
+        "--epochs",
+        "1",
+    ]
     train.main(["--stage", "3", "--ablations", *flags])
     printed = capsys.readouterr().out
     folder = tmp_path / "out" / "ablations"
@@ -2406,7 +2680,9 @@ def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
         assert float(row["low"]) <= float(row["mean"]) <= float(row["high"]), row
         assert (row["difference"] == "") == (row["without"] == train.WHOLE)
         if row["questions"] == "all":
-            assert re.search(rf"{row['metric']} +{re.escape(row['without'])} .*{float(row['mean']):.3f} \[", printed)
+            assert re.search(
+                rf"{row['metric']} +{re.escape(row['without'])} .*{float(row['mean']):.3f} \[", printed
+            )
     assert "<svg" in (folder / "ablations.svg").read_text()
     monkeypatch.setattr(train.Conversation, "backward", None)  # whoever trains fails
     train.main(["--stage", "3", "--ablations", *flags])
@@ -2415,10 +2691,16 @@ def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
 
 def test_ablations_compare_question_by_question():
     """The paired difference of the means, with its interval over slides; closed questions by accuracy."""
-    rows = [{"task": "t", "slide": f"s{i // 2}", "question": "A) Sarcoma B) Carcinoma", "truth": "B"} for i in range(40)]
+    rows = [
+        {"task": "t", "slide": f"s{i // 2}", "question": "A) Sarcoma B) Carcinoma", "truth": "B"}
+        for i in range(40)
+    ]
     whole = {i: (row, "It is a carcinoma.") for i, row in enumerate(rows)}
     other = {i: (row, "B" if i % 4 else "A") for i, row in enumerate(rows[:36])}
-    lines = {(line["questions"], line["without"]): line for line in train.compare({train.WHOLE: whole, "x": other}, 0)}
+    lines = {
+        (line["questions"], line["without"]): line
+        for line in train.compare({train.WHOLE: whole, "x": other}, 0)
+    }
     assert {line["metric"] for line in lines.values()} == {"accuracy"} and lines["all", "x"]["n"] == 36
     assert lines["t", "x"]["mean"] == 0.75 and lines["t", "x"]["difference"] == -0.25
     assert lines["all", "x"]["difference_low"] < -0.25 < lines["all", "x"]["difference_high"] <= 0
@@ -2440,7 +2722,9 @@ def test_alignment_is_shown_of_any_model(demo, published_demo, capsys):
     assert "Alignment of 3 slides and their reports (test; by chance R@1 0.33" in printed
     assert re.search(r"before it, stage 1's space \(cosine\): slide->report R@1 \d\.\d\d", printed)
     assert re.search(r"after the projector \(cosine\): slide->report R@1", printed)
-    assert re.search(r"cosine to the own report -?\d.*loss of a report after its own slide \d.*after another \d", printed)
+    assert re.search(
+        r"cosine to the own report -?\d.*loss of a report after its own slide \d.*after another \d", printed
+    )
     assert Image.open(out / "alignment.png").size == (900, 490)
     train.main(["--alignment", "--data", str(data), *map(str, published_demo)])
     printed = capsys.readouterr().out
@@ -2457,9 +2741,7 @@ def published_demo(demo, tmp_path):
     return ["--llm", tmp_path / "their", "--slide-encoder", encoder, "--out", tmp_path / "none"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# prepare.py: slides
-# --------------------------------------------------------------------------------------------------------------------
+# ---- prepare.py: slides ----------------------------------------------------------------------------------
 
 
 def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
@@ -2512,7 +2794,9 @@ def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
     scan.save(tmp_path / "slide.png")
     white = Image.new("RGB", (1280 + 20, 1280 + 20), "white")
     white.paste(scan, (10, 10))
-    whole = np.asarray(white.resize((780, 780), Image.Resampling.LANCZOS)).astype(int)[6:, 6:]  # 0.3 um/px: zoom 5/3
+    whole = np.asarray(white.resize((780, 780), Image.Resampling.LANCZOS)).astype(int)[
+        6:, 6:
+    ]  # 0.3 um/px: zoom 5/3
     slide = prepare.Slide(tmp_path / "slide.png", mpp=0.3)
     for x, y in ((0, 0), (255, 510)):
         tile = slide.tile(x, y)
@@ -2526,7 +2810,9 @@ def test_features_in_level_0_pixels_are_refused_by_their_file(tmp_path):
     prepare.save_features(
         path, torch.zeros(2, 4).half(), torch.tensor([[0, 0], [256 * 1000, 0]], dtype=torch.int32), {}
     )
-    with pytest.raises(UserError, match=rf"{path}: tile position 0..1000 is outside the grid .* prepare.py --features"):
+    with pytest.raises(
+        UserError, match=rf"{path}: tile position 0..1000 is outside the grid .* prepare.py --features"
+    ):
         wsi_llava.read_features(tmp_path, "far")
 
 
@@ -2546,7 +2832,9 @@ def test_where_the_resolution_comes_from(tmp_path):
     """Metadata, TIFF tags, the objective power; what is given wins; pixels that are not square are refused."""
     tifffile = pytest.importorskip("tifffile")
     pixels = np.full((512, 512, 3), 255, np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2)  # in strips: not for OpenSlide
+    Image.fromarray(pixels).save(
+        tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2
+    )  # in strips: not for OpenSlide
     Image.fromarray(pixels).save(tmp_path / "screen.png", dpi=(72, 72))
     aperio = "Aperio Image Library v1\n512x512 |AppMag = 20"
     write = functools.partial(tifffile.imwrite, data=pixels, tile=(256, 256), photometric="rgb")
@@ -2569,16 +2857,22 @@ def test_where_the_resolution_comes_from(tmp_path):
 def test_the_resolution_written_in_a_description_is_read(tmp_path):
     """OME's XML, ImageJ's unit; one tag of two; a note where the objective power says otherwise; absurd sizes are refused."""
     tifffile = pytest.importorskip("tifffile")
-    write = functools.partial(tifffile.imwrite, data=np.full((512, 512, 3), 255, np.uint8), tile=(256, 256), photometric="rgb")
+    write = functools.partial(
+        tifffile.imwrite, data=np.full((512, 512, 3), 255, np.uint8), tile=(256, 256), photometric="rgb"
+    )
     ome = '<?xml version="1.0"?><OME><Image><Pixels PhysicalSizeX="{}" PhysicalSizeXUnit="{}"/></Image></OME>'
     unit, size = {"resolutionunit": "NONE"}, {"metadata": None}
     write(tmp_path / "ome.tif", description=ome.format(250, "nm"), **size)
     write(tmp_path / "micro.tif", description=ome.format(0.25, "&#181;m"), **size)
-    write(tmp_path / "imagej.tif", description="ImageJ=1.53\nunit=micron\n", resolution=(4, 4), **unit, **size)
+    write(
+        tmp_path / "imagej.tif", description="ImageJ=1.53\nunit=micron\n", resolution=(4, 4), **unit, **size
+    )
     for name, source in (("ome", "OME-XML"), ("micro", "OME-XML"), ("imagej", "ImageJ")):
         slide = prepare.Slide(tmp_path / f"{name}.tif")
         assert (slide.source, round(slide.mpp, 6)) == (source, 0.25)
-    write(tmp_path / "says.svs", description="Aperio Image Library v1\n512x512 |AppMag = 40|MPP = 0.5", **size)
+    write(
+        tmp_path / "says.svs", description="Aperio Image Library v1\n512x512 |AppMag = 40|MPP = 0.5", **size
+    )
     slide = prepare.Slide(tmp_path / "says.svs", fallback=0.1)
     assert (slide.mpp, slide.source, slide.contradicts) == (0.5, "metadata", True)
     Image.new("RGB", (512, 512)).save(tmp_path / "one.tif", tiffinfo={282: 101600.0, 296: 2})
@@ -2591,7 +2885,9 @@ def test_the_resolution_written_in_a_description_is_read(tmp_path):
 def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
     """--mpp is for slides that say nothing; a line of --mpp-csv, by id, file or path, wins over everything."""
     for name, dpi in (("says", 50800), ("wrong", 50800), ("silent", 0)):
-        Image.new("RGB", (300, 300), PINK).save(tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {}))
+        Image.new("RGB", (300, 300), PINK).save(
+            tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {})
+        )
     path = tmp_path / "mpp.csv"
     path.write_text(f"patient,slide,mpp\nx,{tmp_path}/wrong.jpg,0.25\nx,nobody,0.5\nx,nobody,0.5\n")
     common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
@@ -2605,18 +2901,25 @@ def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
     ):
         assert line in printed
     files = tmp_path / "data" / "features"
-    made = {name: prepare.feature_metadata(files / f"{name}.safetensors")["mpp"] for name in ("says", "wrong", "silent")}
+    made = {
+        name: prepare.feature_metadata(files / f"{name}.safetensors")["mpp"]
+        for name in ("says", "wrong", "silent")
+    }
     assert made == {"says": 0.5, "wrong": 0.25, "silent": 0.4}
     prepare.main([*common[:-2], "--mpp-csv", str(path)])
     assert "3 done already; 0 to tile" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("row", ["tags,forty", "tags,250", "tags,-0.5", "tags,nan", "tags;0.5", "tags", ",0.5"])
+@pytest.mark.parametrize(
+    "row", ["tags,forty", "tags,250", "tags,-0.5", "tags,nan", "tags;0.5", "tags", ",0.5"]
+)
 def test_bad_lines_of_um_px_are_refused_the_first_too(tmp_path, row):
     path = tmp_path / "mpp.csv"
     for line in (1, 2):
         path.write_text("screen,0.5\n" * (line - 1) + f"{row}\n")
-        with pytest.raises(UserError, match=f"mpp.csv, line {line}: not slide,mpp with 0.05 to 20 um per pixel"):
+        with pytest.raises(
+            UserError, match=f"mpp.csv, line {line}: not slide,mpp with 0.05 to 20 um per pixel"
+        ):
             prepare.read_mpp_csv(path)
     path.write_text("slide,mpp\na,0.5\na,0.25\n")
     with pytest.raises(UserError, match="line 3: a again, with 0.25 and 0.5 um/px"):
@@ -2659,7 +2962,10 @@ def test_slides_of_one_name_are_told_apart_by_their_path(tmp_path, capsys):
 def test_names_that_a_file_system_or_utf8_does_not_take(tmp_path):
     """An id is a file's name: cut where it is long, read as Latin-1 where it is no UTF-8."""
     touched(tmp_path, "q" * 240 + ".svs", b"caf\xe9.svs", "\u80bf\u7624.svs")
-    cut, cafe, cjk = sorted(prepare.find_slides([tmp_path]), key=len, reverse=True)[:1] + ["caf\xe9", "\u80bf\u7624"]
+    cut, cafe, cjk = sorted(prepare.find_slides([tmp_path]), key=len, reverse=True)[:1] + [
+        "caf\xe9",
+        "\u80bf\u7624",
+    ]
     assert {cut, cafe, cjk} == set(prepare.find_slides([tmp_path]))
     assert cut.startswith("q" * 170 + "-") and len(cut) == 179
 
@@ -2670,7 +2976,10 @@ def test_lists_of_slides_in_any_encoding(tmp_path, monkeypatch):
     for encoding in ("utf-8-sig", "latin-1"):
         (tmp_path / "list.txt").write_bytes("\xfc.svs\r\n\r\nb.svs\n".encode(encoding))
         assert set(prepare.find_slides(["list.txt"])) == {"\xfc", "b"}
-    for line, message in (("list.txt", "list.txt, line 1: list.txt: this list names itself"), ("c.svs", "c.svs: no such file")):
+    for line, message in (
+        ("list.txt", "list.txt, line 1: list.txt: this list names itself"),
+        ("c.svs", "c.svs: no such file"),
+    ):
         (tmp_path / "list.txt").write_text(line)
         with pytest.raises(UserError, match=message):
             prepare.find_slides(["list.txt"])
@@ -2702,7 +3011,9 @@ def write_dicom(path, kind, **tags):
         return struct.pack("<HH2sH", group, number, kind, len(value)) + value
 
     body = element(8, 8, b"CS", tags.get("type", "ORIGINAL\\PRIMARY\\VOLUME")) + element(8, 0x16, b"UI", kind)
-    body += struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF) + struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF)
+    body += struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF) + struct.pack(
+        "<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF
+    )
     body += element(0x20, 0xE, b"UI", "9.9") + struct.pack("<HHIHHI", 0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0)
     body += element(0x20, 0xE, b"UI", tags["series"]) + element(0x40, 0x512, b"LO", tags.get("container", ""))
     path.write_bytes(bytes(128) + b"DICM" + body)
@@ -2719,12 +3030,16 @@ def test_folders_of_dicom_hold_slides_by_series(tmp_path):
         write_dicom(tmp_path / "three" / f"{i}.dcm", slide, series=f"3.{i}")
     write_dicom(tmp_path / "none" / "0.dcm", notes, series="4.1")
     found = {name: path.name for name, path in prepare.find_slides([tmp_path]).items()}
-    assert found == {"one": "2.dcm", "two_A": "0.dcm", "two_B": "1.dcm", "three_3.1": "1.dcm", "three_3.2": "2.dcm"}
+    assert found == {
+        "one": "2.dcm",
+        "two_A": "0.dcm",
+        "two_B": "1.dcm",
+        "three_3.1": "1.dcm",
+        "three_3.2": "2.dcm",
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# prepare.py: tissue and tiles
-# --------------------------------------------------------------------------------------------------------------------
+# ---- prepare.py: tissue and tiles ------------------------------------------------------------------------
 
 
 def test_tissue_and_grid(toy_slide):
@@ -2838,7 +3153,9 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     grey.convert("L").convert("RGB").save(tmp_path / "silver.png")
     Image.new("RGB", (60, 60), PINK).save(tmp_path / "tiny.png")
     scene(GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1))[0].resize((2048, 2048)).save(tmp_path / "pen.png")
-    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5", "--max-tiles", "1"])
+    prepare.main(
+        ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5", "--max-tiles", "1"]
+    )
     printed = capsys.readouterr().out
     for line in (
         "no tissue found (no colour: grey, silver and fluorescence slides need --mask): silver",
@@ -2864,7 +3181,10 @@ def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
     picture = Image.new("L", (128, 128))
     picture.paste(1, (0, 0, 64, 64))  # a label, a quarter of the slide
     picture.save(masks / "s0.png")
-    square = [[[0, 0], [2048, 0], [2048, 512], [0, 512], [0, 0]], [[0, 0], [512, 0], [512, 512], [0, 512], [0, 0]]]
+    square = [
+        [[0, 0], [2048, 0], [2048, 512], [0, 512], [0, 0]],
+        [[0, 0], [512, 0], [512, 512], [0, 512], [0, 0]],
+    ]
     feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": square}, "properties": {}}
     (masks / "s1.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
     Image.new("L", (300, 100)).save(masks / "s2.png")
@@ -2886,10 +3206,16 @@ def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
 
 def test_slides_all_of_tissue_or_all_of_glass():
     rng = np.random.default_rng(0)
-    assert prepare.tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean() < 0.02
+    assert (
+        prepare.tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean()
+        < 0.02
+    )
     assert prepare.tissue_mask(painted((5, 5, 5))).mean() == 0
     assert prepare.tissue_mask(painted(PINK)).mean() == 1
-    assert prepare.tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean() > 0.99
+    assert (
+        prepare.tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean()
+        > 0.99
+    )
 
 
 def test_grid_with_overlap_and_a_limit():
@@ -2962,9 +3288,7 @@ def unit_edges(ring):
         yield from (((ax + i * dx, ay + i * dy), (ax + (i + 1) * dx, ay + (i + 1) * dy)) for i in range(n))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# prepare.py: many slides, whatever happens
-# --------------------------------------------------------------------------------------------------------------------
+# ---- prepare.py: many slides, whatever happens -----------------------------------------------------------
 
 FEW = ["--max-tiles", "12", "--geojson"]
 
@@ -2990,7 +3314,9 @@ def contents(data):
 
 def prepare_one(slides, data, *flags):
     """Prepares the smallest slide of the archive, few tiles of it."""
-    prepare.main(["--slides", str(slides / "s4.tif"), "--data", str(data), "--max-tiles", "2", *map(str, flags)])
+    prepare.main(
+        ["--slides", str(slides / "s4.tif"), "--data", str(data), "--max-tiles", "2", *map(str, flags)]
+    )
 
 
 def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch):
@@ -3054,8 +3380,21 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
 @slow
 def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     slides, whole = archive
-    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", tmp_path, "--workers", "1", *FEW]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    command = [
+        sys.executable,
+        HERE / "prepare.py",
+        "--slides",
+        slides,
+        "--data",
+        tmp_path,
+        "--workers",
+        "1",
+        *FEW,
+    ]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(2)
+    ]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(int(re.search(r"tiles? of (\d) slides? to", text)[1]) for text in printed) == 5, printed
@@ -3186,7 +3525,9 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
     assert "1 slide, some tiles (under 1%) left out that cannot be decoded: one" in capsys.readouterr().out
     about = wsi_llava.feature_metadata(data / "features" / "one.safetensors")
     features, coords = wsi_llava.read_features(data, "one")
-    assert about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
+    assert (
+        about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
+    )
     failures = prepare.read_failures(data)
     assert {name: entry["step"] for name, entry in failures.items()} == {"bad": "open", "three": "read"}
     assert "cannot be decoded" in failures["three"]["message"]
@@ -3218,7 +3559,9 @@ def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsy
         shutil.copy(archive[0] / "s4.tif", tmp_path / f"{name}.tif")
     absurd = (tmp_path / "absurd.tif").read_bytes()
     for side in (322, 323):
-        absurd = absurd.replace(struct.pack("<HHII", side, 4, 1, 256), struct.pack("<HHII", side, 4, 1, 2**31))
+        absurd = absurd.replace(
+            struct.pack("<HHII", side, 4, 1, 256), struct.pack("<HHII", side, 4, 1, 2**31)
+        )
     (tmp_path / "absurd.tif").write_bytes(absurd)
     own_mpp = prepare.Slide._own_mpp
 
@@ -3231,7 +3574,9 @@ def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match="2 slides could not be prepared .*; the others can be"):
         prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--dry-run"])
     printed = capsys.readouterr()
-    assert "\ngood " in printed.out and "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
+    assert (
+        "\ngood " in printed.out and "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
+    )
     assert "deadly.tif: the process that read it died" in printed.err
     with pytest.raises(UserError, match="deadly.tif: the process that read it died"):
         prepare.SafeSlide(tmp_path / "deadly.tif")
@@ -3247,7 +3592,10 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
     failure = prepare.read_failures(tmp_path / "data")["s4"]
-    assert failure["step"] == "encode" and "its features are not finite; try --dtype float32" in failure["message"]
+    assert (
+        failure["step"] == "encode"
+        and "its features are not finite; try --dtype float32" in failure["message"]
+    )
 
 
 def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monkeypatch):
@@ -3286,7 +3634,15 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-LOOK = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
+LOOK = {
+    "target_mpp": 0.5,
+    "given": None,
+    "fallback": None,
+    "min_tissue": 0.25,
+    "step": 256,
+    "max_tiles": 0,
+    "seed": 0,
+}
 LOOK |= {"known": None, "mask": None, "outputs": {}}
 
 
@@ -3310,7 +3666,9 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
     _, image, _ = toy_slide
     scan = image.resize((4096, 4096))
     scan.save(tmp_path / "fine.png")
-    prepare.main(["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", *FEW])
+    prepare.main(
+        ["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", *FEW]
+    )
     found = json.loads((tmp_path / "data" / "qc" / "fine.geojson").read_text())
     assert found["type"] == "FeatureCollection"
     kinds = {"annotation": [], "tile": []}
@@ -3339,16 +3697,18 @@ def test_real_slide_beside_a_broken_one(tmp_path):
     done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path / "data")
     assert done.returncode == 1
     lines = done.stderr.replace("\r", "\n").splitlines()
-    assert [line for line in lines if line.startswith("failed:")] == [line for line in lines if "broken.svs" in line]
+    assert [line for line in lines if line.startswith("failed:")] == [
+        line for line in lines if "broken.svs" in line
+    ]
     assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
     features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
     assert features.shape == (len(coords), 128) and 45 < len(coords) < 60 and features.isfinite().all()
-    assert coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
+    assert (
+        coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# prepare.py: features that were made elsewhere
-# --------------------------------------------------------------------------------------------------------------------
+# ---- prepare.py: features that were made elsewhere -------------------------------------------------------
 
 
 def test_features_of_others_are_imported(tmp_path):
@@ -3397,13 +3757,22 @@ def test_imported_features_can_name_their_encoder_and_are_not_overwritten_by_oth
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
     tensors = {"tile_embeds": torch.zeros(2, 128), "coords": torch.tensor([[0, 0], [512, 0]])}
     torch.save(tensors, tmp_path / "s.pt")
-    flags = ["--features", tmp_path / "s.pt", "--tile-encoder", tmp_path / "encoder.safetensors", "--data", tmp_path]
+    flags = [
+        "--features",
+        tmp_path / "s.pt",
+        "--tile-encoder",
+        tmp_path / "encoder.safetensors",
+        "--data",
+        tmp_path,
+    ]
     for _ in range(2):
         prepare.main([*map(str, flags), "--mpp", "0.25"])
     assert wsi_llava.read_meta(tmp_path)["encoder"]["fingerprint"] == wsi_llava.fingerprint(encoder)
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main([*map(str, flags), "--mpp", "0.252"])
-    assert "mpp 0.25, not 0.252; --overwrite makes it again" in prepare.read_failures(tmp_path)["s"]["message"]
+    assert (
+        "mpp 0.25, not 0.252; --overwrite makes it again" in prepare.read_failures(tmp_path)["s"]["message"]
+    )
 
 
 def test_imports_are_validated(tmp_path):
@@ -3466,7 +3835,9 @@ def test_features_without_coordinates_keep_their_order(tiny, tmp_path, capsys):
     assert "1 slide without coordinates: only --no-slide-encoder takes them" in capsys.readouterr().out
     tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
     assert wsi_llava.cache_visual_tokens(tiny, data, ["s"]) == (1, {})
-    with pytest.raises(UserError, match="s.safetensors: its tiles have no coordinates, and a slide encoder needs them; only"):
+    with pytest.raises(
+        UserError, match="s.safetensors: its tiles have no coordinates, and a slide encoder needs them; only"
+    ):
         wsi_llava.read_features(data, "s")
     for name in ("pt_files/s.pt", "features_uni/s.pt"):  # of 576 tiles: no visual tokens there
         assert "features" in imported(tmp_path, torch.zeros(576, 1024), name=name)[1]
@@ -3624,9 +3995,7 @@ def test_features_are_found_as_slides_are(tmp_path, monkeypatch):
         prepare.read_foreign(tmp_path / "x.h5")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# prepare.py: questions, the toy cohort
-# --------------------------------------------------------------------------------------------------------------------
+# ---- prepare.py: questions, the toy cohort ---------------------------------------------------------------
 
 
 def test_qa_in_both_shapes(tmp_path):
@@ -3954,7 +4323,15 @@ def test_demo_cohort_is_balanced_and_disjoint():
         counts = [sum(case[key] == value for case in test) for value in {case[key] for case in test}]
         assert counts == [24 // values] * values
     rows = prepare.write_questions(test[0], np.random.default_rng(0))
-    assert [row["task"] for row in rows] == ["report", "type", "grade", "position", "focus", "subtype", "dialogue"]
+    assert [row["task"] for row in rows] == [
+        "report",
+        "type",
+        "grade",
+        "position",
+        "focus",
+        "subtype",
+        "dialogue",
+    ]
     answers = {row["task"]: row["conversations"][1]["value"] for row in rows}
     for key in ("type", "grade", "position"):
         assert test[0][key] in answers[key] and test[0][key] in answers["report"]
@@ -3968,20 +4345,24 @@ def test_the_demo_goes_on_with_its_own_cohort_alone(demo, tmp_path, capsys):
     prepare.main([*common, "--demo-slides", "15"])
     assert "18 done already; 0 to tile" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    with pytest.raises(UserError, match="holds another demo cohort .*'train': 15.*, not .*'train': 16.*; name another"):
+    with pytest.raises(
+        UserError, match="holds another demo cohort .*'train': 15.*, not .*'train': 16.*; name another"
+    ):
         prepare.main([*common, "--demo-slides", "16"])
     (tmp_path / "meta.json").write_text("{}")
-    with pytest.raises(UserError, match="holds data of your own; give the demo a folder of its own with --data"):
+    with pytest.raises(
+        UserError, match="holds data of your own; give the demo a folder of its own with --data"
+    ):
         prepare.main(["--demo", "--data", str(tmp_path)])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: conversations
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: conversations ----------------------------------------------------------------------------
 
 
 def sample_with(demo, *arguments, data=None):
-    sample.main(["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)])
+    sample.main(
+        ["--data", str(data or demo[0] / "data"), "--out", str(demo[0] / "out"), *map(str, arguments)]
+    )
 
 
 @slow
@@ -4070,13 +4451,20 @@ def test_slides_of_one_case_are_announced(tiny, tokenizer):
 
 @slow
 def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
-    lines = ["Which type of tumor is this?", "What is its grade?", "/dance", f"/save '{tmp_path / 'talk.json'}'"]
+    lines = [
+        "Which type of tumor is this?",
+        "What is its grade?",
+        "/dance",
+        f"/save '{tmp_path / 'talk.json'}'",
+    ]
     lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     sample_with(demo, "--slide", "demo_0000", "--max-new-tokens", 5)
     out, err = capsys.readouterr()
     assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
-    assert "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
+    assert (
+        "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
+    )
     saved = json.loads((tmp_path / "talk.json").read_text())
     for turn in saved["conversations"]:
         turn["value"] = turn["value"] or "Nothing."  # a model that has hardly learnt may say nothing
@@ -4085,7 +4473,9 @@ def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
     assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
 
 
-def test_a_person_is_told_the_commands_and_leaves_by_the_end_of_the_input(tiny, tokenizer, monkeypatch, capsys):
+def test_a_person_is_told_the_commands_and_leaves_by_the_end_of_the_input(
+    tiny, tokenizer, monkeypatch, capsys
+):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
@@ -4094,13 +4484,25 @@ def test_a_person_is_told_the_commands_and_leaves_by_the_end_of_the_input(tiny, 
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
     tokens, _ = sample.chat_loop(sample.parse([]), None, ["s"], chat)
     printed = capsys.readouterr().out
-    assert tokens == 5 and printed.startswith(f"Ask about the slide; {sample.HELP}.\n> ") and printed.count("> ") == 3
+    assert (
+        tokens == 5
+        and printed.startswith(f"Ask about the slide; {sample.HELP}.\n> ")
+        and printed.count("> ") == 3
+    )
 
 
 @slow
 def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
     """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
-    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 5, "--json", "--heatmap", tmp_path / "map.png"]
+    flags = [
+        "--llm",
+        demo[0] / "data" / "llm",
+        "--max-new-tokens",
+        5,
+        "--json",
+        "--heatmap",
+        tmp_path / "map.png",
+    ]
     sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?\n<image>", *flags, data=tmp_path / "new")
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
@@ -4111,9 +4513,7 @@ def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: many questions
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: many questions ---------------------------------------------------------------------------
 
 
 def test_batched_answers_equal_single_ones(tiny, tokenizer):
@@ -4121,7 +4521,9 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer):
     rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
     together = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8)
-    assert together == [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
+    assert together == [
+        sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows
+    ]
     assert len(set(together)) > 1
 
 
@@ -4131,7 +4533,10 @@ def test_a_question_about_several_slides_is_shown_all_of_them(tiny, tokenizer):
     rows = [{"slide": ["a", "b"], "conversations": asked}, {"slide": "a", "conversations": TALK[:1]}]
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
     ids = sample.prompt_ids(tokenizer, rows[0])
-    assert ids.count(IMAGE_TOKEN) == 2 and sample.prompt_ids(tokenizer, rows[0], image=False).count(IMAGE_TOKEN) == 0
+    assert (
+        ids.count(IMAGE_TOKEN) == 2
+        and sample.prompt_ids(tokenizer, rows[0], image=False).count(IMAGE_TOKEN) == 0
+    )
     got = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
     steps = tiny.generate([torch.stack([visual["a"], visual["b"]])], [ids], 6, ends=tokenizer.ends)
     said = tokenizer.decode([t for (t,) in steps if t not in tokenizer.ends])
@@ -4153,7 +4558,9 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
     assert [row["slide"] for row in found] == [["TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z"], "TCGA-BB-0002-01Z"]
     assert [row["id"] for row in found] == ["2", "3"] and "split" not in found[0]
     (tmp_path / "qa.json").write_text(json.dumps(rows[:1]))
-    with pytest.raises(UserError, match="qa.json: only questions for training; name a file of test questions"):
+    with pytest.raises(
+        UserError, match="qa.json: only questions for training; name a file of test questions"
+    ):
         sample.read_questions([tmp_path / "qa.json"], tmp_path)
 
 
@@ -4161,7 +4568,9 @@ def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
     ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
     assert ids == tokenizer.encode_chat(TALK[:3])[0] == sample.prompt_ids(tokenizer, {"conversations": TALK})
     bare = sample.prompt_ids(tokenizer, {"conversations": TALK[:1]}, image=False)
-    assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith("USER: Which type of tumor is this? ASSISTANT:")
+    assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith(
+        "USER: Which type of tumor is this? ASSISTANT:"
+    )
 
 
 @slow
@@ -4178,8 +4587,13 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     flags += ["--max-new-tokens", 6, "--batch-size", 3]
     sample_with(demo, *flags, data=data)
     printed = capsys.readouterr().out
-    assert "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three" in printed
-    assert "1 questions were too long to ask: demo_0015" in printed and "slides that are missing: far" in printed
+    assert (
+        "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three"
+        in printed
+    )
+    assert (
+        "1 questions were too long to ask: demo_0015" in printed and "slides that are missing: far" in printed
+    )
     _, answers = sample.read_predictions(path)
     assert sorted(answers) == list(range(29)) and answers[27]["answer"] is None
     assert answers[28]["answer"] == "" and "prompt is too long" in answers[28]["error"]
@@ -4218,17 +4632,26 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
     shutil.copytree(folder / "data", tmp_path / "data")
     rows = []
     for slide in ("demo_0000", "demo_0001", "demo_0002"):
-        talks = [("choice", "Which? A) glands B) sheets", "B"), ("tf", "Is it?", "No"), ("open", "What?", "This.")]
+        talks = [
+            ("choice", "Which? A) glands B) sheets", "B"),
+            ("tf", "Is it?", "No"),
+            ("open", "What?", "This."),
+        ]
         for task, question, truth in talks:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": truth}]
-            rows.append({"id": f"{slide}-{task}", "slide": slide, "task": task, "cancer": "", "conversations": turns})
+            rows.append(
+                {"id": f"{slide}-{task}", "slide": slide, "task": task, "cancer": "", "conversations": turns}
+            )
     prepare.write_qa(tmp_path / "qa.jsonl", rows)
     (tmp_path / "data" / "features" / "demo_0001.safetensors").write_bytes(b"half")
     path = tmp_path / "predictions.jsonl"
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
     sample_with(demo, *flags, "--choices", "likelihood", "--evaluate", data=tmp_path / "data")
     printed = capsys.readouterr().out
-    assert "Answered 6 questions" in printed and "3 questions are about slides that are missing: demo_0001" in printed
+    assert (
+        "Answered 6 questions" in printed
+        and "3 questions are about slides that are missing: demo_0001" in printed
+    )
     assert "Confidence in the chosen option" in printed and "name no choice" not in printed
     _, answers = sample.read_predictions(path)
     assert "demo_0001.safetensors" in answers[3]["missing"]
@@ -4245,7 +4668,9 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
             embeds, _ = model.splice(visual[None], [prompt + answer])
             nats = model.llama(embeds=embeds)[0, -len(answer) - 1 : -1].log_softmax(-1)
         want = nats[range(len(answer)), answer].mean().item()
-        assert sample.likelihood(model, tokenizer, rows[0], {"demo_0000": visual}, text) == pytest.approx(want, abs=1e-4)
+        assert sample.likelihood(model, tokenizer, rows[0], {"demo_0000": visual}, text) == pytest.approx(
+            want, abs=1e-4
+        )
 
     (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
     with pytest.raises(UserError, match="mine.jsonl: exists, and is no earlier output of this command"):
@@ -4266,11 +4691,18 @@ def test_fewer_tiles_of_a_slide_are_among_more_and_the_same_for_every_model(tiny
     assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 0, 0, "s"), whole)
     assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 99, 1, "s"), whole)
     seen = []
-    monkeypatch.setattr(tiny, "encode_slide", lambda features, coords: seen.append(coords.tolist()) or features)
+    monkeypatch.setattr(
+        tiny, "encode_slide", lambda features, coords: seen.append(coords.tolist()) or features
+    )
     for count, draw in ((4, 0), (9, 0), (9, 0), (9, 1)):
         sample.drawn_tokens(tiny, tmp_path, count, draw, "s")
     few, more, again, other = seen
-    assert len(few) == 4 and all(tile in more for tile in few) and more == again != other and sorted(more, key=lambda c: c[::-1]) == more
+    assert (
+        len(few) == 4
+        and all(tile in more for tile in few)
+        and more == again != other
+        and sorted(more, key=lambda c: c[::-1]) == more
+    )
 
 
 @slow
@@ -4284,12 +4716,16 @@ def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys
     made = {f"p.{name}.jsonl" for name in ("4-tiles.0", "4-tiles.1", "all-tiles.0")}
     assert {file.name for file in tmp_path.iterdir()} == made | {"tiles.md", "tiles.csv", "tiles.svg"}
     few, whole = csv.DictReader(io.StringIO((tmp_path / "tiles.csv").read_text()))
-    assert (few["tiles"], few["on average"], few["questions"]) == ("4", "4.0", "27") and whole["tiles"] == "all"
+    assert (few["tiles"], few["on average"], few["questions"]) == ("4", "4.0", "27") and whole[
+        "tiles"
+    ] == "all"
     means = []
     for draw in (0, 1):
         _, rows = sample.read_predictions(tmp_path / f"p.4-tiles.{draw}.jsonl")
         means += [sample.same_answer(row["answer"], row["truth"]) for row in rows.values()]
-    assert few["exact match"].startswith(f"{np.mean(means):.3f} [") and "| tiles |" in printed and few["seconds"]
+    assert (
+        few["exact match"].startswith(f"{np.mean(means):.3f} [") and "| tiles |" in printed and few["seconds"]
+    )
     xml.etree.ElementTree.parse(tmp_path / "tiles.svg")
     sample_with(demo, *flags)
     assert capsys.readouterr().out.count("27 are answered") == 3
@@ -4306,25 +4742,44 @@ def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide
     coords = torch.tensor([[0, 0], [256, 0], [512, 256], [0, 512]])
     tensors = {"features": torch.zeros(4, 8), "coords": coords.int()}
     save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 1.0}'})
-    rows = [{"id": f"{s}-1", "slide": s, "task": "t", "cancer": "", "conversations": TALK} for s in ("toy", "gone")]
+    rows = [
+        {"id": f"{s}-1", "slide": s, "task": "t", "cancer": "", "conversations": TALK}
+        for s in ("toy", "gone")
+    ]
     prepare.write_qa(tmp_path / "qa.jsonl", rows)
     path = tmp_path / "gpt.jsonl"
-    flags = ["--data", tmp_path, "--qa", tmp_path / "qa.jsonl", "--predictions", path, "--ask-url", judge_server.url]
+    flags = [
+        "--data",
+        tmp_path,
+        "--qa",
+        tmp_path / "qa.jsonl",
+        "--predictions",
+        path,
+        "--ask-url",
+        judge_server.url,
+    ]
     flags = [*map(str, flags), "--ask-model", "seer", "--ask-tiles", "2", "--requests", "2"]
     sample.main([*flags, "--dry-run"])
     assert "seer would be called 2 times with 6 pictures" in capsys.readouterr().out and not path.exists()
     sample.main(flags)
     printed = capsys.readouterr().out
-    assert "Answered 2 questions" in printed and "2 questions got no answer: gone (gone: its file is not in" in printed
+    assert (
+        "Answered 2 questions" in printed
+        and "2 questions got no answer: gone (gone: its file is not in" in printed
+    )
     _, body = next(r for r in judge_server.requests if len(r[1]["messages"]) == 1)
     parts = body["messages"][0]["content"]
     assert parts[0]["text"] == "Which type of tumor is this?"
     sizes = [
-        Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))).size for part in parts[1:]
+        Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))).size
+        for part in parts[1:]
     ]
     assert sizes == [(1024, 1024), (256, 256), (256, 256)]
     roles = sorted([message["role"] for message in body["messages"]] for _, body in judge_server.requests)
-    assert roles == [["user"], ["user", "assistant", "user"]]  # the second question, after the true first answer
+    assert roles == [
+        ["user"],
+        ["user", "assistant", "user"],
+    ]  # the second question, after the true first answer
     _, answers = sample.read_predictions(path)
     assert answers[0]["answer"] and answers[2]["answer"] is None
     before = len(judge_server.requests)
@@ -4337,8 +4792,17 @@ def test_answers_whose_file_vanishes_are_not_said_to_be_there(judge_server, tmp_
         tmp_path / "qa.jsonl", [{"id": "1", "slide": "s", "task": "t", "cancer": "", "conversations": TALK}]
     )
     monkeypatch.setattr(sample, "slide_pictures", lambda *_: shutil.rmtree(tmp_path / "deep") or [])
-    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", tmp_path / "deep" / "p.jsonl", "--ask-model", "seer"]
-    with pytest.raises(UserError, match="p.jsonl: deleted while it was written, so its answers are lost; run again"):
+    flags = [
+        "--qa",
+        tmp_path / "qa.jsonl",
+        "--predictions",
+        tmp_path / "deep" / "p.jsonl",
+        "--ask-model",
+        "seer",
+    ]
+    with pytest.raises(
+        UserError, match="p.jsonl: deleted while it was written, so its answers are lost; run again"
+    ):
         sample.main(list(map(str, [*flags, "--ask-url", judge_server.url, "--requests", 1])))
 
 
@@ -4347,30 +4811,72 @@ def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sample, "answer_rows", full)
-    with pytest.raises(UserError, match="--batch-size 8: out of memory; the same command with a smaller one goes on"):
+    with pytest.raises(
+        UserError, match="--batch-size 8: out of memory; the same command with a smaller one goes on"
+    ):
         sample.ask_group(None, None, [], {}, sample.parse([]))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: closed answers and text metrics
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: closed answers and text metrics ----------------------------------------------------------
 
-OPTIONS = "Which? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
+OPTIONS = (
+    "Which? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
+)
 CLOSED = {
-    "B": ["B", "B)", "(b)", "b.", "**B**", "'B'", "B:", '"B"', "B. Squamous cell carcinoma", "The answer is B."]
+    "B": [
+        "B",
+        "B)",
+        "(b)",
+        "b.",
+        "**B**",
+        "'B'",
+        "B:",
+        '"B"',
+        "B. Squamous cell carcinoma",
+        "The answer is B.",
+    ]
     + [
         "Answer: (b) squamous",
         "The answer is B because option A lacks glands.",
         "It is B, not A.",
         "B is likelier than A",
     ]
-    + ["It is not A but B.", "Adenocarcinoma is unlikely; this is squamous cell carcinoma.", "A can be excluded, so B"]
-    + ["Between A and B, I choose B.", "There is no doubt that it is B", "squamous cell carcinoma (B)", "[B]", "B、"],
-    "C": ["It is mucinous adenocarcinoma.", "I choose C because of the mucin", "The correct option is C, I think."]
+    + [
+        "It is not A but B.",
+        "Adenocarcinoma is unlikely; this is squamous cell carcinoma.",
+        "A can be excluded, so B",
+    ]
+    + [
+        "Between A and B, I choose B.",
+        "There is no doubt that it is B",
+        "squamous cell carcinoma (B)",
+        "[B]",
+        "B、",
+    ],
+    "C": [
+        "It is mucinous adenocarcinoma.",
+        "I choose C because of the mucin",
+        "The correct option is C, I think.",
+    ]
     + ["choice C"],
     "A": ["adenocarcinoma", "A", "The answer is A because of glands"],
-    None: ["", "B or C", "A and B", "The answer is a tumor.", "A tumor of unknown origin", "None of these", "yes"]
-    + ["It is not A.", "A, B and C", "It is neither A nor B.", "neither A, B nor C", "The answer is A or B", "A / B"]
+    None: [
+        "",
+        "B or C",
+        "A and B",
+        "The answer is a tumor.",
+        "A tumor of unknown origin",
+        "None of these",
+        "yes",
+    ]
+    + [
+        "It is not A.",
+        "A, B and C",
+        "It is neither A nor B.",
+        "neither A, B nor C",
+        "The answer is A or B",
+        "A / B",
+    ]
     + ["Option A lacks glands, option B fits", "It isn't squamous cell carcinoma", "The answer is not B"],
 }
 
@@ -4379,7 +4885,11 @@ def test_closed_answers_are_read():
     options = sample.choices(OPTIONS)
     assert options["B"] == "Squamous cell carcinoma" and list(options) == list("ABCD")
     assert list(sample.choices(" ".join(f"{x}) {x}{x}" for x in "ABCDEFGHI"))) == list("ABCDEFGH")
-    assert sample.choices("Is protein A. present or not?") == {} == sample.choices("What is it? B) a tumor A) necrosis")
+    assert (
+        sample.choices("Is protein A. present or not?")
+        == {}
+        == sample.choices("What is it? B) a tumor A) necrosis")
+    )
     for want, texts in CLOSED.items():
         assert {text: sample.parse_choice(text, options) for text in texts} == dict.fromkeys(texts, want)
     for want, texts in {
@@ -4389,7 +4899,9 @@ def test_closed_answers_are_read():
     }.items():
         assert [sample.parse_yes_no(text) for text in texts] == [want] * len(texts)
     assert sample.closed_parser("Is the prognosis poor?", "No")("no way") == "no"
-    assert sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None  # open: more than a word
+    assert (
+        sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None
+    )  # open: more than a word
 
 
 @pytest.mark.parametrize(
@@ -4416,7 +4928,10 @@ def test_every_closed_truth_of_the_benchmark_is_read():
     for file in sorted((SHARED / "wsi_bench").glob("*.json*")):
         for row in sample.read_questions([file]):
             parser = sample.closed_parser(row["question"], row["truth"])
-            assert bool(parser) == any(kind in file.name for kind in ("choice", "TF")), (file, row["question"])
+            assert bool(parser) == any(kind in file.name for kind in ("choice", "TF")), (
+                file,
+                row["question"],
+            )
             assert not parser or parser(row["truth"]) in ("A", "B", "C", "D", "yes", "no")
             assert row["task"] == "Report" or row["task"] in sample.CAPABILITY, row["task"]
 
@@ -4428,7 +4943,9 @@ def check_metrics(references, candidates):
         r, c = sample.tokenize(reference), sample.tokenize(candidate)
         for n, mine in enumerate(sample.bleu(r, c), 1):
             smooth, weights = bleu.SmoothingFunction().method4, (1 / n,) * n + (0,) * (4 - n)
-            assert mine == pytest.approx(bleu.sentence_bleu([r], c, weights, smoothing_function=smooth), abs=1e-6)
+            assert mine == pytest.approx(
+                bleu.sentence_bleu([r], c, weights, smoothing_function=smooth), abs=1e-6
+            )
         theirs = rouge.get_scores(" ".join(c), " ".join(r))[0]["rouge-l"]["f"]
         assert sample.rouge_l(r, c) == pytest.approx(theirs, abs=1e-6)
 
@@ -4448,7 +4965,9 @@ def test_text_metrics_equal_the_packages():
 def test_text_metrics_at_their_ends():
     tokens = sample.tokenize("Tumor cells, grade 3+4=7; Barrett's 3.5 cm.")
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
-    assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(tokens, tokens) == pytest.approx(1)
+    assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(
+        tokens, tokens
+    ) == pytest.approx(1)
     assert sample.bleu(tokens, ["none"]) == [0] * 4
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
 
@@ -4459,13 +4978,13 @@ def test_text_metrics_equal_the_packages_on_real_reports():
     reports = [row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"])]
     check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
     treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
-    same = [treebank.tokenize(s) == sample.tokenize(s) for r in reports for s in re.split(r"(?<=[.?!])\s+", r)]
+    same = [
+        treebank.tokenize(s) == sample.tokenize(s) for r in reports for s in re.split(r"(?<=[.?!])\s+", r)
+    ]
     assert np.mean(same) > 0.99
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: the judge
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: the judge --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -4542,7 +5061,13 @@ def write_predictions(folder, rows, **more):
     path = folder / "predictions.jsonl"
     lines = [{"settings": {}}]
     for n, (task, question, truth, answer) in enumerate(rows):
-        row = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "task": task, "cancer": "common" if n < 6 else "rare"}
+        row = {
+            "n": n,
+            "id": f"q{n}",
+            "slide": f"s{n // 2}",
+            "task": task,
+            "cancer": "common" if n < 6 else "rare",
+        }
         row |= {"question": question, "truth": truth, "answer": answer}
         lines.append(row | {k: v[n] for k, v in more.items()})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -4566,7 +5091,9 @@ def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_pa
     key, body = judge_server.requests[-1]
     assert key == "Bearer secret" and body["model"] == "wise"
     assert '"question": "What is it?"' in body["messages"][1]["content"]
-    complaints = [body["messages"][-1]["content"] for _, body in judge_server.requests if len(body["messages"]) > 2]
+    complaints = [
+        body["messages"][-1]["content"] for _, body in judge_server.requests if len(body["messages"]) > 2
+    ]
     assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
 
     dry = new_judge(judge_server, tmp_path, dry=True)
@@ -4607,7 +5134,9 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     assert "1 grades stayed unusable and count as 0" in printed and "protocol ours, our prompts" in printed
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
-    assert len(judge_server.requests) == before + 2 and judge_server.most == 1  # only what was unusable is asked again
+    assert (
+        len(judge_server.requests) == before + 2 and judge_server.most == 1
+    )  # only what was unusable is asked again
     assert "0 grades stayed unusable" in capsys.readouterr().out
     before += 2
     (tmp_path / "judge.jsonl").unlink()
@@ -4622,7 +5151,9 @@ def test_an_answer_that_claims_nothing_is_not_relevant(judge_server, tmp_path):
     want = {"WSI-Precision": 1.0, "WSI-Relevance": 0.0}
     judge = new_judge(judge_server, tmp_path)
     assert judge.grade("What?", "I cannot tell.", "A tumor.") == want and not judge.problems
-    assert judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
+    assert (
+        judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
+    )
 
 
 def test_a_prompt_that_the_judge_refuses_is_not_sent_again(judge_server, tmp_path):
@@ -4664,17 +5195,23 @@ CLAIMED, SCORED = '{"claims": ["a", "b"]}', '{"scores": [1, 0]}'
         ),
         (said(f"{CLAIMED}\n{CLAIMED}"), said('{"scores": ["1", "0.0"]}')),
         (said([{"type": "text", "text": CLAIMED}]), said(None, reasoning_content=SCORED)),
-        (said('[{"claim": "a"}, {"claim": "b"}]'), said('[{"claim": "a", "score": 1}, {"claim": "b", "score": "0"}]')),
+        (
+            said('[{"claim": "a"}, {"claim": "b"}]'),
+            said('[{"claim": "a", "score": 1}, {"claim": "b", "score": "0"}]'),
+        ),
     ],
 )
 def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, claims, scores):
     judge_server.script += [claims, scores, claims, scores]
     judge = new_judge(judge_server, tmp_path)
     assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5) and not judge.problems
-    assert judge_server.requests[0][1]["temperature"] == 0 and judge_server.requests[0][1]["max_tokens"] > 1000
+    assert (
+        judge_server.requests[0][1]["temperature"] == 0 and judge_server.requests[0][1]["max_tokens"] > 1000
+    )
     again = new_judge(judge_server, tmp_path)
     assert (
-        again.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5) and len(judge_server.requests) == 4
+        again.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5)
+        and len(judge_server.requests) == 4
     )
 
 
@@ -4683,7 +5220,10 @@ def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, cl
     [
         ((200, {}, '{"error": {"message": "quota used up"}}'), "quota used up"),
         ((200, {}, "<html><style>p {}</style><p>Down for repairs"), "Down for repairs"),
-        ((400, {}, '{"error": {"message": "prompt has a bad word"}}'), "HTTP 400 Bad Request: prompt has a bad word"),
+        (
+            (400, {}, '{"error": {"message": "prompt has a bad word"}}'),
+            "HTTP 400 Bad Request: prompt has a bad word",
+        ),
         ((200, {}, "[" * 100_000), "no answer in its reply"),
         (said("[" * 100_000), "RecursionError"),
         ((200, {}, ["{"] * 90), "its reply does not end"),
@@ -4726,13 +5266,22 @@ def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path):
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
     """No question for the truth's claims; claims that the truth does not address left out; what is unusable too."""
-    path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}. Else") for i in range(2)])
+    path = write_predictions(
+        tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}. Else") for i in range(2)]
+    )
     nothing, claims = said('{"scores": [1, null]}'), said('{"claims": ["This", "that"]}')
     judge_server.script += [claims, said('{"scores": [1, 0.3]}'), claims, nothing, *[said("?")] * 9]
     texts = {"claims": "Take it apart.", "precision": "Is it said?", "relevance": "Does it matter?"}
     (tmp_path / "prompts.json").write_text(json.dumps(texts))
     flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    flags += ["--judge-protocol", "authors", "--judge-prompts", tmp_path / "prompts.json", "--judge-repeat", 2]
+    flags += [
+        "--judge-protocol",
+        "authors",
+        "--judge-prompts",
+        tmp_path / "prompts.json",
+        "--judge-repeat",
+        2,
+    ]
     sample.main(list(map(str, flags)))
     shown = [json.loads(body["messages"][1]["content"]) for _, body in judge_server.requests[:4]]
     assert "question" not in shown[0] and "question" in shown[2]
@@ -4741,7 +5290,10 @@ def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsy
     precision, relevance = (table_of(tmp_path)["all", metric, "model"] for metric in sample.JUDGED)
     assert precision["mean"] == pytest.approx(0.65) and precision["unusable"] == 1 and relevance["mean"] == 1
     printed = capsys.readouterr().out
-    assert f"protocol authors, prompts of {tmp_path}/prompts.json. 1 grades stayed unusable and are left out" in printed
+    assert (
+        f"protocol authors, prompts of {tmp_path}/prompts.json. 1 grades stayed unusable and are left out"
+        in printed
+    )
     assert "WSI-Relevance graded twice, 2 answers" in printed
     (tmp_path / "prompts.json").write_text('{"claims": 3}')
     with pytest.raises(UserError, match="prompts.json: .*expected JSON of three texts"):
@@ -4763,9 +5315,7 @@ def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
     assert len(asked) < 100
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: the tables
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: the tables -------------------------------------------------------------------------------
 
 
 def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
@@ -4786,13 +5336,20 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert table["diagnosis", "accuracy", "model"]["published"] == 0.863
     assert table["treatment", "accuracy", "model"]["mean"] == 1
     report = table["report", "BLEU-4", "model"]
-    assert (report["questions"], report["missing"], report["published"]) == (1, 1, None)  # the suspect row is not shown
+    assert (report["questions"], report["missing"], report["published"]) == (
+        1,
+        1,
+        None,
+    )  # the suspect row is not shown
     assert report["mean"] == pytest.approx(1) and table["report", "BLEU-4", "no slide"]["mean"] == 0
     graded = table["Grading", "exact match", "model"]
     assert [graded[name] for name in ("mean", "low", "high")] == [1, 1, 1]
     if sample.find_meteor() is None:
         assert "METEOR: n/a" in printed and ("report", "METEOR", "model") not in table
-    assert {line["group"].split(":")[0] for line in found if line["kind"] == "common or rare"} == {"common", "rare"}
+    assert {line["group"].split(":")[0] for line in found if line["kind"] == "common or rare"} == {
+        "common",
+        "rare",
+    }
     assert {line["slides"] for line in found if line["kind"] == "cancer type"} == {1, 3}
     assert "7 of 8 questions answered" in printed
     assert "1 closed answers of model name no choice" in printed and "'Who knows'" in printed
@@ -4801,7 +5358,11 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
     with open(tmp_path / "evaluation.csv") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(found) and lines[0]["mean"] and {line["system"] for line in lines} == {"model", "no slide"}
+    assert (
+        len(lines) == len(found)
+        and lines[0]["mean"]
+        and {line["system"] for line in lines} == {"model", "no slide"}
+    )
     sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2", "--json"])
     assert json.loads(capsys.readouterr().out)["table"] == found
 
@@ -4809,7 +5370,14 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
 def test_the_average_is_of_the_nine_figures_of_three_capabilities():
     rows = []
     for i, task in enumerate(("Caption", "Grading", "Prognosis")):
-        row = {"slide": f"s{i}", "cancer": "c", "task": task, "question": "Is it?", "grades": {}, "ratings": {}}
+        row = {
+            "slide": f"s{i}",
+            "cancer": "c",
+            "task": task,
+            "question": "Is it?",
+            "grades": {},
+            "ratings": {},
+        }
         row |= {"answers": {"model": "Yes" if i else "No"}, "truth": "Yes", "costs": {}}
         grades = {"model": {"WSI-Precision": 0.3, "WSI-Relevance": 0.7}}
         rows += [row | {"scores": {}}, row | {"truth": "Yes, it is.", "grades": grades, "scores": {}}]
@@ -4831,7 +5399,9 @@ def test_intervals_and_rank_correlations():
     error = values.std() / 20
     assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
     together = sample.interval(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
-    assert together == pytest.approx([mean, low, high])  # four questions that a slide decides are no more than one
+    assert together == pytest.approx(
+        [mean, low, high]
+    )  # four questions that a slide decides are no more than one
 
 
 def test_several_systems_stand_in_one_table(tmp_path, capsys):
@@ -4846,19 +5416,29 @@ def test_several_systems_stand_in_one_table(tmp_path, capsys):
         {"question_id": f"x{n}", "image": f"T/{row['slide']}.pt", "question": row["question"]}
         for n, row in enumerate(ours)
     ]
-    (tmp_path / "wsi.json").write_text(json.dumps([row | {"T-answer": "A", "Output": "(b)"} for row in facts]))
+    (tmp_path / "wsi.json").write_text(
+        json.dumps([row | {"T-answer": "A", "Output": "(b)"} for row in facts])
+    )
     with open(tmp_path / "chat.csv", "w", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter=";").writerows(
-            [["Slide", "Question", "Answer", "Output"], *[[r["slide"], r["question"], "A", "=1+1"] for r in ours]]
+            [
+                ["Slide", "Question", "Answer", "Output"],
+                *[[r["slide"], r["question"], "A", "=1+1"] for r in ours],
+            ]
         )
     (tmp_path / "qa").mkdir()
     talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "B"}]
-    train = [{"slide": f"t{i}", "task": "Staging_choice", "cancer": "rare", "conversations": talk} for i in range(3)]
+    train = [
+        {"slide": f"t{i}", "task": "Staging_choice", "cancer": "rare", "conversations": talk}
+        for i in range(3)
+    ]
     (tmp_path / "qa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
     files = [path, *(tmp_path / name for name in ("llava.jsonl", "wsi.json", "chat.csv"))]
     sample.main(list(map(str, ["--data", tmp_path, "--rare", 2, "--evaluate", *files])))
     printed = capsys.readouterr().out
-    assert "13 of 14 questions answered by all" in printed and "llava.jsonl: 1 rows match no question" in printed
+    assert (
+        "13 of 14 questions answered by all" in printed and "llava.jsonl: 1 rows match no question" in printed
+    )
     assert "stranger" in printed and "llava: 1 of 14 questions not answered" in printed
     result = json.loads((tmp_path / "evaluation.json").read_text())
     means = {x["system"]: round(x["mean"], 3) for x in result["table"] if x["kind"] == "all"}
@@ -4867,18 +5447,25 @@ def test_several_systems_stand_in_one_table(tmp_path, capsys):
     assert (llava["questions"], llava["missing"]) == (13, 1)
     assert llava["difference"] == pytest.approx(-9 / 13) and llava["difference_high"] < 0
     assert llava["p"] == pytest.approx(2 / 2**9) and wsi["p"] == pytest.approx(2 / 2**3)
-    assert {x["group"]: x["slides"] for x in result["table"] if x["kind"] == "cancer type"} == {"common": 0, "rare": 3}
+    assert {x["group"]: x["slides"] for x in result["table"] if x["kind"] == "cancer type"} == {
+        "common": 0,
+        "rare": 3,
+    }
     xml.etree.ElementTree.parse(tmp_path / "evaluation.svg")
     (tmp_path / "evaluation.md").write_text("my notes")
     with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
         sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
     (tmp_path / "evaluation.md").unlink()
-    with pytest.raises(UserError, match="llava.jsonl: lacks questions and true answers, so it cannot come first"):
+    with pytest.raises(
+        UserError, match="llava.jsonl: lacks questions and true answers, so it cannot come first"
+    ):
         sample.main(["--evaluate", str(files[1])])
 
 
 def test_cells_are_no_formulas():
-    assert sample.csv_text([["=1+1", "+a", "-b", "@c", -0.5, "fine", None]]) == "'=1+1,'+a,'-b,'@c,-0.5,fine,\n"
+    assert (
+        sample.csv_text([["=1+1", "+a", "-b", "@c", -0.5, "fine", None]]) == "'=1+1,'+a,'-b,'@c,-0.5,fine,\n"
+    )
 
 
 def test_mcnemar_alpha_and_kappa_equal_the_literature():
@@ -4895,9 +5482,13 @@ def test_mcnemar_alpha_and_kappa_equal_the_literature():
 
 
 def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
-    rows = [("open", f"What {n}?", "A tumor.", f"A tumor {n}") for n in range(4)] + [("else", "Why?", "So.", None)]
+    rows = [("open", f"What {n}?", "A tumor.", f"A tumor {n}") for n in range(4)] + [
+        ("else", "Why?", "So.", None)
+    ]
     a = write_predictions(tmp_path, rows).rename(tmp_path / "ours.jsonl")
-    rows = [("open", f"What {n}?", "A tumor.", f"<b>Necrosis {n}") for n in range(4)] + [("else", "Why?", "So.", "So.")]
+    rows = [("open", f"What {n}?", "A tumor.", f"<b>Necrosis {n}") for n in range(4)] + [
+        ("else", "Why?", "So.", "So.")
+    ]
     b = write_predictions(tmp_path, rows).rename(tmp_path / "theirs.jsonl")
     (tmp_path / "qc").mkdir()
     Image.open(toy_slide[0]).convert("RGB").resize((64, 64)).save(tmp_path / "qc" / "s0.jpg")
@@ -4906,7 +5497,9 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
     assert "3 questions, 6 answers of 2 systems" in capsys.readouterr().out
     page = (tmp_path / "sheet.html").read_text()
     assert page.count("A tumor ") == page.count(r"\u003cb>Necrosis") == 3 and "data:image/jpeg" in page
-    assert "http" not in page and "ours" not in page and "theirs" not in page  # complete in itself; no system's name
+    assert (
+        "http" not in page and "ours" not in page and "theirs" not in page
+    )  # complete in itself; no system's name
     with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
         sample.main(list(map(str, flags)))
     for wrong in (["3"], ["x", "a.html", "b"], ["0", "a.html", "b"], ["3", "a.htm", "b"], ["3", "a.html"]):
@@ -4931,11 +5524,21 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
     sample.main(list(map(str, flags)))
     printed = capsys.readouterr().out
     ours, theirs = (table_of(tmp_path)["all", "experts' correctness", name] for name in ("ours", "theirs"))
-    assert ours["mean"] == 5 and theirs["mean"] == 1.5 and theirs["difference"] == -3.5 and ours["questions"] == 3
+    assert (
+        ours["mean"] == 5
+        and theirs["mean"] == 1.5
+        and theirs["difference"] == -3.5
+        and ours["questions"] == 3
+    )
     assert "Experts' relevance: 2 raters (ann, bob), 5 answers; Krippendorff's alpha (ordinal) nan" in printed
-    assert "weighted kappa of ann and bob 0." in printed and "Rank correlation with experts' correctness" in printed
+    assert (
+        "weighted kappa of ann and bob 0." in printed
+        and "Rank correlation with experts' correctness" in printed
+    )
     (tmp_path / "bob.csv").write_text(blank.replace(",1,1,,,,", ",1,1,6,,,"))
-    with pytest.raises(UserError, match="bob.csv, line 2: correctness '6': a whole number from 1 to 5, or nothing"):
+    with pytest.raises(
+        UserError, match="bob.csv, line 2: correctness '6': a whole number from 1 to 5, or nothing"
+    ):
         sample.main(list(map(str, flags)))
     (tmp_path / "sheet.key.json").unlink()
     with pytest.raises(UserError, match="the key of its sheet .* is not here; name it too"):
@@ -4952,14 +5555,20 @@ def browser(folder):
     wiring = f"exec 3<&{theirs_in} 4>&{theirs_out}; exec {program} --headless --no-sandbox --disable-gpu "
     command = f"{wiring} --user-data-dir={folder}/profile --remote-debugging-pipe"
     process = subprocess.Popen(
-        ["bash", "-c", command], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["bash", "-c", command],
+        pass_fds=(theirs_in, theirs_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(theirs_in), os.close(theirs_out)
     replies, numbers, session = os.fdopen(ours_in, "rb"), itertools.count(1), {}
 
     def call(method, **parameters):
         number = next(numbers)
-        os.write(ours_out, json.dumps({"id": number, "method": method, "params": parameters, **session}).encode() + b"\0")
+        os.write(
+            ours_out,
+            json.dumps({"id": number, "method": method, "params": parameters, **session}).encode() + b"\0",
+        )
         while True:
             reply = b"".join(iter(lambda: replies.read(1), b"\0"))
             reply = json.loads(reply)
@@ -5017,7 +5626,9 @@ def test_the_rating_page_is_filled_in_and_saved_with_a_browser(tmp_path):
 
 def test_bad_files_of_predictions_are_named(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    with pytest.raises(UserError, match="predictions.jsonl: no such file; expected predictions: of sample.py --qa"):
+    with pytest.raises(
+        UserError, match="predictions.jsonl: no such file; expected predictions: of sample.py --qa"
+    ):
         sample.main(["--evaluate", str(path)])
     path.write_text('{"settings": {}}\n{oops\n')
     with pytest.raises(UserError, match="predictions.jsonl: .*not the JSON lines that sample.py writes"):
@@ -5030,9 +5641,7 @@ def test_bad_files_of_predictions_are_named(tmp_path):
         sample.main(["--evaluate", str(path), "--dry-run"])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: where the answer comes from
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: where the answer comes from --------------------------------------------------------------
 
 QUESTION = "What is its grade?"
 GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
@@ -5090,7 +5699,9 @@ def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
     assert sum(found) >= 9, found
 
 
-@pytest.mark.parametrize("n", [4, 9, 20])  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
+@pytest.mark.parametrize(
+    "n", [4, 9, 20]
+)  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
 def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one, not at all."""
     tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
@@ -5127,7 +5738,9 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
-    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})  # as MRXS
+    slide.file = types.SimpleNamespace(
+        properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"}
+    )  # as MRXS
     sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
     first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
@@ -5152,7 +5765,10 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        ([*asked, "--region", "0,0,9,9", "--heatmap", tmp_path / "a.png"], "give --slide one name, and no --region"),
+        (
+            [*asked, "--region", "0,0,9,9", "--heatmap", tmp_path / "a.png"],
+            "give --slide one name, and no --region",
+        ),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
     ):
@@ -5175,16 +5791,17 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path):
     assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
     assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
     sample.check_heatmap_flags(args)
-    for flag, path in (("heatmap", tmp_path / "mine.png"), ("heatmap_geojson", folder / "data" / "meta.json")):
+    for flag, path in (
+        ("heatmap", tmp_path / "mine.png"),
+        ("heatmap_geojson", folder / "data" / "meta.json"),
+    ):
         before = path.read_bytes() if path.exists() else path.write_bytes(b"my own picture")
         with pytest.raises(UserError, match=f"{path.name}: exists, and is no earlier output of this command"):
             sample.check_heatmap_flags(argparse.Namespace(**(vars(args) | {flag: path})))
         assert path.read_bytes() in (before, b"my own picture")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# sample.py: what it costs
-# --------------------------------------------------------------------------------------------------------------------
+# ---- sample.py: what it costs ----------------------------------------------------------------------------
 
 
 def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
@@ -5200,7 +5817,9 @@ def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
     assert middle[..., 1].mean() < 200 < slide.tile(0, 0)[..., 1].mean()
 
 
-def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(toy_slide, tmp_path, monkeypatch, capsys):
+def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(
+    toy_slide, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sample, "MEASURING", 0.3)
     (tmp_path / "slides").mkdir()
     shutil.copy(toy_slide[0], tmp_path / "slides")
@@ -5208,17 +5827,21 @@ def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(toy_slide, 
     flags = ["--benchmark", tmp_path / "slides", "--data", tmp_path / "none", "--out", tmp_path / "out"]
     sample.main(list(map(str, flags)))
     out, err = capsys.readouterr()
-    assert "random, of the preset demo's size (no " in out and "failed: " in err and "broken.svs: not a slide" in err
+    assert (
+        "random, of the preset demo's size (no " in out
+        and "failed: " in err
+        and "broken.svs: not a slide" in err
+    )
     (row,) = csv.DictReader(io.StringIO((tmp_path / "out" / "benchmark.csv").read_text()))
     assert row["slide"] == "toy.tif" and row["level 0"] == "2048 x 2048" and 20 < int(row["tiles"]) < 64
-    assert all(float(row[step]) > 0 for step in ("tissue", "reading", "tile encoder", "slide encoder", "first token"))
+    assert all(
+        float(row[step]) > 0 for step in ("tissue", "reading", "tile encoder", "slide encoder", "first token")
+    )
     assert float(row["tokens/s"]) > 0 and float(row["CPU GB"]) > 0.1
     xml.etree.ElementTree.parse(tmp_path / "out" / "benchmark.svg")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# All of it: the demo on a cohort of fifteen, mistakes, the README
-# --------------------------------------------------------------------------------------------------------------------
+# ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
 
 
 @slow
@@ -5228,7 +5851,9 @@ def test_demo_runs_end_to_end(demo):
         assert re.search(rf"\| task +\| {task} +\| exact match +\| 3 ", printed), printed
     assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\|", printed)
     assert "Alignment of 3 slides and their reports" in printed and "ASSISTANT:" in printed
-    assert re.search(r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed)
+    assert re.search(
+        r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed
+    )
     assert re.search(r"Took \d+ s: slides and features \d+, stand-in \d+, stage 1 \d+", printed)
     for stage in (1, 2, 3):
         made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
@@ -5237,7 +5862,9 @@ def test_demo_runs_end_to_end(demo):
         curves = (folder / "out" / f"stage{stage}" / "loss.svg").read_text()
         assert curves.count("<polyline") == 2 and curves.count("<circle") > 0
     features = {p.stem for p in (folder / "data" / "features").iterdir()}
-    assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
+    assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {
+        "index"
+    }
     train_rows, test_rows = (train.load_rows(folder / "data", split) for split in ("train", "test"))
     assert not set(train.slides_in(train_rows)) & set(train.slides_in(test_rows))
 
@@ -5291,11 +5918,19 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
     [
         (train, "", "nothing to do: give --stage 1, 2 or 3, --alignment, --export or --demo"),
         (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
-        (sample, "--slide a b --zero-shot x", "--region and --zero-shot are about one slide; give --slide one name"),
+        (
+            sample,
+            "--slide a b --zero-shot x",
+            "--region and --zero-shot are about one slide; give --slide one name",
+        ),
         (prepare, "--slides . --device abacus", "--device abacus: "),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
         (prepare, "--demo --dry-run", "--demo draws its slides; --dry-run is about slides that are there"),
-        (prepare, "--slides s.png --mpp-csv no.csv", "no.csv: no such file; --mpp-csv takes lines of slide,mpp"),
+        (
+            prepare,
+            "--slides s.png --mpp-csv no.csv",
+            "no.csv: no such file; --mpp-csv takes lines of slide,mpp",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is(tmp_path, monkeypatch, program, flags, message):
@@ -5323,15 +5958,33 @@ def test_bad_input_is_one_line(demo, tmp_path):
             "1 slide could not be prepared",
         ),
         (["prepare.py", "--qa", tmp_path / "missing.json"], "no such file (--qa)"),
-        (["prepare.py", "--slides", tmp_path / "empty", "--tile-encoder", tmp_path / "no.bin"], "no slides below"),
+        (
+            ["prepare.py", "--slides", tmp_path / "empty", "--tile-encoder", tmp_path / "no.bin"],
+            "no slides below",
+        ),
         (["train.py", "--stage", 1, "--data", tmp_path / "none"], "run python prepare.py"),
-        (["train.py", "--stage", 1, *data, "--no-slide-encoder"], "trains the slide encoder; start with --stage 2"),
+        (
+            ["train.py", "--stage", 1, *data, "--no-slide-encoder"],
+            "trains the slide encoder; start with --stage 2",
+        ),
         (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
         (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 2 first"),
-        (["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"], "run python train.py --stage"),
-        (["sample.py", "--slide", "nobody", *data, "--out", folder / "out"], "neither a file nor the name of a slide"),
-        (["sample.py", "--slide", "nobody", *data, "--out", folder / "out", "--zero-shot", "x"], "neither a file nor"),
-        (["sample.py", "--slide", tmp_path / "broken.svs", "--data", tmp_path / "d"], "not a slide that OpenSlide can"),
+        (
+            ["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"],
+            "run python train.py --stage",
+        ),
+        (
+            ["sample.py", "--slide", "nobody", *data, "--out", folder / "out"],
+            "neither a file nor the name of a slide",
+        ),
+        (
+            ["sample.py", "--slide", "nobody", *data, "--out", folder / "out", "--zero-shot", "x"],
+            "neither a file nor",
+        ),
+        (
+            ["sample.py", "--slide", tmp_path / "broken.svs", "--data", tmp_path / "d"],
+            "not a slide that OpenSlide can",
+        ),
         (
             ["sample.py", "--slide", "demo_0015", "--ask", long, *data, "--out", folder / "out"],
             "the prompt is too long",
@@ -5345,14 +5998,18 @@ def test_bad_input_is_one_line(demo, tmp_path):
         assert message in str(caught.value) and "\n" not in str(caught.value), (name, flags)
         if number in (0, 6, 11):  # as a user sees it
             done = script(name, *flags)
-            errors = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
-            assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (name, flags, done.stderr)
+            errors = [
+                line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")
+            ]
+            assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (
+                name,
+                flags,
+                done.stderr,
+            )
             assert "Traceback" not in done.stderr
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Secrets and paths: what files, servers and names that others made cannot do
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Secrets and paths: what files, servers and names that others made cannot do -------------------------
 
 
 class Payload:
@@ -5423,7 +6080,9 @@ def test_questions_cannot_name_a_slide_outside(tmp_path, monkeypatch, name):
     (tmp_path / "data" / "qa" / "train.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="not the name of a slide"):
         train.load_rows(Path("data"), "train")
-    (tmp_path / "test.json").write_text(json.dumps([{"slide": f"{name}.svs", "question": "Q?", "answer": "A"}]))
+    (tmp_path / "test.json").write_text(
+        json.dumps([{"slide": f"{name}.svs", "question": "Q?", "answer": "A"}])
+    )
     assert "/" not in prepare.read_qa("test.json")[0]["slide"]
     with pytest.raises(UserError, match="meta.json|neither|no such|not a slide|no slides"):
         sample.main(["--slide", name, "--ask", "What?", "--data", "data"])
@@ -5433,8 +6092,14 @@ def test_parts_of_a_file_lie_in_its_folder(tmp_path):
     """Shards that an index names, and datasets of HDF5 that are links, kept outside or put together."""
     save_file({"a": torch.zeros(2)}, tmp_path / "secret.safetensors")
     (tmp_path / "llm").mkdir()
-    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "../llm/../secret.safetensors"):
-        (tmp_path / "llm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for name in (
+        "../secret.safetensors",
+        str(tmp_path / "secret.safetensors"),
+        "../llm/../secret.safetensors",
+    ):
+        (tmp_path / "llm" / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": name}})
+        )
         with pytest.raises(UserError, match="its weight_map leads out of this folder"):
             wsi_llava.read_folder(tmp_path / "llm")
     h5py = pytest.importorskip("h5py")
@@ -5446,7 +6111,10 @@ def test_parts_of_a_file_lie_in_its_folder(tmp_path):
         [
             lambda file: file.update({"features": h5py.ExternalLink(tmp_path / "secret.h5", "features")}),
             lambda file: file.update(
-                {"x": h5py.ExternalLink(tmp_path / "secret.h5", "/"), "features": h5py.SoftLink("/x/features")}
+                {
+                    "x": h5py.ExternalLink(tmp_path / "secret.h5", "/"),
+                    "features": h5py.SoftLink("/x/features"),
+                }
             ),
             lambda file: file.create_dataset("features", (3, 4), np.float32, external=[("secret.h5", 0, 48)]),
             lambda file: file.create_virtual_dataset("features", layout),
@@ -5461,10 +6129,15 @@ def test_parts_of_a_file_lie_in_its_folder(tmp_path):
 
 def test_names_and_servers_cannot_steer_the_terminal(judge_server, tmp_path, capsys):
     """ESC, the C1 controls and the turning of text, from a slide's file, a folder, a question file, a server."""
-    steers, odd = "\x1b[2J\x9b\u202e", re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+    steers, odd = (
+        "\x1b[2J\x9b\u202e",
+        re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"),
+    )
     data = tmp_path / f"data{steers}"
     (tmp_path / f"s{steers}.svs").write_bytes(b"no slide")
-    (tmp_path / f"q{steers}.json").write_text(json.dumps([{"slide": f"{steers}", "question": "", "answer": ""}]))
+    (tmp_path / f"q{steers}.json").write_text(
+        json.dumps([{"slide": f"{steers}", "question": "", "answer": ""}])
+    )
     predictions = write_predictions(tmp_path, [(f"open{steers}", f"What{steers}?", "A.", f"B{steers}.")] * 3)
     judge_server.script += [(400, {}, json.dumps({"error": {"message": f"no{steers}"}}))] * 9
     for program, argv in (
@@ -5472,9 +6145,16 @@ def test_names_and_servers_cannot_steer_the_terminal(judge_server, tmp_path, cap
         (prepare, ["--qa", tmp_path / f"q{steers}.json", "--data", data, "--split", "test"]),
         (prepare, [f"--{steers}"]),
         (sample, ["--slide", f"s{steers}", "--data", data]),
-        (sample, ["--evaluate", predictions, "--judge-model", f"wise{steers}", "--judge-url", judge_server.url]),
+        (
+            sample,
+            ["--evaluate", predictions, "--judge-model", f"wise{steers}", "--judge-url", judge_server.url],
+        ),
     ):
-        with pytest.raises(SystemExit) if program is prepare or "--slide" in argv else contextlib.nullcontext() as end:
+        with (
+            pytest.raises(SystemExit)
+            if program is prepare or "--slide" in argv
+            else contextlib.nullcontext() as end
+        ):
             wsi_llava.run(lambda program=program, argv=argv: program.main(list(map(str, argv))))
         said = capsys.readouterr()
         said = said.out + said.err + (str(end.value.code) if end else "")
@@ -5505,7 +6185,13 @@ def test_a_link_that_lies_in_wait_is_not_followed(tmp_path, monkeypatch):
 def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
     (tmp_path / "thesis").write_text("years of work")
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "thesis", tmp_path / "pipe", Path(os.devnull), tmp_path, tmp_path / "no" / "file"):
+    for path in (
+        tmp_path / "thesis",
+        tmp_path / "pipe",
+        Path(os.devnull),
+        tmp_path,
+        tmp_path / "no" / "file",
+    ):
         for mark in (sample.PICTURE_MARK, sample.HEATMAP_MARK, '{"settings"', '{"id": "chat"'):
             with pytest.raises(UserError, match=re.escape(str(path))):
                 sample.check_output(path, mark)
@@ -5513,9 +6199,7 @@ def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
         sample.open_predictions(tmp_path / "thesis", {})
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Damage: one file or flag of a small demo made odd, and the command that reads it; commands killed around each rename
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Damage: one file or flag of a small demo made odd, and the command that reads it; commands killed around each rename
 
 SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
 QUESTION_FILE = [{"slide": "demo_0001", "question": "Which grade?", "answer": "B", "A": "low", "B": "high"}]
@@ -5548,7 +6232,20 @@ WRITERS = {
     "train.py --export exported": "",
     "sample.py --qa asked_test.json --evaluate": "",
 }
-ODD_TEXTS = ["", "-1", "0", "1e308", "nan", "inf", "99999999999999999999", "x", "data", "\udcff", "/", "a" * 300]
+ODD_TEXTS = [
+    "",
+    "-1",
+    "0",
+    "1e308",
+    "nan",
+    "inf",
+    "99999999999999999999",
+    "x",
+    "data",
+    "\udcff",
+    "/",
+    "a" * 300,
+]
 ODD_JSON = [None, True, -1, 1.5, math.nan, 10**400, "", "\ud800", "x" * 300, [], {}, [None], [[1]], {"a": 1}]
 
 
@@ -5705,7 +6402,9 @@ def fuzz(master, cases, seed):
     """Prints a table of what was damaged and what came of it -> the faults, (seed, case) each."""
     table, faults = collections.Counter(), []
     for i in range(cases):
-        what, command, said, err = fuzz_case(np.random.default_rng([seed, i]), master, master.with_name("case"))
+        what, command, said, err = fuzz_case(
+            np.random.default_rng([seed, i]), master, master.with_name("case")
+        )
         table[re.sub(r"\d+", "*", what), said] += 1
         if said not in ("worked", "refused"):
             faults.append((seed, i))
@@ -5903,9 +6602,7 @@ def kills(master):
     return faults
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, on the same threads, and their ratio
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, on the same threads, and their ratio
 
 
 MEDIUM = wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504)  # 738 M parameters
@@ -5978,7 +6675,9 @@ def benchmark_training(rounds=5):
     visual = torch.randn(1, 576, 768)
     for labelled, said in ((192, "192 of 1,024 positions labelled"), (448, "448 of 1,024 labelled")):
         labels = (
-            [[IGNORE] * (449 - labelled) + text[-labelled:]] if labelled < 448 else [text[:30] + [IGNORE] + text[30:]]
+            [[IGNORE] * (449 - labelled) + text[-labelled:]]
+            if labelled < 448
+            else [text[:30] + [IGNORE] + text[30:]]
         )
 
         def our_step(labels=labels):
@@ -6044,7 +6743,9 @@ def make_7b(folder):
     for name, p in llama.state_dict().items():
         size = 2 * p.numel()
         start = int(torch.randint(len(pool) - size + 1, (1,)))
-        state[name] = pool[start : start + size : 2].view(*reversed(p.shape)).T if p.dim() == 2 else pool[:size:2] + 1
+        state[name] = (
+            pool[start : start + size : 2].view(*reversed(p.shape)).T if p.dim() == 2 else pool[:size:2] + 1
+        )
     llama.load_state_dict(state, assign=True)
     wsi_llava.save_llama(llama, folder)
 
@@ -6083,7 +6784,9 @@ def benchmark_7b(folder):
     folder = Path(folder)
 
     def fresh(work):
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with concurrent.futures.ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn")
+        ) as process:
             return process.submit(work, folder).result()
 
     if not (folder / "config.json").exists():
@@ -6092,7 +6795,9 @@ def benchmark_7b(folder):
     files = sorted(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     peak = fresh(load_7b)
-    print(f"load: {len(files)} files of {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {peak / size:.3f} of the files")
+    print(
+        f"load: {len(files)} files of {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {peak / size:.3f} of the files"
+    )
     assert peak < 1.15 * size
     found = fresh(answer_7b)
     print(
@@ -6113,16 +6818,22 @@ def benchmark_stage1_memory():
         for i in range(64):
             features = torch.randn(4000, 128, generator=torch.Generator().manual_seed(i)).half()
             prepare.save_features(data / "features" / f"s{i}.safetensors", features, coords, {})
-        rows = [{"id": str(i), "slide": f"s{i}", "task": "Report", "conversations": TALK[:2]} for i in range(64)]
+        rows = [
+            {"id": str(i), "slide": f"s{i}", "task": "Report", "conversations": TALK[:2]} for i in range(64)
+        ]
         prepare.write_qa(data / "qa" / "train.jsonl", rows)
         peaks = {}
         for batch in (8, 64):
             flags = ["--stage", "1", "--batch-size", str(batch), "--epochs", "1", "--val", "0"]
             flags += ["--llm-steps", "1", "--data", str(data), "--out", str(Path(folder) / "out")]
             code = f"import train, wsi_llava; train.main({flags}); print(wsi_llava.peak_memory())"
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True
+            )
             peaks[batch] = int(done.stdout.split()[-1])
-            print(f"stage 1, a batch of {batch:2} slides of 4,000 tiles: {peaks[batch] / 1e9:.3f} GB at the peak")
+            print(
+                f"stage 1, a batch of {batch:2} slides of 4,000 tiles: {peaks[batch] / 1e9:.3f} GB at the peak"
+            )
         print(f"64 against 8: {peaks[64] / peaks[8]:.3f} times")
 
 
@@ -6151,12 +6862,21 @@ def stage1_step(at_once, sizes):
 def benchmark_stage1(n=64, longest=3000):
     """A step of stage 1 at 7b's sizes: slides packed into TILES_AT_ONCE tiles, against one slide after the other; and what
     a batch of just so many tiles takes."""
-    most, sizes = train.TILES_AT_ONCE, np.random.default_rng(0).integers(50, int(longest) + 1, int(n)).tolist()
-    for name, at_once, tiles in (("packed", most, sizes), ("one by one", 1, sizes), ("full", most, [most - 50, 50])):
+    most, sizes = (
+        train.TILES_AT_ONCE,
+        np.random.default_rng(0).integers(50, int(longest) + 1, int(n)).tolist(),
+    )
+    for name, at_once, tiles in (
+        ("packed", most, sizes),
+        ("one by one", 1, sizes),
+        ("full", most, [most - 50, 50]),
+    ):
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
             seconds, peak = fresh.submit(stage1_step, at_once, tiles).result()
-        print(f"{name:12} {len(tiles):3} slides, {sum(tiles):,} tiles: {seconds:.1f} s, {peak / 1e9:.2f} GB at the peak")
+        print(
+            f"{name:12} {len(tiles):3} slides, {sum(tiles):,} tiles: {seconds:.1f} s, {peak / 1e9:.2f} GB at the peak"
+        )
 
 
 def anonymous_memory_of_one_answer(folder, int8):
@@ -6219,7 +6939,10 @@ def benchmark_int8():
     # Of the last, a token in int8: what its kernel takes alone, and what the memory gives.
     linears = [part for part in models["int8"].modules() if isinstance(part, wsi_llava.Int8Linear)]
     size, numbers = sum(part.weight.numel() for part in linears), torch.ones(2**27, dtype=torch.long)
-    rates, x = {"in the model": [size / t for t in took["int8"]], "kernel alone": [], "read": []}, torch.randn(1, 2**14)
+    rates, x = (
+        {"in the model": [size / t for t in took["int8"]], "kernel alone": [], "read": []},
+        torch.randn(1, 2**14),
+    )
     for _ in range(20):
         started = time.perf_counter()
         for part in linears:
@@ -6239,13 +6962,22 @@ def folder_of_gguf(path, folder):
     reader = gguf.GGUFReader(path)
     meta = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
     heads, kv_heads = meta["attention.head_count"], meta["attention.head_count_kv"]
-    names = {"blk.": "layers.", "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm"}
+    names = {
+        "blk.": "layers.",
+        "token_embd": "embed_tokens",
+        "output_norm": "norm",
+        "attn_norm": "input_layernorm",
+    }
     names |= {"ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"}
-    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {
+        f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")
+    }
     tensors = {}
     for tensor in reader.tensors:
         x = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if "attn_q." in tensor.name or "attn_k." in tensor.name:  # channels that turn together lie side by side
+        if (
+            "attn_q." in tensor.name or "attn_k." in tensor.name
+        ):  # channels that turn together lie side by side
             pairs = x.view(heads if "attn_q." in tensor.name else kv_heads, -1, 2, x.shape[1])
             x = pairs.transpose(1, 2).reshape(x.shape)  # and in Hugging Face's order half a head apart
         name = re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], tensor.name, count=2)
@@ -6262,7 +6994,9 @@ def folder_of_gguf(path, folder):
     vocab = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
     merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
     fast, parts = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges)), tokenizers.pre_tokenizers
-    fast.pre_tokenizer = parts.Sequence([parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)])
+    fast.pre_tokenizer = parts.Sequence(
+        [parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)]
+    )
     fast.decoder = tokenizers.decoders.ByteLevel()
     kinds = zip(vocab, meta["tokenizer.ggml.token_type"], strict=True)
     fast.add_special_tokens([token for token, kind in kinds if kind == 3])
@@ -6286,7 +7020,9 @@ def benchmark_int8_quality(path=None, prompts=20, new=48):
         folder_of_gguf(path, Path(folder))
         tokenizer, runs = wsi_llava.Tokenizer(Path(folder, "tokenizer.json")), {}
         text = torch.tensor(tokenizer.encode("\n\n".join(prose))[:8192]).view(-1, 512)
-        asked = [tokenizer.encode_turn(f"Explain this: {p}") for p in prose[:: len(prose) // prompts][:prompts]]
+        asked = [
+            tokenizer.encode_turn(f"Explain this: {p}") for p in prose[:: len(prose) // prompts][:prompts]
+        ]
         for name in ("bfloat16", "float32", "int8, but for the head", "int8"):
             llama = wsi_llava.load_llama(folder, torch.float32 if name == "float32" else torch.bfloat16)
             head = llama.lm_head
@@ -6295,7 +7031,10 @@ def benchmark_int8_quality(path=None, prompts=20, new=48):
             if name == "int8, but for the head":
                 llama.lm_head = head
             logits = (llama(row[None])[0].float() for row in text)  # [512,vocab] each
-            both = [(F.cross_entropy(x[:-1], row[1:], reduction="none"), x.argmax(-1)) for x, row in zip(logits, text)]
+            both = [
+                (F.cross_entropy(x[:-1], row[1:], reduction="none"), x.argmax(-1))
+                for x, row in zip(logits, text)
+            ]
             losses, likeliest = map(torch.cat, zip(*both, strict=True))
             answers = []
             for ask in asked:
@@ -6310,7 +7049,11 @@ def benchmark_int8_quality(path=None, prompts=20, new=48):
             if name != "bfloat16":
                 more, same = losses - runs["bfloat16"][0], (likeliest == runs["bfloat16"][1]).float().mean()
                 pairs = zip(answers, runs["bfloat16"][2], strict=True)
-                parted = sorted(next(i for i, (a, b) in enumerate(zip(*pair)) if a != b) for pair in pairs if pair[0] != pair[1])
+                parted = sorted(
+                    next(i for i, (a, b) in enumerate(zip(*pair)) if a != b)
+                    for pair in pairs
+                    if pair[0] != pair[1]
+                )
                 line += f", {more.mean():+.2%} ({more.std() / len(more) ** 0.5:.2%} standard error); likeliest token the same "
                 line += f"at {same:.1%}; {len(parted)} of {prompts} answers part, after {parted} tokens"
             print(line, flush=True)
@@ -6338,7 +7081,11 @@ def write_giant(path, side=100_000, mpp=0.5):
             inside = (np.hypot(x, y) < 0.8).ravel()
             tiles = (encoded[i % 61] if inside[i] else file.getvalue() for i in range(n * n))
             resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
-            shape = {"shape": (side // downsample, side // downsample, 3), "dtype": "uint8", "tile": (256, 256)}
+            shape = {
+                "shape": (side // downsample, side // downsample, 3),
+                "dtype": "uint8",
+                "tile": (256, 256),
+            }
             jpeg = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "metadata": None}
             out.write(tiles, **shape, **jpeg, **resolution, subfiletype=int(downsample > 1))
 
@@ -6351,7 +7098,9 @@ def bare_tile(slide, x, y):
 def naive_tile(slide, x, y, filter="lanczos"):
     """What a plain loop does for each tile of another resolution: read, flatten onto white, resize."""
     side = math.ceil(256 * slide.zoom)
-    region = slide.file.read_region((round(x * slide.scale), round(y * slide.scale)), slide.level, (side, side))
+    region = slide.file.read_region(
+        (round(x * slide.scale), round(y * slide.scale)), slide.level, (side, side)
+    )
     white = Image.new("RGB", region.size, (255, 255, 255))
     white.paste(region, mask=region.getchannel("A"))
     if filter == "mean":
@@ -6374,7 +7123,14 @@ def tile_jobs(readers, plan, batch):
     order = np.concatenate(prepare.blocks(plan["coords"], 256))
     for start in range(0, len(order), batch):
         numbers = order[start : start + batch]
-        yield "read_tiles", "slide", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
+        yield (
+            "read_tiles",
+            "slide",
+            plan["reader"],
+            plan["coords"][numbers],
+            numbers.tolist(),
+            readers.free.popleft(),
+        )
 
 
 def read_all(workers, plan, batch=64, encode=lambda tiles: None):
@@ -6586,7 +7342,9 @@ def slide_encoder_cost(n_tiles, training):
     encoder = wsi_llava.SlideEncoder(cfg).to(device, dtype).train(training)
     encoder.checkpointing = training
     side = math.ceil(math.sqrt(n_tiles))
-    coords = torch.stack([torch.arange(n_tiles) % side, torch.arange(n_tiles) // side], 1)[None].to(device) * 256
+    coords = (
+        torch.stack([torch.arange(n_tiles) % side, torch.arange(n_tiles) // side], 1)[None].to(device) * 256
+    )
     features = torch.randn(1, n_tiles, cfg.in_width, device=device, dtype=dtype)
     square = torch.randn(4096, 4096, device=device, dtype=dtype)
 
