@@ -326,6 +326,7 @@ def size_of_run(stage, recipe, n):
         stage != 1 or recipe.batch_size > 1,
         "--batch-size 1: stage 1 contrasts the slides of a batch; raise it",
     )
+    # No row is left out and none comes twice: batches of nearly one size, none above --batch-size.
     batches = math.ceil(n / recipe.batch_size)
     few = f"a batch of {n // batches} is too small for {world()} processes; raise --batch-size or start fewer"
     check(n // batches >= world(), few)
@@ -529,6 +530,7 @@ class Alignment:
         if not encoder:  # the inputs' mean and deviation, of some slides
             some = [self.read(row)["slides"][0][0] for row in self.train[:200]]
             self.model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
+        # The peak of a group's learning rate; run_stage multiplies it by the schedule.
         params = self.params = list(self.model.parameters())
         self.groups = [{"name": "slide and text encoder", "params": params, "peak": recipe.lr}]
 
@@ -541,6 +543,7 @@ class Alignment:
         most = self.args.max_tiles or math.inf
         tiles = [min(row.tiles, most * len(row.slides)) for row in rows]
         at_once = min(TILES_AT_ONCE, math.ceil(sum(tiles) / world()))
+        # First fit, in the batch's own order: a new micro-batch begins where a row no longer fits.
         parts, room = [], 0
         for row, n in zip(rows, tiles):
             if n > room:
@@ -571,19 +574,22 @@ class Alignment:
         """Adds the gradient of a batch, rows' indices -> (its loss, the tiles that it took)."""
         parts = self.micro_batches([self.train[i] for i in batch])
         seed, tiles = torch.initial_seed(), sum(self.train[i].tiles for i in batch)
-        if len(parts) == 1 and world() == 1:
+        if len(parts) == 1 and world() == 1:  # its activations fit: nothing to cache
             loss = self.model.loss(
                 *embed(self.args, self.model, self.words, [self.read(row) for row in parts[0]])
             )
             loss.backward()
             return loss.item(), tiles
+        # First pass: the embeddings of the whole batch, without activations.
         with torch.no_grad():
             slides, texts = self.embed_all(parts, seed)
+        # The loss, and its gradient with respect to the embeddings: small, [B,E] twice.
         slides.requires_grad_(), texts.requires_grad_()
         loss = self.model.loss(slides, texts)
         loss.backward()
         if rank():
             self.model.logit_scale.grad.zero_()  # all of it on every process; the sum is to hold it once
+        # Second pass: embedded again, with activations, and that gradient carried on into the weights.
         for k, place, pairs in self.shares(parts):  # read again, not held: memory stays one micro-batch's
             torch.manual_seed(seed + k)  # the second pass must draw the dropout of the first
             embedded = embed(self.args, self.model, self.words, pairs)
@@ -622,6 +628,7 @@ def model_to_train(args, recipe, meta, stage):
     full = stage == 3 and args.full
     model, tokenizer = wsi_llava.load_model(args, meta, stage - 1, torch.float32 if full else args.dtype)
     cfg = model.cfg
+    # Everything is frozen, and then what this stage trains is not.
     model.requires_grad_(False)
     if full:
         model.llama.requires_grad_(True)
@@ -687,6 +694,7 @@ def alignment(args, model, samples):
     own, n = cosine.diagonal(), len(samples)
     others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
     found = {"cosine to the own report": own.mean().item(), "to others": others.item()}
+    # As the language model sees it: if it reads the slide, another's makes the report less likely.
     for name, shift in (("loss of a report after its own slide", 0), ("after another", 1)):
         losses = []
         for i, example in enumerate(samples):
@@ -762,6 +770,7 @@ class Conversation:
         if self.stage == 0:
             labels = ids
         visual = [read_visual_tokens(self.args.data, slide, self.cfg) for slide in shown]
+        # An <image> is one id and many positions; what is too long loses the end of its answer.
         more = sum(len(tokens) - 1 for tokens in visual)  # positions than ids
         room = max(0, self.longest - more)
         example = {"id": content["id"], "visual": torch.stack(visual) if visual else None}
@@ -798,6 +807,8 @@ class Conversation:
             labels = [s["labels"] for s in samples]
             with autocast(self.args):
                 loss = self.model([s["visual"] for s in samples], ids, labels, reduction="sum")
+            # The sum, not the mean: rows differ in labelled tokens, and the whole batch's number is known
+            # only at the end. sum_gradients divides by it.
             if learn:
                 loss.backward()
             labelled = sum(label >= 0 for row in labels for label in row[1:])
@@ -1190,6 +1201,7 @@ def stand_in_to_train(args):
             ]
         train_tokenizer(path, texts)
     gather(None)  # the others wait
+    # A WSILLaVA without a slide encoder and with a frozen projector is a language model alone.
     tokenizer = wsi_llava.Tokenizer(path)
     cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict() | {"no_slide_encoder": True})
     cfg.llama = dataclasses.replace(cfg.llama, vocab=len(tokenizer))
@@ -1428,6 +1440,7 @@ def ablations(args):
         say(f"\nWithout {name}")
         variant = argparse.Namespace(**(vars(args) | flags))
         variant.out = args.out if name == WHOLE else folder / name.replace(" ", "-")
+        # Stages before the first that differs are copied; that one and those after it are trained again.
         stages = [stage for stage in (1, 2, 3) if (args.out / f"stage{stage}" / "model.safetensors").exists()]
         if variant.no_slide_encoder and 1 in stages:
             stages.remove(1)
