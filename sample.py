@@ -626,6 +626,11 @@ def api_key():
     return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
+def without_key(text):
+    """What a server says, less what it repeats of the key: errors are printed, and replies are kept."""
+    return text.replace(api_key(), "***") if len(api_key()) > 7 else text  # shorter, it may be a word
+
+
 def endpoint(where, url):
     """A flag's URL -> (that of chat completions, headers with the key). where: the flag and its value."""
     check(url.startswith(("http://", "https://")), f"{where}: begins with neither http:// nor https://")
@@ -646,15 +651,13 @@ def endpoint(where, url):
 
 
 def read_body(response, seconds):
-    """A reply's bytes, which must end in time, however slowly they drip. What it repeats of the key is left
-    out: errors are printed, and replies are kept."""
+    """A reply's bytes, less the key; they must end in time, however slowly they drip."""
     body, deadline = b"", time.monotonic() + seconds
     while chunk := response.read1(1 << 16):
         body += chunk
         if time.monotonic() > deadline or len(body) > LONGEST_REPLY:
             raise TimeoutError("its reply does not end")
-    key = api_key().encode()
-    return body.replace(key, b"***") if len(key) > 7 else body  # shorter, it may be a word
+    return without_key(body.decode("latin-1")).encode("latin-1")  # any bytes, there and back
 
 
 def server_words(body):
@@ -733,9 +736,9 @@ class Server:
         with contextlib.suppress(TypeError, ValueError):
             wait = float(error.headers.get("Retry-After"))
             wait = wait if 0 <= wait < math.inf else None
-        problem = f"HTTP {error.code} {error.reason}: {words}".rstrip(": ")
+        problem = without_key(f"HTTP {error.code} {error.reason}: {words}".rstrip(": "))
         if 300 <= error.code < 400:
-            location = one_line(error.headers.get("Location"))
+            location = without_key(one_line(error.headers.get("Location")))
             raise UserError(f"{self.where}: redirects to {location}; name that instead")
         mine = error.code in (401, 403, 404)
         check(not mine, f"{self.where}: {problem}; check it, the model, OPENAI_API_KEY")

@@ -6053,7 +6053,7 @@ def test_nothing_is_unpickled(tmp_path, name, read, way):
 
 
 def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeypatch, capsys):
-    """Also where the server repeats it, in an error or in a reply."""
+    """Also where the server repeats it, in an error, in a reply or in an address."""
     monkeypatch.setenv("OPENAI_API_KEY", key := "sk-0123456789abcdef")
     path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", "A tumor. Large")] * 3)
     argv = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
@@ -6061,12 +6061,19 @@ def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeyp
     judge_server.script += [(500, {"Retry-After": "0"}, f"{key} is busy"), (200, {}, json.dumps(echo))]
     sample.main(list(map(str, argv)))
     assert judge_server.requests[0][0] == f"Bearer {key}" and (tmp_path / "judge.jsonl").read_text()
-    judge_server.script += [(401, {}, json.dumps({"error": {"message": f"Incorrect API key: {key}"}}))]
-    (tmp_path / "judge.jsonl").unlink()
-    with pytest.raises(UserError, match=r"Incorrect API key: \*\*\*") as caught:
-        sample.main(list(map(str, argv)))
-    said = capsys.readouterr()
-    assert key not in said.out + said.err + str(caught.value)
+    for reply, message in (
+        (
+            (401, {}, json.dumps({"error": {"message": f"Incorrect API key: {key}"}})),
+            "Incorrect API key: ***",
+        ),
+        ((302, {"Location": f"https://elsewhere/?key={key}"}, ""), "redirects to https://elsewhere/?key=***"),
+    ):
+        judge_server.script += [reply]
+        (tmp_path / "judge.jsonl").unlink()
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            sample.main(list(map(str, argv)))
+        said = capsys.readouterr()
+        assert key not in said.out + said.err + str(caught.value)
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
 
 
