@@ -1842,7 +1842,7 @@ def score_answer(row, answer, meteor=None, by_text=True):
         return {"accuracy": None if said is None else float(said == parser(row["truth"]))}
     found, truth, tokens = {}, tokenize(row["truth"]), tokenize(answer)
     if by_text:
-        found = dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
+        found |= dict(zip(NLU, [*bleu(truth, tokens), rouge_l(truth, tokens)]))
         found |= {"METEOR": meteor(truth, tokens)} if meteor else {}
     return found | {"exact match": float(same_answer(answer, row["truth"]))}
 
