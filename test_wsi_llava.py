@@ -2273,7 +2273,7 @@ def test_weights_that_are_not_finite_are_never_done(demo, tmp_path, monkeypatch)
     with pytest.raises(
         UserError, match="stage2: after step 1 the weights are not finite, and were not saved; try a lower"
     ):
-        train_with(demo, tmp_path, "--stage", 2, "--epochs", 0.01)
+        train_with(demo, tmp_path, "--stage", 2, "--epochs", 0.01, "--val", 0)
     assert (
         not list((tmp_path / "stage2").glob("*.safetensors"))
         and not (tmp_path / "stage2" / "train_state.pt").exists()
@@ -2463,27 +2463,21 @@ def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
 
 
 @slow
-def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path, monkeypatch):
+    """On a batch; or, after the last step, on what is held out."""
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "out" / "stage1")
-    with pytest.raises(
-        UserError, match=r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"
-    ):
-        train_with(
-            demo,
-            tmp_path / "out",
-            "--stage",
-            2,
-            "--epochs",
-            5,
-            "--batch-size",
-            4,
-            "--lr",
-            1e30,
-            "--warmup",
-            0,
-        )
+    monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1e30)
+    flags = ["--stage", 2, "--batch-size", 4]
+    message = r"stage 2, step 2: the loss is .*the batch was demo_0.*try a lower --lr"
+    with pytest.raises(UserError, match=message):
+        train_with(demo, tmp_path / "out", *flags, "--epochs", 5)
     bad = json.loads((tmp_path / "out" / "stage2" / "log.jsonl").read_text().splitlines()[-1])
     assert bad["step"] == 2 and 3 <= len(bad["ids"]) <= 4
+    with pytest.raises(
+        UserError, match=r"step 1: on what is held out, \{'loss': (nan|inf)\}; try a lower --lr"
+    ):
+        train_with(demo, tmp_path / "out", *flags, "--epochs", 0.1, "--val", 0.3)
+    assert not (tmp_path / "out" / "stage2" / "model.safetensors").exists()
 
 
 @slow

@@ -78,6 +78,11 @@ def pattern(text):
     return text
 
 
+rate = at_least(
+    0, float, 10
+)  # a type for argparse: a learning rate; one step of a larger one ruins everything
+
+
 def setting(help, kind=None, **default):
     """A field of Recipe. help: what --help says of its flag; kind: its type for argparse, if special."""
     return dataclasses.field(metadata={"help": help, "kind": kind}, **default)
@@ -87,7 +92,7 @@ def setting(help, kind=None, **default):
 class Recipe:
     """Hyperparameters of one stage. Every field is also a flag, which overrides it."""
 
-    lr: float = setting("the learning rate at its highest, after the warmup")
+    lr: float = setting("the learning rate at its highest, after the warmup", rate)
     batch_size: int = setting(
         "rows a step, of all processes together, at most: an epoch's batches are of one size"
     )
@@ -96,8 +101,10 @@ class Recipe:
         "the share of the steps in which the learning rate rises", wsi_llava.share, default=0.03
     )
     weight_decay: float = setting("AdamW's", default=0.0)
-    projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", default=0.0)
-    full_lr: float = setting("stage 3 with --full: takes the place of --lr (0: it does not)", default=0.0)
+    projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", rate, default=0.0)
+    full_lr: float = setting(
+        "stage 3 with --full: takes the place of --lr (0: it does not)", rate, default=0.0
+    )
     lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM's matrices", default=0)
     lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
     lora_dropout: float = setting(
@@ -1116,6 +1123,8 @@ def run_stage(stage, args, folder, stop):
                 task.model.eval()
                 metrics = task.validate()
                 task.model.train()
+                ruined = f"stage {stage}, step {step}: on what is held out, {metrics}; try a lower --lr"
+                check(all(map(math.isfinite, metrics.values())), ruined)
                 entry |= {f"val_{name}": round(value, 5) for name, value in metrics.items()}
                 if metrics:
                     say(f"{where} " + "  ".join(f"val {name} {value:.4g}" for name, value in metrics.items()))
