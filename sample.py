@@ -2285,7 +2285,8 @@ def time_slide(args, path, encoder, model, ids):
     row |= {"tissue": tissue, "reading": reading * N / read, "tile encoder": encoding * N / encoded}
     row |= {"slide encoder": slide_encoder, "first token": first_token, "tokens/s": tokens / seconds}
     row["CPU GB"] = max(readers_peak, wsi_llava.peak_memory()) / 1e9
-    row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9 if args.device.type == "cuda" else 0.0
+    if args.device.type == "cuda":
+        row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9
     extrapolated = f"from {read:,} tiles read, {encoded:,} encoded"
     return row | {"extrapolated": extrapolated if min(read, encoded) < N else ""}
 
