@@ -1629,7 +1629,8 @@ def reading(path, hint):
     a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list.
     """
     try:
-        regular = os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)
+        # "FILE, line 7" is no file: there this costs one look, a line.
+        regular = not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
         check(regular, f"{path}: not a regular file; {hint}")  # a pipe would be waited for, perhaps for ever
         yield
     except UserError:
