@@ -6372,10 +6372,19 @@ def verdict(status, out, err, memory):
     return "refused" if len(errors) == 1 and lines[-1] == errors[0] else "not one line"
 
 
-def fuzz_case(rng, master, folder):
-    """Damages one file or flag of a copy of a demo -> (what, the command, the verdict, its stderr)."""
+def fresh_copy(master, gone="", name="case"):
+    """A copy of a folder beside it, in the place of an earlier one -> the copy. gone: what it lacks, patterns."""
+    folder = master.with_name(name)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(master, folder)
+    for path in itertools.chain(*map(folder.glob, gone.split())):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+def fuzz_case(rng, master):
+    """Damages one file or flag of a copy of a demo -> (what, the command, the verdict, its stderr)."""
+    folder = fresh_copy(master)
     commands = list(READERS)
     command = commands[rng.integers(len(commands))]
     argv = command.split()
@@ -6403,9 +6412,7 @@ def fuzz(master, cases, seed):
     """Prints a table of what was damaged and what came of it -> the faults, (seed, case) each."""
     table, faults = collections.Counter(), []
     for i in range(cases):
-        what, command, said, err = fuzz_case(
-            np.random.default_rng([seed, i]), master, master.with_name("case")
-        )
+        what, command, said, err = fuzz_case(np.random.default_rng([seed, i]), master)
         table[re.sub(r"\d+", "*", what), said] += 1
         if said not in ("worked", "refused"):
             faults.append((seed, i))
@@ -6504,11 +6511,7 @@ ODD_SURROUNDINGS = [
 @forks
 @pytest.mark.parametrize("gone, command, before", ODD_SURROUNDINGS)
 def test_odd_surroundings_are_survived_or_one_line(finished, gone, command, before):
-    folder = finished.with_name("case")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(finished, folder)
-    for path in itertools.chain(*map(folder.glob, gone.split())):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder = fresh_copy(finished, gone)
     status, _, err, memory = run_forked(command.split(), folder, before=before)
     said = verdict(status, "", err, memory)
     assert said == "refused", err[-2000:]
@@ -6529,9 +6532,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(finished, command):
     for path in itertools.chain(*map(finished.glob, READERS[command].split())):
         kinds[re.sub(r"\d+", "*", path.name) + str(path.parent)] = path.relative_to(finished)
     for name in kinds.values():
-        folder = finished.with_name("case")
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(finished, folder)
+        folder = fresh_copy(finished)
         (folder / name).unlink()
         os.mkfifo(folder / name)
         argv = command.split() + (["--llm-steps", "2"] if command.startswith("train") else [])
@@ -6561,12 +6562,7 @@ def kills(master):
     files as without, and no others. -> the faults."""
     faults = []
     for command, gone in WRITERS.items():
-        start, folder, argv = master.with_name("start"), master.with_name("case"), command.split()
-        for place in (start, folder):
-            shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(master, start)
-        for path in itertools.chain(*map(start.glob, gone.split())):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        start, argv = fresh_copy(master, gone, "start"), command.split()
         argv += ["--llm-steps", "2"] if argv[0] == "train.py" else []
         renames = multiprocessing.get_context("fork").Value("i", 0)
 
@@ -6580,13 +6576,12 @@ def kills(master):
             if mine == kill_at and after:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        shutil.copytree(start, folder)
+        folder = fresh_copy(start)
         status, _, err, _ = run_forked(argv, folder, replace=replace)
         assert status == 0, err
         whole, n, wrong = lasting(folder), renames.value, 0
         for kill_at, after in itertools.product(range(n), (False, True)):
-            shutil.rmtree(folder)
-            shutil.copytree(start, folder)
+            fresh_copy(start)
             renames.value = 0
             run_forked(argv, folder, replace=functools.partial(replace, kill_at=kill_at, after=after))
             for path in folder.rglob(".*.part"):
