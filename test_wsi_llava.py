@@ -44,13 +44,12 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: a thread each, also of what they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Benchmarks compile Triton's kernels, tests interpret them on the CPU. Before triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if __name__ == "__main__" else "1")
+if os.environ["TRITON_INTERPRET"] == "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare are a CPU's numbers
 
 import torch
-
-if __name__ == "__main__" or torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "0")  # benchmarks, and tests on a GPU: compiled
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
-
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -66,6 +65,7 @@ HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 GOLDEN = HERE / "assets" / "upstream.safetensors"
 slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "not slow" leaves these tests out
+gpu = pytest.mark.gpu  # also on a GPU, with compiled kernels: TRITON_INTERPRET=0 pytest -m gpu
 
 
 # ---- What several sections use ---------------------------------------------------------------------------
@@ -469,7 +469,10 @@ def test_dilated_attention_gradcheck():
 
 # ---- wsi_llava.py: the Triton kernels, interpreted (on a GPU where there is one), and compiled for GPUs that are not here
 
-needs_triton = pytest.mark.skipif(wsi_llava.triton is None, reason="needs triton")
+compiled = os.environ["TRITON_INTERPRET"] == "0"
+needs_triton = pytest.mark.skipif(
+    wsi_llava.triton is None or compiled and not torch.cuda.is_available(), reason="needs triton"
+)
 KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 1, 1, 16, (4,), (1,)),
     (1, 2, 2, 16, (8, 16), (1, 2)),
@@ -527,6 +530,7 @@ def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_att
     return got
 
 
+@gpu
 @needs_triton
 @pytest.mark.parametrize("pad_keys", [True, False])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
@@ -534,6 +538,7 @@ def test_kernel_equals_the_definition(shape, pad_keys):
     check_kernel(shape, pad_keys, torch.float32, 3e-6)
 
 
+@gpu
 @needs_triton
 @pytest.mark.parametrize("pad_keys", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
@@ -544,6 +549,7 @@ def test_kernel_in_half_precision(shape, dtype, tolerance, pad_keys):
     check_kernel(shape, pad_keys, dtype, tolerance)
 
 
+@gpu
 @needs_triton
 @pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
 def test_the_tolerances_catch_a_missed_branch_and_a_wrong_scale(dtype, tolerance):
@@ -558,12 +564,14 @@ def test_the_tolerances_catch_a_missed_branch_and_a_wrong_scale(dtype, tolerance
             check_kernel(KERNEL_SHAPES[11], True, dtype, tolerance, wrong)
 
 
+@gpu
 @needs_triton
 def test_kernel_gives_the_same_bits_twice():
     first, second = (check_kernel(KERNEL_SHAPES[6], True, torch.float32, 3e-6) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@gpu
 @needs_triton
 def test_kernel_takes_tensors_that_are_not_contiguous():
     """q, k, v as views of one packed projection, as a fused qkv layer gives them, and a transposed gradient."""
@@ -579,6 +587,7 @@ def test_kernel_takes_tensors_that_are_not_contiguous():
     torch.testing.assert_close(found["triton"], found["torch"])
 
 
+@gpu
 @needs_triton
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_query_that_no_branch_keeps_gets_zeros(impl):
@@ -635,6 +644,10 @@ def kernel_resources():
             {"kernel": kernel.__name__.strip("_"), "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
             | compiled_resources(kernel, gpu, types[dtype], wsi_llava._launch_options(kernel, D, dtype))
         )
+    options = {"BLOCK": 4, "STEP": 1024, "num_warps": 4, "num_stages": 3}
+    for gpu in SHARED_LIMIT:
+        found = compiled_resources(wsi_llava._int8_kernel, gpu, "bf16", options)
+        rows.append({"kernel": "int8_kernel", "gpu": f"sm_{gpu}", "dtype": "int8", "head_dim": ""} | found)
     return rows
 
 
@@ -646,6 +659,8 @@ def compiled_resources(kernel, gpu, dtype, options):
     constants = {name: value for name, value in {"PAD": True, **options}.items() if name in kernel.arg_names}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v", "grad"), f"*{dtype}")
     types |= dict.fromkeys(("out", "lse", "delta", "dq", "dk", "dv"), "*fp32") | {"scale": "fp32"}
+    if kernel is wsi_llava._int8_kernel:
+        types |= {"x": f"*{dtype}", "y": f"*{dtype}", "weight": "*i8", "scale": "*bf16"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     # In a real launch pointers and D are multiples of 16, and Triton compiles for that.
@@ -676,6 +691,39 @@ def compiled_resources(kernel, gpu, dtype, options):
     }
 
 
+@gpu
+@slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_pipeline_on_a_gpu(demo, tmp_path):
+    """All commands in bfloat16, the default there; a slide's features and its visual tokens are the CPU's in float32."""
+    folder, printed = demo  # made on the GPU
+    assert "on cuda" in printed
+    places = ["--data", folder / "data", "--out", folder / "out"]
+    cpu = ["--data", tmp_path / "data", "--preset", "demo", "--device", "cpu"]
+    slide = next((folder / "data" / "slides").iterdir())
+    assert script("prepare.py", "--slides", slide, *cpu).returncode == 0
+    there, here = (load_file(wsi_llava.features_file(d / "data", slide.stem)) for d in (folder, tmp_path))
+    agrees("features", there["features"].float(), here["features"].float(), 3e-2)
+    model = wsi_llava.load_slide_encoder(folder / "out" / "stage1" / "slide_encoder.safetensors")
+    for device, dtype, tolerance in (("cuda", torch.float32, 1e-3), ("cuda", torch.bfloat16, 5e-2)):
+        want = model.cpu().float()(there["features"].float()[None], there["coords"][None])[1]
+        model.to(device, dtype)
+        got = model(there["features"].to(device, dtype)[None], there["coords"].to(device)[None])[1]
+        agrees(f"slide encoder, {dtype}", got.float().cpu(), want, tolerance)
+    ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8]
+    for command in (
+        [*ask, "--heatmap", tmp_path / "heat.png"],
+        [*ask, "--int8"],
+        ["sample.py", "--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", tmp_path / "p.jsonl"],
+        ["train.py", "--stage", 3, "--full", "--epochs", 1],
+    ):
+        done = script(*command, *places)
+        assert done.returncode == 0, done.stderr
+    full = torchrun(1, "--stage", 1, "--epochs", 1, *places)  # by NCCL
+    done = subprocess.run(full, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @slow
 @needs_triton
 def test_the_kernels_compile_for_real_gpus_without_spills():
@@ -685,10 +733,10 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 3 * 4 * 2 * 2  # kernels, GPUs, dtypes, head dims
+    assert len(rows) == 3 * 4 * 2 * 2 + 4  # kernels, GPUs, dtypes, head dims; int8 has a kernel of its own
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= row["shared_limit"], row
-        assert (row["mma"] > 0) == (row["dtype"] != "fp32"), row  # tensor cores wherever the dtype allows
+        assert (row["mma"] > 0) == (row["dtype"] == "bf16"), row  # tensor cores wherever the dtype allows
 
 
 def test_the_benchmark_of_attention_measures_every_path(capsys):
@@ -925,6 +973,19 @@ def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, o
     assert y.dtype == dtype and relative(y.double(), x.double() @ weight.T) < tolerance
     y.backward(grad)
     assert relative(x.grad.double(), grad.double() @ weight) < tolerance
+
+
+@gpu
+@needs_triton
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("M, K, N", [(1, 64, 4), (3, 1024, 9), (8, 1100, 130)])
+def test_the_int8_kernel_is_the_product(M, K, N, dtype, tolerance):
+    device = machine()[0]
+    x = torch.randn(M, K, device=device).to(dtype)
+    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
+    scale = torch.rand(N, device=device).bfloat16()
+    want = x.double() @ (weight.double() * scale.double()[:, None]).T
+    agrees("int8 kernel", wsi_llava.int8_rows(x, weight, scale).double(), want, tolerance)
 
 
 @torch.no_grad()
@@ -6604,14 +6665,42 @@ def kills(master):
 MEDIUM = wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504)  # 738 M parameters
 
 
+def machine():
+    """The device that benchmarks run on, and the dtype that is the default there."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def seconds_of(work):
+    """One run by the clock, a GPU's work done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def fresh(work, *given):
+    """work(*given) in a process of its own, since peaks of memory never fall."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(work, *given).result()
+
+
+def fastest(work, rounds=2):
+    """Seconds of the fastest round of work()."""
+    return min(seconds_of(work) for _ in range(rounds))
+
+
 def compare(name, ours, theirs, rounds=5, unit=1.0):
     """Times two peers turn by turn, so that what else the machine does hits both; prints each one's fastest round."""
     times = {ours: [], theirs: []}
     for i in range(2 * rounds):
         peer = (ours, theirs)[(i + i // 2) % 2]  # a b b a a b b a ...
-        started = time.perf_counter()
-        peer()
-        times[peer].append((time.perf_counter() - started) / unit)
+        times[peer].append(seconds_of(peer) / unit)
     a, b = min(times[ours]), min(times[theirs])
     median = np.median(times[theirs]) / np.median(times[ours])
     print(
@@ -6624,13 +6713,15 @@ def peers(cfg, dtype):
     """The same random Llama twice: ours, and transformers' with sdpa attention, on the same memory."""
     import transformers
 
-    ours = wsi_llava.Llama(cfg).to(dtype).eval()
+    with machine()[0]:
+        ours = wsi_llava.Llama(cfg).to(dtype).eval()
     config = transformers.LlamaConfig(
         vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp_hidden, num_hidden_layers=cfg.depth,
         num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.context,
         rms_norm_eps=cfg.eps, attn_implementation="sdpa",
     )  # fmt: skip
-    theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    with machine()[0]:
+        theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
     names = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in ours.state_dict().items()}
     theirs.load_state_dict(names, assign=True)
     return ours, theirs
@@ -6652,19 +6743,23 @@ class PlainLoRA(torch.nn.Module):
 
 def benchmark_training(rounds=5):
     """A stage-3 step: 576 visual tokens and 448 of text, of which the answer's 192 are labelled; and all labelled."""
-    ours, theirs = peers(wsi_llava.LlamaConfig(32000, 1024, 12, 16, 16, 2816), torch.float32)
-    wsi_llava.add_lora(ours, 16, 32.0)
+    device, dtype = machine()
+    small = wsi_llava.LlamaConfig(32000, 1024, 12, 16, 16, 2816)
+    ours, theirs = peers(small if device.type == "cpu" else PRESETS["7b"].llama, dtype)
     theirs.requires_grad_(False)
-    for layer in theirs.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            for name, child in list(part.named_children()):
-                if isinstance(child, torch.nn.Linear):
-                    setattr(part, name, PlainLoRA(child, 16, 32.0))
+    with device:
+        wsi_llava.add_lora(ours, 16, 32.0)
+        for layer in theirs.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, child in list(part.named_children()):
+                    if isinstance(child, torch.nn.Linear):
+                        setattr(part, name, PlainLoRA(child, 16, 32.0).to(dtype))
     cfg = wsi_llava.WSILLaVAConfig(llama=ours.cfg)
     with torch.device("meta"):
         model = wsi_llava.WSILLaVA(cfg)
     model.llama, model.slide_encoder = ours, None
-    model.mm_projector = wsi_llava.make_projector(1024, 1024).requires_grad_(False)
+    projector = wsi_llava.make_projector(1024, ours.cfg.width).requires_grad_(False)
+    model.mm_projector = projector.to(device, dtype)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for m in (ours, theirs)]
     text = torch.randint(3, 32000, (448,)).tolist()
     ids = [text[:30] + [IMAGE_TOKEN] + text[30:]]
@@ -6693,16 +6788,17 @@ def benchmark_training(rounds=5):
 
 @torch.inference_mode()
 def benchmark_inference(rounds=5):
-    """Prefill of 640 tokens and decoding, batch 1, 738 M parameters."""
+    """Prefill of 640 tokens and decoding, batch 1, 738 M parameters; on a GPU 7b's."""
     import transformers
 
+    device = machine()[0]
     for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = peers(MEDIUM, dtype)
-        ids, one = torch.randint(32000, (1, 640)), torch.tensor([[5]])
+        ours, theirs = peers(MEDIUM if device.type == "cpu" else PRESETS["7b"].llama, dtype)
+        ids, one = torch.randint(32000, (1, 640), device=device), torch.tensor([[5]], device=device)
         caches = {}
 
         def our_prefill(ours=ours, dtype=dtype, ids=ids, caches=caches):
-            caches["ours"] = wsi_llava.KVCache(ours.cfg, 1, 1024, "cpu", dtype)
+            caches["ours"] = wsi_llava.KVCache(ours.cfg, 1, 1024, device, dtype)
             ours(ids, cache=caches["ours"], last_only=True)
 
         def their_prefill(theirs=theirs, ids=ids, caches=caches):
@@ -6724,7 +6820,9 @@ def benchmark_inference(rounds=5):
 
 def benchmark_llama(rounds=5):
     """Llama against transformers, with sdpa attention and its DynamicCache, on the same weights and threads."""
-    print(f"Llama on {torch.get_num_threads()} threads, the fastest of {rounds} rounds each, turn by turn")
+    where = f"{torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else where
+    print(f"Llama on {where}, the fastest of {rounds} rounds each, turn by turn")
     benchmark_training(int(rounds))
     benchmark_inference(int(rounds))
 
@@ -6778,24 +6876,17 @@ def answer_7b(folder, n_tiles=2000, n_tokens=16):
 def benchmark_7b(folder):
     """Vicuna-7B's exact shape on this CPU, each step in a process of its own, since peaks never fall."""
     folder = Path(folder)
-
-    def fresh(work):
-        with concurrent.futures.ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn")
-        ) as process:
-            return process.submit(work, folder).result()
-
     if not (folder / "config.json").exists():
         print(f"Making random weights of Vicuna-7B's shape in {folder}, 13.5 GB ...", flush=True)
-        fresh(make_7b)
+        fresh(make_7b, folder)
     files = sorted(folder.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    peak = fresh(load_7b)
+    peak = fresh(load_7b, folder)
     print(
         f"load: {len(files)} files of {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {peak / size:.3f} of the files"
     )
     assert peak < 1.15 * size
-    found = fresh(answer_7b)
+    found = fresh(answer_7b, folder)
     print(
         f"answer: load {found['load_s']:.1f} s, slide encoder (2,000 tiles) {found['slide_encoder_s']:.1f} s, first token "
         f"after {found['positions']} positions {found['first_token_s']:.1f} s, then {found['tokens_per_s']:.2f} tokens/s, "
@@ -6833,26 +6924,32 @@ def benchmark_stage1_memory():
         print(f"64 against 8: {peaks[64] / peaks[8]:.3f} times")
 
 
-def stage1_step(at_once, sizes):
-    """One step of stage 1 at 7b's sizes, on made-up slides of so many tiles, `at_once` of these at once -> seconds, peak
-    bytes. For a process of its own."""
+def stage1_step(preset, at_once, sizes):
+    """One step of stage 1 at a preset's sizes, on made-up slides of so many tiles, `at_once` of these at once -> seconds,
+    peak bytes. For a process of its own."""
     torch.manual_seed(0)
-    cfg, task = wsi_llava.WSILLaVAConfig(), object.__new__(train.Alignment)
+    device, dtype = machine()
+    cfg, task = copy.deepcopy(PRESETS[preset]), object.__new__(train.Alignment)
     cfg.text_encoder = wsi_llava.TextEncoderConfig(64, 64, 1, 2, 64)
-    task.args = types.SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, max_tiles=0)
-    task.cfg, task.model, task.words = cfg, train.WSITextAlignment(cfg), torch.randn(100, 64)
+    task.args = types.SimpleNamespace(device=device, dtype=dtype, max_tiles=0, workers=8)
+    task.cfg, task.model, task.words = cfg, train.WSITextAlignment(cfg).to(device), torch.randn(100, 64)
+    task.words = task.words.to(device)
     task.model.slide_encoder.checkpointing, task.params = True, list(task.model.parameters())
     task.train = [train.Row(b"", (str(i),), "report", tiles) for i, tiles in enumerate(sizes)]
 
     def read(row):
         x = torch.arange(row.tiles)
-        slide = torch.randn(row.tiles, 1536).half(), torch.stack([x % 60, x // 60], 1) * 256
+        slide = (
+            torch.randn(row.tiles, cfg.slide_encoder.in_width).half(),
+            torch.stack([x % 60, x // 60], 1) * 256,
+        )
         return {"slides": [slide], "ids": [1, 2, 3]}
 
     task.read, train.TILES_AT_ONCE = read, at_once
-    started = time.perf_counter()
-    task.backward(list(range(len(sizes))))
-    return time.perf_counter() - started, wsi_llava.peak_memory()
+    if device.type == "cuda":
+        task.backward([0])  # compiles the kernels
+    seconds = seconds_of(lambda: task.backward(list(range(len(sizes)))))
+    return seconds, wsi_llava.peak_memory(device)
 
 
 def benchmark_stage1(n=64, longest=3000):
@@ -6867,9 +6964,7 @@ def benchmark_stage1(n=64, longest=3000):
         ("one by one", 1, sizes),
         ("full", most, [most - 50, 50]),
     ):
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-            seconds, peak = fresh.submit(stage1_step, at_once, tiles).result()
+        seconds, peak = fresh(stage1_step, "7b", at_once, tiles)
         print(
             f"{name:12} {len(tiles):3} slides, {sum(tiles):,} tiles: {seconds:.1f} s, {peak / 1e9:.2f} GB at the peak"
         )
@@ -6917,9 +7012,7 @@ def benchmark_int8():
     with tempfile.TemporaryDirectory() as folder:
         wsi_llava.save_llama(models["bfloat16"], folder)
         for name in models:
-            spawn = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-                peak = fresh.submit(anonymous_memory_of_one_answer, folder, name == "int8").result()
+            peak = fresh(anonymous_memory_of_one_answer, folder, name == "int8")
             print(f"{name:9} peak of loading it and one token, beside the mapped file: {peak / 1e9:.2f} GB")
     caches = {name: wsi_llava.KVCache(MEDIUM, 1, 512, "cpu", torch.bfloat16) for name in models}
     for what, n, times in (("prefill of 256", 256, 5), ("one token", 1, 40)):
@@ -7265,18 +7358,6 @@ def benchmark_encoding(rounds=2):
     )
 
 
-def fastest(work, device, rounds=2):
-    """Seconds of the fastest round of work()."""
-    times = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 def attention_flops(L, cfg):
     """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that meet."""
     pairs, x = 0, torch.empty(1, L, cfg.heads, device="meta")
@@ -7286,36 +7367,82 @@ def attention_flops(L, cfg):
     return 4 * pairs * (cfg.width // cfg.heads)
 
 
+def upstream_attention(q, k, v, segments, dilations, **_):
+    """Dilated attention as Prov-GigaPath computes it: the tokens of each branch gathered, PyTorch's flash attention over
+    them, its result scattered into zeros, and all branches mixed by their log-sum-exp."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    if not q.is_cuda:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    B, L, H, D = q.shape
+    outs, lses = [], []
+    for W, R in zip(segments, dilations):
+        W = min(W, L)
+        gathered = []
+        for x in (q, k, v):
+            x = F.pad(x, (0, 0, 0, -H % R, 0, -L % W)).unflatten(1, (-1, W)).flatten(0, 1)  # [B*S,W,H,D]
+            x = F.pad(x, (0, 0, 0, 0, 0, -W % R))
+            x = x.unflatten(1, (-1, R)).unflatten(3, (R, -1))  # [B*S,n,R,R,H/R,D]
+            x = x.diagonal(dim1=2, dim2=3).permute(0, 4, 2, 1, 3).flatten(1, 2)  # [B*S,H,n,D]
+            gathered.append(x.contiguous())
+        found = []
+        for x, nothing in zip(flash(*gathered)[:2], (0, -1e8)):
+            x = x.view(*gathered[0].shape[:3], -1)  # [B*S,H,n,D or 1]
+            S, _, n, d = x.shape
+            whole = torch.full((S, n, R, R, x.shape[1] // R, d), nothing, dtype=x.dtype, device=x.device)
+            whole.diagonal(dim1=2, dim2=3).copy_(x.unflatten(1, (R, -1)).permute(0, 3, 2, 4, 1))
+            whole = whole.flatten(3, 4).flatten(1, 2)[:, :W].unflatten(0, (B, -1)).flatten(1, 2)
+            found.append(whole[:, :L, :H])
+        outs.append(found[0])
+        lses.append(found[1].detach())
+    weights = torch.stack(lses).softmax(0).to(q.dtype)  # upstream takes no gradient of them
+    return sum(out * weight for out, weight in zip(outs, weights))
+
+
+def rates(device, dtype):
+    """What the machine itself does: a matmul's FLOP/s, and the bytes/s that a copy reads and writes."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.empty(2**31 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    c = torch.empty_like(b)
+    return 2 * n**3 / fastest(lambda: a @ a, rounds=10), 2 * len(b) / fastest(lambda: c.copy_(b), rounds=5)
+
+
 def benchmark_attention(*tiles):
-    """A layer of the 7b slide encoder's dilated attention: error against float64, speed, and without a GPU what the
-    kernels take when compiled for one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A layer of the 7b slide encoder's dilated attention: error against float64, and speed, beside upstream's way of
+    computing it; and without a GPU what the kernels take when compiled for one."""
+    device, best = machine()
     cfg, D = PRESETS["7b"].slide_encoder, 48
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    attention = functools.partial(
-        wsi_llava.dilated_attention, segments=cfg.segments, dilations=cfg.dilations, pad_keys=cfg.pad_keys
-    )
-    paths = ["torch", "triton"] if device.type == "cuda" else ["torch"]
+    flops, bytes_moved = rates(device, best)
+    print(f"the machine: {flops / 1e9:,.0f} GFLOP/s in a matmul, {bytes_moved / 1e9:,.0f} GB/s in a copy")
+
+    def attention(q, k, v, impl):
+        if impl == "upstream":
+            return upstream_attention(q, k, v, cfg.segments, cfg.dilations)
+        return wsi_llava.dilated_attention(q, k, v, cfg.segments, cfg.dilations, cfg.pad_keys, impl)
+
+    paths = ["upstream", "torch", "triton"] if device.type == "cuda" else ["upstream", "torch"]
     exact = torch.randn(3, 1, 1501, cfg.heads, D, dtype=torch.float64)
     want = dense_dilated_attention(*exact, cfg.segments, cfg.dilations, cfg.pad_keys)
     for dtype, impl in itertools.product((torch.float32, torch.bfloat16), paths):
+        if impl == "upstream" and device.type == "cuda" and dtype == torch.float32:
+            continue  # flash attention on a GPU takes half precision alone
         error = relative(attention(*exact.to(device, dtype), impl=impl).double().cpu(), want)
-        print(f"{str(dtype).removeprefix('torch.'):9} {impl:7} error {error:.1e} of the largest value")
+        print(f"{str(dtype).removeprefix('torch.'):9} {impl:8} error {error:.1e} of the largest value")
 
     def measure(n, impl):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        q, k, v = torch.randn(3, 1, n + 1, cfg.heads, D, device=device, dtype=dtype)
+        q, k, v = torch.randn(3, 1, n + 1, cfg.heads, D, device=device, dtype=best)
 
         def both():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             attention(*leaves, impl=impl).sum().backward()
 
         rounds = 1 if n > 10000 and device.type == "cpu" else 3
-        forward = fastest(lambda: attention(q, k, v, impl=impl), device, rounds)
+        forward = fastest(lambda: attention(q, k, v, impl=impl), rounds)
         rate = attention_flops(n + 1, cfg) / forward / 1e9
-        backward = fastest(both, device, rounds)
+        backward = fastest(both, rounds)
         times = f"forward {forward:.4f} s ({rate:,.0f} GFLOP/s), with backward {backward:.4f} s"
-        print(f"{n:>7} tiles  {impl:7} {times}", flush=True)
+        print(f"{n:>7} tiles  {impl:8} {times}", flush=True)
 
     for n, impl in itertools.product(map(int, tiles or (1000, 10000, 100000)), paths):
         measure(n, impl)
@@ -7332,8 +7459,7 @@ def slide_encoder_cost(n_tiles, training):
     against is that of a square matmul, the better of one before and one after. For a process of its own: peaks never
     fall.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, dtype = machine()
     cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
     encoder = wsi_llava.SlideEncoder(cfg).to(device, dtype).train(training)
     encoder.checkpointing = training
@@ -7351,10 +7477,13 @@ def slide_encoder_cost(n_tiles, training):
             with torch.inference_mode():
                 encoder(features, coords)
 
-    before = fastest(lambda: square @ square, device, rounds=4)
-    encoder(features[:, :64], coords[:, :64])  # warms up
-    took = fastest(work, device, rounds=2 if n_tiles <= 1000 else 1)  # a short one is mostly first touches
-    matmul = 2 * 4096**3 / min(before, fastest(lambda: square @ square, device))
+    before = fastest(lambda: square @ square, rounds=4)
+    if device.type == "cuda":
+        work()  # compiles the kernels
+    else:
+        encoder(features[:, :64], coords[:, :64])  # warms up
+    took = fastest(work, rounds=2 if n_tiles <= 1000 else 1)  # a short one is mostly first touches
+    matmul = 2 * 4096**3 / min(before, fastest(lambda: square @ square))
     per_token = cfg.in_width * cfg.width + cfg.depth * cfg.width * (4 * cfg.width + 2 * cfg.mlp_hidden)
     flop = (2 * L * per_token + cfg.depth * attention_flops(L, cfg)) * (4 if training else 1)
     return took, flop, matmul, wsi_llava.peak_memory(device)
@@ -7365,15 +7494,117 @@ def benchmark_slide_encoder(*tiles):
     print("The 7b slide encoder; matmul: 4096 x 4096 in the same process")
     tiles = list(map(int, tiles or (1000, 10000, 100000)))
     for n, training in [(n, False) for n in tiles] + [(n, True) for n in tiles if n <= 10000]:
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as fresh:
-            took, flop, matmul, peak = fresh.submit(slide_encoder_cost, n, training).result()
+        took, flop, matmul, peak = fresh(slide_encoder_cost, n, training)
         print(
             f"{n:>7} tiles  {'training' if training else 'inference'}  {took:.2f} s  {1e6 * took / n:.0f} us/tile  "
             f"{flop / 1e12:.2f} TFLOP  {flop / took / 1e9:,.0f} of matmul's {matmul / 1e9:,.0f} GFLOP/s "
             f"({flop / took / matmul:.2f})  peak {peak / 1e9:.2f} GB",
             flush=True,
         )
+
+
+def at_random(module):
+    """A module of the meta device -> on this machine, random weights in it."""
+    device, dtype = machine()
+    return sample.random_weights(module, types.SimpleNamespace(device=device, dtype=dtype))
+
+
+def conversation_step(preset, stage, words):
+    """Seconds and peak bytes of stage 2's or 3's work on one micro-batch of the preset's recipe: visual tokens, and so many
+    tokens of text, of which the last half is learned. For a process of its own."""
+    device, dtype = machine()
+    recipe, task = train.RECIPES[preset][stage], object.__new__(train.Conversation)
+    with torch.device("meta"):
+        model = wsi_llava.WSILLaVA(dataclasses.replace(PRESETS[preset], no_slide_encoder=True))
+    model = at_random(model).requires_grad_(False).train()
+    model.mm_projector.float().requires_grad_(True)
+    if stage == 3:
+        with device:
+            wsi_llava.add_lora(model.llama, recipe.lora_rank, recipe.lora_alpha, dropout=recipe.lora_dropout)
+        for p in model.llama.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
+    model.llama.checkpointing = recipe.checkpointing
+    task.model, task.micro_batch = model, recipe.micro_batch
+    task.args = types.SimpleNamespace(device=device, dtype=dtype, workers=2)
+    task.train, task.sharded, task.cut, task.lost, task.first_cut = [], False, 0, 0, None
+    task.params = [p for p in model.parameters() if p.requires_grad]
+    visual = torch.randn(1, PRESETS[preset].n_visual_tokens, PRESETS[preset].slide_encoder.width)
+    text = torch.randint(3, PRESETS[preset].llama.vocab, (words,)).tolist()
+    learned = [IGNORE] * (1 + words - words // 2) + text[words - words // 2 :]
+    example = {"ids": [IMAGE_TOKEN, *text], "labels": learned, "visual": visual, "id": "0"}
+    task.read = lambda row: example | {"positions": words + len(visual[0]), "cut": False, "lost": False}
+    task.train = [train.Row(b"", ("s",), "report", 1)] * recipe.micro_batch
+    optimizer = torch.optim.AdamW(task.params)
+
+    def step():
+        task.backward(list(range(recipe.micro_batch)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return fastest(step), wsi_llava.peak_memory(device), recipe.micro_batch
+
+
+@torch.inference_mode()
+def answer_cost(preset, int8, new=64):
+    """-> seconds to the first token of an answer to one slide, tokens/s after it, peak bytes."""
+    device = machine()[0]
+    with torch.device("meta"):
+        model = wsi_llava.WSILLaVA(dataclasses.replace(PRESETS[preset], no_slide_encoder=True))
+    model = at_random(model)
+    if int8:
+        wsi_llava.quantize_int8(model.llama)
+    visual = torch.randn(1, PRESETS[preset].n_visual_tokens, PRESETS[preset].slide_encoder.width)
+    answers = functools.partial(model.generate, [visual], [[1, IMAGE_TOKEN, *range(3, 66)]], ends=())
+    sample.reset_peak(device)
+    list(answers(8))  # warms up
+    first = fastest(lambda: list(answers(1)))
+    return first, (new - 1) / (fastest(lambda: list(answers(new))) - first), wsi_llava.peak_memory(device)
+
+
+@torch.inference_mode()
+def tile_encoder_cost(preset, batch):
+    """-> tiles a second from pixels to features, their FLOP/s, peak bytes."""
+    device, cfg = machine()[0], PRESETS[preset].tile_encoder
+    with torch.device("meta"):
+        encoder = wsi_llava.TileEncoder(cfg)
+    encoder = at_random(encoder)
+    tiles = torch.randint(0, 256, (batch, 256, 256, 4), dtype=torch.uint8)
+    took = fastest(lambda: prepare.encode(encoder, tiles, device), rounds=5) / batch
+    T = (cfg.image_size // cfg.patch_size) ** 2 + 1
+    # 8: q, k, v and the projection; 6: SwiGLU's three matrices; 4: attention's two products.
+    flop = cfg.depth * T * cfg.width * (8 * cfg.width + 6 * cfg.mlp_hidden + 4 * T)
+    return 1 / took, flop / took, wsi_llava.peak_memory(device)
+
+
+def benchmark_steps(preset="7b"):
+    """What each step of a preset takes here, on random weights, each in a process of its own."""
+    device, dtype = machine()
+    flops, bytes_moved = rates(device, dtype)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{name}, {dtype}: {flops / 1e12:.3f} TFLOP/s in a matmul, {bytes_moved / 1e9:,.0f} GB/s in a copy")
+
+    for batch in (64, 256):
+        rate, flop, peak = fresh(tile_encoder_cost, preset, batch)
+        print(
+            f"tile encoder, batches of {batch}: {rate:,.1f} tiles/s, {flop / 1e12:.3f} TFLOP/s, {peak / 1e9:.1f} GB",
+            flush=True,
+        )
+    for int8 in (False, True):
+        first, speed, peak = fresh(answer_cost, preset, int8)
+        what = "int8" if int8 else str(dtype).removeprefix("torch.")
+        print(
+            f"answer, {what}: first token {first:.3f} s, then {speed:.1f}/s, {peak / 1e9:.1f} GB", flush=True
+        )
+    sizes = np.random.default_rng(0).integers(50, 3001, 64).tolist()
+    took, peak = fresh(stage1_step, preset, train.TILES_AT_ONCE, sizes)
+    print(
+        f"stage 1: a batch of 64 slides, {sum(sizes):,} tiles, in {took:.2f} s, {peak / 1e9:.1f} GB",
+        flush=True,
+    )
+    for stage in (2, 3):
+        took, peak, rows = fresh(conversation_step, preset, stage, 256)
+        what = f"a micro-batch of {rows}, 256 tokens of text each"
+        print(f"stage {stage}: {what}, in {took:.2f} s, {peak / 1e9:.1f} GB", flush=True)
 
 
 def benchmark_tissue():
@@ -7422,6 +7653,7 @@ BENCHMARKS = {
     "int8": benchmark_int8,
     "int8-quality": benchmark_int8_quality,
     "7b": benchmark_7b,
+    "steps": benchmark_steps,
 }
 
 if __name__ == "__main__":

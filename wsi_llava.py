@@ -787,14 +787,14 @@ def position_embedding(coords, width, tile_size=TILE, grid=1000):
     """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in tiled pixels -> [...,C].
 
     The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of cell
-    / 10000^(i / (C/4)). Computed from the cells: upstream looks them up in a table of grid^2 rows, 3 GB at
+    / 10000^(i / (C/4)). Looked up in a table of grid rows, one for both: upstream's has grid^2 rows, 3 GB at
     768. Raises ValueError for a cell outside the grid.
     """
     cells = grid_cells(coords, tile_size, grid)
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
-    angle = cells.cpu().double().flip(-1).unsqueeze(-1) * frequency  # [...,2 (y, x),C/4]
-    embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # [...,2,C/2] -> [...,C]
-    return embedding.to(coords.device, torch.float32)
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid)[:, None] * frequency  # [grid,C/4]
+    table = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # [grid,C/2]
+    return table.to(coords.device)[cells.long().flip(-1)].flatten(-2)  # [...,2 (y, x),C/2] -> [...,C]
 
 
 def pool_tokens(tokens, n):
@@ -1030,9 +1030,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)  # [...,C] * [...,1]
-        return self.weight * y.to(x.dtype)
+        # One kernel on a GPU: written out it is seven, and a decoder's token waits for launches.
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_tables(cfg, start, T, device, dtype):
@@ -1557,6 +1556,32 @@ def merge_lora(llama):
     return llama
 
 
+if triton is not None:
+
+    @triton.jit
+    def _int8_kernel(x, weight, scale, y, N, K, BLOCK: tl.constexpr, STEP: tl.constexpr):
+        """A row of y [M,N] = x [M,K] (scale [N] weight [N,K])^T, a block of its columns: the weights pass
+        once, as int8."""
+        row, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, K, STEP):
+            k = first + tl.arange(0, STEP)
+            xs = tl.load(x + row * K + k, k < K, other=0.0).to(tl.float32)
+            inside = (n < N)[:, None] & (k < K)[None, :]
+            ws = tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], inside, other=0)
+            total += tl.sum(ws.to(tl.float32) * xs[None, :], 1)
+        total *= tl.load(scale + n, n < N, other=0.0).to(tl.float32)
+        tl.store(y + row * N + n, total, n < N)
+
+
+def int8_rows(x, weight, scale):
+    """Int8Linear's product by the kernel, row by row of x [M,K] -> [M,N]."""
+    (M, K), N = x.shape, len(weight)
+    y = x.new_empty(M, N)
+    _int8_kernel[(triton.cdiv(N, 4), M)](x, weight, scale, y, N, K, BLOCK=4, STEP=1024)
+    return y
+
+
 class Int8Linear(nn.Module):
     """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's size.
 
@@ -1579,17 +1604,24 @@ class Int8Linear(nn.Module):
         parts = [x @ weight.to(x.dtype).T for weight in self.weight.split(16384)]
         return torch.cat(parts, -1) * self.scale.to(x.dtype)
 
+    def most_rows(self, x):
+        """Up to how many rows few() is faster than product(), where it can be used."""
+        if x.device.type == "cpu":  # PyTorch's kernel reads past the end of rows that are no multiple of 32
+            return 16 if x.shape[-1] % 32 == 0 else 0
+        return 8 if x.is_cuda and triton is not None else 0
+
+    def few(self, x):
+        """x W^T for few rows, whose cost is that of reading W, [rows,in] -> [rows,out]: with W read as int8."""
+        if x.device.type == "cpu":  # this kernel takes bfloat16 (the scale may have been cast with the model)
+            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16())
+        return int8_rows(x.contiguous(), self.weight, self.scale)
+
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
             y = checkpoint(self.product, x, use_reentrant=False)
-        elif x.device.type == "cpu" and rows <= 16 and x.shape[-1] % 32 == 0:
-            # A few rows cost what reading the weights costs, and PyTorch's CPU kernel reads them as int8. It
-            # takes bfloat16 (the scale may have been cast with the model), and reads past the end of rows that
-            # are no multiple of 32.
-            y, scale = x.reshape(rows, -1).bfloat16(), self.scale.bfloat16()  # [rows,in]
-            y = torch._weight_int8pack_mm(y, self.weight, scale)
-            y = y.view(*x.shape[:-1], -1).to(x.dtype)  # [rows,out] -> [...,out]
+        elif rows <= self.most_rows(x):
+            y = self.few(x.reshape(rows, -1)).view(*x.shape[:-1], -1).to(x.dtype)
         else:
             y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
