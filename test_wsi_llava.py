@@ -481,14 +481,8 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 8, 2, 16, (8, 16), (1, 2)),  # W
     (1, 9, 2, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
     (1, 53, 3, 16, (20, 40), (1, 2)),  # a prime; H not divisible by R
-    (
-        1,
-        21,
-        2,
-        16,
-        (10, 30),
-        (3, 7),
-    ),  # R does not divide W, more offsets than heads: some queries get nothing
+    # R does not divide W, more offsets than heads: some queries get nothing.
+    (1, 21, 2, 16, (10, 30), (3, 7)),
     (1, 29, 5, 16, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
     (2, 19, 2, 16, (8, 32), (1, 2)),
     (1, 23, 2, 24, (16, 32), (1, 2)),
@@ -498,14 +492,8 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 23, 1, 128, (16, 32), (1, 2)),
     (1, 211, 1, 16, (128, 512), (1, 2)),  # several blocks of rows, and of keys
     (1, 300, 2, 16, (290, 600), (1, 2)),  # the same for the larger blocks of half precision
-    (
-        1,
-        19,
-        8,
-        16,
-        (16, 2**40),
-        (4, 8),
-    ),  # a rest of 3 tokens, fewer than R; a segment beyond 64 bits of offsets
+    # A rest of 3 tokens, fewer than R; a segment beyond 64 bits of offsets.
+    (1, 19, 8, 16, (16, 2**40), (4, 8)),
     (2, 26, 3, 16, (5, 13), (5, 4)),  # R = W; every branch pads; a batch of two
 ]
 HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roundings of the largest value
@@ -514,7 +502,7 @@ HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roun
 def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_attention):
     B, L, H, D, segments, dilations = shape
     torch.manual_seed(L * 1000 + D)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine()[0]
     q, k, v, grad = (x.to(dtype) for x in torch.randn(4, B, L, H, D))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     want = definition(*leaves, segments, dilations, pad_keys)
@@ -575,7 +563,7 @@ def test_kernel_gives_the_same_bits_twice():
 @needs_triton
 def test_kernel_takes_tensors_that_are_not_contiguous():
     """q, k, v as views of one packed projection, as a fused qkv layer gives them, and a transposed gradient."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine()[0]
     packed = torch.randn(1, 21, 3, 2, 16, device=device, requires_grad=True)
     grad = torch.randn(1, 2, 21, 16, device=device).transpose(1, 2)
     found = {}
@@ -591,7 +579,7 @@ def test_kernel_takes_tensors_that_are_not_contiguous():
 @needs_triton
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_a_query_that_no_branch_keeps_gets_zeros(impl):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine()[0]
     q, k, v, grad = torch.randn(4, 1, 10, 2, 16, device=device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = wsi_llava.dilated_attention(*leaves, (4,), (3,), impl=impl)

@@ -78,9 +78,8 @@ def pattern(text):
     return text
 
 
-rate = at_least(
-    0, float, 10
-)  # a type for argparse: a learning rate; one step of a larger one ruins everything
+# A type for argparse: a learning rate; one step of a larger one ruins everything.
+rate = at_least(0, float, 10)
 
 
 def setting(help, kind=None, **default):
