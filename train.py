@@ -191,11 +191,8 @@ def environment(name, default):
 
 def join_processes(args):
     """Joins the processes that torchrun started, one GPU each; does nothing without torchrun."""
-    processes, _, local = (
-        environment("WORLD_SIZE", "1"),
-        environment("RANK", "0"),
-        environment("LOCAL_RANK", "0"),
-    )
+    processes, local = environment("WORLD_SIZE", "1"), environment("LOCAL_RANK", "0")
+    environment("RANK", "0")  # checked here, read by torch
     if processes == 1:
         return
     if args.device == "auto" and torch.cuda.is_available():

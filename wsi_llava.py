@@ -1599,8 +1599,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def product(self, x):
-        """x W^T for many rows: worth real matmuls, in the input's dtype, where |int8| < 2^8 is exact. A part of
-        W at a time: all of a lm_head's would take more memory than int8 saves."""
+        """x W^T for many rows: worth real matmuls, in the input's dtype, where |int8| < 2^8 is exact. A part
+        of W at a time: all of a lm_head's would take more memory than int8 saves."""
         parts = [x @ weight.to(x.dtype).T for weight in self.weight.split(16384)]
         return torch.cat(parts, -1) * self.scale.to(x.dtype)
 
@@ -1611,7 +1611,7 @@ class Int8Linear(nn.Module):
         return 8 if x.is_cuda and triton is not None else 0
 
     def few(self, x):
-        """x W^T for few rows, whose cost is that of reading W, [rows,in] -> [rows,out]: with W read as int8."""
+        """x W^T for few rows, whose cost is that of reading W, [rows,in] -> [rows,out]: W is read as int8."""
         if x.device.type == "cpu":  # this kernel takes bfloat16 (the scale may have been cast with the model)
             return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16())
         return int8_rows(x.contiguous(), self.weight, self.scale)
