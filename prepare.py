@@ -1909,7 +1909,8 @@ def write_split(args, path, rows, have):
         total = collections.Counter(row[kind] or "none" for row in rows)
         matched = collections.Counter(row[kind] or "none" for row in rows if have.issuperset(slides_of(row)))
         parts = [f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())]
-        print(f"  by {kind}: {', '.join(parts)}")
+        if rows:
+            print(f"  by {kind}: {', '.join(parts)}")
     if missing:
         print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
 

@@ -478,6 +478,8 @@ def explain(args, model, tokenizer, name, answer):
         f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come "
         f"to {relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
     )
+    if gain < 0.1:
+        print("So little means that a slide of average tiles gets this answer too: no tile made it what it is.")
     if args.heatmap:
         draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"])
     if args.heatmap_geojson:
@@ -895,9 +897,8 @@ def likelihood(model, tokenizer, row, visual, text):
     """Mean log-probability of a token of the text as the answer to the row's question: a long option is at no
     disadvantage. visual: as for answer_rows."""
     prompt, answer = prompt_ids(tokenizer, row, visual is not None), tokenizer.encode(text)
-    return -model(
-        tokens_of([row], visual), [prompt + answer], [[wsi_llava.IGNORE] * len(prompt) + answer]
-    ).item()
+    labels = [wsi_llava.IGNORE] * len(prompt) + answer
+    return -model(tokens_of([row], visual), [prompt + answer], [labels]).item()
 
 
 def likeliest_option(model, tokenizer, row, visual):
@@ -1422,13 +1423,9 @@ def own_names(row):
             found[name] = str(found[name])
     for name in ("question", "slide", "task", "cancer"):
         found[name] = found.get(name) or ""
-    if not all(isinstance(slide, str) for slide in slides_of(found)) or type(found["n"]) not in (
-        int,
-        type(None),
-    ):
-        raise ValueError(
-            f"its slide or number is of another type than expected: {found['slide']}, {found['n']}"
-        )
+    numbered = found["n"] is None or type(found["n"]) is int
+    if not numbered or not all(isinstance(slide, str) for slide in slides_of(found)):
+        raise ValueError(f"its slide or number is no text or number: {found['slide']}, {found['n']}")
     return found | {"question": wsi_llava.without_image(found["question"])}
 
 
@@ -1607,7 +1604,8 @@ PAGE = r"""<!doctype html><meta charset="utf-8"><title>Rating sheet</title>
 body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
 header { position: sticky; top: 0; background: white; padding: .6em 0; border-bottom: 1px solid #ccc }
 section { border-top: 2px solid #888; margin-top: 2em } section p { white-space: pre-wrap }
-img { max-width: 100%; max-height: 32em } fieldset { margin: 1em 0 } textarea { width: 100% }
+img { max-width: 100%; max-height: 32em } fieldset { margin: 1em 0 } label { margin-right: 1em }
+textarea { width: 100% }
 </style>
 <header>Your name or code: <input id="rater"> <button id="save">Save as CSV</button> <b id="left"></b></header>
 <h1>Rating sheet</h1>
@@ -2087,6 +2085,7 @@ def evaluate(args, paths):
     by_all = "answered by all" if paths[1:] else "answered"
     answered = f"{len(here):,} of {len(rows):,} questions {by_all}; the others are in no mean"
     notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
+    # The answer that is most frequent in training: a system like the others.
     training, majority = read_training(args.data / "qa" / "train.jsonl")
     known = [row for row in here if row["task"] in majority]
     for row in known:
@@ -2095,6 +2094,7 @@ def evaluate(args, paths):
     if known:
         file = f"{args.data}/qa/train.jsonl"
         notes.append(f"{MAJORITY}: a task's most frequent answer in {file}, whatever the slide.")
+    # What experts and the judge say of the answers: the one read, the other asked.
     notes += read_ratings(args.ratings, settings, rows) if args.ratings else []
     judge = find_judge(args, paths[0].with_name("judge.jsonl"))
     if judge:
@@ -2104,6 +2104,7 @@ def evaluate(args, paths):
         grade_rows(judge, todo, asked, args.requests)
         if judge.dry:
             return print(judge.plan())
+    # The metrics, and what is to be said of them all.
     meteor = find_meteor()
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
         score_row(row, systems, meteor)
@@ -2252,8 +2253,10 @@ def read_through(path, mpp):
     tissue, started = time.time() - started, time.time()
     order, pixels, n = np.random.default_rng(0).permutation(len(coords)), [], 0
     while n < len(order) and time.time() - started < MEASURING:
-        pixels[n % 16 :] = [slide.tile(*coords[order[n]].tolist())]  # a batch for the encoder is kept
+        tile = slide.tile(*coords[order[n]].tolist())
         n += 1
+        if n <= 16:  # kept: a batch for the encoder
+            pixels.append(tile)
     reading = time.time() - started
     return slide.file.dimensions, coords, tissue, pixels, n, reading, wsi_llava.peak_memory()
 
@@ -2340,7 +2343,7 @@ def benchmark(args):
             try:
                 table.append(time_slide(args, path, *models))
             except UserError as error:
-                print(f"failed: {error}", file=sys.stderr)
+                print(f"failed: {one_line(error, 2000)}", file=sys.stderr)
     check(table, "--benchmark: no slide could be timed, see above")
     table.sort(key=lambda row: row["GB"])
     steps = ("tissue", "reading", "tile encoder", "slide encoder", "first token")
@@ -2460,9 +2463,8 @@ def parse(argv=None):
     add("--dry-run", "only count what a server would be sent", action="store_true")
     add = group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
-    add(
-        "--rare", "below so many training slides a cancer type is rare (default: 100)", type=some, default=100
-    )
+    few = "below so many training slides a cancer type is rare (default: 100)"
+    add("--rare", few, type=some, default=100)
     add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", type=text, metavar="M")
     add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
     rules = "what counts: ours (default), or as in the authors' released evaluation"

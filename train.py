@@ -1400,21 +1400,25 @@ def compare(answers, seed):
 
 
 def draw_ablations(path, lines):
-    """The means with their intervals, a block a metric, as an SVG."""
+    """The means with their intervals, from 0 to 1, a block a metric, as an SVG."""
     shapes, y = [], 0
     for metric in dict.fromkeys(line["metric"] for line in lines):
+        block = [line for line in lines if line["metric"] == metric]
+        title = f"{metric}, trained without"
+        shapes.append(f'<text x="10" y="{y + 30}" font-weight="bold">{title}</text>')
+        for share in (0, 0.25, 0.5, 0.75, 1):  # the axis
+            x = 240 + 300 * share
+            shapes.append(f'<text x="{x}" y="{y + 30}" fill="#888888" text-anchor="middle">{share:g}</text>')
+            shapes.append(f'<path d="M{x} {y + 36}V{y + 40 + 20 * len(block)}" stroke="#dddddd"/>')
         y += 30
-        shapes.append(
-            f'<text x="10" y="{y}" font-weight="bold">{metric}, all questions, trained without</text>'
-        )
-        for line in lines:
-            if line["metric"] == metric:
-                y += 20
-                low, mean, high = (240 + 300 * line[key] for key in ("low", "mean", "high"))
-                shapes.append(f'<text x="20" y="{y + 4}">{line["without"]}</text>')
-                shapes.append(f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="#1f5fb4" stroke-width="2"/>')
-                shapes.append(f'<circle cx="{mean:.1f}" cy="{y}" r="4" fill="#1f5fb4"/>')
-                shapes.append(f'<text x="555" y="{y + 4}">{line["mean"]:.2f}</text>')
+        for line in block:
+            y += 20
+            low, mean, high = (240 + 300 * line[key] for key in ("low", "mean", "high"))
+            shapes.append(f'<text x="20" y="{y + 4}">{line["without"]}</text>')
+            shapes.append(f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="#1f5fb4" stroke-width="2"/>')
+            shapes.append(f'<circle cx="{mean:.1f}" cy="{y}" r="4" fill="#1f5fb4"/>')
+            shapes.append(f'<text x="555" y="{y + 4}">{line["mean"]:.2f}</text>')
+        y += 10
     write_svg(path, shapes, 600, y + 20)
 
 
