@@ -2205,44 +2205,45 @@ def prepare_demo(args):
 
 
 def add_demo_flags(parser):
-    add = parser.add_argument
-    slides = "toy slides to train on (default: 500); a fifth more"
-    add("--demo-slides", type=at_least(5), default=500, help=slides)
+    add, slides = parser.group("the demo"), "toy slides to train on (default: 500); a fifth more are held out"
+    add("--demo-slides", slides, type=at_least(5), default=500)
 
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    add = parser.add_argument
-    add("--slides", nargs="+", metavar="PATH", help="slides, folders of slides, .txt lists of paths")
-    add("--features", nargs="+", metavar="PATH", help="features made elsewhere (.pt, .h5), or their folders")
+    yes, count, paths = {"action": "store_true"}, at_least(1), {"nargs": "+", "metavar": "PATH"}
+    microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
+    add = parser.group("what to prepare")
+    add("--slides", "slides, folders of slides, .txt lists of paths", **paths)
+    add("--features", "features made elsewhere (.pt, .h5), or their folders", **paths)
     bare = "what tensors without coordinates hold (default: tokens if they have the shape, else tiles)"
-    add("--features-are", choices=["tiles", "tokens"], help=bare)
-    add("--qa", nargs="+", metavar="FILE", help=f"question files; {WHAT_IS_READ}")
-    told = "of --qa's files (default: what their names or rows tell)"
-    add("--split", choices=["train", "val", "test"], help=told)
-    whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
-    add("--patients", metavar="FILE", type=some_path, help=whose)
-    leaks = "leave out of training what shares a slide or a patient with the test"
-    add("--drop-leaks", action="store_true", help=leaks)
-    add("--demo", action="store_true", help="draw the toy cohort and prepare it")
-    microns = at_least(MPP_RANGE[0], float, MPP_RANGE[1])
-    add("--target-mpp", type=microns, default=TARGET_MPP, help="um per pixel of the tiles (default: 0.5)")
-    add("--mpp", type=microns, help="um per pixel at level 0 of slides whose metadata do not say it")
-    add("--mpp-csv", metavar="FILE", help="slide by slide, lines of slide,mpp; wins over what slides say")
-    add("--min-tissue", type=share, default=0.25, help="least share of tissue in a tile (default: 0.25)")
-    masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
-    add("--mask", metavar="DIR", type=some_path, help=masks)
-    add("--step", type=at_least(1), default=TILE, help="pixels from tile to tile (default: 256)")
-    most = "at most so many of a slide's tiles, drawn at random (default: all)"
-    add("--max-tiles", type=at_least(0), default=0, help=most)
-    add("--batch", type=at_least(1), default=64, help="tiles a batch through the encoder (default: 64)")
-    add("--geojson", action="store_true", help="also write qc/<slide>.geojson, tissue and tiles for QuPath")
-    add("--dry-run", action="store_true", help="list the slides and their tiles; write nothing")
-    add("--shard", metavar="I/N", default="1/1", help="one of N shares of the slides, for job arrays")
+    add("--features-are", bare, choices=["tiles", "tokens"])
+    add("--qa", f"question files; {WHAT_IS_READ}", nargs="+", metavar="FILE")
+    add("--demo", "draw the toy cohort and prepare it", **yes)
+    add("--dry-run", "list the slides and their tiles; write nothing", **yes)
     again = "make features again that are there already; begin anew the splits that --qa writes"
-    add("--overwrite", action="store_true", help=again)
-    wsi_llava.add_shared_flags(parser)
+    add("--overwrite", again, **yes)
+    add("--shard", "one of N shares of the slides, for job arrays", metavar="I/N", default="1/1")
+    add = parser.group("slides and their tiles")
+    add("--target-mpp", "um per pixel of the tiles (default: 0.5)", **microns, default=TARGET_MPP)
+    add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
+    add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
+    add("--min-tissue", "least share of tissue in a tile (default: 0.25)", type=share, default=0.25)
+    masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
+    add("--mask", masks, metavar="DIR", type=some_path)
+    add("--step", "pixels from tile to tile (default: 256)", type=count, default=TILE)
+    most = "at most so many of a slide's tiles, drawn at random (default: all)"
+    add("--max-tiles", most, type=at_least(0), default=0)
+    add("--batch", "tiles a batch through the encoder (default: 64)", type=count, default=64)
+    add("--geojson", "also write qc/<slide>.geojson, tissue and tiles for QuPath", **yes)
+    add = parser.group("questions")
+    told = "of --qa's files (default: what their names or rows tell)"
+    add("--split", told, choices=["train", "val", "test"])
+    whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
+    add("--patients", whose, metavar="FILE", type=some_path)
+    add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
     add_demo_flags(parser)
+    wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -2418,12 +2418,7 @@ def temperature(text):
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     count, some, text = wsi_llava.at_least(0), wsi_llava.at_least(1), wsi_llava.some_text
-
-    def group(title):
-        add = parser.add_argument_group(title).add_argument
-        return lambda flag, help, **options: add(flag, help=help, **options)
-
-    add = group("one slide, or one case")
+    add = parser.group("one slide, or one case")
     file = {"type": wsi_llava.some_path, "metavar": "FILE"}
     folder, many = file | {"metavar": "DIR"}, {"nargs": "+", "type": text}
     add("--slide", "a slide file, or the name of a prepared slide; several: one case", metavar="S", **many)
@@ -2436,14 +2431,14 @@ def parse(argv=None):
     add("--mpp", "um per pixel at level 0, for a raw slide whose metadata lack it", type=mpp)
     add("--slides", "where the slides' files are, for pictures (default: slides in --data)", **folder)
     add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
-    add = group("how it answers")
+    add = parser.group("how it answers")
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
     add("--max-new-tokens", "longest answer, in tokens (default: 512)", type=some, default=512)
     add("--temperature", "0 (default): the most likely token; above: sampled", type=temperature, default=0.0)
     mass = "sample from the likeliest tokens of this probability (default: 1)"
     add("--top-p", mass, type=wsi_llava.share, default=1)
     add("--top-k", "sample from the k most likely tokens (default: 0, all)", type=count, default=0)
-    add = group("many questions")
+    add = parser.group("many questions")
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
     add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
     add("--baselines", "also answer without the slide, and with another's", action="store_true")
@@ -2453,7 +2448,7 @@ def parse(argv=None):
     add("--tiles", tiles, nargs="+", type=count, metavar="N")
     add("--draws", "random draws of each of --tiles (default: 1)", type=some, default=1)
     add("--batch-size", "questions at once (default: 8)", type=some, default=8)
-    add = group("many questions to a model behind a server; its key: OPENAI_API_KEY")
+    add = parser.group("many questions to a model behind a server; its key: OPENAI_API_KEY")
     url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
     add("--ask-model", "let this vision model answer --qa", type=text, metavar="M")
     add("--ask-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
@@ -2461,7 +2456,7 @@ def parse(argv=None):
     add("--ask-tiles", "it sees so many tiles, spread over the tissue (default: 0)", type=count, default=0)
     add("--requests", "requests to a server at once (default: 8)", type=some, default=8)
     add("--dry-run", "only count what a server would be sent", action="store_true")
-    add = group("evaluation")
+    add = parser.group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
     few = "below so many training slides a cancer type is rare (default: 100)"
     add("--rare", few, type=some, default=100)

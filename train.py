@@ -21,8 +21,10 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -57,6 +59,7 @@ from wsi_llava import (
     read_visual_tokens,
     reading,
     replacing,
+    share,
     some_path,
     without_image,
     write_tensors,
@@ -92,23 +95,15 @@ class Recipe:
     """Hyperparameters of one stage. Every field is also a flag, which overrides it."""
 
     lr: float = setting("the learning rate at its highest, after the warmup", rate)
-    batch_size: int = setting(
-        "rows a step, of all processes together, at most: an epoch's batches are of one size"
-    )
+    batch_size: int = setting("rows a step, of all processes, at most: an epoch's batches are of one size")
     epochs: float = setting("how often every row is seen")
-    warmup: float = setting(
-        "the share of the steps in which the learning rate rises", wsi_llava.share, default=0.03
-    )
+    warmup: float = setting("share of the steps in which the learning rate rises", share, default=0.03)
     weight_decay: float = setting("AdamW's", default=0.0)
     projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", rate, default=0.0)
-    full_lr: float = setting(
-        "stage 3 with --full: takes the place of --lr (0: it does not)", rate, default=0.0
-    )
+    full_lr: float = setting("stage 3 with --full: in place of --lr (0: it is not)", rate, default=0.0)
     lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM's matrices", default=0)
     lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
-    lora_dropout: float = setting(
-        "stage 3: dropout of what enters the adapters", wsi_llava.share, default=0.0
-    )
+    lora_dropout: float = setting("stage 3: dropout of what enters the adapters", share, default=0.0)
     lora_target: str = setting(
         "stage 3: which linear layers of the decoder get adapters, a pattern; LoRA's own: q_proj|v_proj",
         pattern,
@@ -325,10 +320,8 @@ def is_report(row):
 def size_of_run(stage, recipe, n):
     """-> how many batches an epoch of n rows is shared among, evenly; how many steps the run has."""
     check(stage != 1 or n > 1, f"stage 1 contrasts slides and needs at least 2 with a report; found {n}")
-    check(
-        stage != 1 or recipe.batch_size > 1,
-        "--batch-size 1: stage 1 contrasts the slides of a batch; raise it",
-    )
+    alone = "--batch-size 1: stage 1 contrasts the slides of a batch; raise it"
+    check(stage != 1 or recipe.batch_size > 1, alone)
     # No row is left out and none comes twice: batches of nearly one size, none above --batch-size.
     batches = math.ceil(n / recipe.batch_size)
     few = f"a batch of {n // batches} is too small for {world()} processes; raise --batch-size or start fewer"
@@ -451,17 +444,14 @@ def load_alignment(args, meta):
 def slide_encoder_to_train(args, meta):
     """What stage 1 starts from -> (SlideEncoder, or None for a new one; its config)."""
     gigapath = wsi_llava.GIGAPATH / "slide_encoder.pth"
-    check(
-        not (args.from_scratch and args.slide_encoder), "--from-scratch, or --slide-encoder: give one of them"
-    )
+    both = args.from_scratch and args.slide_encoder
+    check(not both, "--from-scratch, or --slide-encoder: give one of them")
     if args.slide_encoder or (meta["preset"] != "demo" and not args.from_scratch and gigapath.exists()):
         path = args.slide_encoder or gigapath
         encoder = wsi_llava.load_slide_encoder(path)
         wsi_llava.check_tile_encoder(encoder.cfg, meta, path)
         return encoder, encoder.cfg
-    missing = (
-        f"no slide encoder: {gigapath} is missing; name it with --slide-encoder, or train --from-scratch"
-    )
+    missing = f"no slide encoder: {gigapath} is missing; name it with --slide-encoder, or --from-scratch"
     check(meta["preset"] == "demo" or args.from_scratch, missing)
     cfg = PRESETS[args.preset or meta["preset"]].slide_encoder
     return None, dataclasses.replace(cfg, in_width=meta["encoder"]["width"])  # a new one takes any features
@@ -513,10 +503,8 @@ class Alignment:
     beta2, sharded = 0.98, False
 
     def __init__(self, stage, args, recipe, meta):
-        check(
-            not args.no_slide_encoder,
-            "--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2",
-        )
+        none = "--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2"
+        check(not args.no_slide_encoder, none)
         self.args = args
         self.words, self.tokenizer = token_embeddings(args, meta)  # [vocab,C_llm]
         encoder, encoder_cfg = slide_encoder_to_train(args, meta)
@@ -578,9 +566,8 @@ class Alignment:
         parts = self.micro_batches([self.train[i] for i in batch])
         seed, tiles = torch.initial_seed(), sum(self.train[i].tiles for i in batch)
         if len(parts) == 1 and world() == 1:  # its activations fit: nothing to cache
-            loss = self.model.loss(
-                *embed(self.args, self.model, self.words, [self.read(row) for row in parts[0]])
-            )
+            pairs = [self.read(row) for row in parts[0]]
+            loss = self.model.loss(*embed(self.args, self.model, self.words, pairs))
             loss.backward()
             return loss.item(), tiles
         # First pass: the embeddings of the whole batch, without activations.
@@ -636,11 +623,8 @@ def model_to_train(args, recipe, meta, stage):
     if full:
         model.llama.requires_grad_(True)
     elif stage == 3:
-        cfg.lora_rank, cfg.lora_alpha, cfg.lora_target = (
-            recipe.lora_rank,
-            recipe.lora_alpha,
-            recipe.lora_target,
-        )
+        cfg.lora_rank, cfg.lora_alpha = recipe.lora_rank, recipe.lora_alpha
+        cfg.lora_target = recipe.lora_target
         wsi_llava.add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target, recipe.lora_dropout)
     model.mm_projector.requires_grad_(True)
     for p in model.parameters():
@@ -653,12 +637,8 @@ def write_visual_tokens(args, model, slides):
     """Runs the frozen slide encoder once over every slide that lacks its visual tokens, each process over
     a share. -> {slide: why it has none}, on every process."""
     with autocast(args):
-        written, problems = wsi_llava.cache_visual_tokens(
-            model,
-            args.data,
-            my_share(slides),
-            lambda x: tqdm(x, desc="visual tokens", unit="slide", disable=rank() > 0),
-        )
+        bar = functools.partial(tqdm, desc="visual tokens", unit="slide", disable=rank() > 0)
+        written, problems = wsi_llava.cache_visual_tokens(model, args.data, my_share(slides), bar)
     written = sum(gather(written))  # also waits for the others
     problems = {slide: why for share in gather(problems) for slide, why in share.items()}
     there = len(slides) - written - len(problems)
@@ -781,13 +761,8 @@ class Conversation:
         example |= {"cut": len(ids) > room, "lost": False}
         if not any(label >= 0 for label in example["labels"][1:]):
             # one token that teaches nothing takes its place
-            example |= {
-                "ids": [self.tokenizer.eos],
-                "labels": [IGNORE],
-                "visual": None,
-                "positions": 1,
-                "lost": True,
-            }
+            example |= {"ids": [self.tokenizer.eos], "labels": [IGNORE], "visual": None}
+            example |= {"positions": 1, "lost": True}
         return example
 
     def micro_batches(self, rows):
@@ -864,9 +839,8 @@ def pick_recipe(stage, args, meta):
     """The preset's recipe for the stage, with the user's flags on top. The stand-in's is its own."""
     if stage == 0:
         return STAND_IN
-    given = {
-        f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if getattr(args, f.name) is not None
-    }
+    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)}
+    given = {name: value for name, value in flags.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage], **given)
     if stage == 3 and args.full and (args.lr is None or args.full_lr):
         recipe.lr = recipe.full_lr or recipe.lr
@@ -914,9 +888,8 @@ def alone_in(folder):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is training here; wait for it, or name another --out"
-            ) from None
+            busy = "another run is training here; wait for it, or name another --out"
+            raise UserError(f"{folder}: {busy}") from None
         except OSError:  # a file system without locks
             pass
         for path in folder.glob(".*.part"):
@@ -949,15 +922,11 @@ def resume(path, run, model, optimizer):
         anew = "leave --resume out to start anew"
         check(not other, f"{path} belongs to another run: {'; '.join(other[:3])}; {anew}")
         names = {name for name, p in model.named_parameters() if p.requires_grad}
-        check(
-            state["model"].keys() == names,
-            f"{path}: does not hold the weights that this stage trains; {anew}",
-        )
+        others = f"{path}: does not hold the weights that this stage trains; {anew}"
+        check(state["model"].keys() == names, others)
         options = StateDictOptions(full_state_dict=True, strict=False)  # the frozen weights are not in it
-        moments = state["optimizer"]
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=moments, options=options
-        )
+        states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(model, optimizer, **states, options=options)
     say(f"Resuming at step {step} of {run['steps']}.")
     return step, log
 
@@ -1273,10 +1242,8 @@ def load_whole(args):
 def visual_tokens(args, model, slides):
     """-> {slide: visual tokens [V,C]}, made where they lack. The UserError says which slide has none."""
     problems = write_visual_tokens(args, model, slides)
-    check(
-        not problems,
-        f"{len(problems)} slides cannot be asked about, the first: {next(iter(problems.values()), '')}",
-    )
+    first = next(iter(problems.values()), "")
+    check(not problems, f"{len(problems)} slides cannot be asked about, the first: {first}")
     return {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
 
 
@@ -1326,10 +1293,8 @@ def show_alignment(args):
         tokens = torch.stack([visual[slide] for slide in row.slides])  # [S,V,C]
         ids, labels = encode_row(tokenizer, row.read(), len(tokens), plain=True)
         kept = room - tokens.shape[0] * (tokens.shape[1] - 1)
-        check(
-            kept > len(tokens) + 2,
-            f"{row.read()['id']}: its slides leave no room in the language model's context",
-        )
+        full = f"{row.read()['id']}: its slides leave no room in the language model's context"
+        check(kept > len(tokens) + 2, full)
         examples.append({"visual": tokens, "ids": ids[:kept], "labels": labels[:kept]})
     cosine, found = alignment(args, model, examples)
     panels = {"after the projector (cosine)": cosine.cpu()}
@@ -1337,10 +1302,8 @@ def show_alignment(args):
     if before is not None:
         panels = {"before it, stage 1's space (cosine)": before} | panels
     n = len(rows)
-    say(
-        f"\nAlignment of {n} slides and their reports ({split}; by chance R@1 {1 / n:.2f}, "
-        f"R@5 {min(1, 5 / n):.2f})"
-    )
+    chance = f"by chance R@1 {1 / n:.2f}, R@5 {min(1, 5 / n):.2f}"
+    say(f"\nAlignment of {n} slides and their reports ({split}; {chance})")
     for title, matrix in panels.items():
         say(f"  {title}: " + ", ".join(f"{name} {share:.2f}" for name, share in recall(matrix).items()))
     say("  " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
@@ -1406,9 +1369,9 @@ def draw_ablations(path, lines):
         block = [line for line in lines if line["metric"] == metric]
         title = f"{metric}, trained without"
         shapes.append(f'<text x="10" y="{y + 30}" font-weight="bold">{title}</text>')
-        for share in (0, 0.25, 0.5, 0.75, 1):  # the axis
-            x = 240 + 300 * share
-            shapes.append(f'<text x="{x}" y="{y + 30}" fill="#888888" text-anchor="middle">{share:g}</text>')
+        for tick in (0, 0.25, 0.5, 0.75, 1):  # the axis
+            x = 240 + 300 * tick
+            shapes.append(f'<text x="{x}" y="{y + 30}" fill="#888888" text-anchor="middle">{tick:g}</text>')
             shapes.append(f'<path d="M{x} {y + 36}V{y + 40 + 20 * len(block)}" stroke="#dddddd"/>')
         y += 30
         for line in block:
@@ -1559,13 +1522,10 @@ def demo(args):
     if not args.no_image:
         print_relevance(args, model, tokenizer, cases)
     parts["alignment, dialogue, heatmaps"] = time.time()
-    say(
-        f"\nPictures: {args.out}/stage*/loss.svg, {args.out}/alignment.png, {args.data}/qc/{slide}.jpg "
-        f"(tissue and tiles)"
-    )
-    took = [
-        f"{name} {end - begin:.0f}" for (name, end), begin in zip(list(parts.items())[1:], parts.values())
-    ]
+    pictures = f"{args.out}/stage*/loss.svg, {args.out}/alignment.png, {args.data}/qc/{slide}.jpg"
+    say(f"\nPictures: {pictures} (tissue and tiles)")
+    ends = itertools.pairwise(parts.values())
+    took = [f"{name} {end - begin:.0f}" for name, (begin, end) in zip(list(parts)[1:], ends)]
     say(f"Took {time.time() - parts['start']:.0f} s: {', '.join(took)}.")
     say(f"Ask it yourself: python sample.py --slide {slide}")
 
@@ -1575,10 +1535,8 @@ def demo(args):
 
 def add_recipe_flags(parser):
     """A flag for each field of Recipe, whose help ends in the values of the recipes."""
-    brackets = (
-        "In brackets: the defaults by preset, of stages 1, 2 and 3 where they differ; 13b has those of 7b."
-    )
-    group = parser.add_argument_group("the recipe", brackets)
+    about = "In brackets: the defaults by preset, of stages 1, 2 and 3 where they differ; 13b has those of 7b."
+    add = parser.group("the recipe", about)
     for f in dataclasses.fields(Recipe):
         text = []
         for preset in ("7b", "demo"):
@@ -1589,81 +1547,49 @@ def add_recipe_flags(parser):
         if f.type is bool:
             extra = {"action": argparse.BooleanOptionalAction}
         help = f"{f.metadata['help']} ({'; '.join(text)})".replace("%", "%%")
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=help, **extra)
+        add(f"--{f.name.replace('_', '-')}", help, **extra)
 
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    add = parser.add_argument_group("what to do").add_argument
-    add("--stage", type=int, choices=[1, 2, 3], help="the stage to train")
-    add(
-        "--demo",
-        action="store_true",
-        help="draw toy slides if needed, train all stages, answer held-out questions",
-    )
+    count, yes = at_least(1), {"action": "store_true"}
+    folder = {"metavar": "DIR", "type": some_path}
+    add = parser.group("what to do")
+    add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
+    add("--demo", "draw toy slides if needed, train all stages, answer held-out questions", **yes)
     worth = "with --stage 3 or --demo: then train again without each piece, and compare the answers"
-    add("--ablations", action="store_true", help=worth)
-    add(
-        "--alignment",
-        action="store_true",
-        help="how near slides are to their reports, before the projector and after",
-    )
-    whole = "write out/stage3 as a Hugging Face folder, its adapters merged, and stop"
-    add("--export", type=some_path, metavar="DIR", help=whole)
-    add(
-        "--export-adapter", type=some_path, metavar="DIR", help="the same as a LoRA folder, to stand on --llm"
-    )
-    add(
-        "--layout",
-        choices=["hf", "llava"],
-        default="hf",
-        help="of an export: transformers' (default) or LLaVA's own",
-    )
-    add("--resume", action="store_true", help="go on where an interrupted run of the stage saved last")
-    add = parser.add_argument_group("what is trained, and on what").add_argument
-    add(
-        "--full", action="store_true", help="stage 3 trains the whole language model instead of LoRA adapters"
-    )
-    add(
-        "--from-scratch",
-        action="store_true",
-        help="stage 1 starts from a random slide encoder, not GigaPath's",
-    )
-    add("--skip-missing", action="store_true", help="leave out questions about slides that have no features")
-    val = "share of the training slides to validate on (default: 0.05)"
-    add("--val", type=at_least(0, float, 0.9), default=0.05, help=val)
-    count = at_least(1)
-    add("--val-rows", type=count, default=256, help="validate on at most so many rows (default: 256)")
+    add("--ablations", worth, **yes)
+    near = "how near slides are to their reports, before the projector and after"
+    add("--alignment", near, **yes)
+    add("--export", "write out/stage3 as a Hugging Face folder, its adapters merged, and stop", **folder)
+    add("--export-adapter", "the same as a LoRA folder, to stand on --llm", **folder)
+    layout = "of an export: transformers' (default) or LLaVA's own"
+    add("--layout", layout, choices=["hf", "llava"], default="hf")
+    add("--resume", "go on where an interrupted run of the stage saved last", **yes)
+    add = parser.group("what is trained, and on what")
+    add("--full", "stage 3 trains the whole language model instead of LoRA adapters", **yes)
+    add("--from-scratch", "stage 1 starts from a random slide encoder, not GigaPath's", **yes)
+    add("--skip-missing", "leave out questions about slides that have no features", **yes)
+    held_out = "share of the training slides to validate on (default: 0.05)"
+    add("--val", held_out, type=at_least(0, float, 0.9), default=0.05)
+    add("--val-rows", "validate on at most so many rows (default: 256)", type=count, default=256)
     keep = "the stage's result: the last weights (default), or those of lowest validation loss"
-    add("--keep", choices=["last", "best"], default="last", help=keep)
+    add("--keep", keep, choices=["last", "best"], default="last")
     clip = "a gradient of larger norm is scaled down to it (default: 1; 0: never)"
-    add("--clip", type=at_least(0, float), default=1.0, help=clip)
-    add(
-        "--log-every",
-        type=count,
-        default=1,
-        help="steps between lines on the screen (default: 1; the demo: 20)",
-    )
-    add("--eval-every", type=count, help="steps between validations (default: an eighth of the run)")
-    add("--save-every", type=count, default=200, help="steps between checkpoints (default: 200)")
+    add("--clip", clip, type=at_least(0, float), default=1.0)
+    lines = "steps between lines on the screen (default: 1; the demo: 20)"
+    add("--log-every", lines, type=count, default=1)
+    add("--eval-every", "steps between validations (default: an eighth of the run)", type=count)
+    add("--save-every", "steps between checkpoints (default: 200)", type=count, default=200)
     stand_in = "training steps of the demo preset's stand-in language model (default: 160)"
-    add("--llm-steps", type=count, default=160, help=stand_in)
-    group = parser.add_argument_group("ablations", "What is a piece worth? Train without it.")
-    add = group.add_argument
-    skipped = "leave these stages' weights as they start"
-    add("--skip-stage", type=int, choices=[1, 2], nargs="*", default=[], help=skipped)
-    add(
-        "--no-slide-encoder",
-        action="store_true",
-        help="tile features go straight to the pool (stages 2 and 3)",
-    )
+    add("--llm-steps", stand_in, type=count, default=160)
+    add = parser.group("ablations", "What is a piece worth? Train without it.")
+    stages = {"type": int, "choices": [1, 2], "nargs": "*", "default": []}
+    add("--skip-stage", "leave these stages' weights as they start", **stages)
+    add("--no-slide-encoder", "tile features go straight to the pool (stages 2 and 3)", **yes)
     tiles = "at most so many tiles of a slide, drawn at random (default: all)"
-    add("--max-tiles", type=at_least(0), default=0, help=tiles)
-    add(
-        "--no-image",
-        action="store_true",
-        help="stage 3: the language model gets the questions without the slide",
-    )
+    add("--max-tiles", tiles, type=at_least(0), default=0)
+    add("--no-image", "stage 3: the language model gets the questions without the slide", **yes)
     add_recipe_flags(parser)
     wsi_llava.add_shared_flags(parser)
     prepare.add_demo_flags(parser)
@@ -1673,21 +1599,14 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     compared = args.demo or args.stage == 3
-    check(
-        compared or not args.ablations,
-        "--ablations goes with --stage 3 or --demo, whose model it compares with",
-    )
+    whole = "--ablations goes with --stage 3 or --demo, whose model it compares with"
+    check(compared or not args.ablations, whole)
     join_processes(args)
     wsi_llava.resolve_device(args)
-    few = (
-        f"--val-rows {args.val_rows}: fewer than the {world()} processes, each of which takes some; raise it"
-    )
-    check(args.val_rows >= world(), few)
-    alone = args.demo or args.ablations or args.alignment
-    check(
-        world() == 1 or not alone,
-        "--demo, --ablations and --alignment run in one process; start without torchrun",
-    )
+    few = f"fewer than the {world()} processes, each of which takes some; raise it"
+    check(args.val_rows >= world(), f"--val-rows {args.val_rows}: {few}")
+    alone = world() > 1 and (args.demo or args.ablations or args.alignment)
+    check(not alone, "--demo, --ablations and --alignment run in one process; start without torchrun")
     if args.demo:
         demo(args)
     elif args.stage:
@@ -1698,14 +1617,12 @@ def main(argv=None):
     elif args.export or args.export_adapter:
         export(args)
     else:
-        raise UserError(
-            "nothing to do: give --stage 1, 2 or 3, --alignment, --export or --demo (--help explains)"
-        )
+        given = "give --stage 1, 2 or 3, --alignment, --export or --demo (--help explains)"
+        raise UserError(f"nothing to do: {given}")
     if args.ablations:
         ablations(args)
-    if (
-        dist.is_initialized()
-    ):  # gloo's threads may hold tensors, which they cannot free while Python is shutting down
+    if dist.is_initialized():
+        # gloo's threads may hold tensors, which they cannot free while Python is shutting down.
         dist.destroy_process_group()
 
 

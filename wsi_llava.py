@@ -2505,31 +2505,37 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {one_line(message.removeprefix('argument '))}; --help lists the flags\n")
 
+    def group(self, title, about=None):
+        """-> add(flag, help, **options), which adds a flag to this group of --help's."""
+        add = self.add_argument_group(title, about).add_argument
+        return lambda flag, help, **options: add(flag, help=help, **options)
+
 
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
-    add = parser.add_argument_group("shared by all scripts").add_argument
-    data, out = "prepared slides and questions (default: data)", "what training leaves (default: out)"
-    add("--data", metavar="DIR", type=some_path, default=Path("data"), help=data)
-    add("--out", metavar="DIR", type=some_path, default=Path("out"), help=out)
-    add("--preset", choices=PRESETS, help="sizes of the model (default: what the data were prepared with)")
-    add("--device", default="auto", help="cuda, mps or cpu (default: the best there is)")
+    add = parser.group("shared by all scripts")
+    folder = {"metavar": "DIR", "type": some_path}
+    file = folder | {"metavar": "FILE"}
+    add("--data", "prepared slides and questions (default: data)", **folder, default=Path("data"))
+    add("--out", "what training leaves (default: out)", **folder, default=Path("out"))
+    add("--preset", "sizes of the model (default: what the data were prepared with)", choices=PRESETS)
+    add("--device", "cuda, mps or cpu (default: the best there is)", default="auto")
     products = "of matrix products (default: bfloat16 on CUDA, else float32)"
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=products)
+    add("--dtype", products, default="auto", choices=["auto", "float32", "bfloat16"])
     seed = "of all that is drawn at random; the same gives the same run (default: 0)"
-    add("--seed", type=at_least(0, int, 2**32 - 1), default=0, help=seed)
+    add("--seed", seed, type=at_least(0, int, 2**32 - 1), default=0)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
-    add("--workers", type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1), help=readers)
-    for flag, metavar, help in (
-        ("--tile-encoder", "FILE", f"Prov-GigaPath's, published (default: {GIGAPATH}/pytorch_model.bin)"),
-        ("--slide-encoder", "FILE", f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"),
-        ("--llm", "DIR", f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"),
-        ("--lora", "DIR", "adapters to merge into the language model, a PEFT or LLaVA folder"),
-        ("--projector", "FILE", "LLaVA's mm_projector.bin or its like (default: what --lora or --llm holds)"),
-    ):
-        add(flag, metavar=metavar, type=some_path, help=help)
+    add("--workers", readers, type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1))
+    add("--tile-encoder", f"Prov-GigaPath's, published (default: {GIGAPATH}/pytorch_model.bin)", **file)
+    slide_encoder = f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
+    add("--slide-encoder", slide_encoder, **file)
+    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
+    add("--llm", llm, **folder)
+    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **folder)
+    projector = "LLaVA's mm_projector.bin or its like (default: what --lora or --llm holds)"
+    add("--projector", projector, **file)
     chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
-    add("--chat-format", choices=CHAT_FORMATS, help=chat)
+    add("--chat-format", chat, choices=CHAT_FORMATS)
 
 
 def resolve_device(args):
