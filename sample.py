@@ -202,6 +202,8 @@ class Chat:
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
         question, n = wsi_llava.without_image(question), len(self.visual)
+        # The first question brings the slides. A later one goes on where the cache ends: after the last
+        # answer, less the token or two that generate() yielded and did not read.
         if not self.cache.length:
             marks = "<image>\n" if n == 1 else "".join(f"Slide {i}: <image>\n" for i in range(1, n + 1))
             question = marks + question
@@ -990,6 +992,7 @@ def ask_elsewhere(args, server, rows, views):
             pictures[slide] = error
 
     def work(row):
+        # The conversation so far, in the server's words; the pictures go into its first question.
         answers, talk = {}, []
         for turn in row["conversations"]:
             role = "user" if turn["from"] == "human" else "assistant"
@@ -1408,6 +1411,7 @@ def csv_text(rows):
 def own_names(row):
     """A row of anybody's predictions -> the same under our names; what it does not hold is None or an empty
     text."""
+    # Ours keep their names; of others' names the surest counts.
     row = {key.strip().lower(): value for key, value in row.items()}
     found = dict.fromkeys(("n", "turn", "confidence")) | row
     for name, theirs in THEIRS.items():
@@ -1486,6 +1490,7 @@ def read_systems(paths):
         names = {field: name for field, name in names.items() if field in present}
         if len(paths) == 1:
             names = {field: FIELDS[field] for field in names}
+        # Each answer goes to the one question that it can be matched with.
         for row in theirs:
             own = find_row(index, about, row)
             if own is None:
@@ -1694,11 +1699,13 @@ def rating_sheet(args):
         filled = "exists, and may be filled in already; name another sheet, or move it away"
         check(not path.exists(), f"{path}: {filled}")
         check_output(path, "")
+    # The questions, task by task, of those that all systems answered.
     settings, rows, systems, notes = read_systems(list(map(Path, files)))
     systems = [name for name in systems if not name.endswith(tuple(FIELDS.values())[1:])]  # no baselines
     here = answered_by_all(rows, systems)
     check(here, f"{' '.join(files)}: no question is answered by all")
     chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
+    # The page and the table show answers in random order; the key alone says whose they are.
     asked = json.dumps([[row["id"], row["answers"]] for row in chosen])
     sheet = hashlib.sha256(asked.encode()).hexdigest()[:12]
     items, known, lines = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]]
@@ -1729,6 +1736,7 @@ def rating_sheet(args):
 def read_sheets(paths):
     """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric:
     score})."""
+    # The keys: those that are named, or all that lie beside the tables.
     tables, keys = [path for path in paths if path.suffix.lower() != ".json"], {}
     named = [path for path in paths if path not in tables]
     for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
@@ -1887,6 +1895,7 @@ def compare(rows, metric, systems, left_out, seed):
 def tabulate(rows, systems, rarity, args):
     """Scored rows -> Lines, one for each group, metric and system. rarity: rarities'."""
     names, counts = rarity
+    # Every row belongs to a group of each kind.
     groups, lines = collections.defaultdict(list), []
     for row in rows:
         capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
@@ -1900,6 +1909,7 @@ def tabulate(rows, systems, rarity, args):
         published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
         unanswered = [row for row in members if not row["scores"]]
         closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
+        # A line for each system and each metric that any row of the group has.
         for metric in METRICS:
             chosen = [row for row in members if metric in set().union(*row["scores"].values())]
             facts |= {"questions": len(chosen), "missing": closed.count(metric == "accuracy")}
@@ -1994,6 +2004,7 @@ def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None)
     def text(x, y, words, more=""):
         parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(str(words))}</text>')
 
+    # The axes, with lines and numbers at 1, 2, 5, 10, ...
     at_x = axis(xs, left, right, math.log1p)  # from 0 on: not every cancer type is in training
     at_y = axis(ys, bottom, top, (lambda y: math.log(max(y, 1e-4))) if log_y else float)
     text(left, 22, title, 'font-size="15"')
@@ -2006,6 +2017,7 @@ def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None)
         text(at_x(x), bottom + 18, f"{x:,g}", 'text-anchor="middle"')
     if mark:
         parts.append(f'<path d="M{at_x(mark):.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
+    # The points of each series, and its line in the legend.
     for i, (name, found) in enumerate(series.items()):
         colour = palette[i % len(palette)]
         if joined:
@@ -2271,6 +2283,7 @@ def time_slide(args, path, encoder, model, ids):
             found = pool.submit(read_through, path, args.mpp).result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(f"{path}: {prepare.DIED}") from None
+    # The tile encoder, on some tiles again and again.
     (width, height), coords, tissue, pixels, read, reading, readers_peak = found
     N, encoded, encoding = len(coords), 0, 0.0
     check(N, f"{path}: no tissue was found on it")
@@ -2279,6 +2292,7 @@ def time_slide(args, path, encoder, model, ids):
     while encoded < N and encoding < MEASURING:
         encoding += clock(lambda: prepare.encode(encoder, pixels, args.device))[0]
         encoded += len(pixels)
+    # Slide encoder and language model, on features made up: their values take no other time.
     C = model.slide_encoder.cfg.in_width if model.slide_encoder else encoder.cfg.width
     features, coords = torch.randn(N, C), torch.from_numpy(coords)
     slide_encoder, visual = clock(lambda: model.encode_slide(features, coords))

@@ -698,6 +698,7 @@ class Conversation:
         full = stage == 0 or stage == 3 and args.full
         self.beta2, self.sharded = 0.999 if stage else 0.95, stage == 3 and full and world() > 1
         self.saved_dtype = args.dtype if full else torch.float32  # 7B in float32 would be 27 GB
+        # The model, and the rows that it learns from.
         rows = load_rows(args.data, "train", args.skip_missing or stage == 0, tokens=True)
         if stage == 0:
             self.model, self.tokenizer = stand_in_to_train(args)
@@ -707,11 +708,13 @@ class Conversation:
         self.cfg, self.start = self.model.cfg, wsi_llava.fingerprint(self.model)
         self.model.to(args.device).llama.checkpointing = recipe.checkpointing
         self.train, self.val = self.choose(rows)
+        # Rows longer than the context, or than --max-length, lose the end of their answers.
         self.longest = min(recipe.max_length, self.cfg.llama.context)
         self.cut, self.lost, self.first_cut = 0, 0, None  # rows longer than that; those left without answers
         self.check_room()
         if self.sharded:
             shard(self.model, args.dtype)
+        # What the optimizer trains: the projector, and of the language model the adapters or all of it.
         llm = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
         lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
         self.groups, model = [], self.model
@@ -1029,6 +1032,7 @@ def train_stage(stage, args):
 
 def run_stage(stage, args, folder, stop):
     """The loop. stop: a list that fills when the run is asked to end."""
+    # What is trained, on what, and for how long.
     meta = wsi_llava.read_meta(args.data)
     recipe = pick_recipe(stage, args, meta)
     torch.manual_seed(args.seed)
@@ -1036,6 +1040,8 @@ def run_stage(stage, args, folder, stop):
     batches, steps = size_of_run(stage, recipe, len(task.train))
     steps = steps if stage else args.llm_steps
     optimizer = torch.optim.AdamW(task.groups, betas=(0.9, task.beta2), weight_decay=recipe.weight_decay)
+
+    # Where an interrupted run saved last, or from the start, in a folder that is cleared first.
     run, step, log = identity(stage, args, recipe, task, steps), 0, []
     if args.resume and (folder / "train_state.pt").exists():
         step, log = resume(folder / "train_state.pt", run, task.model, optimizer)
@@ -1535,7 +1541,7 @@ def demo(args):
 
 def add_recipe_flags(parser):
     """A flag for each field of Recipe, whose help ends in the values of the recipes."""
-    about = "In brackets: the defaults by preset, of stages 1, 2 and 3 where they differ; 13b has those of 7b."
+    about = "In brackets: the defaults by preset, of stages 1, 2, 3 where they differ; 13b has those of 7b."
     add = parser.group("the recipe", about)
     for f in dataclasses.fields(Recipe):
         text = []
