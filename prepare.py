@@ -588,11 +588,6 @@ def find_tissue(picture):
     return stained & ~inked, inked, grey / stained.size
 
 
-def tissue_mask(picture):
-    """RGB thumbnail -> bool [h,w]: what is stained, and no ink."""
-    return find_tissue(picture)[0]
-
-
 def mask_file(folder, name):
     """--mask: the slide's file in the folder, or None."""
     for ending in ("png", "tif", "tiff", "bmp", "jpg", "jpeg", "geojson", "json"):
@@ -982,6 +977,7 @@ def check_same(path, params):
 
 @functools.cache
 def claims_file(data):
+    wsi_llava.check_regular(data / ".claims", "delete it")
     # never closed: POSIX drops all of a process's locks on a file at the first close
     return open(data / ".claims", "ab")
 

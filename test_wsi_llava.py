@@ -219,6 +219,11 @@ def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4)):
 CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
 
 
+def tissue_mask(picture):
+    """RGB thumbnail -> bool [h,w]: what is stained, and no ink."""
+    return prepare.find_tissue(picture)[0]
+
+
 @pytest.fixture(scope="session")
 def toy_slide(tmp_path_factory):
     """One toy slide -> (its TIFF, the image it was written from, the corners of the tiles with pigment)."""
@@ -779,7 +784,10 @@ def test_long_slides_in_parts_give_the_same_numbers():
 
 
 def test_stochastic_depth_leaves_out_whole_slides_in_training():
-    """And enlarges the others' updates, so that the mean stays."""
+    """And enlarges the others' updates, so that the mean stays; deeper layers are left out more often."""
+    cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=5, drop_path=0.2)
+    rates = [layer.drop_path for layer in wsi_llava.SlideEncoder(cfg).encoder["layers"]]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
     layer = wsi_llava.SlideLayer(PRESETS["demo"].slide_encoder, drop_path=0.25)
     x, update, lengths = torch.zeros(8000, 3), torch.ones(8000, 3), [1, 3] * 2000
     left = layer.train().residual(x, update, lengths)
@@ -3176,16 +3184,16 @@ def test_folders_of_dicom_hold_slides_by_series(tmp_path):
 
 def test_tissue_and_grid(toy_slide):
     slide = prepare.Slide(toy_slide[0])
-    mask = prepare.tissue_mask(slide.thumbnail(prepare.MASK))
+    mask = tissue_mask(slide.thumbnail(prepare.MASK))
     assert 0.4 < mask.mean() < 0.75
     coords = prepare.tile_grid(mask, 0.25)
     assert 30 < len(coords) < 60 and coords.dtype == np.int32 and (coords % 256 == 0).all()
     raster = coords[:, 1].astype(int) * 10000 + coords[:, 0]
     assert (np.diff(raster) > 0).all()  # y, then x
     glass = Image.fromarray(np.random.default_rng(0).integers(236, 248, (64, 64, 3), dtype=np.uint8))
-    assert len(prepare.tile_grid(prepare.tissue_mask(glass), 0.25)) == 0
+    assert len(prepare.tile_grid(tissue_mask(glass), 0.25)) == 0
     solid = Image.new("RGB", (64, 64), (220, 150, 190))
-    assert len(prepare.tile_grid(prepare.tissue_mask(solid), 0.25)) == 64
+    assert len(prepare.tile_grid(tissue_mask(solid), 0.25)) == 64
 
 
 def painted(background, *spots):
@@ -3215,7 +3223,7 @@ LEFT, RIGHT, PINK, GLASS = (8, 20, 40, 80), (60, 20, 84, 80), (222, 150, 190), (
     ],
 )
 def test_tissue_is_found_beside(background, tissue, other):
-    mask = prepare.tissue_mask(painted(background, (tissue, LEFT), (other, RIGHT)))
+    mask = tissue_mask(painted(background, (tissue, LEFT), (other, RIGHT)))
     truth = np.asarray(painted((0, 0, 0), ((255, 255, 255), LEFT)))[..., 0] > 128
     assert (mask & truth).sum() > 0.9 * truth.sum(), "tissue was missed"
     assert (mask & ~truth).sum() < 0.1 * truth.sum(), "other things were taken for tissue"
@@ -3267,7 +3275,7 @@ def test_tissue_is_measured_against_the_slides_own_glass(name):
     """Weak stain beside strong, tinted glass, blue and green stains; and pens of all colours, which are
     none."""
     picture, truth = scene(*SCENES[name])
-    mask = prepare.tissue_mask(picture)
+    mask = tissue_mask(picture)
     assert (truth & ~mask).sum() <= 0.1 * truth.sum(), "tissue was missed"
     assert (mask & ~truth).sum() < 0.1 * max(truth.sum(), 10000), "other things were taken for tissue"
 
@@ -3309,7 +3317,7 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
 def test_tiles_at_the_right_and_lower_border_are_kept_and_filled_with_white(tmp_path):
     Image.new("RGB", (500, 500), PINK).save(tmp_path / "field.png")
     slide = prepare.Slide(tmp_path / "field.png", mpp=0.5)
-    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
     assert coords.tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
     tile = slide.tile(256, 256)
     assert (tile[:244, :244, :3] == PINK).all() and (tile[244:] == 255).all() and (tile[:, 244:] == 255).all()
@@ -3349,13 +3357,13 @@ def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
 def test_slides_all_of_tissue_or_all_of_glass():
     rng = np.random.default_rng(0)
     assert (
-        prepare.tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean()
+        tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean()
         < 0.02
     )
-    assert prepare.tissue_mask(painted((5, 5, 5))).mean() == 0
-    assert prepare.tissue_mask(painted(PINK)).mean() == 1
+    assert tissue_mask(painted((5, 5, 5))).mean() == 0
+    assert tissue_mask(painted(PINK)).mean() == 1
     assert (
-        prepare.tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean()
+        tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean()
         > 0.99
     )
 
@@ -5897,7 +5905,7 @@ def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
 
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     slide = prepare.Slide(toy_slide[0])
-    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(32)), 0.25)
+    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
     relevance = np.linspace(-1, 0.2, len(coords))
     relevance[7] = 2
     sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
@@ -5991,7 +5999,7 @@ def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
     width, height = slide.file.dimensions
     assert width * height * 3 == pytest.approx(2e9, rel=0.02) and (tmp_path / "big.tif").stat().st_size < 1e6
     assert slide.mpp == 0.25 and slide.file.level_count > 1
-    coords = prepare.tile_grid(prepare.tissue_mask(slide.thumbnail(prepare.MASK)), 0.25)
+    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(prepare.MASK)), 0.25)
     circle = math.pi * (0.36 * slide.width / 256) ** 2
     assert len(coords) == pytest.approx(circle, rel=0.15)
     middle = slide.tile(*(np.array([slide.width, slide.height]) // 512 * 256).tolist())
@@ -6421,13 +6429,13 @@ READERS = {
     "sample.py --qa asked_test.json": "asked_test.json out/stage3/* data/features/demo_0001* data/qa/train.jsonl",
     "sample.py --evaluate out/said.jsonl": "out/said.jsonl data/qa/train.jsonl",
     "prepare.py --slides data/slides/demo_0003.jpg": "data/slides/demo_0003.jpg data/meta.json data/failures/* "
-    "data/features/demo_0003* data/qc/demo_0003.jpg",
+    "data/features/demo_0003* data/qc/demo_0003.jpg data/.claims",
     "prepare.py --features foreign --mpp 0.5 --data new": "foreign/*",
     "prepare.py --qa asked_test.json": "asked_test.json data/qa/t*.jsonl",
     "prepare.py --demo --demo-slides 10": "data/cohort.json data/meta.json",
     "train.py --stage 1 --epochs 0.1": "data/qa/train.jsonl data/meta.json data/features/demo_000*",
     "train.py --stage 2 --epochs 0.1": "data/llm/* data/tokenizer.model out/stage1/* data/qa/train.jsonl",
-    "train.py --stage 3 --epochs 0.1": "out/stage2/* out/stage1/* data/llm/* data/qa/train.jsonl",
+    "train.py --stage 3 --epochs 0.1": "out/stage2/* out/stage1/* data/llm/* data/qa/train.jsonl out/stage3/log*",
     "train.py --stage 3 --epochs 1 --resume": "out/stage3/*",
     "train.py --export exported": "out/stage3/* data/llm/*",
 }
@@ -7777,7 +7785,7 @@ def benchmark_tissue():
     print(f"{'painted':28} {'tissue missed':>14} {'taken for it':>14}")
     for name, things in SCENES.items():
         picture, truth = scene(*things)
-        mask = prepare.tissue_mask(picture)
+        mask = tissue_mask(picture)
         n = max(1, truth.sum()) if truth.any() else truth.size
         print(f"{name:28} {(truth & ~mask).sum() / n:14.1%} {(mask & ~truth).sum() / n:14.1%}")
     known = {"no-tissue": "none is tissue", "stroma": "all is tissue"}

@@ -996,7 +996,7 @@ def write_svg(path, shapes, width, height):
     write_text(path, f'<svg {style} width="{width}" height="{height}">{frame}{"".join(shapes)}</svg>\n')
 
 
-def say_start(stage, args, recipe, task, steps, batches):
+def say_start(stage, args, task, steps, batches):
     """What will be trained, on what, for how long."""
     trains = []
     for group in task.groups:
@@ -1051,10 +1051,11 @@ def run_stage(stage, args, folder, stop):
             (folder / "best.safetensors").unlink(missing_ok=True)
     elif rank() == 0:
         start_anew(folder)
-    say_start(stage, args, recipe, task, steps, batches)
+    say_start(stage, args, task, steps, batches)
     if step == 0:
         task.report("before")
 
+    wsi_llava.check_regular(folder / "log.jsonl", "delete it")
     log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")  # noqa: SIM115 (closed below)
     log_file.writelines(json.dumps(entry) + "\n" for entry in log)
     bar = tqdm(total=steps, initial=step, desc=f"stage {stage}", unit="step", disable=rank() > 0)

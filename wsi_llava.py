@@ -1653,6 +1653,12 @@ def one_line(text, limit=200):
     return lines[0] if len(lines[0]) <= limit else lines[0][:limit] + "..."
 
 
+def check_regular(path, hint):
+    """Refuses a pipe or a device in the place of a file: it would be waited for, perhaps for ever."""
+    regular = not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
+    check(regular, f"{path}: not a regular file; {hint}")
+
+
 @contextlib.contextmanager
 def reading(path, hint):
     """Whatever goes wrong inside, with a user's file, becomes one line: the file, what is wrong, the hint.
@@ -1661,9 +1667,7 @@ def reading(path, hint):
     a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list.
     """
     try:
-        # "FILE, line 7" is no file: there this costs one look, a line.
-        regular = not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
-        check(regular, f"{path}: not a regular file; {hint}")  # a pipe would be waited for, perhaps for ever
+        check_regular(path, hint)  # "FILE, line 7" is no file: there this costs one look
         yield
     except UserError:
         raise
