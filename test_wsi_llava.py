@@ -1652,6 +1652,17 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), projector.parameters(), strict=True))
 
 
+def test_a_projector_fits_tokens_up_to_its_width(capsys):
+    cfg = PRESETS["demo"]
+    projector = wsi_llava.make_projector(160, cfg.llama.width)
+    for width in (128, 160):
+        assert wsi_llava.fit_projector(projector, "it", width, cfg, required=True) is projector
+    with pytest.raises(UserError, match=r"it: its projector does not fit \(160 -> 128, not 161 -> 128\)"):
+        wsi_llava.fit_projector(projector, "it", 161, cfg, required=True)
+    assert wsi_llava.fit_projector(projector, "it", 161, cfg, required=False)[0].in_features == 161
+    assert "a new one, since that of it does not fit" in capsys.readouterr().err
+
+
 def test_a_projector_of_another_shape_is_refused(tmp_path):
     save_file({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")  # LLaVA-1.0's
     with pytest.raises(UserError, match="not a projector of two linear layers .*: model.mm_projector.weight"):
@@ -2443,7 +2454,8 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
         2, args, train.pick_recipe(2, args, {"preset": "demo"}), wsi_llava.read_meta(foreign)
     )
     assert [group["peak"] for group in reports.groups] == [2e-3]
-    assert [group["peak"] for group in task.groups] == [1e-3, 3e-3]  # the projector's own, the adapters'
+    names = ["projector", "LoRA adapters of rank 16"]
+    assert [(group["name"], group["peak"]) for group in task.groups] == list(zip(names, [1e-3, 3e-3]))
     recipe = dataclasses.replace(train.RECIPES["demo"][3], projector_lr=0.0)
     same = train.Conversation(3, args, recipe, wsi_llava.read_meta(foreign))
     assert [group["peak"] for group in same.groups] == [3e-3, 3e-3]
@@ -5584,6 +5596,17 @@ def test_intervals_and_rank_correlations():
     )
 
 
+def test_truths_and_answers_of_others_are_told_apart(tmp_path, capsys):
+    """By the columns that there are: an "answer" is the truth where another column is what a system said."""
+    for columns in (("truth", "prediction"), ("answer", "prediction"), ("T-answer", "answer")):
+        path = tmp_path / f"{columns[0]}.csv"
+        path.write_text(f"id,slide,question,{columns[0]},{columns[1]}\n1,s,What is it?,A tumor.,A gland.\n")
+        (row,) = sample.read_answers(path)[1]
+        assert (row["truth"], row["answer"]) == ("A tumor.", "A gland.")
+    sample.main(list(map(str, ["--data", tmp_path, "--evaluate", path, tmp_path / "truth.csv"])))
+    assert "1 of 1 questions answered by all" in capsys.readouterr().out
+
+
 def test_several_systems_stand_in_one_table(tmp_path, capsys):
     """Others' files in their own shapes, on the questions that all answered; differences, McNemar, rarity,
     majority."""
@@ -5965,7 +5988,7 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
 
 
 @slow
-def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path):
+def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
     """The language model in int8: gradients pass. A second time, its own pictures are replaced, and nothing
     else."""
     folder, _ = demo
@@ -5975,6 +5998,9 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path):
     wsi_llava.resolve_device(args)
     model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
     sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
+    printed = capsys.readouterr().out
+    gain = float(re.search(r"this one adds (-?[\d.]+) nats", printed)[1])
+    assert ("no tile made it" in printed) == (gain < 0.1)
     assert Image.open(args.heatmap).size == (1842, 714)
     tiles = json.loads(args.heatmap_geojson.read_text())["features"]
     assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
@@ -6002,6 +6028,11 @@ def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
     coords = prepare.tile_grid(tissue_mask(slide.thumbnail(prepare.MASK)), 0.25)
     circle = math.pi * (0.36 * slide.width / 256) ** 2
     assert len(coords) == pytest.approx(circle, rel=0.15)
+    tifffile = pytest.importorskip("tifffile")
+    for level, page in enumerate(tifffile.TiffFile(tmp_path / "big.tif").pages):
+        assert page.samplesperpixel == 3 and page.bitspersample == 8
+        pixels, unit = page.tags["XResolution"].value
+        assert pixels / unit == round(1e4 / 0.25 / 4**level) and page.imagewidth == width // 4**level
     middle = slide.tile(*(np.array([slide.width, slide.height]) // 512 * 256).tolist())
     assert middle[..., 1].mean() < 200 < slide.tile(0, 0)[..., 1].mean()
 
