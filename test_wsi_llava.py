@@ -633,11 +633,12 @@ def kernel_resources():
     of dicts.
 
     spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core
-    instructions. Needs TRITON_INTERPRET=0. """
+    instructions. Needs TRITON_INTERPRET=0."""
     kernels = (wsi_llava._forward_kernel, wsi_llava._dq_kernel, wsi_llava._dkv_kernel)
     types = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     rows = []
-    for kernel, gpu, dtype, D in itertools.product(kernels, SHARED_LIMIT, types, (48, 64)):
+    cases = [(gpu, 48) for gpu in SHARED_LIMIT] + [(86, 128), (90, 128)]
+    for kernel, (gpu, D), dtype in itertools.product(kernels, cases, types):
         rows.append(
             {"kernel": kernel.__name__.strip("_"), "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
             | compiled_resources(kernel, gpu, types[dtype], wsi_llava._launch_options(kernel, D, dtype))
@@ -733,7 +734,7 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 3 * 4 * 2 * 2 + 4  # kernels, GPUs, dtypes, head dims; int8 has a kernel of its own
+    assert len(rows) == 3 * (4 + 2) * 2 + 4  # kernels, GPUs (two with wide heads), dtypes; int8's kernel
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= row["shared_limit"], row
         assert (row["mma"] > 0) == (row["dtype"] == "bf16"), row  # tensor cores wherever the dtype allows
@@ -2448,6 +2449,11 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
         3, args, train.pick_recipe(3, args, {"preset": "demo"}), wsi_llava.read_meta(foreign)
     )
     (case,) = [task.read(row) for row in task.train if len(row.slides) == 2 and row.task == "grade"]
+    embeds, _ = task.model.splice([case["visual"]], [case["ids"]])
+    assert case["positions"] == embeds.shape[1] and not case["cut"]
+    task.longest = case["positions"] - 1
+    cut = task.read(next(row for row in task.train if len(row.slides) == 2 and row.task == "grade"))
+    assert cut["ids"] == case["ids"][:-1] and cut["positions"] == task.longest and cut["cut"]
     assert case["ids"].count(IMAGE_TOKEN) == 2 and case["visual"].shape == (2, 36, 128)
     assert task.tokenizer.decode(case["ids"]).count("What is the grade?") == 1
     reports = train.Conversation(
@@ -2629,12 +2635,14 @@ def test_two_processes_equal_one(demo, tmp_path, flags):
     --full."""
     flags = [*flags, "--epochs", {1: 4, 2: 1, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
     losses, stage = {}, f"stage{flags[1]}"
+    sharded = "processes: 2, each with a share of the weights"
     shutil.copytree(demo[0] / "out", tmp_path / "1")
     shutil.copytree(demo[0] / "out", tmp_path / "2")
     train_with(demo, tmp_path / "1", *flags)
     command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (sharded in done.stdout) == ("--full" in flags)
     for processes in "12":
         log = (tmp_path / processes / stage / "log.jsonl").read_text().splitlines()
         losses[processes] = [json.loads(line)["loss"] for line in log]
@@ -6688,7 +6696,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @slow
 @forks
 def test_damaged_files_and_odd_flags_are_refused_in_one_line(finished):
-    assert not fuzz(finished, 200, seed=0)
+    assert not fuzz(finished, 120, seed=0)
 
 
 def full_disk(size):

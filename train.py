@@ -1005,7 +1005,8 @@ def say_start(stage, args, task, steps, batches):
     frozen = sum(p.numel() for p in task.model.parameters() if not p.requires_grad)
     slides, val = len(slides_in(task.train)), len(task.val)
     say(f"Stage {stage}, {TITLES[stage]}")
-    say(f"  on      {args.device} in {str(args.dtype).removeprefix('torch.')}, processes: {world()}")
+    shares = ", each with a share of the weights" if task.sharded else ""
+    say(f"  on      {args.device} in {str(args.dtype).removeprefix('torch.')}, processes: {world()}{shares}")
     say(f"  trains  {', '.join(trains)}; frozen {frozen:,}")
     say(f"  data    {len(task.train):,} rows of {slides:,} slides, {val:,} more to validate on")
     say(f"  plan    {steps:,} steps, {batches:,} an epoch, of {len(task.train) / batches:.0f} rows each")
