@@ -239,7 +239,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     places = ["--data", folder / "data", "--out", folder / "out"]
     done = script(
-        "train.py", "--demo", "--demo-slides", 15, "--llm-steps", 30, "--epochs", 1, "--val", 0.2, *places
+        "train.py", "--demo", "--demo-slides", 15, "--llm-steps", 15, "--epochs", 1, "--val", 0.2, *places
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -2627,13 +2627,11 @@ def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
 
 
 @slow
-@pytest.mark.parametrize(
-    "flags", [["--stage", 1], ["--stage", 2], ["--stage", 3], ["--stage", 3, "--full"]], ids=str
-)
+@pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
 def test_two_processes_equal_one(demo, tmp_path, flags):
     """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with
-    --full."""
-    flags = [*flags, "--epochs", {1: 4, 2: 1, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
+    --full. (Stage 2 does what stage 3 does, with fewer weights.)"""
+    flags = [*flags, "--epochs", {1: 4, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
     losses, stage = {}, f"stage{flags[1]}"
     sharded = "processes: 2, each with a share of the weights"
     shutil.copytree(demo[0] / "out", tmp_path / "1")
@@ -4676,7 +4674,7 @@ def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
         "--llm",
         demo[0] / "data" / "llm",
         "--max-new-tokens",
-        5,
+        3,
         "--json",
         "--heatmap",
         tmp_path / "map.png",
@@ -4685,7 +4683,7 @@ def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line)
     assert found["slides"] == ["toy"] and isinstance(found["answer"], str)
-    assert found["tokens"] == 5 and not found["finished"] and Image.open(tmp_path / "map.png").width > 1000
+    assert found["tokens"] == 3 and not found["finished"] and Image.open(tmp_path / "map.png").width > 1000
     flags = [*flags[:-2], "--region", "0,0,1024,1024"]
     sample_with(demo, "--slide", "toy", "--ask", "Which type?", *flags, data=tmp_path / "new")
     assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
@@ -5819,16 +5817,17 @@ def test_the_rating_page_is_filled_in_and_saved_with_a_browser(tmp_path):
     with browser(tmp_path) as call:
         call("Page.enable")
         call("Page.navigate", url=(tmp_path / "sheet.html").as_uri())
-        for script in (fill, "document.getElementById('save').click(); document.body.innerText"):
+        shown = "document.readyState === 'complete' && document.querySelectorAll('fieldset').length === 2"
+        kept = f"!window.filled && {shown} && document.body.innerText.includes('all done')"
+        save = "document.getElementById('save').click(); document.body.innerText"
+        for script, ready in ((fill, shown), (save, kept)):
             done = time.monotonic() + 20
-            ready = "window.filled || document.readyState !== 'complete' || document.querySelectorAll('fieldset').length"
-            while time.monotonic() < done:
-                if call("Runtime.evaluate", expression=ready)["result"].get("value") == 2:
-                    break
-                time.sleep(0.05)
+            while not call("Runtime.evaluate", expression=ready)["result"]["value"]:
+                assert time.monotonic() < done
+                if script == save:  # again: the browser stores what was typed in its own time
+                    call("Page.reload")
+                time.sleep(0.2)
             said = call("Runtime.evaluate", expression=script)["result"]["value"]
-            if script == fill:
-                call("Page.reload")
         saved = tmp_path / "ratings-Dr_.csv"
         while not saved.exists() and time.monotonic() < done:
             time.sleep(0.05)
