@@ -2607,6 +2607,21 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path, monkeypatc
 
 
 @slow
+def test_training_goes_on_without_a_slide_that_cannot_be_read(demo, tmp_path, capsys):
+    shutil.copytree(demo[0], tmp_path / "demo")
+    data, out = tmp_path / "demo" / "data", tmp_path / "demo" / "out"
+    spoilt = train.load_rows(data, "train")[0].slides[0]
+    path = wsi_llava.features_file(data, spoilt)
+    tensors = load_file(path) | {"features": torch.full((40, 128), math.inf).half()}
+    wsi_llava.write_tensors(path, tensors, wsi_llava.read_metadata(path))
+    (data / "visual_tokens" / path.name).unlink()
+    train.main(["--stage", "3", "--epochs", "0.1", "--data", str(data), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert f"Left out 1 slide that cannot be read, the first: {path}: " in printed
+    assert "Stage 3 is done" in printed
+
+
+@slow
 def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
     """And those left without a word of an answer; the first is named. What leaves none to anybody is
     refused."""
@@ -5747,6 +5762,11 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
         "weighted kappa of ann and bob 0." in printed
         and "Rank correlation with experts' correctness" in printed
     )
+    said = a.read_text()
+    a.write_text(said.replace("A tumor ", "A cyst "))
+    sample.main(list(map(str, flags)))
+    assert "ours: 6 ratings are of other answers than these; left out." in capsys.readouterr().out
+    a.write_text(said)
     (tmp_path / "bob.csv").write_text(blank.replace(",1,1,,,,", ",1,1,6,,,"))
     with pytest.raises(
         UserError, match="bob.csv, line 2: correctness '6': a whole number from 1 to 5, or nothing"

@@ -735,7 +735,7 @@ class Conversation:
         problems = write_visual_tokens(self.args, self.model, slides_in(rows))
         if problems:
             first = next(iter(problems.values()))
-            say(f"Left out, {len(problems)} slides that cannot be read, the first: {first}")
+            say(f"Left out {wsi_llava.count(len(problems), 'slide')} that cannot be read, the first: {first}")
             rows = [row for row in rows if not problems.keys() & set(row.slides)]
             check(rows, f"{self.args.data}/visual_tokens: no slide is left to train on, the first: {first}")
         return split_validation(rows, self.args)
