@@ -1179,6 +1179,14 @@ def test_plain_form_is_image_then_report(tokenizer):
 # ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_cannot_share_a_width_are_refused(heads):
+    for config in (wsi_llava.TileEncoderConfig, wsi_llava.TextEncoderConfig, wsi_llava.LlamaConfig):
+        what = f"{config.__name__}: a width of 64 cannot be shared by {heads} heads"
+        with pytest.raises(UserError, match=what):
+            config(width=64, heads=heads)
+
+
 def test_configs_survive_json():
     for cfg in PRESETS.values():
         assert wsi_llava.WSILLaVAConfig.from_json(cfg.to_json()) == cfg
@@ -5449,9 +5457,10 @@ def test_what_a_server_says_instead_of_an_answer_is_passed_on(judge_server, tmp_
 
 def test_a_key_follows_no_redirect_and_waits_are_bounded(judge_server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    judge_server.script += [(307, {"Location": "http://127.0.0.2:1/evil"}, "")]
-    with pytest.raises(UserError, match="redirects to http://127.0.0.2:1/evil; name that instead"):
-        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
+    for code in (300, 307, 399):
+        judge_server.script += [(code, {"Location": "http://127.0.0.2:1/evil"}, "")]
+        with pytest.raises(UserError, match="redirects to http://127.0.0.2:1/evil; name that instead"):
+            new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
     judge_server.script += [(429, {"Retry-After": wait}, "") for wait in ("nan", "inf", "-1", "soon")]
     assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
     judge_server.script += [(429, {"Retry-After": "86400"}, "")]
