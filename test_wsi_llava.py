@@ -1179,6 +1179,31 @@ def test_plain_form_is_image_then_report(tokenizer):
 # ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
 
 
+def test_tiles_are_cropped_and_normalized_or_refused():
+    tiles = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8)
+    images = wsi_llava.preprocess_tiles(tiles)
+    middle = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(images, (middle - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    for wrong in (tiles.float(), tiles[:, :224], tiles[..., :2]):
+        with pytest.raises(ValueError, match=r"tiles must be uint8 \[B,256,256,3\]"):
+            wsi_llava.preprocess_tiles(wrong)
+
+
+def test_tokens_are_drawn_from_the_likeliest():
+    """Of the smallest set that has the probability top_p, or of the top_k likeliest, as often as they are."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    for top_p, top_k, kept in (
+        (0, 0, [1]), (0.49, 0, [1]), (0.51, 0, [1, 3]), (0.79, 0, [1, 3]), (0.81, 0, [0, 1, 3]),
+        (1, 0, [0, 1, 2, 3]), (1, 3, [0, 1, 3]), (0.9, 1, [1]),
+    ):  # fmt: skip
+        drawn = wsi_llava.sample_token(logits, top_p, top_k, generator).bincount(minlength=4) / 4000
+        assert drawn.nonzero().flatten().tolist() == kept
+        share = torch.zeros(4).index_put((torch.tensor(kept),), logits[0, kept].exp())
+        assert (drawn - share / share.sum()).abs().max() < 0.04
+
+
 @pytest.mark.parametrize("heads", [0, 3])
 def test_heads_that_cannot_share_a_width_are_refused(heads):
     for config in (wsi_llava.TileEncoderConfig, wsi_llava.TextEncoderConfig, wsi_llava.LlamaConfig):
