@@ -1901,12 +1901,11 @@ def write_split(args, path, rows, have):
         f"{count(len(tasks), 'task')} about {count(len(slides), 'slide')} to {path}; {len(slides & have)} of "
         "these slides have features."
     )
-    for kind in ("task", "cancer"):
+    for kind in ("task", "cancer") if rows else ():
         total = collections.Counter(row[kind] or "none" for row in rows)
         matched = collections.Counter(row[kind] or "none" for row in rows if have.issuperset(slides_of(row)))
         parts = [f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())]
-        if rows:
-            print(f"  by {kind}: {', '.join(parts)}")
+        print(f"  by {kind}: {', '.join(parts)}")
     if missing:
         print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
 
@@ -2191,8 +2190,8 @@ def prepare_demo(args):
     torch.set_num_threads(max(1, threads // 2))  # this small encoder takes no more time than the readers
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
     torch.set_num_threads(threads)
-    for _, message in failures[:1]:
-        raise UserError(f"{len(failures)} toy slides failed, the first: {message}")
+    if failures:
+        raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
     write_index(args.data)
     return cases
 

@@ -1429,7 +1429,8 @@ def own_names(row):
         found[name] = found.get(name) or ""
     numbered = found["n"] is None or type(found["n"]) is int
     if not numbered or not all(isinstance(slide, str) for slide in slides_of(found)):
-        raise ValueError(f"its slide or number is no text or number: {found['slide']}, {found['n']}")
+        given = f"{found['slide']}, {found['n']}"
+        raise ValueError(f"its slide or number is of another type than expected: {given}")
     return found | {"question": wsi_llava.without_image(found["question"])}
 
 

@@ -59,7 +59,6 @@ from wsi_llava import (
     read_visual_tokens,
     reading,
     replacing,
-    share,
     some_path,
     without_image,
     write_tensors,
@@ -97,13 +96,13 @@ class Recipe:
     lr: float = setting("the learning rate at its highest, after the warmup", rate)
     batch_size: int = setting("rows a step, of all processes, at most: an epoch's batches are of one size")
     epochs: float = setting("how often every row is seen")
-    warmup: float = setting("share of the steps in which the learning rate rises", share, default=0.03)
+    warmup: float = setting("share of the steps in which the rate rises", wsi_llava.share, default=0.03)
     weight_decay: float = setting("AdamW's", default=0.0)
     projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", rate, default=0.0)
-    full_lr: float = setting("stage 3 with --full: in place of --lr (0: it is not)", rate, default=0.0)
+    full_lr: float = setting("stage 3 with --full: in place of --lr (0: --lr stays)", rate, default=0.0)
     lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM's matrices", default=0)
     lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
-    lora_dropout: float = setting("stage 3: dropout of what enters the adapters", share, default=0.0)
+    lora_dropout: float = setting("stage 3: dropout of the adapters' input", wsi_llava.share, default=0.0)
     lora_target: str = setting(
         "stage 3: which linear layers of the decoder get adapters, a pattern; LoRA's own: q_proj|v_proj",
         pattern,
@@ -451,8 +450,8 @@ def slide_encoder_to_train(args, meta):
         encoder = wsi_llava.load_slide_encoder(path)
         wsi_llava.check_tile_encoder(encoder.cfg, meta, path)
         return encoder, encoder.cfg
-    missing = f"no slide encoder: {gigapath} is missing; name it with --slide-encoder, or --from-scratch"
-    check(meta["preset"] == "demo" or args.from_scratch, missing)
+    missing = "is missing; name it with --slide-encoder, or train --from-scratch"
+    check(meta["preset"] == "demo" or args.from_scratch, f"no slide encoder: {gigapath} {missing}")
     cfg = PRESETS[args.preset or meta["preset"]].slide_encoder
     return None, dataclasses.replace(cfg, in_width=meta["encoder"]["width"])  # a new one takes any features
 
@@ -1373,18 +1372,21 @@ def compare(answers, seed):
 def draw_ablations(path, lines):
     """The means with their intervals, from 0 to 1, a block a metric, as an SVG."""
     shapes, y = [], 0
+
+    def at(value):
+        return 240 + 300 * value
+
     for metric in dict.fromkeys(line["metric"] for line in lines):
-        block = [line for line in lines if line["metric"] == metric]
-        title = f"{metric}, trained without"
-        shapes.append(f'<text x="10" y="{y + 30}" font-weight="bold">{title}</text>')
-        for tick in (0, 0.25, 0.5, 0.75, 1):  # the axis
-            x = 240 + 300 * tick
-            shapes.append(f'<text x="{x}" y="{y + 30}" fill="#888888" text-anchor="middle">{tick:g}</text>')
-            shapes.append(f'<path d="M{x} {y + 36}V{y + 40 + 20 * len(block)}" stroke="#dddddd"/>')
         y += 30
+        block = [line for line in lines if line["metric"] == metric]
+        shapes.append(f'<text x="10" y="{y}" font-weight="bold">{metric}, trained without</text>')
+        for tick in (0, 0.25, 0.5, 0.75, 1):  # the axis
+            x = at(tick)
+            shapes.append(f'<text x="{x}" y="{y}" fill="#888888" text-anchor="middle">{tick:g}</text>')
+            shapes.append(f'<path d="M{x} {y + 6}V{y + 10 + 20 * len(block)}" stroke="#dddddd"/>')
         for line in block:
             y += 20
-            low, mean, high = (240 + 300 * line[key] for key in ("low", "mean", "high"))
+            low, mean, high = (at(line[key]) for key in ("low", "mean", "high"))
             shapes.append(f'<text x="20" y="{y + 4}">{line["without"]}</text>')
             shapes.append(f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="#1f5fb4" stroke-width="2"/>')
             shapes.append(f'<circle cx="{mean:.1f}" cy="{y}" r="4" fill="#1f5fb4"/>')
