@@ -481,7 +481,9 @@ def explain(args, model, tokenizer, name, answer):
         f"to {relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
     )
     if gain < 0.1:
-        print("So little means that a slide of average tiles gets this answer too: no tile made it what it is.")
+        print(
+            "So little means that a slide of average tiles gets this answer too: no tile made it what it is."
+        )
     if args.heatmap:
         draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"])
     if args.heatmap_geojson:

@@ -844,9 +844,7 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
         start += n
     agrees("gradient", encoder.patch_embed["proj"].weight.grad, grad, 1e-5)
     # Of one length: stacked
-    two, _ = encoder(
-        features[:140].view(2, 70, 128), torch.stack([coords[:70]] * 2)
-    )
+    two, _ = encoder(features[:140].view(2, 70, 128), torch.stack([coords[:70]] * 2))
     agrees("stacked", two[0], cls[0], 1e-6)
 
 
@@ -1018,9 +1016,7 @@ def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
     ids, words = torch.randint(97, (2, 17)), llama.embed_tokens.weight.clone()
     want = with_adapters(llama)(ids)
     # In bfloat16
-    before = 2 * sum(
-        p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words]
-    )
+    before = 2 * sum(p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words])
     llama = wsi_llava.quantize_int8(llama).to(dtype)
     weights = [x for name, x in llama.named_buffers() if name.endswith("weight")]
     assert len(weights) == 2 * 7 + 1 and sum(x.numel() * x.element_size() for x in weights) < 0.51 * before
@@ -1126,9 +1122,7 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     with_slide, _ = ours.encode_chat(TALK[:1])
     before = ours.encode_template(ours.chat.start + ours.chat.human.split("{}")[0], "")
     # The head of the first human turn
-    assert (
-        with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
-    )
+    assert with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
     plain, injected = (
         ours.encode_chat([{"from": "human", "value": said}])[0] for said in ("end", f"{end}end")
     )
@@ -1499,9 +1493,7 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
     tiny.cfg.fingerprints["slide_encoder"] = "another"
     assert [written() for _ in range(2)] == [1, 0]
     # Other tiles
-    save_file(
-        tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors"
-    )
+    save_file(tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors")
     assert [written() for _ in range(2)] == [1, 0]
     cut(tmp_path / "visual_tokens" / "s.safetensors")
     assert [written() for _ in range(2)] == [1, 0]
@@ -1558,9 +1550,7 @@ def test_loaders_are_strict_both_ways(tmp_path):
     refused(good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]")
     refused({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder")
     # Would need unpickling of a foreign class
-    refused(
-        {"model": {"norm.bias": object()}}, "copy or download it again"
-    )
+    refused({"model": {"norm.bias": object()}}, "copy or download it again")
     path.write_bytes(b"not a checkpoint at all")
     with pytest.raises(UserError, match="copy or download it again"):
         wsi_llava.load_slide_encoder(path)
@@ -1727,13 +1717,9 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
         agrees("a LoRA folder, merged on load", ours(ids), merged(ids).logits, 1e-5)
         assert relative(ours(ids), theirs(ids).logits) > 1e-5
     # Merged in mapped memory
-    assert before == {
-        file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()
-    }
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
     # Summed first, then cast
-    half = wsi_llava.load_llama(
-        tmp_path / "base", torch.bfloat16, tmp_path / "lora"
-    )
+    half = wsi_llava.load_llama(tmp_path / "base", torch.bfloat16, tmp_path / "lora")
     assert torch.equal(half.layers[0].mlp.down_proj.weight, ours.layers[0].mlp.down_proj.weight.bfloat16())
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))  # a pattern
@@ -2890,7 +2876,10 @@ def test_alignment_is_shown_of_any_model(demo, published_demo, capsys):
     train.main(["--alignment", "--data", str(data), "--out", str(out)])
     printed = capsys.readouterr().out
     assert "Alignment of 3 slides and their reports (test; by chance R@1 0.33" in printed
-    assert re.search(r"before it, stage 1's space \(cosine\): slide->report R@1 \d\.\d\d, .* R@5 1.00, .* R@10 1.00", printed)
+    assert re.search(
+        r"before it, stage 1's space \(cosine\): slide->report R@1 \d\.\d\d, .* R@5 1.00, .* R@10 1.00",
+        printed,
+    )
     assert re.search(r"after the projector \(cosine\): slide->report R@1", printed)
     assert re.search(
         r"cosine to the own report -?\d.*loss of a report after its own slide \d.*after another \d", printed
@@ -2981,9 +2970,7 @@ def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
     white = Image.new("RGB", (1280 + 20, 1280 + 20), "white")
     white.paste(scan, (10, 10))
     # 0.3 um/px: zoom 5/3
-    whole = np.asarray(white.resize((780, 780), Image.Resampling.LANCZOS)).astype(int)[
-        6:, 6:
-    ]
+    whole = np.asarray(white.resize((780, 780), Image.Resampling.LANCZOS)).astype(int)[6:, 6:]
     slide = prepare.Slide(tmp_path / "slide.png", mpp=0.3)
     for x, y in ((0, 0), (255, 510)):
         tile = slide.tile(x, y)
@@ -3022,9 +3009,7 @@ def test_where_the_resolution_comes_from(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     pixels = np.full((512, 512, 3), 255, np.uint8)
     # In strips: not for OpenSlide
-    Image.fromarray(pixels).save(
-        tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2
-    )
+    Image.fromarray(pixels).save(tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2)
     Image.fromarray(pixels).save(tmp_path / "screen.png", dpi=(72, 72))
     aperio = "Aperio Image Library v1\n512x512 |AppMag = 20"
     write = functools.partial(tifffile.imwrite, data=pixels, tile=(256, 256), photometric="rgb")
@@ -3419,15 +3404,11 @@ def test_a_mask_says_what_is_tissue(archive, tmp_path, capsys):
 
 def test_slides_all_of_tissue_or_all_of_glass():
     rng = np.random.default_rng(0)
-    assert (
-        tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean()
-        < 0.02
-    )
+    assert tissue_mask(Image.fromarray(rng.integers(236, 248, (96, 96, 3), dtype=np.uint8))).mean() < 0.02
     assert tissue_mask(painted((5, 5, 5))).mean() == 0
     assert tissue_mask(painted(PINK)).mean() == 1
     assert (
-        tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean()
-        > 0.99
+        tissue_mask(painted((198, 120, 170), ((235, 190, 215), LEFT), ((120, 70, 140), RIGHT))).mean() > 0.99
     )
 
 
@@ -5125,9 +5106,7 @@ def test_closed_answers_are_read():
         assert [sample.parse_yes_no(text) for text in texts] == [want] * len(texts)
     assert sample.closed_parser("Is the prognosis poor?", "No")("no way") == "no"
     # Open: more than a word
-    assert (
-        sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None
-    )
+    assert sample.closed_parser("Is there necrosis?", "Yes, there is necrosis.") is None
 
 
 @pytest.mark.parametrize(
@@ -5374,9 +5353,7 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
     # Only what was unusable is asked again
-    assert (
-        len(judge_server.requests) == before + 2 and judge_server.most == 1
-    )
+    assert len(judge_server.requests) == before + 2 and judge_server.most == 1
     assert "0 grades stayed unusable" in capsys.readouterr().out
     before += 2
     (tmp_path / "judge.jsonl").unlink()
@@ -5643,9 +5620,7 @@ def test_intervals_and_rank_correlations():
     assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
     together = sample.interval(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
     # Four questions that a slide decides are no more than one
-    assert together == pytest.approx(
-        [mean, low, high]
-    )
+    assert together == pytest.approx([mean, low, high])
 
 
 def test_truths_and_answers_of_others_are_told_apart(tmp_path, capsys):
@@ -5755,9 +5730,7 @@ def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
     page = (tmp_path / "sheet.html").read_text()
     assert page.count("A tumor ") == page.count(r"\u003cb>Necrosis") == 3 and "data:image/jpeg" in page
     # Complete in itself; no system's name
-    assert (
-        "http" not in page and "ours" not in page and "theirs" not in page
-    )
+    assert "http" not in page and "ours" not in page and "theirs" not in page
     with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
         sample.main(list(map(str, flags)))
     for wrong in (["3"], ["x", "a.html", "b"], ["0", "a.html", "b"], ["3", "a.htm", "b"], ["3", "a.html"]):
@@ -5966,9 +5939,7 @@ def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
 
 
 # Fewer tiles than the 9 visual tokens, so that they repeat; as many; more
-@pytest.mark.parametrize(
-    "n", [4, 9, 20]
-)
+@pytest.mark.parametrize("n", [4, 9, 20])
 def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     """Without a slide encoder a tile matters through its visual tokens alone: a tile like the average one,
     not at all."""
@@ -6007,9 +5978,7 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
     # As MRXS
-    slide.file = types.SimpleNamespace(
-        properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"}
-    )
+    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})
     sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner)
     first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
