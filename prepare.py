@@ -1654,27 +1654,14 @@ def slide_id(value):
     return name
 
 
-def slides_of(row):
-    """The ids of the slides that a row is about: mostly one; of a patient's row, several."""
-    return row["slide"] if isinstance(row["slide"], list) else [row["slide"]]
-
-
 def check_row(row):
     """Raises ValueError, or what Python raises over other types, where a row is not as write_qa writes it."""
     values = [turn["value"] for turn in row["conversations"]]
-    texts = [row["id"], row["task"], row.get("cancer", ""), *slides_of(row), *values]
-    if not slides_of(row) or not all(isinstance(text, str) for text in texts):
+    texts = [row["id"], row["task"], row.get("cancer", ""), row["slide"], *values]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("its id, slide, task or texts are not all texts")
     if [turn["from"] for turn in row["conversations"]] != ["human", "gpt"] * (len(values) // 2) or not values:
         raise ValueError("its conversations do not alternate human and gpt")
-
-
-def about_slides(row, names):
-    """The row as one about these slides, with one <image> each at the head of its first question."""
-    names = list(dict.fromkeys(names))
-    turns = wsi_llava.slide_first(row["conversations"], image=False)
-    turns[0]["value"] = "<image>\n" * len(names) + turns[0]["value"]
-    return row | {"slide": names[0] if len(names) == 1 else names, "conversations": turns}
 
 
 def as_closed(question, answer, options):
@@ -1728,7 +1715,10 @@ def read_row(entry, stem, number):
         row["split"] = SPLITS.get(str(split).lower())
         if not row["split"]:
             raise ValueError(f"its split is {split!r}, not train, val or test")
-    return about_slides(row, names if kind == "this project's rows" else map(slide_id, names))
+    if kind != "this project's rows":
+        row["slide"] = list(map(slide_id, names))
+    row["conversations"] = wsi_llava.slide_first(row["conversations"])
+    return row
 
 
 def parse_json(path, text, line=1):
@@ -1778,10 +1768,10 @@ def read_entries(path):
 def read_qa(path):
     """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"}.
 
-    "slide" is a list where a row is about several; "split" is there where the file says it. Rows whose
-    question or answer is empty are left out, and counted. Raises UserError that names the line or the item.
+    "split" is there where the file says it. Rows about several slides, and rows whose question or answer is
+    empty, are left out, and counted. Raises UserError that names the line or the item.
     """
-    path, rows, empty = Path(path), [], []
+    path, rows, empty, several = Path(path), [], [], []
     check(path.is_file(), f"{path}: no such file (--qa)")
     with reading(path, WHAT_IS_READ):
         entries = read_entries(path)
@@ -1789,10 +1779,15 @@ def read_qa(path):
         with reading(f"{path}, {where}", WHAT_IS_READ):
             row = read_row(entry, path.stem, number)
         full = all(wsi_llava.without_image(turn["value"]).strip() for turn in row["conversations"])
-        (rows if full else empty).append(row if full else where)
-    if empty:
-        what = f"{count(len(empty), 'row')} with an empty text, the first: {empty[0]}"
-        print(f"{path}: left out {what}", file=sys.stderr)
+        one = len(set(row["slide"])) == 1
+        if full and one:
+            rows.append(row | {"slide": row["slide"][0]})
+        else:
+            (empty if one else several).append(where)
+    for left_out, what in ((empty, "with an empty text"), (several, "about several slides")):
+        if left_out:
+            what = f"{count(len(left_out), 'row')} {what}, the first: {left_out[0]}"
+            print(f"{path}: left out {what}", file=sys.stderr)
     check(rows, f"{path}: holds no questions; {WHAT_IS_READ}")
     return rows
 
@@ -1802,10 +1797,10 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slides of `have` in the place of names that these begin with: a slide's barcode finds the
-    slide, a patient's all of hers. What is not there keeps its name."""
+    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds the
+    slide, a patient's the first of hers, which is said. What is not there keeps its name."""
     names = sorted(have, key=str.lower)
-    lower = [name.lower() for name in names]
+    lower, several = [name.lower() for name in names], {}
 
     @functools.cache
     def find(name):
@@ -1814,9 +1809,16 @@ def match_slides(rows, have):
             if not lower[i][len(name) : len(name) + 1].isalnum():  # 117 is no beginning of 1170
                 matches.append(names[i])
             i += 1
-        return [name] if name in have else matches or [name]
+        if name in have or not matches:
+            return name
+        if len(matches) > 1:
+            several[name] = matches
+        return matches[0]
 
-    return [about_slides(row, itertools.chain(*map(find, slides_of(row)))) for row in rows]
+    rows = [row | {"slide": find(row["slide"])} for row in rows]
+    for name, matches in several.items():
+        print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}", file=sys.stderr)
+    return rows
 
 
 def named_split(path):
@@ -1849,8 +1851,8 @@ def report_leaks(splits, patients, args):
         return patients.get(slide) or (barcode[0].upper() if barcode else None)
 
     def marks(row):  # what must not be on both sides
-        slides = slides_of(row)
-        return {*slides, *(("patient", patient(slide)) for slide in slides if patient(slide))}
+        slide = row["slide"]
+        return {slide, ("patient", patient(slide))} if patient(slide) else {slide}
 
     training, others = splits["train"], splits["test"] + splits["val"]
     shared = set().union(*map(marks, training)) & set().union(*map(marks, others))
@@ -1858,7 +1860,7 @@ def report_leaks(splits, patients, args):
     leaks["test"] = [row for row in others if marks(row) & shared]
     lines, path = [("side", "slide", "patient", "questions")], args.data / "qa" / "leaks.csv"
     for side, rows in leaks.items():
-        questions = collections.Counter(itertools.chain(*map(slides_of, rows)))
+        questions = collections.Counter(row["slide"] for row in rows)
         lines += [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
     people, what = sum(isinstance(mark, tuple) for mark in shared), ""
     if shared:
@@ -1878,7 +1880,7 @@ def merged(name, old, new, have):
     rows, unique = match_slides(old + new, have), {}
     for row in rows:
         texts = (turn["value"] for turn in row["conversations"])
-        unique.setdefault((*slides_of(row), *texts), row)
+        unique.setdefault((row["slide"], *texts), row)
     found = sum(before["slide"] != row["slide"] for before, row in zip(old + new, rows))
     if new and found:
         print(f"{count(found, 'question')} of {name} found slides by the beginning of their names.")
@@ -1889,7 +1891,7 @@ def merged(name, old, new, have):
 
 def write_split(args, path, rows, have):
     """A split's file, and beside it the slides that lack features; prints what it holds."""
-    tasks, slides = {row["task"] for row in rows}, set(itertools.chain(*map(slides_of, rows)))
+    tasks, slides = {row["task"] for row in rows}, {row["slide"] for row in rows}
     missing, where = sorted(slides - have), ""
     if not args.dry_run:
         write_qa(path, rows)
@@ -1903,7 +1905,7 @@ def write_split(args, path, rows, have):
     )
     for kind in ("task", "cancer") if rows else ():
         total = collections.Counter(row[kind] or "none" for row in rows)
-        matched = collections.Counter(row[kind] or "none" for row in rows if have.issuperset(slides_of(row)))
+        matched = collections.Counter(row[kind] or "none" for row in rows if row["slide"] in have)
         parts = [f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())]
         print(f"  by {kind}: {', '.join(parts)}")
     if missing:
@@ -2238,6 +2240,7 @@ def parse(argv=None):
     add("--patients", whose, metavar="FILE", type=some_path)
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
     add_demo_flags(parser)
+    wsi_llava.add_weights_flags(parser, rest=False)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
 

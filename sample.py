@@ -11,7 +11,7 @@
     python sample.py --rating-sheet 50 sheet.html A B       the same answers for pathologists to grade, blind
     python sample.py --benchmark                the time and memory of every step, by size of slide
 
-Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of one.
+--region x,y,w,h asks about a part of the slide.
 """
 
 import argparse
@@ -51,7 +51,6 @@ from tqdm import tqdm
 
 import prepare
 import wsi_llava
-from prepare import slides_of
 from wsi_llava import IMAGE_TOKEN, TILE, UserError, check, one_line, read_features, reading, write_text
 
 # ---- The slides that are asked about: files and names -> visual tokens -------------------------------------
@@ -102,17 +101,16 @@ def check_outputs(stem, **marks):
     return written
 
 
-def prepare_raw(args, names):
-    """--slide's files and names -> names of slides in data/. Files are prepared first, like any other
-    slide."""
-    found, raw = {}, {}
-    for name in names:
-        known = wsi_llava.is_slide_name(name) and wsi_llava.features_file(args.data, name).exists()
-        found[name] = prepare.find_slides([name]) if Path(name).exists() and not known else {}
-        raw |= found[name]
-    failures = prepare.prepare_slides(prepare.with_defaults(args), raw) if raw else []
+def prepare_raw(args, name):
+    """--slide's file or name -> the name of a slide in data/. A file is prepared first, like any other."""
+    known = wsi_llava.is_slide_name(name) and wsi_llava.features_file(args.data, name).exists()
+    if known or not Path(name).exists():
+        return name
+    raw = prepare.find_slides([name])
+    check(len(raw) == 1, f"--slide {name}: holds {len(raw)} slides; name one")
+    failures = prepare.prepare_slides(prepare.with_defaults(args), raw)
     check(not failures, failures and failures[0][1])
-    return [slide for name in names for slide in found[name] or [name]]
+    return next(iter(raw))
 
 
 def slide_facts(data, slide):
@@ -152,28 +150,22 @@ def region_tokens(model, data, slide, region):
     return model.encode_slide(features[inside], coords[inside])
 
 
-def slide_tokens(args, model, slides):
-    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; a region's on the
+def slide_tokens(args, model, slide):
+    """The name of a slide in data/ -> visual tokens [V,C], kept in data/visual_tokens; a region's on the
     fly."""
-    for slide in slides:
-        problem = why_missing(model.cfg, args.data, slide)
-        check(not problem, f"--slide {slide}: {problem}")
+    problem = why_missing(model.cfg, args.data, slide)
+    check(not problem, f"--slide {slide}: {problem}")
     if args.region:
-        return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
-    _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides)
-    for slide, problem in problems.items():
-        raise UserError(f"--slide {slide}: {problem}")
-    tokens = [wsi_llava.read_visual_tokens(args.data, slide, model.cfg) for slide in slides]
-    check(len({x.shape for x in tokens}) == 1, f"--slide {' '.join(slides)}: not equally many visual tokens")
-    return torch.stack(tokens)
+        return region_tokens(model, args.data, slide, args.region)
+    _, problems = wsi_llava.cache_visual_tokens(model, args.data, [slide])
+    check(not problems, f"--slide {slide}: {problems.get(slide)}")
+    return wsi_llava.read_visual_tokens(args.data, slide, model.cfg)
 
 
 @torch.inference_mode()
 def zero_shot(args, meta, slide, texts):
     """Probability of each text: softmax of its scaled similarity to the slide, in the space of stage 1."""
-    import train  # here: stage 1's model is defined there, and train.py imports this file
-
-    cfg, model, words, tokenizer = train.load_alignment(args, meta)
+    cfg, model, words, tokenizer = wsi_llava.load_alignment(args, meta)
     problem = why_missing(cfg, args.data, slide)
     check(not problem, f"--slide {slide}: {problem}")
     features, coords = read_features(args.data, slide, cfg.max_tiles)
@@ -188,12 +180,11 @@ def zero_shot(args, meta, slide, texts):
 
 
 class Chat:
-    """A conversation about slides, visual tokens [V,C] or [S,V,C]. The key-value cache is kept between
-    turns."""
+    """A conversation about a slide, visual tokens [V,C]. The key-value cache is kept between turns."""
 
     def __init__(self, model, tokenizer, visual, **options):
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.visual = visual if visual.dim() == 3 else visual[None]
+        self.visual = visual
         like = model.mm_projector[0].weight
         self.cache = wsi_llava.KVCache(model.cfg.llama, 1, model.cfg.llama.context, like.device, like.dtype)
         self.tail = []  # the last reply's tokens that the cache does not hold yet
@@ -201,12 +192,11 @@ class Chat:
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
-        question, n = wsi_llava.without_image(question), len(self.visual)
-        # The first question brings the slides. A later one goes on where the cache ends: after the last
+        question = wsi_llava.without_image(question)
+        # The first question brings the slide. A later one goes on where the cache ends: after the last
         # answer, less the token or two that generate() yielded and did not read.
         if not self.cache.length:
-            marks = "<image>\n" if n == 1 else "".join(f"Slide {i}: <image>\n" for i in range(1, n + 1))
-            question = marks + question
+            question = "<image>\n" + question
             ids, visual = self.tokenizer.encode_chat([{"from": "human", "value": question}])[0], [self.visual]
         else:
             ids, visual = self.tail + self.tokenizer.encode_turn(question, first=False), None
@@ -228,14 +218,14 @@ class Chat:
         self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
 
 
-def stream_answer(args, names, chat, question):
+def stream_answer(args, name, chat, question):
     """Streams one answer, or with --json prints one object -> (tokens, seconds)."""
     started = time.time()
     for piece in chat.reply(question):
         print("" if args.json else piece, end="", flush=True)
     tokens, seconds = chat.tokens, time.time() - started
     if args.json:
-        said = {"slides": names, "region": args.region, "question": question}
+        said = {"slide": name, "region": args.region, "question": question}
         said |= {"answer": chat.turns[-1]["value"], "finished": len(chat.tail) == 1}
         said |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
         said["peak_memory"] = wsi_llava.peak_memory(args.device)
@@ -248,7 +238,7 @@ def stream_answer(args, names, chat, question):
 HELP = "/slide NAME... asks about other slides, /save FILE keeps the conversation, /quit ends"
 
 
-def chat_loop(args, open_chat, names, chat):
+def chat_loop(args, open_chat, name, chat):
     """Questions and commands, from a person or a pipe, until the input ends or /quit -> (tokens, seconds)."""
     talking, tokens, seconds = sys.stdin.isatty(), 0, 0.0
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 cost their own line only, below
@@ -265,20 +255,19 @@ def chat_loop(args, open_chat, names, chat):
             command, *rest = shlex.split(line) if line.startswith("/") else [""]
             if command == "/quit":
                 return tokens, seconds
-            elif command == "/slide" and rest:
+            elif command == "/slide" and len(rest) == 1:
                 args.region = None  # it was the other slide's
-                names, chat = open_chat(rest)
-                print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens.")
+                name, chat = open_chat(rest[0])
+                print(f"{name}: {len(chat.visual)} visual tokens.")
             elif command == "/save" and len(rest) == 1:
                 check_output(rest[0], '{"id": "chat"')
-                slide = names if len(names) > 1 else names[0]
-                row = {"id": "chat", "slide": slide, "task": "chat", "conversations": chat.turns}
+                row = {"id": "chat", "slide": name, "task": "chat", "conversations": chat.turns}
                 write_text(rest[0], json.dumps(row, ensure_ascii=False) + "\n")
                 print(f"Wrote {len(chat.turns) // 2} turns to {rest[0]}.")
             elif command:
                 raise UserError(f"{line}: not a command; {HELP}")
             elif line:
-                more, took = stream_answer(args, names, chat, line)
+                more, took = stream_answer(args, name, chat, line)
                 tokens, seconds = tokens + more, seconds + took
         except (UserError, OSError, ValueError) as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
@@ -457,7 +446,7 @@ def check_heatmap_flags(args):
     pictures = [path for path in (args.heatmap, args.heatmap_geojson) if path]
     if pictures:
         check(args.slide and args.ask, "--heatmap explains one answer: it needs --slide and --ask")
-        whole = len(args.slide) == 1 and not args.region
+        whole = not args.region
         check(whole, "--heatmap explains a whole slide: give --slide one name, and no --region")
     if args.heatmap:
         png = args.heatmap.suffix.lower() == ".png"
@@ -468,7 +457,7 @@ def check_heatmap_flags(args):
 
 def explain(args, model, tokenizer, name, answer):
     """--heatmap and --heatmap-geojson: which tiles of the slide made the model answer --ask so."""
-    given = Path(args.slide[0])
+    given = Path(args.slide)
     slide = open_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
     print(f"Relevance of {len(coords):,} tiles: {PASSES} passes or more on {args.device}.")
@@ -821,6 +810,11 @@ FIELDS["answer_shuffled"] = "other slide"
 AT_ONCE = 64  # slides that are asked about together; with more, more questions of one length meet
 
 
+def slides_of(row):
+    """The id of the slide that a row is about, in a list."""
+    return row["slide"] if isinstance(row["slide"], list) else [row["slide"]]
+
+
 def all_slides(rows):
     """The slides that rows are about, each once."""
     return list(dict.fromkeys(itertools.chain(*map(slides_of, rows))))
@@ -866,20 +860,19 @@ def by_length(prompts, batch):
 
 
 def prompt_ids(tokenizer, row, image=True):
-    """The prompt of a row's last question, after the true earlier turns; its slides come first, or not at
+    """The prompt of a row's last question, after the true earlier turns; its slide comes first, or not at
     all."""
     turns = row["conversations"][:-1] if row["conversations"][-1]["from"] == "gpt" else row["conversations"]
-    slides = len(slides_of(row)) if "slide" in row else 1
-    return tokenizer.encode_chat(wsi_llava.slide_first(turns, image and slides))[0]
+    return tokenizer.encode_chat(wsi_llava.slide_first(turns, image))[0]
 
 
 def tokens_of(rows, visual):
-    """The rows' visual tokens out of {slide: [V,C]} -> a list of [S,V,C]; None without."""
+    """The rows' visual tokens out of {slide: [V,C]} -> a list of [V,C]; None without."""
     if visual is None:
         return None
     same = len({visual[slide].shape for slide in all_slides(rows)}) == 1
     check(same, "data/visual_tokens: the slides have different numbers of them; import them anew")
-    return [torch.stack(list(map(visual.get, slides_of(row)))) for row in rows]
+    return [visual[row["slide"]] for row in rows]
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **options):
@@ -2376,41 +2369,39 @@ def benchmark(args):
 # ---- Flags, and what they start ----------------------------------------------------------------------------
 
 
-def ask_about_slides(args):
+def ask_about_slide(args):
     """--slide: one answer, a chat, or zero-shot."""
     started = time.time()
-    one = len(args.slide) == 1 or not (args.region or args.zero_shot)
-    check(one, "--region and --zero-shot are about one slide; give --slide one name")
-    slides = prepare_raw(args, args.slide)
+    slide = prepare_raw(args, args.slide)
     meta = wsi_llava.read_meta(args.data)
     if args.zero_shot:
-        found = dict(zip(args.zero_shot, zero_shot(args, meta, slides[0], args.zero_shot)))
-        print(f"{slides[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
+        found = dict(zip(args.zero_shot, zero_shot(args, meta, slide, args.zero_shot)))
+        print(f"{slide}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
         for text, p in sorted(found.items(), key=lambda item: -item[1]):
             print(f"{p:8.4f}  {text}")
         if args.json:
-            said = {"slide": slides[0], "probabilities": found}
+            said = {"slide": slide, "probabilities": found}
             print(json.dumps(said, ensure_ascii=False), file=args.json)
         return
     model, tokenizer = load_model(args, meta)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     options = {name: getattr(args, name) for name in names}
 
-    def open_chat(names):
-        names = prepare_raw(args, names)
-        return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
+    def open_chat(name):
+        name = prepare_raw(args, name)
+        return name, Chat(model, tokenizer, slide_tokens(args, model, name), **options)
 
-    names, chat = open_chat(slides)
+    name, chat = open_chat(slide)
     trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
     origin = f"model of {trained}" if trained.exists() else "published model"
     where = f"{origin} on {args.device} in {dtype}, {time.time() - started:.1f} s"
-    print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; {where}.")
+    print(f"{name}: {len(chat.visual)} visual tokens; {where}.")
     if args.ask:
-        tokens, seconds = stream_answer(args, names, chat, args.ask)
+        tokens, seconds = stream_answer(args, name, chat, args.ask)
     else:
-        tokens, seconds = chat_loop(args, open_chat, names, chat)
+        tokens, seconds = chat_loop(args, open_chat, name, chat)
     if args.heatmap or args.heatmap_geojson:
-        explain(args, model, tokenizer, names[0], chat.turns[-1]["value"])
+        explain(args, model, tokenizer, name, chat.turns[-1]["value"])
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
 
 
@@ -2435,10 +2426,10 @@ def temperature(text):
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     count, some, text = wsi_llava.at_least(0), wsi_llava.at_least(1), wsi_llava.some_text
-    add = parser.group("one slide, or one case")
+    add = parser.group("one slide")
     file = {"type": wsi_llava.some_path, "metavar": "FILE"}
     folder, many = file | {"metavar": "DIR"}, {"nargs": "+", "type": text}
-    add("--slide", "a slide file, or the name of a prepared slide; several: one case", metavar="S", **many)
+    add("--slide", "a slide file, or the name of a prepared slide", metavar="S", type=text)
     add("--ask", "one question; without it, a chat", type=text, metavar="Q")
     add("--region", "only this part of the slide, in level-0 pixels", metavar="X,Y,W,H", type=rectangle)
     add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", **many)
@@ -2488,6 +2479,7 @@ def parse(argv=None):
     add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **file)
     what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
     add("--benchmark", what, nargs="*", **file | {"metavar": "SLIDE"})
+    wsi_llava.add_weights_flags(parser)
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
@@ -2518,7 +2510,7 @@ def main(argv=None):
         elif args.evaluate is not None and not (args.qa and args.dry_run):
             evaluate(args, args.evaluate or [args.predictions])
         elif args.slide and not args.qa:
-            ask_about_slides(args)
+            ask_about_slide(args)
 
 
 if __name__ == "__main__":

@@ -946,14 +946,6 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny):
         next(tiny.generate(None, [[1] * 300]))
 
 
-def test_lora_target_chooses_the_layers(tiny):
-    wsi_llava.add_lora(tiny.llama, 4, 8, "q_proj|v_proj")
-    names = {name.split(".")[-2] for name, p in tiny.llama.named_parameters() if p.requires_grad}
-    assert names == {"q_proj", "v_proj"}
-    with pytest.raises(UserError, match="--lora-target query matches none of q_proj, k_proj"):
-        wsi_llava.add_lora(wsi_llava.Llama(tiny.cfg.llama), 4, 8, "query")
-
-
 def with_adapters(llama):
     """The llama with adapters that do something: LoRA's own start as zero."""
     wsi_llava.add_lora(llama, 4, 8)
@@ -1379,9 +1371,9 @@ def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
         label for label in labels if label != IGNORE
     ]
     assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
-    for wrong in (None, torch.randn(2, 2, 9, 128)):
-        with pytest.raises(ValueError, match="1 <image>"):
-            tiny.splice(wrong, [ids, short])
+    for wrong, row in ((None, ids), (visual, ids[:place]), (visual, [IMAGE_TOKEN, *ids])):
+        with pytest.raises(ValueError, match="row 0 has . <image> in its text and . slides"):
+            tiny.splice(wrong, [row, short])
 
 
 def test_padding_changes_no_loss(tiny, tokenizer):
@@ -1959,7 +1951,7 @@ def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
     with pytest.raises(
         UserError, match="--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
     ):
-        wsi_llava.pick_tile_encoder(train.parse(["--preset", "7b"]))
+        wsi_llava.pick_tile_encoder(prepare.parse(["--preset", "7b", "--demo"]))
 
 
 @slow
@@ -2012,7 +2004,7 @@ def test_many_questions_are_held_as_lines(demo, tmp_path):
     found = train.load_rows(data, "train")
     assert time.process_time() - started < 20
     assert len(found) == 175000 and found[123456].read() == rows[123456]
-    assert found[3]._replace(line=b"", tiles=0) == (b"", ("demo_0003",), "Grading", 0) and found[3].tiles > 4
+    assert found[3]._replace(line=b"", tiles=0) == (b"", "demo_0003", "Grading", 0) and found[3].tiles > 4
 
 
 @slow
@@ -2054,7 +2046,7 @@ def test_slides_with_visual_tokens_only_need_no_slide_encoder(demo, tmp_path):
     args.max_tiles, args.no_slide_encoder = 0, False
     model, _ = wsi_llava.load_model(args, wsi_llava.read_meta(data), 1)
     assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == (0, {})
-    (visual,) = sample.slide_tokens(args, model, ["T.1"])
+    visual = sample.slide_tokens(args, model, "T.1")
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
     torch.save(torch.randn(64, 512), tmp_path / "few.pt")
     prepare.main(
@@ -2086,35 +2078,6 @@ def test_gradient_cache_equals_the_full_batch(demo, monkeypatch):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, want in gradients[1].items():
         assert relative(gradients[0][name], want) < 1e-5 or want.abs().max() < 1e-7, name
-
-
-def test_alignment_tells_the_own_slide_from_anothers(tiny, tokenizer):
-    """Before training its loss does not; after fitting two reports to two slides, it does."""
-    args = train.parse([])
-    wsi_llava.resolve_device(args)
-    samples = []
-    for visual, report in zip(
-        torch.randn(2, 1, 9, 128), ("It is grade 2.", "The tumor is an adenocarcinoma.")
-    ):
-        ids, labels = tokenizer.encode_plain(report)
-        samples.append({"visual": visual, "ids": ids, "labels": labels})
-    _, before = train.alignment(args, tiny, samples)
-    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
-    batch = [
-        torch.cat([s["visual"] for s in samples]),
-        [s["ids"] for s in samples],
-        [s["labels"] for s in samples],
-    ]
-    for _ in range(40):
-        optimizer.zero_grad()
-        tiny(*batch).backward()
-        optimizer.step()
-    cosine, after = train.alignment(args, tiny, samples)
-    assert cosine.shape == (2, 2)
-    assert cosine.diagonal().mean().item() == pytest.approx(after["cosine to the own report"])
-    torch.testing.assert_close(cosine, cosine[0, 0] * torch.tensor([[1.0, -1], [-1, 1]]))  # less their mean
-    own, another = "loss of a report after its own slide", "after another"
-    assert abs(before[own] - before[another]) < 0.1 < 1 < after[another] - after[own]
 
 
 @slow
@@ -2231,9 +2194,7 @@ class Killed(BaseException):
 
 
 @slow
-@pytest.mark.parametrize(
-    "stage, flags", [(1, []), (2, ["--batch-size", 6, "--eval-every", 1, "--keep", "best"])], ids=str
-)
+@pytest.mark.parametrize("stage, flags", [(1, []), (2, ["--batch-size", 6, "--eval-every", 1])], ids=str)
 def test_a_kill_around_any_rename_leaves_what_can_be_finished(demo, tmp_path, monkeypatch, stage, flags):
     """Before and after each, with a finished run in the folder and without: the resumed run ends with the
     same bits."""
@@ -2312,7 +2273,6 @@ def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
     train.main(flags)  # as the demo ran it
     for changed, what in (
         ("--lora-alpha 8", "lora_alpha 32, not 8.0"),
-        ("--lora-target q_proj|v_proj", r"lora_target \.\*, not q_proj"),
         ("--lora-rank 4", "lora_rank 16, not 4"),
         ("--full", "full False, not True"),
         ("--no-image", "no_image False, not True"),
@@ -2320,7 +2280,6 @@ def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
         ("--weight-decay 0.1", "weight_decay 0.0, not 0.1"),
         ("--clip 0.5", "clip 1.0, not 0.5"),
         ("--seed 5 --llm /llm", "seed 0, not 5"),
-        ("--keep best", "keep last, not best"),
         ("--epochs 2", "steps 2, not 4"),
     ):
         changed = changed.replace("/llm", str(data / "llm")).split()
@@ -2409,8 +2368,7 @@ def test_an_environment_that_is_none_of_torchruns_is_named(monkeypatch):
 
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory):
-    """Features of an encoder 48 wide, imported, and questions about them, one of them about two slides ->
-    data/."""
+    """Features of an encoder 48 wide, imported, and questions about them -> data/."""
     folder = tmp_path_factory.mktemp("foreign")
     for i in range(8):
         cells = np.argwhere(np.random.default_rng(i).random((7, 6)) < 0.8)[:, ::-1]
@@ -2421,28 +2379,21 @@ def foreign(tmp_path_factory):
     )
     rows = []
     for i in range(8):
-        slides, pieces = (["s6", "s7"], "a pair") if i == 6 else ([f"s{i}"], f"case {i}")
-        for task, answer in (("report", f"This is {pieces}."), ("grade", f"It is grade {i % 3}.")):
-            turns = [{"from": "human", "value": f"What is the {task}?"}, {"from": "gpt", "value": answer}]
-            row = {
-                "id": f"{i}-{task}",
-                "slide": slides[0],
-                "task": task,
-                "cancer": "x",
-                "conversations": turns,
-            }
-            rows.append(
-                prepare.about_slides(row, slides) if i < 7 else row | {"id": f"7-{task}", "slide": "s5"}
-            )
+        for task, answer in (("report", f"This is case {i}."), ("grade", f"It is grade {i % 3}.")):
+            turns = [
+                {"from": "human", "value": f"<image>\nWhat is the {task}?"},
+                {"from": "gpt", "value": answer},
+            ]
+            row = {"id": f"{i}-{task}", "task": task, "cancer": "x", "conversations": turns}
+            rows.append(row | {"slide": f"s{min(i, 6)}"})  # two reports of s6
     (folder / "data" / "qa").mkdir(exist_ok=True)
     prepare.write_qa(folder / "data" / "qa" / "train.jsonl", rows)
     return folder / "data"
 
 
 @slow
-def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_path, capsys):
-    """All stages, then an answer: the slide encoder takes the data's width; a case's slides come first, one
-    by one."""
+def test_features_of_any_width_train(foreign, tmp_path, capsys):
+    """All stages, then an answer: the slide encoder takes the data's width; the slide comes first."""
     assert wsi_llava.read_meta(foreign)["encoder"]["width"] == 48
     flags = [
         "--data",
@@ -2460,20 +2411,20 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
         train.main(["--stage", stage, *flags])
     assert wsi_llava.load_config(tmp_path / "stage1").slide_encoder.in_width == 48
     capsys.readouterr()
-    sample.main(["--slide", "s6", "s7", "--ask", "What is it?", "--max-new-tokens", "3", *flags[:4]])
-    assert "s6, s7: 72 visual tokens" in capsys.readouterr().out
+    sample.main(["--slide", "s6", "--ask", "What is it?", "--max-new-tokens", "3", *flags[:4]])
+    assert "s6: 36 visual tokens" in capsys.readouterr().out
     args = train.parse(["--stage", "3", *flags])
     wsi_llava.resolve_device(args)
     meta, recipe = wsi_llava.read_meta(foreign), train.pick_recipe(3, args, {"preset": "demo"})
     task = train.Conversation(3, args, recipe, meta)
-    (row,) = [row for row in task.train if len(row.slides) == 2 and row.task == "grade"]
+    row = next(row for row in task.train if row.slide == "s6" and row.task == "grade")
     case = task.read(row)
     embeds, _ = task.model.splice([case["visual"]], [case["ids"]])
     assert case["positions"] == embeds.shape[1] and not case["cut"]
     task.longest = case["positions"] - 1
     cut = task.read(row)
     assert cut["ids"] == case["ids"][:-1] and cut["positions"] == task.longest and cut["cut"]
-    assert case["ids"].count(IMAGE_TOKEN) == 2 and case["visual"].shape == (2, 36, 128)
+    assert case["ids"].count(IMAGE_TOKEN) == 1 and case["visual"].shape == (36, 128)
     assert task.tokenizer.decode(case["ids"]).count("What is the grade?") == 1
     reports = train.Conversation(2, args, train.pick_recipe(2, args, {"preset": "demo"}), meta)
     assert [group["peak"] for group in reports.groups] == [2e-3]
@@ -2482,12 +2433,11 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
     same = train.Conversation(3, args, dataclasses.replace(recipe, projector_lr=0.0), meta)
     assert [group["peak"] for group in same.groups] == [3e-3, 3e-3]
     for row in reports.train:  # a slide and its report, nothing else
-        plain = task.tokenizer.encode_plain(row.read()["conversations"][-1]["value"], len(row.slides))
+        plain = task.tokenizer.encode_plain(row.read()["conversations"][-1]["value"])
         assert (reports.read(row)["ids"], reports.read(row)["labels"]) == plain
-    for i, slide in enumerate(("s6", "s7")):
-        assert torch.equal(case["visual"][i], wsi_llava.read_visual_tokens(foreign, slide, task.cfg))
+    assert torch.equal(case["visual"], wsi_llava.read_visual_tokens(foreign, "s6", task.cfg))
     first = train.Alignment(1, args, train.RECIPES["demo"][1], meta)
-    assert sorted(row.slides for row in first.train) == [(f"s{i}",) for i in range(6)] + [("s6", "s7")]
+    assert sorted(row.slide for row in first.train) == [f"s{i}" for i in range(7)]
     pairs = [first.read(row) for row in first.train]
     alone = [train.embed(args, first.model.eval(), first.words, [pair])[0] for pair in pairs]
     torch.testing.assert_close(train.embed(args, first.model, first.words, pairs)[0], torch.cat(alone))
@@ -2499,30 +2449,6 @@ def test_features_of_any_width_and_cases_of_several_slides_train(foreign, tmp_pa
         train.main(["--stage", "1", *flags, "--slide-encoder", str(encoder)])
 
 
-@slow
-def test_features_without_coordinates_train_without_a_slide_encoder(tmp_path):
-    for i in range(3):
-        torch.save(torch.randn(20 + i, 48), tmp_path / f"b{i}.pt")
-    data, out = tmp_path / "data", tmp_path / "out"
-    prepare.main(
-        ["--features", str(tmp_path), "--preset", "demo", "--features-are", "tiles", "--data", str(data)]
-    )
-    rows = []
-    for i in range(3):
-        turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": f"It is grade {i}."}]
-        rows.append({"id": str(i), "slide": f"b{i}", "task": "report", "cancer": "", "conversations": turns})
-    (data / "qa").mkdir(exist_ok=True)
-    prepare.write_qa(data / "qa" / "train.jsonl", rows)
-    flags = ["--data", str(data), "--out", str(out), "--val", "0", "--epochs", "1", "--llm-steps", "3"]
-    with pytest.raises(
-        UserError, match="b0.safetensors: its tiles have no coordinates, .*--no-slide-encoder"
-    ):
-        train.main(["--stage", "1", *flags])
-    for stage in "23":
-        train.main(["--stage", stage, "--no-slide-encoder", *flags])
-    assert wsi_llava.load_config(out / "stage3").no_slide_encoder
-
-
 def test_a_second_ctrl_c_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), train.stop_signals() as asked:
@@ -2530,23 +2456,6 @@ def test_a_second_ctrl_c_stops_at_once():
         assert asked == [signal.SIGINT]
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize(
-    "flags, lr",
-    [
-        ([], 2e-4),
-        (["--lr", "1e-3"], 1e-3),
-        (["--full"], 2e-5),
-        (["--full", "--lr", "1e-3"], 1e-3),
-        (["--full", "--full-lr", "3e-5"], 3e-5),
-        (["--full", "--full-lr", "3e-5", "--lr", "1e-3"], 3e-5),
-        (["--full", "--full-lr", "0"], 2e-4),
-        (["--full-lr", "3e-5"], 2e-4),
-    ],
-)
-def test_full_lr_takes_the_place_of_lr_where_all_is_trained(flags, lr):
-    assert train.pick_recipe(3, train.parse(flags), {"preset": "7b"}).lr == lr
 
 
 def test_the_learning_rate_rises_and_then_falls_as_half_a_cosine():
@@ -2580,28 +2489,10 @@ def test_a_run_needs_a_batch_for_every_process(monkeypatch):
     monkeypatch.setattr(train, "world", lambda: 8)
     with pytest.raises(UserError, match="a batch of 7 is too small for 8 processes"):
         train.size_of_run(2, recipe, 7)
-    with pytest.raises(
-        UserError, match="--demo, --ablations and --alignment run in one process; start without torchrun"
-    ):
+    with pytest.raises(UserError, match="--demo runs in one process; start without torchrun"):
         train.main(["--demo"])
     with pytest.raises(UserError, match="--val-rows 7: fewer than the 8 processes"):
         train.main(["--stage", "2", "--val-rows", "7"])
-
-
-@slow
-def test_the_best_weights_can_be_kept(demo, tmp_path, monkeypatch):
-    """With a learning rate that ruins the model in the end, the best are not the last."""
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1 if step < steps // 2 else 1000)
-    flags = ["--stage", 2, "--epochs", 6, "--val", 0.2, "--eval-every", 1, "--keep", "best"]
-    train_with(demo, tmp_path / "out", *flags)
-    folder = tmp_path / "out" / "stage2"
-    losses = [json.loads(line)["val_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    best = losses.index(min(losses)) + 1
-    assert best < len(losses) and not (folder / "best.safetensors").exists()
-    last = torch.load(folder / "train_state.pt", weights_only=True)["model"]
-    kept = load_file(folder / "model.safetensors")
-    assert not torch.equal(kept["mm_projector.0.weight"], last["mm_projector.0.weight"])
 
 
 @slow
@@ -2616,7 +2507,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path, monkeypatc
     bad = json.loads((tmp_path / "out" / "stage2" / "log.jsonl").read_text().splitlines()[-1])
     assert bad["step"] == 2 and 3 <= len(bad["ids"]) <= 4
     with pytest.raises(
-        UserError, match=r"step 1: on what is held out, \{'loss': (nan|inf)\}; try a lower --lr"
+        UserError, match=r"step 1: on what is held out, \{'loss': (nan|inf).*\}; try a lower --lr"
     ):
         train_with(demo, tmp_path / "out", *flags, "--epochs", 0.1, "--val", 0.3)
     assert not (tmp_path / "out" / "stage2" / "model.safetensors").exists()
@@ -2626,7 +2517,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(demo, tmp_path, monkeypatc
 def test_training_goes_on_without_a_slide_that_cannot_be_read(demo, tmp_path, capsys):
     shutil.copytree(demo[0], tmp_path / "demo")
     data, out = tmp_path / "demo" / "data", tmp_path / "demo" / "out"
-    spoilt = train.load_rows(data, "train")[0].slides[0]
+    spoilt = train.load_rows(data, "train")[0].slide
     path = wsi_llava.features_file(data, spoilt)
     tensors = load_file(path) | {"features": torch.full((40, 128), math.inf).half()}
     wsi_llava.write_tensors(path, tensors, wsi_llava.read_metadata(path))
@@ -2709,11 +2600,8 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("layout", ["hf", "llava"])
-@pytest.mark.parametrize(
-    "kind, flags", [("--export", []), ("--export", ["--full"]), ("--export-adapter", [])], ids=str
-)
-def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys, kind, flags, layout):
+@pytest.mark.parametrize("flags", [[], ["--full"]], ids=str)
+def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
     """To transformers, to our loader, and to sample.py, which then needs no out/ any more."""
     transformers = pytest.importorskip("transformers")
     data, out, folder = demo[0] / "data", demo[0] / "out", tmp_path / "exported"
@@ -2721,18 +2609,14 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
         out = tmp_path / "out"
         shutil.copytree(demo[0] / "out", out)
         train_with(demo, out, "--stage", 3, *flags)
-    train.main([kind, str(folder), "--layout", layout, "--data", str(data), "--out", str(out)])
+    train.main(["--export", str(folder), "--data", str(data), "--out", str(out)])
     model = assembled(3, "--data", data, "--out", out)
     ids = torch.randint(3, 300, (1, 40))
-    if kind == "--export":
-        assert (folder / "mm_projector.safetensors").exists() == (layout == "hf")
-        weights = ["--llm", folder]
-        kind_of_model = transformers.AutoModelForCausalLM if layout == "hf" else transformers.LlamaForCausalLM
-        theirs = kind_of_model.from_pretrained(folder)
-        with torch.no_grad():
-            agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
-    else:
-        weights = ["--llm", data / "llm", "--lora", folder]
+    assert (folder / "mm_projector.safetensors").exists()
+    weights = ["--llm", folder]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
     weights += [
         "--slide-encoder",
         folder / "slide_encoder.safetensors",
@@ -2751,10 +2635,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, monkeypatch, capsys,
     assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
     assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
     with pytest.raises(UserError, match="exported is not empty; name a new folder"):
-        train.main([kind, str(folder), "--data", str(data), "--out", str(out)])
-    if flags:
-        with pytest.raises(UserError, match="stage 3 trained no adapters; use --export"):
-            train.main(["--export-adapter", str(tmp_path / "a"), "--data", str(data), "--out", str(out)])
+        train.main(["--export", str(folder), "--data", str(data), "--out", str(out)])
 
 
 @slow
@@ -2766,138 +2647,6 @@ def test_an_ablation_is_refused_by_export(demo, tmp_path):
         UserError, match="is an ablation without slide encoder, which no published layout can say"
     ):
         train_with(demo, out, "--export", tmp_path / "exported")
-
-
-@slow
-def test_relevance_is_measured_on_the_slides_with_pigment(demo, tmp_path, capsys):
-    """On all of them that still hold a planted tile; the first becomes a picture."""
-    args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = train.load_whole(args)
-    args.out, cases = tmp_path, json.loads((args.data / "cohort.json").read_text())["cases"]
-    train.print_relevance(args, model, tokenizer, cases)
-    assert f"One of them: {tmp_path}/heatmap.png" in capsys.readouterr().out
-    assert Image.open(tmp_path / "heatmap.png").width > 1000
-    args.max_tiles, nowhere = 4, [case | {"planted": [[-1, -1]] * len(case["planted"])} for case in cases]
-    train.print_relevance(args, model, tokenizer, nowhere)
-    assert capsys.readouterr().out == ""
-
-
-@slow
-def test_a_slide_without_visual_tokens_is_named(demo, tmp_path):
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns("slides"))
-    damaged = data / "features" / "demo_0016.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    shutil.rmtree(data / "visual_tokens")
-    args = train.parse(["--data", str(data), "--out", str(demo[0] / "out")])
-    wsi_llava.resolve_device(args)
-    model, _ = train.load_whole(args)
-    with pytest.raises(UserError, match="1 slides cannot be asked about, the first: .*demo_0016.safetensors"):
-        train.visual_tokens(args, model, ["demo_0015", "demo_0016"])
-
-
-@slow
-def test_ablations_change_what_they_name(demo, tmp_path, capsys, monkeypatch):
-    """Each trained anew in a folder of its own and compared with the whole; a second call trains nothing
-    again."""
-    names = ("the slide encoder", "three of four tiles", "stage 2", "the image")
-    monkeypatch.setattr(train, "ABLATIONS", {name: train.ABLATIONS[name] for name in names})
-    shutil.copytree(demo[0] / "data", tmp_path / "data")
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    flags = [
-        "--data",
-        str(tmp_path / "data"),
-        "--out",
-        str(tmp_path / "out"),
-        "--val",
-        "0.2",
-        "--epochs",
-        "1",
-    ]
-    train.main(["--stage", "3", "--ablations", *flags])
-    printed = capsys.readouterr().out
-    folder = tmp_path / "out" / "ablations"
-    made = {p.name: wsi_llava.load_config(p / "stage3") for p in folder.iterdir() if p.is_dir()}
-    assert {name.replace("-", " ") for name in made} == set(names)
-    assert [made[n.replace(" ", "-")].no_slide_encoder for n in names] == [True, False, False, False]
-    tiles = made["three-of-four-tiles"].max_tiles
-    assert [made[n.replace(" ", "-")].max_tiles for n in names] == [0, tiles, 0, 0] and 4 < tiles < 20
-    assert len(list((tmp_path / "data" / "visual_tokens" / f"max-tiles-{tiles}").iterdir())) == 18
-    assert not (folder / "stage-2" / "stage2" / "log.jsonl").read_text()
-    assert (folder / "the-image" / "stage2" / "model.safetensors").read_bytes() == (
-        tmp_path / "out" / "stage2" / "model.safetensors"
-    ).read_bytes()
-    with open(folder / "ablations.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert {row["without"] for row in table} == {train.WHOLE, *names}
-    assert {row["questions"] for row in table} >= {"all", "type", "grade", "report"}
-    for row in table:
-        assert float(row["low"]) <= float(row["mean"]) <= float(row["high"]), row
-        assert (row["difference"] == "") == (row["without"] == train.WHOLE)
-        if row["questions"] == "all":
-            assert re.search(
-                rf"{row['metric']} +{re.escape(row['without'])} .*{float(row['mean']):.3f} \[", printed
-            )
-    assert "<svg" in (folder / "ablations.svg").read_text()
-    monkeypatch.setattr(train.Conversation, "backward", None)  # whoever trains fails
-    train.main(["--stage", "3", "--ablations", *flags])
-    assert capsys.readouterr().out.endswith(printed[printed.index("Ablations: ") :])
-
-
-def test_ablations_compare_question_by_question():
-    """The paired difference of the means, with its interval over slides; closed questions by accuracy."""
-    rows = [
-        {"task": "t", "slide": f"s{i // 2}", "question": "A) Sarcoma B) Carcinoma", "truth": "B"}
-        for i in range(40)
-    ]
-    whole = {i: (row, "It is a carcinoma.") for i, row in enumerate(rows)}
-    other = {i: (row, "B" if i % 4 else "A") for i, row in enumerate(rows[:36])}
-    lines = {
-        (line["questions"], line["without"]): line
-        for line in train.compare({train.WHOLE: whole, "x": other}, 0)
-    }
-    assert {line["metric"] for line in lines.values()} == {"accuracy"} and lines["all", "x"]["n"] == 36
-    assert lines["t", "x"]["mean"] == 0.75 and lines["t", "x"]["difference"] == -0.25
-    assert lines["all", "x"]["difference_low"] < -0.25 < lines["all", "x"]["difference_high"] <= 0
-    assert lines["all", train.WHOLE]["difference"] is None
-
-
-def test_ablations_need_a_model_to_compare_with():
-    for flags in (["--ablations"], ["--stage", "2", "--ablations"]):
-        with pytest.raises(UserError, match="--ablations goes with --stage 3 or --demo"):
-            train.main(flags)
-
-
-@slow
-def test_alignment_is_shown_of_any_model(demo, published_demo, capsys):
-    """Ours: in stage 1's space, behind the projector, in the loss. Published weights: all but stage 1's
-    space."""
-    data, out = demo[0] / "data", demo[0] / "out"
-    train.main(["--alignment", "--data", str(data), "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert "Alignment of 3 slides and their reports (test; by chance R@1 0.33" in printed
-    assert re.search(
-        r"before it, stage 1's space \(cosine\): slide->report R@1 \d\.\d\d, .* R@5 1.00, .* R@10 1.00",
-        printed,
-    )
-    assert re.search(r"after the projector \(cosine\): slide->report R@1", printed)
-    assert re.search(
-        r"cosine to the own report -?\d.*loss of a report after its own slide \d.*after another \d", printed
-    )
-    assert Image.open(out / "alignment.png").size == (900, 490)
-    train.main(["--alignment", "--data", str(data), *map(str, published_demo)])
-    printed = capsys.readouterr().out
-    assert "after the projector" in printed and "stage 1's space" not in printed
-
-
-@pytest.fixture
-def published_demo(demo, tmp_path):
-    """The demo's model as a folder of somebody else's -> the flags that name it."""
-    data, out = demo[0] / "data", demo[0] / "out"
-    train.main(["--export", str(tmp_path / "their"), "--data", str(data), "--out", str(out)])
-    encoder = tmp_path / "their" / "slide_encoder.safetensors"
-    (tmp_path / "none").mkdir()
-    return ["--llm", tmp_path / "their", "--slide-encoder", encoder, "--out", tmp_path / "none"]
 
 
 # ---- prepare.py: slides ----------------------------------------------------------------------------------
@@ -4347,20 +4096,23 @@ def test_question_files_of_the_field(tmp_path):
 
 
 def test_texts_ids_and_names_as_people_have_them(tmp_path, capsys):
-    row = {"question_id": 7, "image": ["C:\\slides\\A.b.SVS", "c.OME.TIFF.h5"], "question": "a\u2028b\u0085c"}
+    row = {"question_id": 7, "image": ["C:\\slides\\A.b.OME.TIFF.h5"], "question": "a\u2028b\u0085c"}
     lines = [json.dumps(row | {"T-answer": answer}, ensure_ascii=False) for answer in ("yes", 5.5, "")]
+    lines.append(json.dumps(row | {"image": ["a.svs", "b.svs"], "T-answer": "yes"}))
     first, second = read_texts(tmp_path, "q.jsonl", "\ufeff" + "\r\n".join(lines))
-    assert (first["id"], first["slide"]) == ("7", ["A.b", "c.OME"])
-    assert first["conversations"] == ["<image>\n<image>\na\u2028b\u0085c", "yes"]
+    assert (first["id"], first["slide"]) == ("7", "A.b.OME")
+    assert first["conversations"] == ["<image>\na\u2028b\u0085c", "yes"]
     assert second["conversations"][1] == "5.5"
-    assert "left out 1 row with an empty text, the first: line 3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out 1 row with an empty text, the first: line 3" in said
+    assert "left out 1 row about several slides, the first: line 4" in said
     prepare.write_qa(tmp_path / "own.jsonl", prepare.read_qa(tmp_path / "q.jsonl"))
     assert prepare.read_qa(tmp_path / "own.jsonl") == prepare.read_qa(tmp_path / "q.jsonl")
     with pytest.raises(UserError, match="latin.csv: .*can't decode byte"):
         read_texts(tmp_path, "latin.csv", "slide,report\na,Präparat\n".encode("latin-1"))
 
 
-def test_questions_find_their_slides_by_the_beginning_of_a_name():
+def test_questions_find_their_slides_by_the_beginning_of_a_name(capsys):
     have = {
         "TCGA-A1-A0SF-01Z-00-DX1.63940315",
         "TCGA-a1-A0SF-01Z-00-DX2.a",
@@ -4371,17 +4123,15 @@ def test_questions_find_their_slides_by_the_beginning_of_a_name():
     }
     for name, found in [
         ("tcga-a1-a0sf-01z-00-dx1", "TCGA-A1-A0SF-01Z-00-DX1.63940315"),
-        ("TCGA-A1-A0SF", ["TCGA-A1-A0SF-01Z-00-DX1.63940315", "TCGA-a1-A0SF-01Z-00-DX2.a"]),
+        ("TCGA-A1-A0SF", "TCGA-A1-A0SF-01Z-00-DX1.63940315"),  # a patient's first
         ("117", "117"),
         ("11", "11"),
         ("9", "9-a"),
     ]:
         (row,) = prepare.match_slides([{"id": "1", "slide": name, "conversations": TALK}], have)
         assert row["slide"] == found
-        first, *others = [turn["value"] for turn in row["conversations"]]
-        assert first == "<image>\n" * len(prepare.slides_of(row)) + "Which type of tumor is this?"
-        assert others == [turn["value"] for turn in TALK[1:]]
         assert prepare.match_slides([row], have) == [row]
+    assert "TCGA-A1-A0SF is the beginning of 2 slides' names: took TCGA-A1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -4450,8 +4200,7 @@ def test_a_patients_slides_are_found_after_the_questions_came(tmp_path, capsys):
     prepare.main(qa)
     assert "2 questions of test found slides by the beginning of their names" in capsys.readouterr().out
     (row,) = prepare.read_qa(tmp_path / "qa" / "test.jsonl")
-    assert row["slide"] == ["TCGA-A1-A0SF-DX1", "TCGA-A1-A0SF-DX2"]
-    assert row["conversations"][0]["value"].count("<image>") == 2
+    assert row["slide"] == "TCGA-A1-A0SF-DX1"
     assert (tmp_path / "qa" / "test.unmatched.txt").read_text() == ""
 
 
@@ -4615,7 +4364,7 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     found = json.loads(capsys.readouterr().out)["probabilities"]
     args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
     wsi_llava.resolve_device(args)
-    _, model, words, tokenizer = train.load_alignment(args, wsi_llava.read_meta(args.data))
+    _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = wsi_llava.read_features(args.data, "demo_0015")
     samples = [{"slides": [(features, coords)], "ids": tokenizer.encode(text)} for text in texts]
     with torch.no_grad():
@@ -4639,16 +4388,6 @@ def test_chat_continues_as_if_read_anew(tiny, tokenizer):
     assert seen[0] == said[-1]
     again = [t for (t,) in tiny.generate(visual[None], [ids], 6)]
     assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
-
-
-def test_slides_of_one_case_are_announced(tiny, tokenizer):
-    visual = torch.randn(2, 9, 128)
-    chat = sample.Chat(tiny, tokenizer, visual, max_new_tokens=6)
-    got = "".join(chat.reply("Which type of tumor is this?"))
-    question = "Slide 1: <image>\nSlide 2: <image>\nWhich type of tumor is this?"
-    ids, _ = tokenizer.encode_chat([{"from": "human", "value": question}])
-    want = [t for (t,) in tiny.generate([visual], [ids], 6)]
-    assert ids.count(IMAGE_TOKEN) == 2 and got == tokenizer.decode([t for t in want if t != tokenizer.eos])
 
 
 @slow
@@ -4729,26 +4468,6 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer):
     assert len(set(together)) > 1
 
 
-def test_a_question_about_several_slides_is_shown_all_of_them(tiny, tokenizer):
-    """One <image> each, in the row's order; questions about one slide and about two go through side by
-    side."""
-    asked = [{"from": "human", "value": "<image>\n<image>\nWhat is its grade?"}]
-    rows = [{"slide": ["a", "b"], "conversations": asked}, {"slide": "a", "conversations": TALK[:1]}]
-    visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
-    ids = sample.prompt_ids(tokenizer, rows[0])
-    assert (
-        ids.count(IMAGE_TOKEN) == 2
-        and sample.prompt_ids(tokenizer, rows[0], image=False).count(IMAGE_TOKEN) == 0
-    )
-    got = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
-    steps = tiny.generate([torch.stack([visual["a"], visual["b"]])], [ids], 6, ends=tokenizer.ends)
-    said = tokenizer.decode([t for (t,) in steps if t not in tokenizer.ends])
-    assert got == [said, sample.answer_rows(tiny, tokenizer, rows[1:], visual, max_new_tokens=6)[0]]
-    visual["b"] = torch.randn(4, 128)
-    with pytest.raises(UserError, match="data/visual_tokens: the slides have different numbers of them"):
-        sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=6)
-
-
 def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_path):
     (tmp_path / "features").mkdir()
     for name in ("TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z", "TCGA-BB-0002-01Z"):
@@ -4758,7 +4477,7 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
     rows.append(row | {"id": "3", "slide": "TCGA-BB-0002"})
     (tmp_path / "qa.json").write_text(json.dumps(rows))
     found = sample.read_questions([tmp_path / "qa.json"], tmp_path)
-    assert [row["slide"] for row in found] == [["TCGA-AA-0001-01Z", "TCGA-AA-0001-02Z"], "TCGA-BB-0002-01Z"]
+    assert [row["slide"] for row in found] == ["TCGA-AA-0001-01Z", "TCGA-BB-0002-01Z"]
     assert [row["id"] for row in found] == ["2", "3"] and "split" not in found[0]
     (tmp_path / "qa.json").write_text(json.dumps(rows[:1]))
     with pytest.raises(
@@ -6064,30 +5783,6 @@ def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
     assert middle[..., 1].mean() < 200 < slide.tile(0, 0)[..., 1].mean()
 
 
-def test_every_step_of_a_slide_is_timed_and_a_broken_one_is_left_out(
-    toy_slide, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(sample, "MEASURING", 0.3)
-    (tmp_path / "slides").mkdir()
-    shutil.copy(toy_slide[0], tmp_path / "slides")
-    (tmp_path / "slides" / "broken.svs").write_bytes(b"not a slide")
-    flags = ["--benchmark", tmp_path / "slides", "--data", tmp_path / "none", "--out", tmp_path / "out"]
-    sample.main(list(map(str, flags)))
-    out, err = capsys.readouterr()
-    assert (
-        "random, of the preset demo's size (no " in out
-        and "failed: " in err
-        and "broken.svs: not a slide" in err
-    )
-    (row,) = csv.DictReader(io.StringIO((tmp_path / "out" / "benchmark.csv").read_text()))
-    assert row["slide"] == "toy.tif" and row["level 0"] == "2048 x 2048" and 20 < int(row["tiles"]) < 64
-    assert all(
-        float(row[step]) > 0 for step in ("tissue", "reading", "tile encoder", "slide encoder", "first token")
-    )
-    assert float(row["tokens/s"]) > 0 and float(row["CPU GB"]) > 0.1
-    xml.etree.ElementTree.parse(tmp_path / "out" / "benchmark.svg")
-
-
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
 
 
@@ -6132,7 +5827,6 @@ def test_demo_runs_end_to_end(demo):
         (train, "--clip -1", "--clip: -1 is less than 0"),
         (train, "--lora-dropout 2", "--lora-dropout: 2 is more than 1"),
         (train, "--warmup 2", "--warmup: 2 is more than 1"),
-        (train, "--lora-target (", "--lora-target: ( is not a pattern"),
         (train, f"--seed {10**400}", "is no whole number"),
         (train, f"--seed {2**70}", "is more than 4294967295"),
         (train, "--llm-steps 0", "--llm-steps: 0 is less than 1"),
@@ -6166,13 +5860,8 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
 @pytest.mark.parametrize(
     "program, flags, message",
     [
-        (train, "", "nothing to do: give --stage 1, 2 or 3, --alignment, --export or --demo"),
+        (train, "", "nothing to do: give --stage 1, 2 or 3, --export or --demo"),
         (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
-        (
-            sample,
-            "--slide a b --zero-shot x",
-            "--region and --zero-shot are about one slide; give --slide one name",
-        ),
         (prepare, "--slides . --device abacus", "--device abacus: "),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
         (prepare, "--demo --dry-run", "--demo draws its slides; --dry-run is about slides that are there"),
@@ -6504,7 +6193,6 @@ WRITERS = {
     "prepare.py --qa asked_test.json --data new": "",
     "train.py --stage 1 --epochs 2 --save-every 1 --resume": "out/stage1",
     "train.py --stage 2 --epochs 2 --save-every 1 --resume": "out/stage2 data/visual_tokens/*",
-    "train.py --stage 2 --epochs 1 --val 0.3 --eval-every 1 --keep best --save-every 1 --resume": "out/stage2",
     "train.py --stage 3 --epochs 1 --save-every 1 --resume": "out/stage3 data/llm data/tokenizer.model",
     "train.py --export exported": "",
     "sample.py --qa asked_test.json --evaluate": "",
@@ -6761,7 +6449,6 @@ ODD_SURROUNDINGS = [
     ("out/stage2", "train.py --stage 2 --epochs 0.1", full_disk(200_000)),
     ("data/llm data/tokenizer.model", "train.py --stage 3 --llm-steps 2", full_disk(100_000)),
     ("", "train.py --export exported", full_disk(500_000)),
-    ("", "train.py --export-adapter exported", full_disk(5000)),
     ("", "sample.py --slide demo_0010 --ask Which --heatmap new.png", full_disk(5000)),
     ("out/evaluation.*", "sample.py --evaluate out/said.jsonl", full_disk(500)),
     ("data/features/* data/qc/*", "prepare.py --slides data/slides", full_disk(5000)),
@@ -6769,7 +6456,6 @@ ODD_SURROUNDINGS = [
     ("out/stage1", "train.py --stage 1 --epochs 0.1", read_only),
     ("", "train.py --stage 2 --epochs 0.1", read_only),
     ("", "train.py --export exported", read_only),
-    ("", "train.py --alignment", read_only),
     ("", "sample.py --qa asked_test.json --evaluate", read_only),
     ("data/features/* data/qc/*", "prepare.py --slides data/slides", read_only),
     ("", "prepare.py --qa asked_test.json", read_only),
@@ -7153,10 +6839,10 @@ def stage1_step(preset, at_once, sizes):
     cfg, task = copy.deepcopy(PRESETS[preset]), object.__new__(train.Alignment)
     cfg.text_encoder = wsi_llava.TextEncoderConfig(64, 64, 1, 2, 64)
     task.args = types.SimpleNamespace(device=device, dtype=dtype, max_tiles=0, workers=8)
-    task.cfg, task.model, task.words = cfg, train.WSITextAlignment(cfg).to(device), torch.randn(100, 64)
+    task.cfg, task.model, task.words = cfg, wsi_llava.WSITextAlignment(cfg).to(device), torch.randn(100, 64)
     task.words = task.words.to(device)
     task.model.slide_encoder.checkpointing, task.params = True, list(task.model.parameters())
-    task.train = [train.Row(b"", (str(i),), "report", tiles) for i, tiles in enumerate(sizes)]
+    task.train = [train.Row(b"", str(i), "report", tiles) for i, tiles in enumerate(sizes)]
 
     def read(row):
         x = torch.arange(row.tiles)
@@ -7762,7 +7448,7 @@ def conversation_step(preset, stage, words):
     learned = [IGNORE] * (1 + words - words // 2) + text[words - words // 2 :]
     example = {"ids": [IMAGE_TOKEN, *text], "labels": learned, "visual": visual, "id": "0"}
     task.read = lambda row: example | {"positions": words + len(visual[0]), "cut": False, "lost": False}
-    task.train = [train.Row(b"", ("s",), "report", 1)] * recipe.micro_batch
+    task.train = [train.Row(b"", "s", "report", 1)] * recipe.micro_batch
     optimizer = torch.optim.AdamW(task.params)
 
     def step():

@@ -4,8 +4,6 @@
     python train.py --stage 2   feature space alignment: slide -> report (trains the projector)
     python train.py --stage 3   instruction tuning on all tasks (the projector, and the LLM by LoRA or --full)
     python train.py --demo      all of it on a cohort of toy slides, then questions about slides not seen
-    python train.py --stage 3 --ablations    what each piece is worth: trained again without it, and compared
-    python train.py --alignment              are slides nearer to their own reports than to others'?
 
 Reads data/ (made by prepare.py); writes out/stageN: model.safetensors (what the stage trained), config.json,
 train_state.pt (to resume from), log.jsonl, loss.svg. Several GPUs: torchrun --nproc-per-node 8 train.py ...
@@ -18,36 +16,32 @@ stand-in for the language model.
 import argparse
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
-import re
-import shutil
+import shlex
 import signal
+import subprocess
 import sys
 import time
 import typing
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
 import prepare
-import sample
 import wsi_llava
 from wsi_llava import (
     IGNORE,
@@ -71,15 +65,6 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def pattern(text):
-    """A type for argparse: a regular expression."""
-    try:
-        re.compile(wsi_llava.some_text(text))
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text} is not a pattern ({error})") from None
-    return text
-
-
 # A type for argparse: a learning rate; one step of a larger one ruins everything.
 rate = at_least(0, float, 10)
 
@@ -99,15 +84,9 @@ class Recipe:
     warmup: float = setting("share of the steps in which the rate rises", wsi_llava.share, default=0.03)
     weight_decay: float = setting("AdamW's", default=0.0)
     projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", rate, default=0.0)
-    full_lr: float = setting("stage 3 with --full: in place of --lr (0: --lr stays)", rate, default=0.0)
     lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM's matrices", default=0)
     lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
     lora_dropout: float = setting("stage 3: dropout of the adapters' input", wsi_llava.share, default=0.0)
-    lora_target: str = setting(
-        "stage 3: which linear layers of the decoder get adapters, a pattern; LoRA's own: q_proj|v_proj",
-        pattern,
-        default=".*",
-    )
     micro_batch: int = setting(
         "stages 2 and 3: rows that go through the model at once; their gradients add up to the batch's",
         default=8,
@@ -126,9 +105,7 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
     "7b": {
         1: Recipe(1e-4, 64, 20, warmup=0.05, weight_decay=0.05),
         2: Recipe(1e-3, 256, 1),
-        3: Recipe(
-            2e-4, 128, 3, projector_lr=2e-5, full_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05
-        ),
+        3: Recipe(2e-4, 128, 3, projector_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05),
     },
     "demo": {
         1: Recipe(1e-3, 60, 30, warmup=0.05, weight_decay=0.05, checkpointing=False),
@@ -235,9 +212,9 @@ class Row(typing.NamedTuple):
     """A line of data/qa, parsed when it is asked for (175,000 open in seconds), and what batches go by."""
 
     line: bytes
-    slides: tuple
+    slide: str
     task: str
-    tiles: int  # of all its slides
+    tiles: int  # of its slide
 
     def read(self):
         return json.loads(self.line)
@@ -252,7 +229,7 @@ def count_tiles(data, slide, imported):
 
 
 def load_rows(data, split, skip_missing=False, tokens=False):
-    """data/qa/<split>.jsonl -> a list of Rows, all of whose slides have features (tokens: or imported visual
+    """data/qa/<split>.jsonl -> a list of Rows, whose slides have features (tokens: or imported visual
     tokens). Raises UserError where some have none."""
     path = data / "qa" / f"{split}.jsonl"
     check(path.is_file(), f"{path}: no such file; run python prepare.py --qa FILE... first")
@@ -263,28 +240,27 @@ def load_rows(data, split, skip_missing=False, tokens=False):
             with reading(f"{path}, line {number}", "not a row; run python prepare.py --qa again"):
                 row = json.loads(line)
                 prepare.check_row(row)
-            slides = tuple(prepare.slides_of(row))
-            for slide in slides:
-                if slide not in tiles:
-                    tiles[slide] = count_tiles(data, slide, imported)
-            rows.append(Row(line, slides, row["task"], sum(tiles[slide] for slide in slides)))
+            slide = row["slide"]
+            if slide not in tiles:
+                tiles[slide] = count_tiles(data, slide, imported)
+            rows.append(Row(line, slide, row["task"], tiles[slide]))
     lacking = {slide for slide, n in tiles.items() if not n}  # without tissue there is nothing to learn
     advice = "prepare them with python prepare.py --slides, or leave their questions out with --skip-missing"
     what = f"{path} names {len(lacking)} slides without features in {data}/features, the first"
     check(skip_missing or not lacking, f"{what}: {min(lacking, default='')}; {advice}")
-    rows = [row for row in rows if not lacking.intersection(row.slides)]
+    rows = [row for row in rows if row.slide not in lacking]
     check(rows, f"{path}: no question is about a slide that has features in {data}/features")
     return rows
 
 
 def slides_in(rows):
     """The names of all slides that the rows are about, sorted."""
-    return sorted({slide for row in rows for slide in row.slides})
+    return sorted({row.slide for row in rows})
 
 
 def held_out(row, share):
-    """Whether a row is for validation: by its slides' names alone, the same in every stage and run."""
-    return any(zlib.crc32(slide.encode()) % 1000 < share * 1000 for slide in row.slides)
+    """Whether a row is for validation: by its slide's name alone, the same in every stage and run."""
+    return zlib.crc32(row.slide.encode()) % 1000 < share * 1000
 
 
 def split_validation(rows, args):
@@ -306,9 +282,9 @@ def one_report_a_slide(rows):
     """The last report of each slide: two in one batch would be each other's false negatives."""
     chosen, seen = [], set()
     for row in reversed(rows):
-        if is_report(row) and not seen.intersection(row.slides):
+        if is_report(row) and row.slide not in seen:
             chosen.append(row)
-            seen.update(row.slides)
+            seen.add(row.slide)
     return chosen[::-1]
 
 
@@ -355,91 +331,6 @@ def read_ahead(read, parts, args):
 # ---- Stage 1: slides and reports in one space --------------------------------------------------------------
 
 
-class TextEncoder(torch.nn.Module):
-    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a
-    small bidirectional Transformer, mean over the tokens."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.cfg = cfg
-        self.embed = torch.nn.Linear(cfg.in_width, cfg.width)
-        self.pos_embed = torch.nn.Parameter(0.02 * torch.randn(1, cfg.max_length, cfg.width))
-        blocks = [wsi_llava.Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth)]
-        self.blocks = torch.nn.ModuleList(blocks)
-        self.norm = torch.nn.LayerNorm(cfg.width, eps=1e-6)
-
-    def forward(self, token_embeds, mask):
-        _, T, C = token_embeds.shape
-        # An LLM's embeddings are small, and differ in size from one LLM to the next: without the norm, the
-        # position embedding drowns them.
-        x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]  # [B,T,C_llm] -> [B,T,C]
-        for block in self.blocks:
-            x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
-        x = self.norm(x) * mask.unsqueeze(-1)  # [B,T,C], zero at the padding
-        return x.sum(1) / mask.sum(1, keepdim=True)  # [B,C] / [B,1]
-
-
-class WSITextAlignment(torch.nn.Module):
-    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature.
-
-    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language
-    model reads later, and a loss on the CLS alone would leave their last layer untrained.
-    """
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.n_visual_tokens = cfg.n_visual_tokens
-        self.slide_encoder = wsi_llava.SlideEncoder(cfg.slide_encoder)
-        self.text_encoder = TextEncoder(cfg.text_encoder)
-        self.slide_head = torch.nn.Linear(cfg.slide_encoder.width, cfg.text_encoder.embed_width, bias=False)
-        self.text_head = torch.nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
-        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-
-    def embed_slides(self, features, coords, lengths, cases=None):
-        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [B,E] of unit
-        length. cases: how many slides each row has (default: one); a case's embedding is of the mean of
-        its slides'."""
-        tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens, lengths)  # [S,V,C]
-        slides = tokens.mean(1)  # [S,C]
-        if cases and max(cases) > 1:
-            slides = torch.stack([case.mean(0) for case in slides.split(cases)])  # [B,C]
-        return F.normalize(self.slide_head(slides), dim=-1)
-
-    def embed_texts(self, token_embeds, mask):
-        """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
-        return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
-
-    def embed_words(self, ids, words):
-        """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
-        ids = [torch.tensor(row, device=words.device) for row in ids]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [B,T]
-        return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
-
-    def loss(self, slides, texts):
-        """Symmetric InfoNCE over pairs [B,E]: each slide finds its report, each report its slide."""
-        logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T  # [B slides,B texts]
-        target = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def token_embeddings(args, meta):
-    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen; its Tokenizer."""
-    folder, tokenizer = wsi_llava.pick_llm(args, meta)
-    words = wsi_llava.load_llama(folder).embed_tokens.weight.detach()
-    return words.to(args.device, torch.float32), tokenizer
-
-
-def load_alignment(args, meta):
-    """Stage 1's model -> (its config, WSITextAlignment, token_embeddings' two)."""
-    path = wsi_llava.stage_weights(args, 1)
-    cfg = wsi_llava.load_config(path.parent)
-    wsi_llava.check_tile_encoder(cfg.slide_encoder, meta, path.parent)
-    with torch.device("meta"):
-        model = WSITextAlignment(cfg)
-    model = wsi_llava.load_strict(model, wsi_llava.read_tensors(path), path).to(args.device).eval()
-    return cfg, model, *token_embeddings(args, meta)
-
-
 def slide_encoder_to_train(args, meta):
     """What stage 1 starts from -> (SlideEncoder, or None for a new one; its config)."""
     gigapath = wsi_llava.GIGAPATH / "slide_encoder.pth"
@@ -462,23 +353,21 @@ def autocast(args):
 
 
 def read_pair(data, row, tokenizer, cfg):
-    """A slide, or a case, and its report -> {"slides": [(features [N,C_tile], coords [N,2])], "ids"}."""
-    width = cfg.slide_encoder.in_width
-    slides = [read_features(data, slide, cfg.max_tiles, width) for slide in row.slides]
+    """A slide and its report -> {"slide": (features [N,C_tile], coords [N,2]), "ids"}."""
+    slide = read_features(data, row.slide, cfg.max_tiles, cfg.slide_encoder.in_width)
     ids = tokenizer.encode(row.read()["conversations"][1]["value"])
-    return {"slides": slides, "ids": ids[: cfg.text_encoder.max_length]}
+    return {"slide": slide, "ids": ids[: cfg.text_encoder.max_length]}
 
 
 def embed(args, model, words, pairs):
     """What read_pair gave -> embeddings of the slides and of the reports, [B,E] each."""
     dtype = model.logit_scale.dtype  # float32
-    slides = [slide for pair in pairs for slide in pair["slides"]]
+    slides = [pair["slide"] for pair in pairs]
     features = torch.cat([features for features, _ in slides]).to(args.device, dtype)  # [sum of N,C_tile]
     coords = torch.cat([coords for _, coords in slides]).to(args.device)
     lengths = [len(coords) for _, coords in slides]
-    cases = [len(pair["slides"]) for pair in pairs]
     with autocast(args):
-        embedded = model.embed_slides(features, coords, lengths, cases)
+        embedded = model.embed_slides(features, coords, lengths)
         texts = model.embed_words([pair["ids"] for pair in pairs], words)
     return embedded.to(dtype), texts.to(dtype)
 
@@ -505,12 +394,12 @@ class Alignment:
         none = "--no-slide-encoder: stage 1 trains the slide encoder; start with --stage 2"
         check(not args.no_slide_encoder, none)
         self.args = args
-        self.words, self.tokenizer = token_embeddings(args, meta)  # [vocab,C_llm]
+        self.words, self.tokenizer = wsi_llava.token_embeddings(args, meta)  # [vocab,C_llm]
         encoder, encoder_cfg = slide_encoder_to_train(args, meta)
         cfg = self.cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
         cfg.slide_encoder = dataclasses.replace(encoder_cfg, trained_on=meta["encoder"]["fingerprint"])
         cfg.text_encoder.in_width, cfg.max_tiles = self.words.shape[1], args.max_tiles
-        self.model = WSITextAlignment(cfg)
+        self.model = wsi_llava.WSITextAlignment(cfg)
         if encoder:
             self.model.slide_encoder.load_state_dict(encoder.state_dict())
         self.start = wsi_llava.fingerprint(self.model)
@@ -518,7 +407,7 @@ class Alignment:
         rows = one_report_a_slide(load_rows(args.data, "train", args.skip_missing))
         self.train, self.val = split_validation(rows, args)
         if not encoder:  # the inputs' mean and deviation, of some slides
-            some = [self.read(row)["slides"][0][0] for row in self.train[:200]]
+            some = [self.read(row)["slide"][0] for row in self.train[:200]]
             self.model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
         # The peak of a group's learning rate; run_stage multiplies it by the schedule.
         params = self.params = list(self.model.parameters())
@@ -531,7 +420,7 @@ class Alignment:
         """Rows whose slides are packed into one sequence of TILES_AT_ONCE tiles, or of fewer, so that
         every process has some; a slide that is longer comes alone."""
         most = self.args.max_tiles or math.inf
-        tiles = [min(row.tiles, most * len(row.slides)) for row in rows]
+        tiles = [min(row.tiles, most) for row in rows]
         at_once = min(TILES_AT_ONCE, math.ceil(sum(tiles) / world()))
         # First fit, in the batch's own order: a new micro-batch begins where a row no longer fits.
         parts, room = [], 0
@@ -594,7 +483,7 @@ class Alignment:
         slides, texts = self.embed_all(self.micro_batches(self.val), 0)
         return {"loss": self.model.loss(slides, texts).item(), **recall(slides @ texts.T)}
 
-    def report(self, when):
+    def report(self):
         """Nothing beyond what validate() tells."""
 
     def write_result(self, folder, weights):
@@ -623,8 +512,7 @@ def model_to_train(args, recipe, meta, stage):
         model.llama.requires_grad_(True)
     elif stage == 3:
         cfg.lora_rank, cfg.lora_alpha = recipe.lora_rank, recipe.lora_alpha
-        cfg.lora_target = recipe.lora_target
-        wsi_llava.add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target, recipe.lora_dropout)
+        wsi_llava.add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha, recipe.lora_dropout)
     model.mm_projector.requires_grad_(True)
     for p in model.parameters():
         if p.requires_grad:
@@ -645,47 +533,12 @@ def write_visual_tokens(args, model, slides):
     return problems
 
 
-def encode_row(tokenizer, row, slides, plain=False):
-    """A row of the dataset -> ids and labels, with so many slides before its first question; plain: as
-    LLaVA's stage 2 has it, the slides and then the report."""
+def encode_row(tokenizer, row, image, plain=False):
+    """A row of the dataset -> ids and labels, with its slide before the first question or without; plain: as
+    LLaVA's stage 2 has it, the slide and then the report."""
     if plain:
-        return tokenizer.encode_plain(row["conversations"][1]["value"], slides)
-    return tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], slides))
-
-
-def project_and_embed(model, samples):
-    """Projected slides and embedded reports as vectors, [n,C_llm] twice: the mean over visual tokens and
-    over words, both less their mean over the samples, of unit length."""
-    slides, texts = [], []
-    for example in samples:
-        projected = model.project(example["visual"].flatten(0, 1).to(model.device))
-        words = [i for i, label in zip(example["ids"], example["labels"]) if label >= 0]
-        slides.append(projected.float().mean(0))
-        texts.append(model.llama.embed_tokens(torch.tensor(words, device=model.device)).float().mean(0))
-    slides, texts = torch.stack(slides), torch.stack(texts)
-    return F.normalize(slides - slides.mean(0), dim=-1), F.normalize(texts - texts.mean(0), dim=-1)
-
-
-@torch.no_grad()
-def alignment(args, model, samples):
-    """Whether projected slides are nearer to their own reports than to others' -> (their cosines [n,n],
-    slides by reports; {what: value}): as vectors, and as the language model sees it, by its loss on a
-    report after the report's own slide and after another's."""
-    slides, texts = project_and_embed(model, samples)
-    cosine = slides @ texts.T
-    own, n = cosine.diagonal(), len(samples)
-    others = (cosine.sum() - own.sum()) / max(1, n * (n - 1))
-    found = {"cosine to the own report": own.mean().item(), "to others": others.item()}
-    # As the language model sees it: if it reads the slide, another's makes the report less likely.
-    for name, shift in (("loss of a report after its own slide", 0), ("after another", 1)):
-        losses = []
-        for i, example in enumerate(samples):
-            others_slides, S = samples[i - shift]["visual"], len(example["visual"])
-            visual = others_slides[torch.arange(S) % len(others_slides)]  # as many as the report has slides
-            with autocast(args):
-                losses.append(model([visual], [example["ids"]], [example["labels"]]))
-        found[name] = torch.stack(losses).mean().item()
-    return cosine, found
+        return tokenizer.encode_plain(row["conversations"][1]["value"], image)
+    return tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], image))
 
 
 class Conversation:
@@ -735,7 +588,7 @@ class Conversation:
         if problems:
             first = next(iter(problems.values()))
             say(f"Left out {wsi_llava.count(len(problems), 'slide')} that cannot be read, the first: {first}")
-            rows = [row for row in rows if not problems.keys() & set(row.slides)]
+            rows = [row for row in rows if row.slide not in problems]
             check(rows, f"{self.args.data}/visual_tokens: no slide is left to train on, the first: {first}")
         return split_validation(rows, self.args)
 
@@ -748,17 +601,17 @@ class Conversation:
         check(not all(example["lost"] for example in samples), what)
 
     def read(self, row):
-        """-> {"id", "ids", "labels" (of the prompt), "visual" ([S,V,C], or None), "cut", "lost"}."""
+        """-> {"id", "ids", "labels" (of the prompt), "visual" ([V,C], or None), "cut", "lost"}."""
         content = row.read()
-        shown = () if self.stage == 0 or self.stage == 3 and self.args.no_image else row.slides
-        ids, labels = encode_row(self.tokenizer, content, len(shown), self.stage == 2 or row.task == PLAIN)
+        shown = self.stage == 2 or self.stage == 3 and not self.args.no_image
+        ids, labels = encode_row(self.tokenizer, content, shown, self.stage == 2 or row.task == PLAIN)
         if self.stage == 0:
             labels = ids
-        visual = [read_visual_tokens(self.args.data, slide, self.cfg) for slide in shown]
+        visual = read_visual_tokens(self.args.data, row.slide, self.cfg) if shown else None
         # An <image> is one id and many positions; what is too long loses the end of its answer.
-        more = sum(len(tokens) - 1 for tokens in visual)  # positions than ids
+        more = len(visual) - 1 if shown else 0  # positions than ids
         room = max(0, self.longest - more)
-        example = {"id": content["id"], "visual": torch.stack(visual) if visual else None}
+        example = {"id": content["id"], "visual": visual}
         example |= {"ids": ids[:room], "labels": labels[:room], "positions": more + len(ids[:room])}
         example |= {"cut": len(ids) > room, "lost": False}
         if not any(label >= 0 for label in example["labels"][1:]):
@@ -812,15 +665,18 @@ class Conversation:
         if len(self.val) < world():
             return {}
         loss, labelled, *_ = self.losses(self.val, learn=False)
-        return {"loss": loss / max(1, labelled)}
+        metrics = {"loss": loss / max(1, labelled)}
+        # A model that reads its slides finds an answer less likely after another slide's tokens.
+        slides = slides_in(self.val)
+        if len(slides) > 1 and not self.args.no_image:
+            other = dict(zip(slides, slides[1:] + slides[:1]))
+            rows = [row._replace(slide=other[row.slide]) for row in self.val]
+            loss, labelled, *_ = self.losses(rows, learn=False)
+            metrics["loss after another slide"] = loss / max(1, labelled)
+        return metrics
 
-    def report(self, when):
-        """Says, "before" training and "after" it, what is worth knowing beside the loss."""
-        if self.stage == 2:
-            some = self.val if len(self.val) > 1 else self.train[:256]
-            samples = [example for example in map(self.read, some) if not example["lost"]]
-            found = alignment(self.args, self.model, samples)[1] if samples else {}
-            say(f"alignment {when} training: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    def report(self):
+        """Says, after training, what is worth knowing beside the loss."""
         if self.cut:
             first = ([x for x in gather(self.first_cut) if x] + [None])[0]
             long = f"{self.cut} samples were longer than --max-length {self.longest} and were cut"
@@ -844,8 +700,6 @@ def pick_recipe(stage, args, meta):
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)}
     given = {name: value for name, value in flags.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[args.preset or meta["preset"]][stage], **given)
-    if stage == 3 and args.full and (args.lr is None or args.full_lr):
-        recipe.lr = recipe.full_lr or recipe.lr
     if stage in args.skip_stage:
         recipe.epochs = 0
     return recipe
@@ -902,7 +756,7 @@ def alone_in(folder):
 
 
 # What a run is beside its recipe: flags that change what is learned. How often it saves is not among them.
-FLAGS_OF_A_RUN = ("seed", "dtype", "val", "clip", "keep", "full", "no_slide_encoder", "no_image", "max_tiles")
+FLAGS_OF_A_RUN = ("seed", "dtype", "val", "clip", "full", "no_slide_encoder", "no_image", "max_tiles")
 
 
 def identity(stage, args, recipe, task, steps):
@@ -936,11 +790,11 @@ def resume(path, run, model, optimizer):
 def start_anew(folder):
     """Removes what an earlier run left, its state first: then at every instant either the folder holds
     the result of a whole run, or a resumed run makes it."""
-    for name in ("train_state.pt", "model.safetensors", "slide_encoder.safetensors", "best.safetensors"):
+    for name in ("train_state.pt", "model.safetensors", "slide_encoder.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
-def save(folder, run, task, step, optimizer, log, keep):
+def save(folder, run, task, step, optimizer, log):
     """Writes what --resume needs; with the last step, and before that, the stage's result.
 
     The state comes last: a state that says "done" has its result beside it, whatever a kill or a full
@@ -954,16 +808,10 @@ def save(folder, run, task, step, optimizer, log, keep):
     check(finite, f"{folder}: after step {step} the weights are not finite, and were not saved; {advice}")
     if rank():
         return
-    best, done = folder / "best.safetensors", step == int(run["steps"])
-    losses = [entry["val_loss"] for entry in log if "val_loss" in entry]
-    if keep == "best" and losses and log[-1].get("val_loss") == min(losses):
-        write_tensors(best, weights)
-    if done:
-        task.write_result(folder, wsi_llava.read_tensors(best) if best.exists() else weights)
+    if step == int(run["steps"]):
+        task.write_result(folder, weights)
     with replacing(folder / "train_state.pt") as path:
         torch.save({"run": run, "step": step, "model": weights, "optimizer": moments, "log": log}, path)
-    if done:
-        best.unlink(missing_ok=True)
 
 
 def draw_curves(path, log, width=520, height=300):
@@ -1047,13 +895,9 @@ def run_stage(stage, args, folder, stop):
         step, log = resume(folder / "train_state.pt", run, task.model, optimizer)
         gone = f"{folder}/model.safetensors: the stage was done, but this is gone; leave --resume out"
         check(step < steps or (folder / "model.safetensors").exists(), gone)
-        if step == steps and rank() == 0:  # a kill may have come between the last state and this
-            (folder / "best.safetensors").unlink(missing_ok=True)
     elif rank() == 0:
         start_anew(folder)
     say_start(stage, args, task, steps, batches)
-    if step == 0:
-        task.report("before")
 
     wsi_llava.check_regular(folder / "log.jsonl", "delete it")
     log_file = open(folder / "log.jsonl" if rank() == 0 else os.devnull, "w")  # noqa: SIM115 (closed below)
@@ -1090,8 +934,7 @@ def run_stage(stage, args, folder, stop):
                 say_step(where, entry, (time.time() - began) / (step - first) * (steps - step), args.device)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}")
-            evaluated = step == steps or step % (args.eval_every or max(1, steps // 8)) == 0
-            if evaluated:
+            if step == steps or step % (args.eval_every or max(1, steps // 8)) == 0:
                 task.model.eval()
                 metrics = task.validate()
                 task.model.train()
@@ -1106,15 +949,14 @@ def run_stage(stage, args, folder, stop):
 
             # Saved every so often, and when asked to stop: then all processes stop after the same step.
             stopping = all_sum(torch.tensor(float(bool(stop)), device=args.device)) > 0
-            due = stopping or step % args.save_every == 0 or evaluated and args.keep == "best"
-            if due and step < steps:
-                save(folder, run, task, step, optimizer, log, args.keep)
+            if (stopping or step % args.save_every == 0) and step < steps:
+                save(folder, run, task, step, optimizer, log)
             stopped = f"interrupted after step {step} of {steps}, saved; --resume goes on from there"
             check(step == steps or not stopping, stopped)
     if not finished:
-        save(folder, run, task, step, optimizer, log, args.keep)
+        save(folder, run, task, step, optimizer, log)
     task.model.eval()
-    task.report("after")
+    task.report()
     say(f"Stage {stage} is done: {folder}/model.safetensors; losses in {folder}/log.jsonl and loss.svg.")
     all_sum(torch.zeros(1, device=args.device))  # nobody goes on before the files are there
 
@@ -1178,7 +1020,7 @@ def stand_in_to_train(args):
         for row in load_rows(args.data, "train", skip_missing=True, tokens=True):
             texts += [
                 prompt,
-                *(turn["value"] for turn in wsi_llava.slide_first(row.read()["conversations"], 0)),
+                *(turn["value"] for turn in wsi_llava.slide_first(row.read()["conversations"], image=False)),
             ]
         train_tokenizer(path, texts)
     gather(None)  # the others wait
@@ -1194,13 +1036,13 @@ def stand_in_to_train(args):
     return model, tokenizer
 
 
-# ---- Out again: what the stages trained, in the layouts in which LLaVA's weights are published -------------
+# ---- Out again: what the stages trained, as transformers takes it ------------------------------------------
 
 
 def export(args):
-    """out/stage3 -> a LLaVA folder: the language model, its adapters merged, and the projector; or adapters
-    and projector alone. Beside them the tokenizer, and the slide encoder, which LLaVA has no place for."""
-    folder = args.export or args.export_adapter
+    """out/stage3 -> a Hugging Face folder: the language model, its adapters merged, and the projector. Beside
+    them the tokenizer, and the slide encoder, which such a folder has no place for."""
+    folder = args.export
     unfinished = folder / ".unfinished"  # a killed export is begun anew
     new = not folder.exists() or not any(folder.iterdir()) or unfinished.exists()
     check(new, f"{folder} is not empty; name a new folder to export to")
@@ -1210,9 +1052,6 @@ def export(args):
     base, _ = wsi_llava.pick_llm(args, meta)
     what = f"{args.out}/stage3 is an ablation without slide encoder, which no published layout can say"
     check(not model.cfg.no_slide_encoder, what)
-    reason = "its language model is --llm with --lora merged" if args.lora else "stage 3 trained no adapters"
-    adapters = model.cfg.lora_rank and not args.lora
-    check(args.export or adapters, f"--export-adapter: {reason}; use --export, which writes the whole model")
     say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
     with alone_in(folder):
         unfinished.touch()
@@ -1225,319 +1064,58 @@ def export(args):
         if encoder:
             file = folder / "slide_encoder.safetensors"
             wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
-        if args.export:
-            wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector, args.layout)
-        else:
-            wsi_llava.save_lora(model, folder, base, tokenizer, args.layout)
+        wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector)
         unfinished.unlink()
-    llm = f"--llm {folder}" if args.export else f"--llm {base} --lora {folder}"
     say(
         f"Done. It answers where --out holds no stage 2 or 3: "
-        f"python sample.py {llm} --slide-encoder {folder}/slide_encoder.safetensors --out new ..."
+        f"python sample.py --llm {folder} --slide-encoder {folder}/slide_encoder.safetensors --out new ..."
     )
-
-
-# ---- What it is worth: slides against reports, one piece less at a time ------------------------------------
-
-
-def load_whole(args):
-    """The model as far as it is trained, or a published one, on its device -> (WSILLaVA, Tokenizer)."""
-    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
-    return model.to(args.device), tokenizer
-
-
-def visual_tokens(args, model, slides):
-    """-> {slide: visual tokens [V,C]}, made where they lack. The UserError says which slide has none."""
-    problems = write_visual_tokens(args, model, slides)
-    first = next(iter(problems.values()), "")
-    check(not problems, f"{len(problems)} slides cannot be asked about, the first: {first}")
-    return {slide: read_visual_tokens(args.data, slide, model.cfg) for slide in slides}
-
-
-def retrieval(args, rows):
-    """Cosines of slides and reports in stage 1's own space [n,n], on the CPU; None without stage 1."""
-    meta = wsi_llava.read_meta(args.data)
-    encoded = meta["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS
-    if encoded or not (args.out / "stage1" / "model.safetensors").exists():
-        return None
-    cfg, model, words, tokenizer = load_alignment(args, meta)
-    slides, texts = [], []
-    for row in rows:
-        with torch.no_grad():
-            slide, text = embed(args, model, words, [read_pair(args.data, row, tokenizer, cfg)])
-        slides.append(slide)
-        texts.append(text)
-    return (torch.cat(slides) @ torch.cat(texts).T).cpu()
-
-
-def draw_similarity(path, panels, side=420):
-    """{title: similarities [n,n], slides by reports} -> a PNG: one hopes for a bright diagonal."""
-    picture = Image.new("RGB", ((side + 20) * len(panels) + 20, side + 70), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    for i, (title, matrix) in enumerate(panels.items()):
-        low, high = matrix.min(), matrix.max()
-        grey = (255 * (matrix - low) / (high - low).clamp(min=1e-9)).byte().numpy()
-        square = Image.fromarray(grey).resize((side, side), Image.Resampling.NEAREST)
-        x = 20 + i * (side + 20)
-        picture.paste(square, (x, 40))
-        draw.text((x, 12), title, fill="black", font=font)
-        scale = f"rows: slides, columns: their reports; black {low:.2f}, white {high:.2f}"
-        draw.text((x, side + 46), scale, fill="black", font=font)
-    with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
-
-
-def show_alignment(args):
-    """--alignment: is a slide nearer to its own report than to others', before the projector and behind it?
-    For whatever model is at hand, on the reports of the test split, or of training where there is none."""
-    split = "test" if (args.data / "qa" / "test.jsonl").exists() else "train"
-    rows = one_report_a_slide(load_rows(args.data, split, args.skip_missing, tokens=True))[:256]
-    check(len(rows) > 1, f"{args.data}/qa/{split}.jsonl: --alignment needs the reports of two slides or more")
-    model, tokenizer = load_whole(args)
-    visual = visual_tokens(args, model, slides_in(rows))
-    room, examples = model.cfg.llama.context, []
-    for row in rows:
-        tokens = torch.stack([visual[slide] for slide in row.slides])  # [S,V,C]
-        ids, labels = encode_row(tokenizer, row.read(), len(tokens), plain=True)
-        kept = room - tokens.shape[0] * (tokens.shape[1] - 1)
-        full = f"{row.read()['id']}: its slides leave no room in the language model's context"
-        check(kept > len(tokens) + 2, full)
-        examples.append({"visual": tokens, "ids": ids[:kept], "labels": labels[:kept]})
-    cosine, found = alignment(args, model, examples)
-    panels = {"after the projector (cosine)": cosine.cpu()}
-    before = retrieval(args, rows)
-    if before is not None:
-        panels = {"before it, stage 1's space (cosine)": before} | panels
-    n = len(rows)
-    chance = f"by chance R@1 {1 / n:.2f}, R@5 {min(1, 5 / n):.2f}"
-    say(f"\nAlignment of {n} slides and their reports ({split}; {chance})")
-    for title, matrix in panels.items():
-        say(f"  {title}: " + ", ".join(f"{name} {share:.2f}" for name, share in recall(matrix).items()))
-    say("  " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
-    draw_similarity(args.out / "alignment.png", panels)
-    say(f"  all pairs: {args.out}/alignment.png")
-
-
-ABLATIONS = {  # what is taken away -> the flags that do it, and the first stage to train again
-    "the slide encoder": ({"no_slide_encoder": True}, 2),
-    "stage 2": ({"skip_stage": [2]}, 2),
-    "the image": ({"no_image": True}, 3),
-    "three of four tiles": ({"max_tiles": 0.25}, 1),  # of the median slide
-    "stage 1": ({"skip_stage": [1]}, 1),  # last: it has visual tokens of its own in the place of the others'
-}
-WHOLE = "nothing (the whole model)"
-
-
-def shared_flags(args, out):
-    """The flags that say which data and which weights, as sample.py takes them."""
-    flags = ["--data", args.data, "--out", out, "--device", args.device, "--seed", args.seed]
-    flags += ["--dtype", str(args.dtype).removeprefix("torch.")]
-    for name in ("preset", "slide_encoder", "llm", "lora", "projector", "chat_format"):
-        if getattr(args, name) is not None:
-            flags += [f"--{name.replace('_', '-')}", getattr(args, name)]
-    return [str(flag) for flag in flags]
-
-
-def answer_test(args, out, name, *flags):
-    """Asks the model of a folder all questions of the test split, by sample.py -> the file of its answers."""
-    path, questions = out / name, args.data / "qa" / "test.jsonl"
-    lacks = "no such file; run python prepare.py --qa FILE --split test first"
-    check(questions.exists(), f"{questions}: {lacks}")
-    for newer in (questions, out / "stage3" / "model.safetensors"):
-        if path.exists() and path.stat().st_mtime < newer.stat().st_mtime:
-            path.unlink()  # another model's, or answers to other questions
-    asked = ["--qa", str(questions), "--predictions", str(path), "--batch-size", "64"]
-    sample.main([*asked, "--max-new-tokens", "96", *flags, *shared_flags(args, out)])
-    return path
-
-
-def compare(answers, seed):
-    """{variant: {n: (question, answer)}}, the whole model first -> lines of the table: of each group of
-    questions, metric and variant the mean, and the paired difference from the whole."""
-    groups, lines = {}, []
-    for n in sorted(set.intersection(*map(set, answers.values()))):
-        row = answers[WHOLE][n][0]
-        row["scores"] = {name: sample.score_answer(row, found[n][1]) for name, found in answers.items()}
-        for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L"):
-            if metric in row["scores"][WHOLE]:
-                groups.setdefault(("all", metric), []).append(row)
-                groups.setdefault((row["task"], metric), []).append(row)
-    for (group, metric), rows in groups.items():
-        for name, facts in sample.compare(rows, metric, list(answers), False, seed).items():
-            line = dict.fromkeys(("difference", "difference_low", "difference_high", "p")) | facts
-            lines.append({"questions": group, "metric": metric, "without": name, "n": len(rows)} | line)
-    return lines
-
-
-def draw_ablations(path, lines):
-    """The means with their intervals, from 0 to 1, a block a metric, as an SVG."""
-    shapes, y = [], 0
-
-    def at(value):
-        return 240 + 300 * value
-
-    for metric in dict.fromkeys(line["metric"] for line in lines):
-        y += 30
-        block = [line for line in lines if line["metric"] == metric]
-        shapes.append(f'<text x="10" y="{y}" font-weight="bold">{metric}, trained without</text>')
-        for tick in (0, 0.25, 0.5, 0.75, 1):  # the axis
-            x = at(tick)
-            shapes.append(f'<text x="{x}" y="{y}" fill="#888888" text-anchor="middle">{tick:g}</text>')
-            shapes.append(f'<path d="M{x} {y + 6}V{y + 10 + 20 * len(block)}" stroke="#dddddd"/>')
-        for line in block:
-            y += 20
-            low, mean, high = (at(line[key]) for key in ("low", "mean", "high"))
-            shapes.append(f'<text x="20" y="{y + 4}">{line["without"]}</text>')
-            shapes.append(f'<path d="M{low:.1f} {y}H{high:.1f}" stroke="#1f5fb4" stroke-width="2"/>')
-            shapes.append(f'<circle cx="{mean:.1f}" cy="{y}" r="4" fill="#1f5fb4"/>')
-            shapes.append(f'<text x="555" y="{y + 4}">{line["mean"]:.2f}</text>')
-        y += 10
-    write_svg(path, shapes, 600, y + 20)
-
-
-def variants(args):
-    """The ablations that tell something of this data and model -> {name: (flags, first stage)}."""
-    chosen, pointless = {}, set()
-    if not (args.out / "stage1" / "slide_encoder.safetensors").exists():  # it is published, or there is none
-        pointless.add("stage 1")
-    if wsi_llava.read_meta(args.data)["encoder"]["source"] == wsi_llava.IMPORTED_TOKENS:
-        pointless |= {"the slide encoder", "three of four tiles"}
-    if args.no_slide_encoder:
-        pointless.add("the slide encoder")
-    rows = load_rows(args.data, "train", skip_missing=True, tokens=True)
-    tiles = float(np.median([row.tiles / len(row.slides) for row in rows]))
-    for name, (flags, first) in ABLATIONS.items():
-        if "max_tiles" in flags:
-            flags = {"max_tiles": max(1, round(flags["max_tiles"] * tiles))}
-        if name not in pointless:
-            chosen[name] = flags, first
-    return chosen
-
-
-def ablations(args):
-    """--ablations: what each piece is worth. The model of --out is trained again without it, in a folder
-    of its own, and both answer data/qa/test.jsonl. Interrupted, the same command goes on."""
-    args.resume, folder, found = True, args.out / "ablations", {}
-    for name, (flags, first) in {WHOLE: ({}, 4), **variants(args)}.items():
-        say(f"\nWithout {name}")
-        variant = argparse.Namespace(**(vars(args) | flags))
-        variant.out = args.out if name == WHOLE else folder / name.replace(" ", "-")
-        # Stages before the first that differs are copied; that one and those after it are trained again.
-        stages = [stage for stage in (1, 2, 3) if (args.out / f"stage{stage}" / "model.safetensors").exists()]
-        if variant.no_slide_encoder and 1 in stages:
-            stages.remove(1)
-        for stage in stages:
-            if stage >= first:
-                train_stage(stage, variant)
-            elif name != WHOLE:
-                copied = shutil.ignore_patterns("train_state.pt", ".*")
-                there = variant.out / f"stage{stage}"
-                shutil.copytree(args.out / f"stage{stage}", there, ignore=copied, dirs_exist_ok=True)
-        asked = ["--baselines"] if variant.no_image else []
-        field = "answer_no_image" if variant.no_image else "answer"
-        _, answers = sample.read_predictions(answer_test(args, variant.out, "ablation.jsonl", *asked))
-        found[name] = {n: (row, row[field]) for n, row in answers.items() if row.get(field) is not None}
-    lines = compare(found, args.seed)
-    check(lines, f"{args.data}/qa/test.jsonl: no question was answered by all of the models")
-    shown = [line for line in lines if line["questions"] == "all"]
-    say(f"\nAblations: {args.data}/qa/test.jsonl, in brackets 95% bootstrap intervals over slides\n")
-    say(f"{'metric':12} {'trained without':28} {'questions':>9}  {'mean':22} difference from the whole")
-    for line in shown:
-        ends = "[{low:.3f}, {high:.3f}]".format(**line)
-        paired = "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
-        paired = "" if line["difference"] is None else paired.format(**line)
-        say("{metric:12} {without:28} {n:9,}  {mean:.3f} ".format(**line) + f"{ends}  {paired}".rstrip())
-    table = io.StringIO()
-    writer = csv.DictWriter(table, lines[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_text(folder / "ablations.csv", table.getvalue())
-    draw_ablations(folder / "ablations.svg", shown)
-    say(f"\nAlso task by task: {folder}/ablations.csv; as a picture: {folder}/ablations.svg")
 
 
 # ---- The demo: the three stages on the toy cohort, then questions about slides that it has never seen ------
 
 
-def truth(row):
-    """The true answer of a row of one question."""
-    return row["conversations"][1]["value"]
+def cohort_question(data):
+    """A question about a held-out slide whose tiles with the answer are known -> (slide, question)."""
+    for row in load_rows(data, "test"):
+        question, answer = (turn["value"] for turn in row.read()["conversations"][:2])
+        if row.task == "focus" and answer.startswith("Yes"):
+            return row.slide, without_image(question)
+    raise UserError(f"{data}/qa/test.jsonl: no question about a focus; draw more slides with --demo-slides")
 
 
-HEATMAPS = 20  # slides; each takes up to 64 passes
+def demo(argv, args):
+    """--demo: shows and runs what a user would type, from slides to a picture of where an answer is from."""
+    own = [flag for flag in argv if flag != "--demo"]
+    where, defaults = [], parse([])
+    for name in ("data", "out", "device", "dtype", "seed", "workers"):
+        if getattr(args, name) != getattr(defaults, name):
+            where += [f"--{name}", str(getattr(args, name))]
+    took = {}
 
+    def show(what, script, *flags):
+        """Prints a command and runs it; sample.py's in a process of its own: this file needs nothing of it."""
+        say(f"\n$ python {script} {shlex.join(flags)}")
+        began = time.time()
+        if script == "sample.py":
+            path = Path(__file__).with_name(script)
+            done = subprocess.run([sys.executable, str(path), *flags])
+            check(done.returncode == 0, f"{script} ended with status {done.returncode}; see above")
+        else:
+            {"prepare.py": prepare, "train.py": sys.modules[__name__]}[script].main(list(flags))
+        took[what] = time.time() - began
 
-def print_relevance(args, model, tokenizer, cases):
-    """Heatmaps against the truth: how relevant to "Yes, brown pigment is present." are the tiles that
-    hold it? The first held-out slides with pigment count. The very first becomes a picture."""
-    planted = {case["slide"]: case["planted"] for case in cases}
-    times, hits, chance, picture = [], [], [], args.out / "heatmap.png"
-    for row in load_rows(args.data, "test"):
-        (slide, *_), content = row.slides, row.read()
-        if row.task != "focus" or not planted[slide] or len(hits) == HEATMAPS:
-            continue
-        question = without_image(content["conversations"][0]["value"])
-        features, coords = read_features(args.data, slide, args.max_tiles)
-        holds = np.array([corner in planted[slide] for corner in coords.tolist()])
-        if not holds.any():  # --max-tiles left them out
-            continue
-        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(content))
-        relevance = relevance.numpy()
-        if not hits:
-            view = sample.open_slide(args.data, slide)
-            lines = [f"{slide}: {question}", f"Answer: {truth(content)}"]
-            sample.draw_heatmap(picture, view, coords.numpy(), relevance, lines)
-        hits.append(holds[relevance.argmax()])
-        chance.append(holds.mean())
-        speaking = relevance.clip(min=0)  # negative: evidence against the answer
-        times.append(speaking[holds].mean() / max(speaking.mean(), 1e-12))
-    n = len(hits)
-    if n:
-        times, hits, chance = np.mean(times), np.mean(hits), np.mean(chance)
-        say(
-            f"\nWhere the answers come from: on the {n} held-out slides with brown pigment, the tiles that "
-            f"hold it get {times:.1f} times the mean relevance (random: 1.0), and the most relevant tile is "
-            f"one of them in {hits:.0%} (random: {chance:.0%}). One of them: {picture}"
-        )
-
-
-def print_dialogue(args, model, tokenizer):
-    """A chat about the first held-out slide that has one, beside the truth -> the slide."""
-    row = next(row for row in load_rows(args.data, "test") if row.task == "dialogue")
-    visual = visual_tokens(args, model, row.slides)[row.slides[0]]
-    say(f"\nA dialogue about {row.slides[0]}, a held-out slide (in brackets: the truth):")
-    chat, turns = sample.Chat(model, tokenizer, visual, max_new_tokens=64), row.read()["conversations"]
-    for question, answer in zip(turns[::2], turns[1::2]):
-        question = without_image(question["value"])
-        say(f"  USER: {question}\n  ASSISTANT: {''.join(chat.reply(question))}  [{answer['value']}]")
-    return row.slides[0]
-
-
-def demo(args):
-    """--demo: the toy cohort, the three stages, and what they are worth on slides that were held out."""
-    parts = {"start": time.time()}
-    args.preset, args.log_every, args.val_rows = "demo", args.log_every * 20, min(args.val_rows, 96)
-    cases = prepare.prepare_demo(prepare.with_defaults(args))
-    parts["slides and features"] = time.time()
-    stand_in(args)
-    parts["stand-in"] = time.time()
-    for stage in (2, 3) if args.no_slide_encoder else (1, 2, 3):
-        train_stage(stage, args)
-        parts[f"stage {stage}"] = time.time()
-    answer_test(args, args.out, "test.jsonl", "--baselines", "--evaluate", str(args.out / "test.jsonl"))
-    parts["answers"] = time.time()
-    show_alignment(args)
-    model, tokenizer = load_whole(args)
-    slide = print_dialogue(args, model, tokenizer)
-    if not args.no_image:
-        print_relevance(args, model, tokenizer, cases)
-    parts["alignment, dialogue, heatmaps"] = time.time()
-    pictures = f"{args.out}/stage*/loss.svg, {args.out}/alignment.png, {args.data}/qc/{slide}.jpg"
-    say(f"\nPictures: {pictures} (tissue and tiles)")
-    ends = itertools.pairwise(parts.values())
-    took = [f"{name} {end - begin:.0f}" for name, (begin, end) in zip(list(parts)[1:], ends)]
-    say(f"Took {time.time() - parts['start']:.0f} s: {', '.join(took)}.")
-    say(f"Ask it yourself: python sample.py --slide {slide}")
+    show("slides", "prepare.py", "--demo", "--demo-slides", str(args.demo_slides), *where)
+    for stage in "123":
+        show(f"stage {stage}", "train.py", "--stage", stage, "--log-every", "20", "--val-rows", "96", *own)
+    questions, answers = str(args.data / "qa" / "test.jsonl"), str(args.out / "test.jsonl")
+    asked = ("--qa", questions, "--baselines", "--predictions", answers, "--evaluate", answers)
+    show("answers", "sample.py", *asked, "--batch-size", "64", "--max-new-tokens", "96", *where)
+    slide, question = cohort_question(args.data)
+    heatmap = ("--heatmap", str(args.out / "heatmap.png"))
+    show("heatmap", "sample.py", "--slide", slide, "--ask", question, *heatmap, *where)
+    parts = ", ".join(f"{what} {seconds:.0f}" for what, seconds in took.items())
+    say(f"\nTook {sum(took.values()):.0f} s: {parts}.")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------
@@ -1567,14 +1145,7 @@ def parse(argv=None):
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
     add("--demo", "draw toy slides if needed, train all stages, answer held-out questions", **yes)
-    worth = "with --stage 3 or --demo: then train again without each piece, and compare the answers"
-    add("--ablations", worth, **yes)
-    near = "how near slides are to their reports, before the projector and after"
-    add("--alignment", near, **yes)
-    add("--export", "write out/stage3 as a Hugging Face folder, its adapters merged, and stop", **folder)
-    add("--export-adapter", "the same as a LoRA folder, to stand on --llm", **folder)
-    layout = "of an export: transformers' (default) or LLaVA's own"
-    add("--layout", layout, choices=["hf", "llava"], default="hf")
+    add("--export", "write out/stage3 as a Hugging Face folder, its adapters merged", **folder)
     add("--resume", "go on where an interrupted run of the stage saved last", **yes)
     add = parser.group("what is trained, and on what")
     add("--full", "stage 3 trains the whole language model instead of LoRA adapters", **yes)
@@ -1583,8 +1154,6 @@ def parse(argv=None):
     held_out = "share of the training slides to validate on (default: 0.05)"
     add("--val", held_out, type=at_least(0, float, 0.9), default=0.05)
     add("--val-rows", "validate on at most so many rows (default: 256)", type=count, default=256)
-    keep = "the stage's result: the last weights (default), or those of lowest validation loss"
-    add("--keep", keep, choices=["last", "best"], default="last")
     clip = "a gradient of larger norm is scaled down to it (default: 1; 0: never)"
     add("--clip", clip, type=at_least(0, float), default=1.0)
     lines = "steps between lines on the screen (default: 1; the demo: 20)"
@@ -1593,7 +1162,10 @@ def parse(argv=None):
     add("--save-every", "steps between checkpoints (default: 200)", type=count, default=200)
     stand_in = "training steps of the demo preset's stand-in language model (default: 160)"
     add("--llm-steps", stand_in, type=count, default=160)
-    add = parser.group("ablations", "What is a piece worth? Train without it.")
+    add = parser.group(
+        "ablations",
+        "What is a piece worth? Train without it, with an --out of its own; then sample.py --evaluate.",
+    )
     stages = {"type": int, "choices": [1, 2], "nargs": "*", "default": []}
     add("--skip-stage", "leave these stages' weights as they start", **stages)
     add("--no-slide-encoder", "tile features go straight to the pool (stages 2 and 3)", **yes)
@@ -1601,6 +1173,7 @@ def parse(argv=None):
     add("--max-tiles", tiles, type=at_least(0), default=0)
     add("--no-image", "stage 3: the language model gets the questions without the slide", **yes)
     add_recipe_flags(parser)
+    wsi_llava.add_weights_flags(parser, tiles=False)
     wsi_llava.add_shared_flags(parser)
     prepare.add_demo_flags(parser)
     return parser.parse_args(argv)
@@ -1608,29 +1181,20 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    compared = args.demo or args.stage == 3
-    whole = "--ablations goes with --stage 3 or --demo, whose model it compares with"
-    check(compared or not args.ablations, whole)
     join_processes(args)
     wsi_llava.resolve_device(args)
     few = f"fewer than the {world()} processes, each of which takes some; raise it"
     check(args.val_rows >= world(), f"--val-rows {args.val_rows}: {few}")
-    alone = world() > 1 and (args.demo or args.ablations or args.alignment)
-    check(not alone, "--demo, --ablations and --alignment run in one process; start without torchrun")
+    check(not (args.demo and world() > 1), "--demo runs in one process; start without torchrun")
     if args.demo:
-        demo(args)
-    elif args.stage:
-        args.resume = args.resume or args.ablations  # what is trained already is not trained again
+        return demo(sys.argv[1:] if argv is None else argv, parse(argv))  # as typed: the device unresolved
+    if args.stage:
         train_stage(args.stage, args)
-    elif args.alignment:
-        show_alignment(args)
-    elif args.export or args.export_adapter:
+    elif args.export:
         export(args)
     else:
-        given = "give --stage 1, 2 or 3, --alignment, --export or --demo (--help explains)"
+        given = "give --stage 1, 2 or 3, --export or --demo (--help explains)"
         raise UserError(f"nothing to do: {given}")
-    if args.ablations:
-        ablations(args)
     if dist.is_initialized():
         # gloo's threads may hold tensors, which they cannot free while Python is shutting down.
         dist.destroy_process_group()

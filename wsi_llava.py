@@ -206,7 +206,6 @@ class WSILLaVAConfig(Config):
     pad_to: int = 1024  # CLIP-L's width: visual tokens are zero-padded to it, so that LLaVA's projector fits
     lora_rank: int = 0  # 0: the LLM has no adapters
     lora_alpha: float = 0.0
-    lora_target: str = ".*"  # which of the decoder's linear layers have adapters, a pattern
     max_tiles: int = 0  # ablation: so many of a slide's tiles, drawn at random (0: all)
     no_slide_encoder: bool = False  # ablation: tile features go straight to the pool
 
@@ -1013,6 +1012,72 @@ class SlideEncoder(nn.Module):
         proj.bias -= proj.weight @ mean
 
 
+# ---- Stage 1's model: slides and reports in one space ------------------------------------------------------
+
+
+class TextEncoder(nn.Module):
+    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a
+    small bidirectional Transformer, mean over the tokens."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Linear(cfg.in_width, cfg.width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, cfg.max_length, cfg.width))
+        blocks = [Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
+
+    def forward(self, token_embeds, mask):
+        _, T, C = token_embeds.shape
+        # An LLM's embeddings are small, and differ in size from one LLM to the next: without the norm, the
+        # position embedding drowns them.
+        x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]  # [B,T,C_llm] -> [B,T,C]
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
+        x = self.norm(x) * mask.unsqueeze(-1)  # [B,T,C], zero at the padding
+        return x.sum(1) / mask.sum(1, keepdim=True)  # [B,C] / [B,1]
+
+
+class WSITextAlignment(nn.Module):
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature.
+
+    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language
+    model reads later, and a loss on the CLS alone would leave their last layer untrained.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_visual_tokens = cfg.n_visual_tokens
+        self.slide_encoder = SlideEncoder(cfg.slide_encoder)
+        self.text_encoder = TextEncoder(cfg.text_encoder)
+        self.slide_head = nn.Linear(cfg.slide_encoder.width, cfg.text_encoder.embed_width, bias=False)
+        self.text_head = nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def embed_slides(self, features, coords, lengths):
+        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [S,E] of unit
+        length."""
+        tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens, lengths)  # [S,V,C]
+        return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
+
+    def embed_texts(self, token_embeds, mask):
+        """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
+        return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
+
+    def embed_words(self, ids, words):
+        """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
+        ids = [torch.tensor(row, device=words.device) for row in ids]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [B,T]
+        return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
+
+    def loss(self, slides, texts):
+        """Symmetric InfoNCE over pairs [B,E]: each slide finds its report, each report its slide."""
+        logits = self.logit_scale.exp().clamp(max=100) * slides @ texts.T  # [B slides,B texts]
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 # ---- Projector and Llama (names as in LLaVA and in Hugging Face, less their leading "model.") --------------
 
 
@@ -1225,10 +1290,10 @@ def without_image(text):
 
 
 def slide_first(turns, image=True):
-    """Moves the <image> placeholder to the front of the first turn, as LLaVA does. image: how many there are
-    then, one for each slide of a case; False: none."""
+    """Moves the <image> placeholder to the front of the first turn, as LLaVA does; image False: drops it."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
-    turns[0]["value"] = "<image>\n" * int(image) + turns[0]["value"]
+    if image:
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return turns
 
 
@@ -1334,11 +1399,12 @@ class Tokenizer:
             ids += new
         return ids, labels
 
-    def encode_plain(self, report, images=1):
-        """LLaVA's plain form, for stage 2: the images, then their report, nothing else -> ids, labels. The
+    def encode_plain(self, report, image=True):
+        """LLaVA's plain form, for stage 2: the image, then its report, nothing else -> ids, labels. The
         report ends in eos, as every answer, where LLaVA's ends in a newline."""
-        image, answer = self.bos + [IMAGE_TOKEN] * images, self.encode(report) + [self.eos]
-        return image + answer, [IGNORE] * len(image) + answer
+        before = self.bos + ([IMAGE_TOKEN] if image else [])
+        answer = self.encode(report) + [self.eos]
+        return before + answer, [IGNORE] * len(before) + answer
 
 
 # ---- The whole model ---------------------------------------------------------------------------------------
@@ -1366,7 +1432,7 @@ class WSILLaVA(nn.Module):
         self.mm_projector = make_projector(cfg.pad_to, cfg.llama.width)
         self.llama = Llama(cfg.llama)
         if cfg.lora_rank:
-            add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha, cfg.lora_target)
+            add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha)
 
     @property
     def device(self):
@@ -1389,26 +1455,27 @@ class WSILLaVA(nn.Module):
     def splice(self, visual, ids, labels=None):
         """Puts projected visual tokens where the ids say IMAGE_TOKEN.
 
-        visual: [B,V,C], one slide a row, or a list of B tensors [S,V,C] (or None: no slide), or None. ids: a
+        visual: one slide a row, [B,V,C] or a list of B tensors [V,C] (or None: no slide), or None. ids: a
         list of B lists. labels: the same, or None. -> embeds [B,T,C], labels [B,T], both padded on the right
-        to the longest row. Raises ValueError where a row holds another number of IMAGE_TOKENs than of slides.
+        to the longest row. Raises ValueError where a slide has no IMAGE_TOKEN in its row, or not just one.
         """
         rows, row_labels = [], []
         for b, row in enumerate(ids):
             row = torch.tensor(row, device=self.device)
             label = torch.full_like(row, IGNORE) if labels is None else row.new_tensor(labels[b])
-            slides = torch.empty(0, 0, 0) if visual is None or visual[b] is None else visual[b]
-            slides = slides if slides.dim() == 3 else slides[None]  # [S,V,C]
+            slide = None if visual is None else visual[b]  # [V,C]
             marks = int((row == IMAGE_TOKEN).sum())
-            if marks != len(slides):
-                raise ValueError(f"row {b} has {marks} <image> in its text and {len(slides)} slides")
-            times = torch.where(row == IMAGE_TOKEN, slides.shape[1], 1)  # a place for each visual token
-            row, label = row.repeat_interleave(times), label.repeat_interleave(times)
-            places = row == IMAGE_TOKEN
-            embeds = self.llama.embed_tokens(row.clamp(min=0))  # [T+S*V,C_llm]
+            if marks != (slide is not None):
+                raise ValueError(
+                    f"row {b} has {marks} <image> in its text and {int(slide is not None)} slides"
+                )
             if marks:
-                projected = self.project(slides.to(self.device)).flatten(0, 1)  # [S*V,C_llm]
-                embeds[places] = projected.to(embeds.dtype)
+                times = torch.where(row == IMAGE_TOKEN, len(slide), 1)  # a place for each visual token
+                row, label = row.repeat_interleave(times), label.repeat_interleave(times)
+            places = row == IMAGE_TOKEN
+            embeds = self.llama.embed_tokens(row.clamp(min=0))  # [T+V,C_llm]
+            if marks:
+                embeds[places] = self.project(slide.to(self.device)).to(embeds.dtype)  # [V,C_llm]
             rows.append(embeds)
             row_labels.append(label.masked_fill(places, IGNORE))
         # Padding on the right needs no mask: attention is causal, and IGNORE keeps it out of the loss.
@@ -1533,18 +1600,10 @@ def decoder_linears(llama):
     return linears
 
 
-def add_lora(llama, rank, alpha, target=".*", dropout=0.0):
-    """Freezes the llama and wraps those linear layers of its blocks whose names match `target`, by default
-    all of them, as LLaVA does. Raises UserError where none matches."""
+def add_lora(llama, rank, alpha, dropout=0.0):
+    """Freezes the llama and wraps all linear layers of its blocks, as LLaVA does."""
     llama.requires_grad_(False)
-    linears = decoder_linears(llama)
-    try:
-        chosen = [linear for linear in linears if re.fullmatch(target, linear[1])]
-    except re.error as error:
-        raise UserError(f"--lora-target {target}: not a pattern ({error})") from None
-    names = ", ".join(dict.fromkeys(name for _, name, _ in linears))
-    check(chosen, f"--lora-target {target} matches none of {names}")
-    for part, name, child in chosen:
+    for part, name, child in decoder_linears(llama):
         setattr(part, name, LoRALinear(child, rank, alpha, dropout))
 
 
@@ -1941,16 +2000,13 @@ def read_llama_config(folder):
         return LlamaConfig.from_dict(values)
 
 
-def write_llama_config(llama, folder, tokenizer=None, projector=None):
-    """config.json of a language model as transformers reads it; with its projector, of LLaVA's own kind."""
+def write_llama_config(llama, folder, tokenizer=None):
+    """config.json of a language model as transformers reads it."""
     cfg = llama.cfg
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_scaling:
         rope |= {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, cfg.rope_scaling))
     config = {"architectures": [f"{cfg.family.title()}ForCausalLM"], "model_type": cfg.family}
-    if projector is not None:
-        config = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama"}
-        config |= {"mm_projector_type": "mlp2x_gelu", "mm_hidden_size": projector[0].in_features}
     config |= {theirs: getattr(cfg, ours) for theirs, ours in LLAMA_FIELDS.items()}
     config |= {"rope_parameters": rope, "sliding_window": None, "hidden_act": "silu"}
     config["bos_token_id"] = (tokenizer.bos or [None])[0] if tokenizer else 1
@@ -2070,49 +2126,22 @@ def load_projector(path, dtype=None):
     return load_strict(projector, tensors, path, PROJECTOR_KEYS, dtype)
 
 
-def save_llama(llama, folder, tokenizer=None, projector=None, layout="hf"):
+def save_llama(llama, folder, tokenizer=None, projector=None):
     """Writes a folder for load_llama and transformers, adapters merged; the tokenizer is not copied.
 
-    The projector goes into `mm_projector.safetensors` beside the model; with layout "llava", of Llamas only,
-    into the model, as LLaVA's own folders have it. config.json comes last, without which the folder is none.
+    The projector goes into `mm_projector.safetensors` beside the model. config.json comes last, without which
+    the folder is none.
     """
-    folder, family = Path(folder), llama.cfg.family
-    llava = projector is not None and layout == "llava"
-    check(not llava or family == "llama", f"--layout llava: is for a Llama, not for a {family}; leave it out")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, p in merge_lora(llama).state_dict().items():
         state[name if name.startswith("lm_head.") else f"model.{name}"] = p
     if projector is not None:
         projection = projector.state_dict(prefix="model.mm_projector.")
-        if llava:
-            state |= projection
-        else:
-            write_tensors(folder / "mm_projector.safetensors", projection)
+        write_tensors(folder / "mm_projector.safetensors", projection)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    write_llama_config(llama, folder, tokenizer, projector if llava else None)
-
-
-def save_lora(model, folder, base, tokenizer=None, layout="hf"):
-    """Writes a WSILLaVA's adapters to a language model in folder `base`, and its projector, as a LoRA folder
-    for load_llama, PEFT and LLaVA."""
-    folder, cfg = Path(folder), model.cfg
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix, adapters, targets = "base_model.model.model.", {}, set()
-    for name, module in model.llama.named_modules():
-        if isinstance(module, LoRALinear):
-            targets.add(name.split(".")[-1])
-            adapters[f"{prefix}{name}.lora_A.weight"] = module.lora_a
-            adapters[f"{prefix}{name}.lora_B.weight"] = module.lora_b
-    write_tensors(folder / "adapter_model.safetensors", adapters, {"format": "pt"})
-    with replacing(folder / "non_lora_trainables.bin") as path:
-        projector = model.mm_projector.state_dict(prefix=f"{prefix}mm_projector.")
-        torch.save({name: p.cpu() for name, p in projector.items()}, path)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    config |= {"base_model_name_or_path": str(base), "target_modules": sorted(targets)}
-    config |= {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha}
-    write_llama_config(model.llama, folder, tokenizer, model.mm_projector if layout == "llava" else None)
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
+    write_llama_config(llama, folder, tokenizer)
 
 
 # ---- The data on disk --------------------------------------------------------------------------------------
@@ -2397,7 +2426,7 @@ def load_trained(model, path):
     tensors, pattern = read_tensors(path), r"mm_projector\..*"
     if model.cfg.lora_rank:
         with torch.device("meta"):
-            add_lora(model.llama, model.cfg.lora_rank, model.cfg.lora_alpha, model.cfg.lora_target)
+            add_lora(model.llama, model.cfg.lora_rank, model.cfg.lora_alpha)
         pattern += r"|llama\..*\.lora_[ab]"
     elif any(name.startswith("llama.") for name in tensors):
         pattern += r"|llama\..*"
@@ -2453,6 +2482,24 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     if int8:
         quantize_int8(llama)
     return model.to(dtype).eval(), tokenizer
+
+
+def token_embeddings(args, meta):
+    """What stage 1 reads reports with: the LLM's token embeddings [vocab,C_llm], frozen; its Tokenizer."""
+    folder, tokenizer = pick_llm(args, meta)
+    words = load_llama(folder).embed_tokens.weight.detach()
+    return words.to(args.device, torch.float32), tokenizer
+
+
+def load_alignment(args, meta):
+    """Stage 1's model -> (its config, WSITextAlignment, token_embeddings' two)."""
+    path = stage_weights(args, 1)
+    cfg = load_config(path.parent)
+    check_tile_encoder(cfg.slide_encoder, meta, path.parent)
+    with torch.device("meta"):
+        model = WSITextAlignment(cfg)
+    model = load_strict(model, read_tensors(path), path).to(args.device).eval()
+    return cfg, model, *token_embeddings(args, meta)
 
 
 # ---- Flags, and how a script runs --------------------------------------------------------------------------
@@ -2515,11 +2562,30 @@ class Parser(argparse.ArgumentParser):
         return lambda flag, help, **options: add(flag, help=help, **options)
 
 
+def add_weights_flags(parser, tiles=True, rest=True):
+    """The flags of published weights. tiles: of the tile encoder; rest: of what comes after it."""
+    add = parser.group("weights, where they are not where they are looked for")
+    folder = {"metavar": "DIR", "type": some_path}
+    file = folder | {"metavar": "FILE"}
+    if tiles:
+        add("--tile-encoder", f"Prov-GigaPath's (default: {GIGAPATH}/pytorch_model.bin)", **file)
+    if not rest:
+        return
+    slide_encoder = f"Prov-GigaPath's (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
+    add("--slide-encoder", slide_encoder, **file)
+    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
+    add("--llm", llm, **folder)
+    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **folder)
+    projector = "LLaVA's mm_projector.bin or its like (default: what --lora or --llm holds)"
+    add("--projector", projector, **file)
+    chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
+    add("--chat-format", chat, choices=CHAT_FORMATS)
+
+
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
     add = parser.group("shared by all scripts")
     folder = {"metavar": "DIR", "type": some_path}
-    file = folder | {"metavar": "FILE"}
     add("--data", "prepared slides and questions (default: data)", **folder, default=Path("data"))
     add("--out", "what training leaves (default: out)", **folder, default=Path("out"))
     add("--preset", "sizes of the model (default: what the data were prepared with)", choices=PRESETS)
@@ -2530,16 +2596,6 @@ def add_shared_flags(parser):
     add("--seed", seed, type=at_least(0, int, 2**32 - 1), default=0)
     readers = "processes that read ahead of the model (default: one a core, 8 at most)"
     add("--workers", readers, type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1))
-    add("--tile-encoder", f"Prov-GigaPath's, published (default: {GIGAPATH}/pytorch_model.bin)", **file)
-    slide_encoder = f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
-    add("--slide-encoder", slide_encoder, **file)
-    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
-    add("--llm", llm, **folder)
-    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **folder)
-    projector = "LLaVA's mm_projector.bin or its like (default: what --lora or --llm holds)"
-    add("--projector", projector, **file)
-    chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
-    add("--chat-format", chat, choices=CHAT_FORMATS)
 
 
 def resolve_device(args):
