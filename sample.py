@@ -8,7 +8,6 @@
     python sample.py --qa FILE --tiles 100 1000 0           how many tiles a slide are enough
     python sample.py --evaluate A B C           several systems' predictions in one table
     python sample.py --evaluate A --judge-model M           open answers graded by a language model
-    python sample.py --rating-sheet 50 sheet.html A B       the same answers for pathologists to grade, blind
     python sample.py --benchmark                the time and memory of every step, by size of slide
 
 Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of one.
@@ -1483,7 +1482,7 @@ def read_systems(paths):
     what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
     check(all(row["question"] and row["truth"] for row in rows), f"{paths[0]}: {what}")
     for row in rows:
-        row |= {"answers": {}, "grades": {}, "ratings": {}, "scores": {}}
+        row |= {"answers": {}, "grades": {}, "scores": {}}
     index, systems, notes, stems = index_rows(settings, rows), [], [], [path.stem for path in paths]
     for path in paths:
         about, theirs = (settings, rows) if path == paths[0] else read_answers(path)
@@ -1580,223 +1579,6 @@ def spearman(x, y):
     return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
 
 
-def krippendorff(ratings):
-    """Ordinal alpha of [units, raters], nan where missing: 1 is full agreement, 0 that of chance."""
-    values = np.unique(ratings[~np.isnan(ratings)])
-    matrix = np.zeros((len(values), len(values)))  # how often two ratings of a unit coincide
-    for unit in ratings:
-        counts = (unit[:, None] == values).sum(0)  # of each value
-        if counts.sum() > 1:
-            matrix += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
-    n = matrix.sum(0)
-    middle = n.cumsum() - n / 2
-    distance = np.subtract.outer(middle, middle) ** 2  # the ratings between two values, half of either's own
-    expected = (np.outer(n, n) * distance).sum() / max(n.sum() - 1, 1)
-    return float(1 - (matrix * distance).sum() / expected) if expected else math.nan
-
-
-def weighted_kappa(x, y):
-    """Cohen's kappa of two raters with quadratic weights (Fleiss and Cohen 1973)."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    expected = np.mean(np.subtract.outer(x, y) ** 2)
-    return float(1 - np.mean((x - y) ** 2) / expected) if expected else math.nan
-
-
-# ---- Experts: a sheet to fill in, blind, and what comes back -----------------------------------------------
-
-EXPERTS = ("experts' correctness", "experts' relevance")  # scored from 1 to 5
-SHEET_COLUMNS = ("sheet", "rater", "item", "answer", "correctness", "relevance", "comment")
-PICTURE = 900  # pixels of a slide's longer side, on the sheet
-PAGE = r"""<!doctype html><meta charset="utf-8"><title>Rating sheet</title>
-<style>
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-header { position: sticky; top: 0; background: white; padding: .6em 0; border-bottom: 1px solid #ccc }
-section { border-top: 2px solid #888; margin-top: 2em } section p { white-space: pre-wrap }
-img { max-width: 100%; max-height: 32em } fieldset { margin: 1em 0 } label { margin-right: 1em }
-textarea { width: 100% }
-</style>
-<header>Your name or code: <input id="rater"> <button id="save">Save as CSV</button> <b id="left"></b></header>
-<h1>Rating sheet</h1>
-<p>For each answer, two scores from 1 to 5. Correctness: is what it says true of this slide (1: wrong, 5: entirely
-right)? Relevance: does it answer the question, with nothing that matters left out and nothing beside it (1: not at
-all, 5: fully)? What you enter is kept in this browser until you save it; send the saved file back.</p>
-<script>
-const sheet = __SHEET__, scales = ["correctness", "relevance"], boxes = [], rater = document.getElementById("rater");
-const make = (tag, parent, about) => parent.appendChild(Object.assign(document.createElement(tag), about));
-sheet.items.forEach((item, i) => {
-  const section = make("section", document.body, {});
-  make("h2", section, {textContent: i + 1});
-  item.picture ? make("img", section, {src: item.picture}) : make("p", section, {textContent: "(no picture at hand)"});
-  make("b", make("p", section, {}), {textContent: item.question});
-  make("p", section, {textContent: "Reference: " + item.reference});
-  item.answers.forEach((answer, k) => {
-    const box = make("fieldset", section, {});
-    make("legend", box, {textContent: "Answer " + (k + 1)});
-    make("p", box, {textContent: answer});
-    for (const scale of scales) {
-      const row = make("div", box, {textContent: scale + ": "});
-      for (let x = 1; x <= 5; x++)
-        make("input", make("label", row, {textContent: x}), {type: "radio", name: [i, k, scale].join("."), value: x});
-    }
-    boxes.push({box, item: i + 1, answer: k + 1, comment: make("textarea", box, {rows: 1, placeholder: "comment"})});
-  });
-});
-const score = (box, scale) => (box.querySelector(`input[name$=".${scale}"]:checked`) || {value: ""}).value;
-const read = () => boxes.map(({box, item, answer, comment}) =>
-  [sheet.id, rater.value.trim(), item, answer, ...scales.map(scale => score(box, scale)), comment.value]);
-const keep = () => {
-  const rows = read(), left = rows.filter(row => !row[4] || !row[5]).length;
-  document.getElementById("left").textContent = left ? `${left} of ${rows.length} answers to go` : "all done";
-  try { localStorage.setItem(sheet.id, JSON.stringify(rows)) } catch { /* no storage here: save often */ }
-};
-try {
-  for (const [i, row] of (JSON.parse(localStorage.getItem(sheet.id)) || []).entries()) {
-    [rater.value, boxes[i].comment.value] = [row[1], row[6]];
-    for (const input of boxes[i].box.querySelectorAll("input"))
-      input.checked = input.value === row[input.name.endsWith(scales[0]) ? 4 : 5];
-  }
-} catch { /* the same */ }
-const quote = cell => '"' + (/^[=+@\t\r-]/.test(cell) ? "'" : "") + String(cell).replaceAll('"', '""') + '"';
-document.getElementById("save").onclick = () => {
-  const lines = [sheet.columns, ...read()].map(row => row.map(quote).join(",") + "\n");
-  const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
-  const name = rater.value.trim().replace(/[^\w-]+/g, "_") || "unnamed";
-  make("a", document.body, {href, download: `ratings-${name}.csv`}).click();
-};
-document.addEventListener("input", keep);
-keep();
-</script>
-"""
-
-
-def draw_questions(rows, n, seed):
-    """n of the rows, task by task in turn, drawn at random."""
-    rng, tasks = np.random.default_rng(seed), collections.defaultdict(list)
-    for i in rng.permutation(len(rows)):
-        tasks[rows[i]["task"]].append(rows[i])
-    turns = itertools.chain(*itertools.zip_longest(*tasks.values()))
-    return [row for row in turns if row][:n]
-
-
-def sheet_picture(args, slide):
-    """A slide's picture for the sheet: of its file, or else the one in data/qc; None where there is
-    neither."""
-    with contextlib.suppress(UserError):
-        file = open_slide(args.data, slide, args.slides, args.mpp)
-        return data_url(file.thumbnail(max(1, max(file.width, file.height) / PICTURE)))
-    qc = args.data / "qc" / f"{slide}.jpg"
-    with reading(qc, "delete it, or name the slides' folder with --slides"):
-        return data_url(Image.open(qc)) if qc.exists() else None
-
-
-def rating_sheet(args):
-    """--rating-sheet N OUT.html A B: the systems' answers to N questions, in random order, their names
-    hidden."""
-    given = args.rating_sheet
-    complete = len(given) > 2 and given[0].isdecimal() and int(given[0]) and given[1].endswith(".html")
-    usage = "takes N OUT.html FILE [FILE...]: how many questions, the page to write, predictions"
-    check(complete, f"--rating-sheet {' '.join(given)}: {usage}")
-    number, out, *files = given
-    page, table, key = (Path(out).with_suffix(ending) for ending in (".html", ".csv", ".key.json"))
-    for path in (page, table, key):
-        filled = "exists, and may be filled in already; name another sheet, or move it away"
-        check(not path.exists(), f"{path}: {filled}")
-        check_output(path, "")
-    # The questions, task by task, of those that all systems answered.
-    settings, rows, systems, notes = read_systems(list(map(Path, files)))
-    systems = [name for name in systems if not name.endswith(tuple(FIELDS.values())[1:])]  # no baselines
-    here = answered_by_all(rows, systems)
-    check(here, f"{' '.join(files)}: no question is answered by all")
-    chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
-    # The page and the table show answers in random order; the key alone says whose they are.
-    asked = json.dumps([[row["id"], row["answers"]] for row in chosen])
-    sheet = hashlib.sha256(asked.encode()).hexdigest()[:12]
-    items, known, lines = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]]
-    for i, row in enumerate(chosen, 1):
-        slide, order = slides_of(row)[0], [systems[k] for k in rng.permutation(len(systems))]
-        item = {"picture": sheet_picture(args, slide), "question": row["question"], "reference": row["truth"]}
-        items.append(item | {"answers": [row["answers"][system] for system in order]})
-        facts = {name: row[name] for name in ("id", "slide", "task", "turn", "n", "question")}
-        known.append(facts | {"systems": order, "answers": items[-1]["answers"]})
-        for k, answer in enumerate(items[-1]["answers"], 1):
-            lines.append([sheet, "", i, k, "", "", "", slide, row["question"], row["truth"], answer])
-    about = json.dumps({"id": sheet, "columns": SHEET_COLUMNS, "items": items}).replace("<", "\\u003c")
-    write_text(page, PAGE.replace("__SHEET__", about))
-    write_text(table, csv_text(lines))
-    write_text(key, json.dumps({"sheet": sheet, "settings": settings, "items": known}, indent=1) + "\n")
-    unseen = [slides_of(row)[0] for row, item in zip(chosen, items) if not item["picture"]]
-    if unseen:
-        notes.append(f"No picture of {some(unseen)}: name the folder of the slides' files with --slides.")
-    for note in notes:
-        print(note)
-    print(
-        f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: "
-        f"{page}, or {table}. Not for them: {key}, which tells the systems. "
-        f"Back again: --ratings {key} *.csv --evaluate {' '.join(files)}"
-    )
-
-
-def read_sheets(paths):
-    """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric:
-    score})."""
-    # The keys: those that are named, or all that lie beside the tables.
-    tables, keys = [path for path in paths if path.suffix.lower() != ".json"], {}
-    named = [path for path in paths if path not in tables]
-    for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
-        key = wsi_llava.read_json(path, "not the key that --rating-sheet wrote")
-        keys[str(key.get("sheet"))] = key
-    for path in tables:
-        for number, cells in enumerate(read_table(path), 2):
-            where = f"{path}, line {number}"
-            with reading(where, f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"):
-                cells = {name: (cells[name] or "").strip() for name in SHEET_COLUMNS}
-                sheet, item, answer = cells["sheet"], int(cells["item"]), int(cells["answer"])
-            lost = f"the key of its sheet {sheet} is not here; name it too: --ratings X.key.json"
-            check(sheet in keys, f"{path}: {lost}")
-            with reading(where, f"no such answer on sheet {sheet}"):
-                asked = keys[sheet]["items"][max(item, 1) - 1]
-                system, text = asked["systems"][max(answer, 1) - 1], asked["answers"][answer - 1]
-                asked, about = own_names(asked), dict(keys[sheet]["settings"])
-                check(isinstance(system, str), f"{where}: its key names no system; copy the key again")
-            scores = {metric: cells[metric.split()[1]] for metric in EXPERTS}
-            for metric, score in scores.items():
-                what = f"{metric.split()[1]} {score!r}: a whole number from 1 to 5, or nothing"
-                check(score in ("", "1", "2", "3", "4", "5"), f"{where}: {what}")
-            scores = {metric: int(score) for metric, score in scores.items() if score}
-            yield asked, about, system, text, cells["rater"] or path.stem, scores
-
-
-def read_ratings(paths, settings, rows):
-    """--ratings: adds "ratings" {system: {metric: {rater: score}}} to the rows -> notes: how far raters
-    agree."""
-    index, lost, units = index_rows(settings, rows), collections.Counter(), {metric: {} for metric in EXPERTS}
-    for asked, about, system, text, rater, scores in read_sheets(paths):
-        own = find_row(index, about, asked)
-        if own is None or own["answers"].get(system) != text:
-            lost[system] += 1
-            continue
-        for metric, score in scores.items():
-            unit = own["ratings"].setdefault(system, {}).setdefault(metric, {})
-            units[metric][id(unit)] = unit
-            unit[rater] = score
-    other = "ratings are of other answers than these; left out."
-    notes = [f"{name}: {n:,} {other}" for name, n in lost.items()]
-    for metric, found in units.items():
-        raters = sorted(set(itertools.chain(*found.values())))
-        check(raters, f"--ratings {paths[0]}: {metric.split()[1]} is filled in nowhere")
-        matrix = np.array([list(map(unit.get, raters)) for unit in found.values()], float)  # None: nan
-        note = f"{metric.capitalize()}: {len(raters)} raters ({some(raters)}), {len(matrix):,} answers"
-        if len(raters) > 1:
-            note += f"; Krippendorff's alpha (ordinal) {krippendorff(matrix):.3f}"
-        for a, b in itertools.combinations(range(len(raters)), 2):
-            both = matrix[~np.isnan(matrix[:, [a, b]]).any(1)][:, [a, b]]
-            if len(both):
-                kappa = f"{weighted_kappa(*both.T):.3f} ({len(both)} answers)"
-                note += f"; weighted kappa of {raters[a]} and {raters[b]} {kappa}"
-        notes.append(note + ".")
-    return notes
-
-
 # ---- The tables --------------------------------------------------------------------------------------------
 
 CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
@@ -1808,8 +1590,8 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
 NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
-METRICS = (*JUDGED, "accuracy", *NLU, "exact match", *EXPERTS)
-BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match", *EXPERTS)  # on the screen
+METRICS = (*JUDGED, "accuracy", *NLU, "exact match")
+BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match")  # on the screen
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS. Its accuracies are confirmed by MLLM-HWSI (CVPR
 # 2026). Its BLEU to METEOR of reports are left out: other papers give systems on the same reports two and
 # three times as much.
@@ -1864,8 +1646,6 @@ def score_row(row, systems, meteor):
         if answer is not None:
             found |= score_answer(row, answer, meteor, by_text=system != MAJORITY)
             found |= row["grades"].get(system, {})
-        for metric, scores in row["ratings"].get(system, {}).items():
-            found[metric] = float(np.mean(list(scores.values())))
 
 
 def rarities(rows, training, threshold):
@@ -2051,11 +1831,11 @@ def draw_rarity(path, lines, threshold):
 
 
 def correlations(rows, systems):
-    """Whether the text metrics tell what the judge tells, and either what experts tell: rank correlations."""
+    """Whether the text metrics tell what the judge tells: rank correlations."""
     scored = [row["scores"][system] for row in rows for system in systems if system in row["scores"]]
-    for target in (*JUDGED, *EXPERTS):
+    for target in JUDGED:
         rated, found = [scores for scores in scored if scores.get(target) is not None], []
-        for metric in (*NLU, "exact match", "accuracy", *JUDGED):
+        for metric in (*NLU, "exact match", *JUDGED):
             pairs = [(scores[metric], scores[target]) for scores in rated if scores.get(metric) is not None]
             if len(pairs) > 2 and metric != target:
                 found.append(f"{metric} {spearman(*map(np.array, zip(*pairs))):.2f} ({len(pairs)})")
@@ -2109,8 +1889,6 @@ def evaluate(args, paths):
     if known:
         file = f"{args.data}/qa/train.jsonl"
         notes.append(f"{MAJORITY}: a task's most frequent answer in {file}, whatever the slide.")
-    # What experts and the judge say of the answers: the one read, the other asked.
-    notes += read_ratings(args.ratings, settings, rows) if args.ratings else []
     judge = find_judge(args, paths[0].with_name("judge.jsonl"))
     if judge:
         todo = [row for row in here if not closed_parser(row["question"], row["truth"])]
@@ -2483,9 +2261,6 @@ def parse(argv=None):
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
     add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
     add("--judge-repeat", "grade so many answers twice: does the judge agree?", type=count, default=0)
-    sheet = "a page for experts to grade N questions' answers, blind"
-    add("--rating-sheet", sheet, metavar="N OUT.html FILE", **many)
-    add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **file)
     what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
     add("--benchmark", what, nargs="*", **file | {"metavar": "SLIDE"})
     wsi_llava.add_shared_flags(parser)
@@ -2501,18 +2276,15 @@ def main(argv=None):
     alone = args.qa and not (args.ask_model or args.baselines or args.evaluate)
     goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
     check(alone or not args.tiles, f"--tiles {goes}")
-    check(args.evaluate is not None or not args.ratings, "--ratings goes with --evaluate FILE [FILE...]")
     wsi_llava.resolve_device(args)
     tables = args.evaluate is not None or args.benchmark is not None
-    todo = args.slide or args.qa or args.rating_sheet or tables
+    todo = args.slide or args.qa or tables
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         if args.qa:
             answer_file(args)
         if args.benchmark is not None:
             benchmark(args)
-        if args.rating_sheet:
-            rating_sheet(args)
         if args.tiles:
             evaluate_tiles(args)
         elif args.evaluate is not None and not (args.qa and args.dry_run):
