@@ -8,7 +8,6 @@
     python sample.py --qa FILE --tiles 100 1000 0           how many tiles a slide are enough
     python sample.py --evaluate A B C           several systems' predictions in one table
     python sample.py --evaluate A --judge-model M           open answers graded by a language model
-    python sample.py --benchmark                the time and memory of every step, by size of slide
 
 Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of one.
 """
@@ -31,9 +30,7 @@ import math
 import os
 import re
 import shlex
-import struct
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -1973,184 +1970,6 @@ def evaluate_tiles(args):
     print(f"Wrote {', '.join(map(str, written.values()))}")
 
 
-# ---- What it costs, by size of slide -----------------------------------------------------------------------
-
-SIZES = (1, 3, 10, 30, 100)  # GB of uncompressed pixels, of the slides that --benchmark makes up
-MEASURING = 20  # seconds at most that tiles are read, and that they are encoded; the rest is extrapolated
-
-
-def made_up_tile(seed):
-    """256 x 256 pixels of tissue with nuclei, or (None) of glass -> a JPEG."""
-    picture, rng = Image.new("RGB", (TILE, TILE), (244, 244, 244)), np.random.default_rng(seed)
-    if seed is not None:
-        stroma = rng.normal((226, 178, 206), 9, (TILE, TILE, 3))
-        picture = Image.fromarray(stroma.clip(0, 255).astype(np.uint8))
-        for x, y in rng.integers(0, TILE, (120, 2)).tolist():
-            ImageDraw.Draw(picture).ellipse((x - 5, y - 4, x + 5, y + 4), (104, 62, 148))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
-def make_slide(path, gigabytes):
-    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's
-    generic-tiff) of levels at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs: the file is
-    small, the work is not."""
-    side = max(8, round(math.sqrt(gigabytes * 1e9 / 3) / TILE)) * TILE
-    body, pictures, link = bytearray(struct.pack("<2sHI", b"II", 42, 0)), [], 4  # link: to the next directory
-    for seed in (None, 0, 1, 2, 3):
-        picture = made_up_tile(seed)
-        pictures.append((len(body), len(picture)))
-        body += picture + b"\0" * (len(picture) % 2)
-    for level in itertools.count():
-        pixels = side // 4**level
-        n = math.ceil(pixels / TILE)  # tiles along each side
-        if n < 8:
-            break
-        y, x = (np.mgrid[:n, :n] + 0.5) / n - 0.5
-        kind = np.where(np.hypot(x, y) < 0.36, 1 + np.arange(n * n).reshape(n, n) * 7 % 4, 0).ravel()
-        offsets, lengths = np.array(pictures, "<u4")[kind].T
-        at, table = len(body), len(body) + 16  # of what does not fit into the directory's entries
-        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1)
-        body += offsets.tobytes() + lengths.tobytes()
-        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            [(254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels)],  # width and height
-            [(258, 3, 3, at), (259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)],  # 3 x 8 bits, JPEG, YCbCr
-            [(282, 5, 1, at + 8), (283, 5, 1, at + 8), (296, 3, 1, 3)],  # pixels per centimetre
-            [(322, 4, 1, TILE), (323, 4, 1, TILE)],
-            [(324, 4, n * n, table), (325, 4, n * n, table + 4 * n * n)],
-        ]
-        struct.pack_into("<I", body, link, len(body))
-        directory = b"".join(struct.pack("<HHII", *entry) for entry in itertools.chain(*entries))
-        body += struct.pack("<H", len(directory) // 12) + directory + struct.pack("<I", 0)
-        link = len(body) - 4
-    Path(path).write_bytes(body)
-
-
-def timed(device, work):
-    """(seconds, what the work returns)."""
-    started = time.time()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.time() - started, result
-
-
-def read_through(path, mpp):
-    """In a process of its own: finds the tissue of a slide and reads tiles of it, MEASURING seconds at most
-    -> (its size, the tiles' corners, seconds of finding them, some tiles, how many were read, in how long,
-    peak memory)."""
-    started = time.time()
-    slide = prepare.Slide(path, None, fallback=mpp)
-    coords = prepare.tile_grid(prepare.find_tissue(slide.thumbnail(prepare.MASK))[0], 0.25)
-    tissue, started = time.time() - started, time.time()
-    order, pixels, n = np.random.default_rng(0).permutation(len(coords)), [], 0
-    while n < len(order) and time.time() - started < MEASURING:
-        tile = slide.tile(*coords[order[n]].tolist())
-        n += 1
-        if n <= 16:  # kept: a batch for the encoder
-            pixels.append(tile)
-    reading = time.time() - started
-    return slide.file.dimensions, coords, tissue, pixels, n, reading, wsi_llava.peak_memory()
-
-
-@torch.inference_mode()
-def time_slide(args, path, encoder, model, ids):
-    """All steps from a slide to an answer -> a row of the table, in seconds and GB."""
-    reset_peak(args.device)
-    clock = functools.partial(timed, args.device)
-    with concurrent.futures.ProcessPoolExecutor(1, prepare.FORK) as pool:
-        try:
-            found = pool.submit(read_through, path, args.mpp).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(f"{path}: {prepare.DIED}") from None
-    # The tile encoder, on some tiles again and again.
-    (width, height), coords, tissue, pixels, read, reading, readers_peak = found
-    N, encoded, encoding = len(coords), 0, 0.0
-    check(N, f"{path}: no tissue was found on it")
-    pixels = torch.from_numpy(np.stack(pixels))
-    prepare.encode(encoder, pixels[:2], args.device)  # warm
-    while encoded < N and encoding < MEASURING:
-        encoding += clock(lambda: prepare.encode(encoder, pixels, args.device))[0]
-        encoded += len(pixels)
-    # Slide encoder and language model, on features made up: their values take no other time.
-    C = model.slide_encoder.cfg.in_width if model.slide_encoder else encoder.cfg.width
-    features, coords = torch.randn(N, C), torch.from_numpy(coords)
-    slide_encoder, visual = clock(lambda: model.encode_slide(features, coords))
-    answer = model.generate([visual[None]], [ids], max_new_tokens=32)
-    first_token, _ = clock(lambda: next(answer))
-    seconds, tokens = clock(lambda: len(list(answer)))  # none, where the first one ended it
-    row = {"slide": path.name, "level 0": f"{width} x {height}", "GB": width * height * 3 / 1e9, "tiles": N}
-    row |= {"tissue": tissue, "reading": reading * N / read, "tile encoder": encoding * N / encoded}
-    row |= {"slide encoder": slide_encoder, "first token": first_token, "tokens/s": tokens / seconds}
-    row["CPU GB"] = max(readers_peak, wsi_llava.peak_memory()) / 1e9
-    if args.device.type == "cuda":
-        row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9
-    extrapolated = f"from {read:,} tiles read, {encoded:,} encoded"
-    return row | {"extrapolated": extrapolated if min(read, encoded) < N else ""}
-
-
-def random_weights(module, args):
-    """A module of the meta device -> on --device in --dtype, small random weights in it."""
-    module = module.to(args.dtype).to_empty(device=args.device).eval()
-    for x in module.state_dict().values():
-        x.normal_(0, 0.02)
-    return module
-
-
-def benchmark_models(args):
-    """-> (tile encoder, model, the ids of a prompt), of random weights where there are none, which is
-    said."""
-    preset, question = args.preset or "demo", {"from": "human", "value": "Describe what is seen."}
-    cfg = wsi_llava.PRESETS[preset]
-    try:
-        encoder, source = wsi_llava.pick_tile_encoder(args)
-        encoder, source = encoder.to(args.device, args.dtype), source or "untrained, of the preset demo"
-    except UserError:
-        with torch.device("meta"):
-            encoder = wsi_llava.TileEncoder(cfg.tile_encoder)
-        encoder, source = random_weights(encoder, args), f"random, of the preset {preset}'s size"
-    try:
-        check((args.data / "meta.json").exists(), f"no {args.data}/meta.json")
-        model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
-        ids, weights = prompt_ids(tokenizer, {"conversations": [question]}), f"those of {args.out}"
-    except UserError as error:
-        with torch.device("meta"):
-            model = wsi_llava.WSILLaVA(cfg)
-        model, ids = random_weights(model, args), [1, IMAGE_TOKEN, *range(3, 40)]
-        weights = f"random, of the preset {preset}'s size ({one_line(error)})"
-    print(f"Tile encoder: {source}. Slide encoder and language model: {weights}.")
-    print(f"On {args.device} in {args.dtype}.")
-    return encoder, model, ids
-
-
-def benchmark(args):
-    """--benchmark: slides, or made-up ones of SIZES, through every step -> out/benchmark.md, .csv, .svg."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = check_outputs(args.out / "benchmark", md="# What a slide costs", csv="slide,level 0")
-    slides = prepare.find_slides(args.benchmark).values() if args.benchmark else SIZES
-    models, table, series = benchmark_models(args), [], collections.defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        for slide in tqdm(slides, unit="slide"):
-            path = slide if args.benchmark else Path(folder) / f"made-up-{slide}GB.tif"
-            if not args.benchmark:
-                make_slide(path, slide)
-            try:
-                table.append(time_slide(args, path, *models))
-            except UserError as error:
-                print(f"failed: {one_line(error, 2000)}", file=sys.stderr)
-    check(table, "--benchmark: no slide could be timed, see above")
-    table.sort(key=lambda row: row["GB"])
-    steps = ("tissue", "reading", "tile encoder", "slide encoder", "first token")
-    for row, step in itertools.product(table, steps):
-        series[step].append((row["GB"], row[step], row["slide"]))
-    text = write_rows(written, "# What a slide costs", table)
-    print(f"\n{text}\nSeconds, of one reader (prepare.py has --workers of them), and GB at the peak.")
-    style = {"log_y": True, "joined": True}
-    draw_plot(written["svg"], "Seconds by size of slide", "GB of pixels, uncompressed", series, **style)
-    print(f"Wrote {', '.join(map(str, written.values()))}")
-
-
 # ---- Flags, and what they start ----------------------------------------------------------------------------
 
 
@@ -2261,8 +2080,6 @@ def parse(argv=None):
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
     add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
     add("--judge-repeat", "grade so many answers twice: does the judge agree?", type=count, default=0)
-    what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
-    add("--benchmark", what, nargs="*", **file | {"metavar": "SLIDE"})
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
@@ -2277,14 +2094,11 @@ def main(argv=None):
     goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
     check(alone or not args.tiles, f"--tiles {goes}")
     wsi_llava.resolve_device(args)
-    tables = args.evaluate is not None or args.benchmark is not None
-    todo = args.slide or args.qa or tables
+    todo = args.slide or args.qa or args.evaluate is not None
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         if args.qa:
             answer_file(args)
-        if args.benchmark is not None:
-            benchmark(args)
         if args.tiles:
             evaluate_tiles(args)
         elif args.evaluate is not None and not (args.qa and args.dry_run):
