@@ -13,7 +13,6 @@ Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y
 """
 
 import argparse
-import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -593,7 +592,7 @@ def closed_parser(question, truth):
     return functools.partial(parse_choice, options=options) if options else None
 
 
-# ---- A model behind a server: the judge, and other systems to compare with ---------------------------------
+# ---- A model behind a server -------------------------------------------------------------------------------
 
 LONGEST_WAIT = 600  # seconds that a server may ask us to wait; then the run stops instead
 LONGEST_REPLY = 1 << 24  # bytes
@@ -688,21 +687,19 @@ def reply_text(body):
 class Server:
     """A model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under the hash of
     model and prompt: nothing is paid for twice, and an interrupted run goes on. flag: the one that named the
-    url. dry: counts what it would send, and sends nothing."""
+    url."""
 
-    def __init__(self, flag, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
-        self.where, self.model, self.dry = f"{flag} {url}", model, dry
+    def __init__(self, flag, url, model, path, attempts=5, timeout=120.0, backoff=2.0):
+        self.where, self.model = f"{flag} {url}", model
         self.attempts, self.timeout, self.backoff = attempts, timeout, backoff
         self.options = {"temperature": 0, "max_tokens": 4096}
         self.url, self.headers = endpoint(self.where, url)
         lines, end = whole_lines(path)
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
             self.replies = {line["key"]: str(line["reply"]) for line in lines}
-        if not dry:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115
-            os.truncate(path, end)
-        self.planned, self.tokens, self.pictures = set(), 0, 0  # of a dry run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115
+        os.truncate(path, end)
         self.problems = collections.Counter()  # why replies stayed unusable
 
     def post(self, messages):
@@ -754,20 +751,13 @@ class Server:
             raise OSError(problem)
         return problem, wait
 
-    def ask(self, messages, read, stand_in, again=0):
+    def ask(self, messages, read, again=0):
         """read(a reply's text), asking again with the reason where it raises; None where it stays unusable.
-        stand_in: the reply of a dry run. again: another reply to the same prompt than that of again=0."""
+        again: another reply to the same prompt than that of again=0."""
         key = hashlib.sha256(json.dumps([self.model, messages, again]).encode()).hexdigest()
         if key in self.replies:
             with contextlib.suppress(*UNUSABLE):
                 return read(self.replies[key])
-        if self.dry:
-            if key not in self.planned:
-                text = json.dumps([messages, stand_in])
-                self.planned.add(key)
-                self.pictures += text.count("data:image/")
-                self.tokens += len(re.sub(r"data:image/[^\"]*", "", text)) // 4  # of four characters
-            return read(stand_in)
         for _ in range(self.attempts):
             try:
                 reply = self.post(messages)
@@ -788,12 +778,6 @@ class Server:
                 return answer
         self.problems[problem] += 1
         return None
-
-    def plan(self):
-        """Of a dry run, in words."""
-        pictures = f" with {self.pictures:,} pictures" if self.pictures else ""
-        calls = f"{self.model} would be called {len(self.planned):,} times{pictures}"
-        return f"{calls}, for about {self.tokens:,} tokens. Nothing was sent."
 
     def reasons(self):
         return "".join(f"; {n} times: {problem}" for problem, n in self.problems.most_common(3))
@@ -952,65 +936,6 @@ def ask_here(args, model, tokenizer, tokens, rows, views):
                 yield row, answers | cost
 
 
-def data_url(picture):
-    """A picture as text, to be sent or to stand in a page."""
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def slide_pictures(args, name):
-    """What --ask-model sees of a slide: its thumbnail, and --ask-tiles tiles spread evenly over the
-    tissue."""
-    slide, pictures = open_slide(args.data, name, args.slides, args.mpp), []
-    if args.ask_thumbnail:
-        pictures.append(slide.thumbnail(max(1, max(slide.width, slide.height) / args.ask_thumbnail)))
-    if args.ask_tiles:
-        coords = read_features(args.data, name)[1].tolist()  # in raster order
-        spread = np.linspace(0, len(coords) - 1, min(args.ask_tiles, len(coords))).round().astype(int)
-        pictures += [Image.fromarray(slide.tile(*coords[i])) for i in spread]
-    return [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
-
-
-def some_words(reply):
-    """A reply that is not empty. Raises ValueError."""
-    if not reply.strip():
-        raise ValueError("empty")
-    return reply.strip()
-
-
-def ask_elsewhere(args, server, rows, views):
-    """As ask_here, by the model behind --ask-url. What gets no answer, or has no picture, is missing."""
-    asked = all_slides(rows)
-    pictures = {instead[slide]: None for instead in views.values() if instead for slide in asked}
-    for slide in tqdm(pictures, desc="pictures", unit="slide", disable=not pictures):
-        try:
-            pictures[slide] = slide_pictures(args, slide)
-        except UserError as error:
-            pictures[slide] = error
-
-    def work(row):
-        # The conversation so far, in the server's words; the pictures go into its first question.
-        answers, talk = {}, []
-        for turn in row["conversations"]:
-            role = "user" if turn["from"] == "human" else "assistant"
-            talk.append({"role": role, "content": wsi_llava.without_image(turn["value"])})
-        for field, instead in views.items():
-            messages, seen = list(talk), [pictures[instead[x]] for x in slides_of(row)] if instead else []
-            for problem in seen:
-                if isinstance(problem, UserError):
-                    return row, {"answer": None, "missing": str(problem)}
-            if instead:
-                parts = [{"type": "text", "text": talk[0]["content"]}, *itertools.chain(*seen)]
-                messages[0] = talk[0] | {"content": parts}
-            answers[field] = server.ask(messages, some_words, "An answer of some sentences. " * 8)
-            if answers[field] is None:
-                return row, {"answer": None, "missing": f"no usable reply{server.reasons()}"}
-        return row, answers
-
-    return in_parallel(work, rows, 1 if server.dry else args.requests)
-
-
 def read_predictions(path):
     """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row
     counts."""
@@ -1109,17 +1034,6 @@ def tile_runs(args, count):
         yield draw, args.predictions.with_name(name)
 
 
-def answer_by_server(args, rows, settings):
-    """--qa with --ask-model."""
-    settings |= {name: getattr(args, name) for name in ("ask_model", "ask_url", "ask_thumbnail", "ask_tiles")}
-    kept = args.predictions.with_name(f"{args.predictions.stem}.replies.jsonl")
-    server = Server("--ask-url", args.ask_url, args.ask_model, kept, args.dry_run)
-    if args.dry_run:
-        collections.deque(ask_elsewhere(args, server, rows, shown(args, all_slides(rows))), 0)
-        return print(server.plan())
-    answer_into(args, args.predictions, rows, settings, {}, functools.partial(ask_elsewhere, args, server))
-
-
 def answer_file(args):
     """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be
     made again. Of a dialogue every question is asked, after the true earlier answers."""
@@ -1127,9 +1041,6 @@ def answer_file(args):
     rows = read_questions(args.qa, args.data)
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"baselines": args.baselines, "seed": args.seed}
-    if args.ask_model:
-        return answer_by_server(args, rows, settings)
-    check(not args.dry_run, "--dry-run counts what a server would be sent: give --ask-model or --judge-model")
     model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
     settings["max_new_tokens"] = args.max_new_tokens
@@ -1305,10 +1216,10 @@ class Judge(Server):
         super().__init__("--judge-url", *where, **options)
         self.authors, self.prompts = protocol == "authors", prompts or PROMPTS[protocol]
 
-    def ask_json(self, prompt, content, read, stand_in, again):
+    def ask_json(self, prompt, content, read, again):
         content = json.dumps(content, ensure_ascii=False)
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
-        return self.ask(messages, lambda reply: last_json(reply, read), json.dumps(stand_in), again)
+        return self.ask(messages, lambda reply: last_json(reply, read), again)
 
     def score(self, question, claimed, text, metric, again):
         """The mean score of one side's claims against the other's text; None where nothing usable came
@@ -1319,13 +1230,13 @@ class Judge(Server):
         if self.authors and metric == "precision":  # the truth is split by itself
             del content["question"]
         read = functools.partial(check_claims, least=metric == "precision")  # an answer may claim nothing
-        claims = self.ask_json(self.prompts["claims"], content, read, {"claims": [claimed]}, again)
+        claims = self.ask_json(self.prompts["claims"], content, read, again)
         if not claims:
             return None if claims is None else 0.0
         content = {"question": question, "claims": claims, "text": text}
         silence = self.authors and metric == "relevance"  # what the truth does not address is left out
         read = functools.partial(check_scores, n=len(claims), silence=silence)
-        scores = self.ask_json(self.prompts[metric], content, read, {"scores": [0] * len(claims)}, again)
+        scores = self.ask_json(self.prompts[metric], content, read, again)
         scores = [score for score in scores or () if score is not None]
         return float(np.mean(scores)) if scores else None
 
@@ -1339,14 +1250,13 @@ class Judge(Server):
 def find_judge(args, path):
     """The Judge that the flags name, with its replies so far in the file; None where they name none."""
     if not args.judge_model:
-        check(not args.dry_run, "--dry-run: which judge? name it with --judge-model")
         return None
     prompts, names = None, ("claims", "precision", "relevance")
     if args.judge_prompts:
         with reading(args.judge_prompts, f"expected JSON of three texts, {', '.join(names)}"):
             prompts = json.loads(args.judge_prompts.read_text(encoding="utf-8"))
             prompts = {name: prompts[name].strip() for name in names}
-    options = {"dry": args.dry_run, "protocol": args.judge_protocol, "prompts": prompts}
+    options = {"protocol": args.judge_protocol, "prompts": prompts}
     return Judge(args.judge_url, args.judge_model, path, **options)
 
 
@@ -1358,8 +1268,8 @@ def grade_rows(judge, rows, systems, n, again=0):
         for system in systems:
             grades[system] = judge.grade(row["question"], row["answers"][system], row["truth"], again)
 
-    graded = in_parallel(work, rows, 1 if judge.dry else n)
-    for _ in tqdm(graded, total=len(rows), desc="judge", unit="question", disable=judge.dry):
+    graded = in_parallel(work, rows, n)
+    for _ in tqdm(graded, total=len(rows), desc="judge", unit="question"):
         pass
 
 
@@ -1892,8 +1802,6 @@ def evaluate(args, paths):
         kept = f"{len(judge.replies):,} of its replies are kept already"
         print(f"{len(todo):,} open questions for {judge.model}; {kept}.")
         grade_rows(judge, todo, asked, args.requests)
-        if judge.dry:
-            return print(judge.plan())
     # The metrics, and what is to be said of them all.
     meteor = find_meteor()
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
@@ -2062,20 +1970,15 @@ def parse(argv=None):
     add("--tiles", tiles, nargs="+", type=count, metavar="N")
     add("--draws", "random draws of each of --tiles (default: 1)", type=some, default=1)
     add("--batch-size", "questions at once (default: 8)", type=some, default=8)
-    add = parser.group("many questions to a model behind a server; its key: OPENAI_API_KEY")
-    url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
-    add("--ask-model", "let this vision model answer --qa", type=text, metavar="M")
-    add("--ask-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
-    add("--ask-thumbnail", "it sees the slide, so many pixels (default: 1024)", type=count, default=1024)
-    add("--ask-tiles", "it sees so many tiles, spread over the tissue (default: 0)", type=count, default=0)
-    add("--requests", "requests to a server at once (default: 8)", type=some, default=8)
-    add("--dry-run", "only count what a server would be sent", action="store_true")
     add = parser.group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
     few = "below so many training slides a cancer type is rare (default: 100)"
     add("--rare", few, type=some, default=100)
-    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", type=text, metavar="M")
+    judge = "grade open answers: WSI-Precision, WSI-Relevance; its key: OPENAI_API_KEY"
+    add("--judge-model", judge, type=text, metavar="M")
+    url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
     add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
+    add("--requests", "requests to the judge at once (default: 8)", type=some, default=8)
     rules = "what counts: ours (default), or as in the authors' released evaluation"
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
     add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
@@ -2090,8 +1993,8 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     check_heatmap_flags(args)
-    alone = args.qa and not (args.ask_model or args.baselines or args.evaluate)
-    goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
+    alone = args.qa and not (args.baselines or args.evaluate)
+    goes = "goes with --qa, without --baselines, --evaluate FILE"
     check(alone or not args.tiles, f"--tiles {goes}")
     wsi_llava.resolve_device(args)
     todo = args.slide or args.qa or args.evaluate is not None
@@ -2101,7 +2004,7 @@ def main(argv=None):
             answer_file(args)
         if args.tiles:
             evaluate_tiles(args)
-        elif args.evaluate is not None and not (args.qa and args.dry_run):
+        elif args.evaluate is not None:
             evaluate(args, args.evaluate or [args.predictions])
         elif args.slide and not args.qa:
             ask_about_slides(args)

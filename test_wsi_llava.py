@@ -6,7 +6,6 @@ that needs only this repository.
 """
 
 import argparse
-import base64
 import builtins
 import collections
 import concurrent.futures
@@ -4937,81 +4936,6 @@ def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys
         sample_with(demo, *flags, "--baselines")
 
 
-def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide, capsys):
-    """Pictures counted before; thumbnail and tiles sent; a slide without a file is missing; resumed without a
-    call."""
-    for name in ("features", "slides"):
-        (tmp_path / name).mkdir()
-    prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
-    shutil.copy(toy_slide[0], tmp_path / "slides")
-    coords = torch.tensor([[0, 0], [256, 0], [512, 256], [0, 512]])
-    tensors = {"features": torch.zeros(4, 8), "coords": coords.int()}
-    save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 1.0}'})
-    rows = [
-        {"id": f"{s}-1", "slide": s, "task": "t", "cancer": "", "conversations": TALK}
-        for s in ("toy", "gone")
-    ]
-    prepare.write_qa(tmp_path / "qa.jsonl", rows)
-    path = tmp_path / "gpt.jsonl"
-    flags = [
-        "--data",
-        tmp_path,
-        "--qa",
-        tmp_path / "qa.jsonl",
-        "--predictions",
-        path,
-        "--ask-url",
-        judge_server.url,
-    ]
-    flags = [*map(str, flags), "--ask-model", "seer", "--ask-tiles", "2", "--requests", "2"]
-    sample.main([*flags, "--dry-run"])
-    assert "seer would be called 2 times with 6 pictures" in capsys.readouterr().out and not path.exists()
-    sample.main(flags)
-    printed = capsys.readouterr().out
-    assert (
-        "Answered 2 questions" in printed
-        and "2 questions got no answer: gone (gone: its file is not in" in printed
-    )
-    _, body = next(r for r in judge_server.requests if len(r[1]["messages"]) == 1)
-    parts = body["messages"][0]["content"]
-    assert parts[0]["text"] == "Which type of tumor is this?"
-    sizes = [
-        Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))).size
-        for part in parts[1:]
-    ]
-    assert sizes == [(1024, 1024), (256, 256), (256, 256)]
-    roles = sorted([message["role"] for message in body["messages"]] for _, body in judge_server.requests)
-    # The second question, after the true first answer
-    assert roles == [
-        ["user"],
-        ["user", "assistant", "user"],
-    ]
-    _, answers = sample.read_predictions(path)
-    assert answers[0]["answer"] and answers[2]["answer"] is None
-    before = len(judge_server.requests)
-    sample.main(flags)
-    assert "2 are answered" in capsys.readouterr().out and len(judge_server.requests) == before
-
-
-def test_answers_whose_file_vanishes_are_not_said_to_be_there(judge_server, tmp_path, monkeypatch):
-    prepare.write_qa(
-        tmp_path / "qa.jsonl", [{"id": "1", "slide": "s", "task": "t", "cancer": "", "conversations": TALK}]
-    )
-    monkeypatch.setattr(sample, "slide_pictures", lambda *_: shutil.rmtree(tmp_path / "deep") or [])
-    flags = [
-        "--qa",
-        tmp_path / "qa.jsonl",
-        "--predictions",
-        tmp_path / "deep" / "p.jsonl",
-        "--ask-model",
-        "seer",
-    ]
-    with pytest.raises(
-        UserError, match="p.jsonl: deleted while it was written, so its answers are lost; run again"
-    ):
-        sample.main(list(map(str, [*flags, "--ask-url", judge_server.url, "--requests", 1])))
-
-
 def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
     def full(*_, **options):
         raise torch.OutOfMemoryError
@@ -5212,9 +5136,7 @@ def judge_server():
             with server.lock:
                 server.now -= 1
             server.paths.append(self.path)
-            content = {"answer": "It is a tumor."}  # to a question about a picture
-            if body["messages"][0]["role"] == "system":
-                content = json.loads(body["messages"][1]["content"])
+            content = json.loads(body["messages"][1]["content"])
             claims = content.get("claims")
             if claims:
                 good = json.dumps({"scores": [0.7 if "grade" in c else 1 for c in claims]})
@@ -5302,9 +5224,6 @@ def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_pa
     ]
     assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
 
-    dry = new_judge(judge_server, tmp_path, dry=True)
-    assert dry.grade(*question) == want and not dry.planned
-    assert dry.grade("Else?", *question[1:]) and len(dry.planned) == 4 and dry.tokens > 400
     with open(tmp_path / "judge.jsonl", "a") as file:
         file.write('{"key": "ha')  # a kill cut it
     assert new_judge(judge_server, tmp_path).grade(*question) == want and len(judge_server.requests) == 10
@@ -5343,7 +5262,7 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
     path = write_predictions(tmp_path, rows)
     judge_server.script += ["text"] * 3
-    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (False, 3, 5.0, 0.01))
+    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (3, 5.0, 0.01))
     flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
     sample.main(list(map(str, flags)))
     line = table_of(tmp_path)["all", "WSI-Precision", "model"]
@@ -5355,10 +5274,7 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     # Only what was unusable is asked again
     assert len(judge_server.requests) == before + 2 and judge_server.most == 1
     assert "0 grades stayed unusable" in capsys.readouterr().out
-    before += 2
     (tmp_path / "judge.jsonl").unlink()
-    sample.main(list(map(str, [*flags, "--dry-run"])))
-    assert "would be called 32 times" in capsys.readouterr().out and len(judge_server.requests) == before
     sample.main(list(map(str, [*flags[:-1], 3])))
     assert judge_server.most == 3
 
@@ -5527,7 +5443,7 @@ def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
         time.sleep(0.01)
         raise KeyboardInterrupt
 
-    judge = types.SimpleNamespace(model="wise", replies={}, dry=False, grade=grade)
+    judge = types.SimpleNamespace(model="wise", replies={}, grade=grade)
     rows = [{"question": "What?", "answers": {"answer": "This."}, "truth": "That."} for _ in range(200)]
     with pytest.raises(KeyboardInterrupt):
         sample.grade_rows(judge, rows, ["answer"], 2)
@@ -5717,8 +5633,7 @@ def test_bad_files_of_predictions_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no answers yet"):
         sample.main(["--evaluate", str(path)])
     write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", "Grade 2.")])
-    with pytest.raises(UserError, match="--dry-run: which judge"):
-        sample.main(["--evaluate", str(path), "--dry-run"])
+    sample.main(["--evaluate", str(path)])
 
 
 # ---- sample.py: where the answer comes from --------------------------------------------------------------
