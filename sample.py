@@ -5,7 +5,7 @@
     python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
     python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1
     python sample.py --qa FILE --baselines --evaluate       answers to all questions, then tables, in out/
-    python sample.py --qa FILE --tiles 100 1000 0           how many tiles a slide are enough
+    python sample.py --qa FILE --max-tiles 100 --predictions F     with so many of a slide's tiles
     python sample.py --evaluate A B C           several systems' predictions in one table
     python sample.py --evaluate A --judge-model M           open answers graded by a language model
 
@@ -36,7 +36,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,20 +54,14 @@ from wsi_llava import IMAGE_TOKEN, TILE, UserError, check, one_line, read_featur
 def load_model(args, meta):
     """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError."""
     model, tokenizer = wsi_llava.load_model(args, meta, 3, int8=args.int8)
+    if args.max_tiles:
+        model.cfg.max_tiles = args.max_tiles  # read_features draws them, the same ones for every model
     return model.to(args.device), tokenizer
 
 
 def gigabytes(args):
     """The peak of memory so far, in words."""
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
-
-
-def reset_peak(device):
-    """Lets the peak of memory begin anew, where the system can (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 PICTURE_MARK = "wsi-llava picture"  # in the pictures (SVG), so that only these are replaced
@@ -1015,25 +1008,6 @@ def answer_into(args, path, rows, settings, problems, ask):
         print(f"{len(names):,} questions {what}: {some(names)}")
 
 
-@torch.inference_mode()
-def drawn_tokens(model, data, count, draw, slide):
-    """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every
-    model, and those of a smaller count among them."""
-    features, coords = read_features(data, slide, coordinates=model.slide_encoder is not None)
-    if 0 < count < len(features):
-        order = np.random.default_rng([zlib.crc32(slide.encode()), draw]).permutation(len(features))
-        chosen = np.sort(order[:count])
-        features, coords = features[chosen], coords[chosen]
-    return model.encode_slide(features, coords).half()
-
-
-def tile_runs(args, count):
-    """Of a count of --tiles, (draw, its file of predictions) of every draw; of all tiles there is one."""
-    for draw in range(args.draws if count else 1):
-        name = f"{args.predictions.stem}.{count or 'all'}-tiles.{draw}.jsonl"
-        yield draw, args.predictions.with_name(name)
-
-
 def answer_file(args):
     """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be
     made again. Of a dialogue every question is asked, after the true earlier answers."""
@@ -1043,21 +1017,15 @@ def answer_file(args):
     settings |= {"baselines": args.baselines, "seed": args.seed}
     model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
-    settings["max_new_tokens"] = args.max_new_tokens
+    settings |= {"max_new_tokens": args.max_new_tokens, "max_tiles": model.cfg.max_tiles}
     problems = {slide: why for slide in all_slides(rows) if (why := why_missing(model.cfg, args.data, slide))}
-    cached, ask = functools.lru_cache(4 * AT_ONCE), functools.partial(ask_here, args, model, tokenizer)
-    for count in args.tiles or ():
-        for draw, path in tile_runs(args, count):
-            reset_peak(args.device)
-            tokens = cached(functools.partial(drawn_tokens, model, args.data, count, draw))
-            about = settings | {"tiles": count, "draw": draw}
-            answer_into(args, path, rows, about, problems, functools.partial(ask, tokens))
-    if not args.tiles:
-        good = [slide for slide in all_slides(rows) if slide not in problems]
-        bar = functools.partial(tqdm, desc="visual tokens", unit="slide", disable=not good)
-        problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
-        tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
-        answer_into(args, args.predictions, rows, settings, problems, functools.partial(ask, tokens))
+    good = [slide for slide in all_slides(rows) if slide not in problems]
+    bar = functools.partial(tqdm, desc="visual tokens", unit="slide", disable=not good)
+    problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
+    cached = functools.lru_cache(4 * AT_ONCE)
+    tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
+    ask = functools.partial(ask_here, args, model, tokenizer, tokens)
+    answer_into(args, args.predictions, rows, settings, problems, ask)
 
 
 # ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers --------
@@ -1837,47 +1805,6 @@ def write_evaluation(args, written, lines, systems, result):
         print(json.dumps(result, ensure_ascii=False), file=args.json)
 
 
-def tile_scores(args, count):
-    """What the draws of one count of --tiles came to -> ({metric: {question: [values]}}, {question: its
-    slides}, the mean tiles of a slide, GB at the peak)."""
-    values, slides = collections.defaultdict(lambda: collections.defaultdict(list)), {}
-    tiles, peak = {}, 0.0
-    for _, path in tile_runs(args, count):
-        for n, row in read_predictions(path)[1].items():
-            if row["answer"] is not None:
-                slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
-                for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
-                    values[metric][n].append(value or 0.0)
-                for slide in set(slides_of(row)) - tiles.keys():
-                    have = slide_facts(args.data, slide).get("tiles", count)
-                    tiles[slide] = min(have, count or have)
-    check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
-    return values, slides, float(np.mean(list(tiles.values()))), peak
-
-
-def evaluate_tiles(args):
-    """--tiles: a row for each count of tiles, in tiles.md and .csv, and the curve, tiles.svg. A question's
-    value is the mean over the draws."""
-    written = check_outputs(args.predictions.with_name("tiles"), md="# Tiles", csv="tiles,")
-    table, series = [], collections.defaultdict(list)
-    for count in args.tiles:
-        values, slides, tiles, peak = tile_scores(args, count)
-        line = {"tiles": f"{count:,}" if count else "all", "on average": round(tiles, 1)}
-        line |= {"questions": len(slides), "GB": f"{peak:.2f}"}
-        for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L", "seconds"):
-            if values[metric]:
-                means = np.array([float(np.mean(x)) for x in values[metric].values()])
-                found = interval(means, [slides[n] for n in values[metric]], args.seed)
-                line[metric] = with_interval(*found)
-                if metric != "seconds":
-                    series[metric].append((tiles, found[0], f"{line['tiles']} tiles"))
-        table.append(line)
-    text = write_rows(written, "# Tiles", table)
-    print(f"\n{text}\nSeconds a question, and GB at the peak.")
-    draw_plot(written["svg"], "What the number of tiles is worth", "tiles a slide", series, joined=True)
-    print(f"Wrote {', '.join(map(str, written.values()))}")
-
-
 # ---- Flags, and what they start ----------------------------------------------------------------------------
 
 
@@ -1954,6 +1881,8 @@ def parse(argv=None):
     add("--slides", "where the slides' files are, for pictures (default: slides in --data)", **folder)
     add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
     add = parser.group("how it answers")
+    tiles = "from so many of a slide's tiles, drawn at random, always the same ones (0: all)"
+    add("--max-tiles", tiles, type=count, default=0)
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
     add("--max-new-tokens", "longest answer, in tokens (default: 512)", type=some, default=512)
     add("--temperature", "0 (default): the most likely token; above: sampled", type=temperature, default=0.0)
@@ -1966,9 +1895,6 @@ def parse(argv=None):
     add("--baselines", "also answer without the slide, and with another's", action="store_true")
     how = {"choices": ("generate", "likelihood"), "default": "generate"}
     add("--choices", "closed questions: by what it says (default), or its likeliest option", **how)
-    tiles = "answer with so many tiles a slide (0: all), drawn at random; a table and a curve"
-    add("--tiles", tiles, nargs="+", type=count, metavar="N")
-    add("--draws", "random draws of each of --tiles (default: 1)", type=some, default=1)
     add("--batch-size", "questions at once (default: 8)", type=some, default=8)
     add = parser.group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
@@ -1993,18 +1919,13 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     check_heatmap_flags(args)
-    alone = args.qa and not (args.baselines or args.evaluate)
-    goes = "goes with --qa, without --baselines, --evaluate FILE"
-    check(alone or not args.tiles, f"--tiles {goes}")
     wsi_llava.resolve_device(args)
     todo = args.slide or args.qa or args.evaluate is not None
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         if args.qa:
             answer_file(args)
-        if args.tiles:
-            evaluate_tiles(args)
-        elif args.evaluate is not None:
+        if args.evaluate is not None:
             evaluate(args, args.evaluate or [args.predictions])
         elif args.slide and not args.qa:
             ask_about_slides(args)

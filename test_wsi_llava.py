@@ -4884,56 +4884,26 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
         sample_with(demo, *flags, data=tmp_path / "data")
 
 
-def test_fewer_tiles_of_a_slide_are_among_more_and_the_same_for_every_model(tiny, tmp_path, monkeypatch):
-    (tmp_path / "features").mkdir()
-    features = torch.randn(20, 128).half()
-    coords = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1).int() * 256
-    save_file({"features": features, "coords": coords}, tmp_path / "features" / "s.safetensors")
-    with torch.no_grad():
-        whole = tiny.encode_slide(features, coords).half()
-    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 0, 0, "s"), whole)
-    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 99, 1, "s"), whole)
-    seen = []
-    monkeypatch.setattr(
-        tiny, "encode_slide", lambda features, coords: seen.append(coords.tolist()) or features
-    )
-    for count, draw in ((4, 0), (9, 0), (9, 0), (9, 1)):
-        sample.drawn_tokens(tiny, tmp_path, count, draw, "s")
-    few, more, again, other = seen
-    assert (
-        len(few) == 4
-        and all(tile in more for tile in few)
-        and more == again != other
-        and sorted(more, key=lambda c: c[::-1]) == more
-    )
-
-
 @slow
-def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys):
+def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo, tmp_path):
+    """The answers of a model that sees so many tiles as one trained with as many draws them."""
     folder, _ = demo
-    path = tmp_path / "p.jsonl"
+    path = tmp_path / "few.jsonl"
     flags = ["--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", path, "--max-new-tokens", 6]
-    flags += ["--batch-size", 9, "--tiles", 4, 0, "--draws", 2]
-    sample_with(demo, *flags)
-    printed = capsys.readouterr().out
-    made = {f"p.{name}.jsonl" for name in ("4-tiles.0", "4-tiles.1", "all-tiles.0")}
-    assert {file.name for file in tmp_path.iterdir()} == made | {"tiles.md", "tiles.csv", "tiles.svg"}
-    few, whole = csv.DictReader(io.StringIO((tmp_path / "tiles.csv").read_text()))
-    assert (few["tiles"], few["on average"], few["questions"]) == ("4", "4.0", "27") and whole[
-        "tiles"
-    ] == "all"
-    means = []
-    for draw in (0, 1):
-        _, rows = sample.read_predictions(tmp_path / f"p.4-tiles.{draw}.jsonl")
-        means += [sample.same_answer(row["answer"], row["truth"]) for row in rows.values()]
-    assert (
-        few["exact match"].startswith(f"{np.mean(means):.3f} [") and "| tiles |" in printed and few["seconds"]
-    )
-    xml.etree.ElementTree.parse(tmp_path / "tiles.svg")
-    sample_with(demo, *flags)
-    assert capsys.readouterr().out.count("27 are answered") == 3
-    with pytest.raises(UserError, match="--tiles goes with --qa, without --baselines"):
-        sample_with(demo, *flags, "--baselines")
+    sample_with(demo, *flags, "--max-tiles", 4)
+    settings, rows = sample.read_predictions(path)
+    assert settings["max_tiles"] == 4
+    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), "--max-tiles", "4"])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
+    features, coords = wsi_llava.read_features(args.data, rows[0]["slide"], 4)
+    with torch.no_grad():
+        visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
+    questions = sample.read_questions([folder / "data" / "qa" / "test.jsonl"])
+    assert len(features) == 4
+    assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
+    with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
+        sample_with(demo, *flags)
 
 
 def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
