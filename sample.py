@@ -20,7 +20,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import html
 import http.client
 import io
 import itertools
@@ -64,9 +63,6 @@ def gigabytes(args):
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
 
 
-PICTURE_MARK = "wsi-llava picture"  # in the pictures (SVG), so that only these are replaced
-
-
 def check_output(path, mark):
     """Refuses to replace what is not this command's own earlier output, which has the mark near its
     beginning."""
@@ -79,15 +75,6 @@ def check_output(path, mark):
             beginning = file.read(400)
         what = "exists, and is no earlier output of this command; name another file, or move it away"
         check(not beginning or mark.encode() in beginning, f"{path}: {what}")
-
-
-def check_outputs(stem, **marks):
-    """{ending: file} of what a command writes side by side, a picture among it, each checked."""
-    marks["svg"] = PICTURE_MARK
-    written = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in marks}
-    for ending, path in written.items():
-        check_output(path, marks[ending])
-    return written
 
 
 def prepare_raw(args, names):
@@ -744,10 +731,9 @@ class Server:
             raise OSError(problem)
         return problem, wait
 
-    def ask(self, messages, read, again=0):
-        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable.
-        again: another reply to the same prompt than that of again=0."""
-        key = hashlib.sha256(json.dumps([self.model, messages, again]).encode()).hexdigest()
+    def ask(self, messages, read):
+        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable."""
+        key = hashlib.sha256(json.dumps([self.model, messages, 0]).encode()).hexdigest()
         if key in self.replies:
             with contextlib.suppress(*UNUSABLE):
                 return read(self.replies[key])
@@ -789,8 +775,7 @@ def in_parallel(work, items, n):
 # ---- Many questions ----------------------------------------------------------------------------------------
 
 # Of a line of --predictions, the fields that hold answers -> their columns in the tables.
-FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide"}
-FIELDS["answer_shuffled"] = "other slide"
+FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
 AT_ONCE = 64  # slides that are asked about together; with more, more questions of one length meet
 
 
@@ -869,53 +854,25 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **o
     return answers
 
 
-@torch.inference_mode()
-def likelihood(model, tokenizer, row, visual, text):
-    """Mean log-probability of a token of the text as the answer to the row's question: a long option is at no
-    disadvantage. visual: as for answer_rows."""
-    prompt, answer = prompt_ids(tokenizer, row, visual is not None), tokenizer.encode(text)
-    labels = [wsi_llava.IGNORE] * len(prompt) + answer
-    return -model(tokens_of([row], visual), [prompt + answer], [labels]).item()
-
-
-def likeliest_option(model, tokenizer, row, visual):
-    """--choices likelihood: {"answer", "answer_by_text", "confidence"} of a closed question. The first is the
-    option whose label is likeliest, the second that whose words are; the confidence is each option's share,
-    both ways."""
-    options = closed_options(row["question"], row["truth"])
-    labels = list(options.values()) if "yes" in options else list(options)
-    best, shares = {}, {}
-    for field, texts in (("answer", labels), ("answer_by_text", [options[x] or x for x in options])):
-        scores = torch.tensor([likelihood(model, tokenizer, row, visual, text) for text in texts])
-        shares[field] = dict(zip(options, scores.softmax(0).tolist()))
-        best[field] = max(shares[field], key=shares[field].get)
-    return best | {"confidence": shares}
-
-
 def ask_group(model, tokenizer, rows, visual, args):
     """Rows of equally long prompts -> their answers by one view, a dict each. visual: as for answer_rows."""
-    by_choice = args.choices == "likelihood"
     try:
-        if by_choice and closed_options(rows[0]["question"], rows[0]["truth"]):
-            return [likeliest_option(model, tokenizer, row, visual) for row in rows]
         texts = answer_rows(model, tokenizer, rows, visual, args.max_new_tokens, args.batch_size)
     except UserError as error:  # the prompt is too long, of all of them
         return [{"answer": "", "error": str(error)} for _ in rows]
     except torch.OutOfMemoryError:
         hint = "out of memory; the same command with a smaller one goes on"
         raise UserError(f"--batch-size {args.batch_size}: {hint}") from None
-    # An open question has no options to choose from.
-    return [{"answer": text, "answer_by_text": text} if by_choice else {"answer": text} for text in texts]
+    return [{"answer": text} for text in texts]
 
 
 def ask_here(args, model, tokenizer, tokens, rows, views):
     """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens.
     views: {field: {slide: the one to show in its place}, or None for no slide}."""
     names = all_slides(rows)
-    for k, closed in itertools.product(range(0, len(names), AT_ONCE), (True, False)):
+    for k in range(0, len(names), AT_ONCE):
         near = set(names[k : k + AT_ONCE])
         part = [row for row in rows if slides_of(row)[0] in near]
-        part = [row for row in part if bool(closed_options(row["question"], row["truth"])) == closed]
         for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
             started, group = time.time(), [part[i] for i in group]
             found = [{} for _ in group]
@@ -1016,7 +973,7 @@ def answer_file(args):
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"baselines": args.baselines, "seed": args.seed}
     model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
-    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
+    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
     settings |= {"max_new_tokens": args.max_new_tokens, "max_tiles": model.cfg.max_tiles}
     problems = {slide: why for slide in all_slides(rows) if (why := why_missing(model.cfg, args.data, slide))}
     good = [slide for slide in all_slides(rows) if slide not in problems]
@@ -1122,7 +1079,7 @@ order: {{"scores": [1, 0.3]}}"""
 SCOPE = "Take what answers the question and nothing else. "
 SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
-# What --judge-protocol switches in the texts; Judge.score has the rest. --judge-prompts brings other texts.
+# What --judge-protocol switches in the texts; Judge.score has the rest.
 PROMPTS = {
     "ours": {"claims": CLAIMS.format(scope=SCOPE), "precision": SILENT, "relevance": SILENT},
     "authors": {"claims": CLAIMS.format(scope=""), "precision": SILENT, "relevance": NULL},
@@ -1180,16 +1137,16 @@ class Judge(Server):
     """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see
     score)."""
 
-    def __init__(self, *where, protocol="ours", prompts=None, **options):
+    def __init__(self, *where, protocol="ours", **options):
         super().__init__("--judge-url", *where, **options)
-        self.authors, self.prompts = protocol == "authors", prompts or PROMPTS[protocol]
+        self.authors, self.prompts = protocol == "authors", PROMPTS[protocol]
 
-    def ask_json(self, prompt, content, read, again):
+    def ask_json(self, prompt, content, read):
         content = json.dumps(content, ensure_ascii=False)
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
-        return self.ask(messages, lambda reply: last_json(reply, read), again)
+        return self.ask(messages, lambda reply: last_json(reply, read))
 
-    def score(self, question, claimed, text, metric, again):
+    def score(self, question, claimed, text, metric):
         """The mean score of one side's claims against the other's text; None where nothing usable came
         back."""
         if not claimed.strip() or not text.strip():
@@ -1198,62 +1155,40 @@ class Judge(Server):
         if self.authors and metric == "precision":  # the truth is split by itself
             del content["question"]
         read = functools.partial(check_claims, least=metric == "precision")  # an answer may claim nothing
-        claims = self.ask_json(self.prompts["claims"], content, read, again)
+        claims = self.ask_json(self.prompts["claims"], content, read)
         if not claims:
             return None if claims is None else 0.0
         content = {"question": question, "claims": claims, "text": text}
         silence = self.authors and metric == "relevance"  # what the truth does not address is left out
         read = functools.partial(check_scores, n=len(claims), silence=silence)
-        scores = self.ask_json(self.prompts[metric], content, read, again)
+        scores = self.ask_json(self.prompts[metric], content, read)
         scores = [score for score in scores or () if score is not None]
         return float(np.mean(scores)) if scores else None
 
-    def grade(self, question, answer, truth, again=0):
+    def grade(self, question, answer, truth):
         """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way
         round}: each the mean over its claims, None where the replies stayed unusable."""
         sides = (truth, answer, "precision"), (answer, truth, "relevance")
-        return {metric: self.score(question, *side, again) for metric, side in zip(JUDGED, sides)}
+        return {metric: self.score(question, *side) for metric, side in zip(JUDGED, sides)}
 
 
 def find_judge(args, path):
     """The Judge that the flags name, with its replies so far in the file; None where they name none."""
     if not args.judge_model:
         return None
-    prompts, names = None, ("claims", "precision", "relevance")
-    if args.judge_prompts:
-        with reading(args.judge_prompts, f"expected JSON of three texts, {', '.join(names)}"):
-            prompts = json.loads(args.judge_prompts.read_text(encoding="utf-8"))
-            prompts = {name: prompts[name].strip() for name in names}
-    options = {"protocol": args.judge_protocol, "prompts": prompts}
-    return Judge(args.judge_url, args.judge_model, path, **options)
+    return Judge(args.judge_url, args.judge_model, path, protocol=args.judge_protocol)
 
 
-def grade_rows(judge, rows, systems, n, again=0):
-    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once; of again=1, "graded again"."""
+def grade_rows(judge, rows, systems, n):
+    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once."""
 
     def work(row):
-        grades = row.setdefault("graded again" if again else "grades", {})
         for system in systems:
-            grades[system] = judge.grade(row["question"], row["answers"][system], row["truth"], again)
+            row["grades"][system] = judge.grade(row["question"], row["answers"][system], row["truth"])
 
     graded = in_parallel(work, rows, n)
     for _ in tqdm(graded, total=len(rows), desc="judge", unit="question"):
         pass
-
-
-def judge_twice(judge, rows, system, args):
-    """--judge-repeat: how far the judge agrees with itself, in words, over a sample of the graded rows."""
-    drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.judge_repeat]
-    sample = [rows[i] for i in sorted(drawn)]
-    grade_rows(judge, sample, [system], args.requests, again=1)
-    for metric in JUDGED:
-        both = [(row["grades"][system][metric], row["graded again"][system][metric]) for row in sample]
-        first, second = np.array([pair for pair in both if None not in pair] or [(0, 0)]).T
-        apart, same = np.abs(first - second).mean(), (first == second).mean()
-        yield (
-            f"{metric} graded twice, {len(first)} answers: they differ by {apart:.3f} on average, {same:.0%} "
-            f"are the same, rank correlation {spearman(first, second):.2f}."
-        )
 
 
 # ---- Several systems' answers to the same questions --------------------------------------------------------
@@ -1289,7 +1224,7 @@ def own_names(row):
     text."""
     # Ours keep their names; of others' names the surest counts.
     row = {key.strip().lower(): value for key, value in row.items()}
-    found = dict.fromkeys(("n", "turn", "confidence")) | row
+    found = dict.fromkeys(("n", "turn")) | row
     for name, theirs in THEIRS.items():
         found[name] = next((row[key] for key in theirs.split() if row.get(key) is not None), None)
     if found["truth"] is None and found["answer"] is not row.get("answer"):
@@ -1421,25 +1356,13 @@ def interval(values, slides, seed):
     return [float(x) for x in (sums.sum() / counts.sum(), *np.nanpercentile(means, [2.5, 97.5]))]
 
 
-def mcnemar(first, second):
-    """Exact two-sided p of McNemar's test of two systems, right (1) or wrong (0) on the same questions."""
-    only_first, only_second = np.sum((first == 1) & (second == 0)), np.sum((first == 0) & (second == 1))
-    n, ways = int(only_first + only_second), 1  # ways to choose k of n, for one k after the other
-    tail = ways
-    for k in range(int(min(only_first, only_second))):
-        ways = ways * (n - k) // (k + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**n)
-
-
-def paired(values, first, slides, seed, right_or_wrong=False):
+def paired(values, first, slides, seed):
     """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what
     a Line says of them."""
     found = dict(zip(("mean", "low", "high"), interval(values, slides, seed)))
     if first is not None and not np.isnan(values - first).all():
         difference = interval(values - first, slides, seed)
         found |= dict(zip(("difference", "difference_low", "difference_high"), difference))
-        found |= {"p": mcnemar(first, values)} if right_or_wrong else {}
     return found
 
 
@@ -1473,7 +1396,7 @@ BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match")  # 
 PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
 PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
 AVERAGE = 0.754  # of the nine figures of the three capabilities
-KINDS = ("all", "capability", "common or rare", "task", "cancer type")  # what a line of the tables is about
+KINDS = ("all", "capability", "task", "cancer type")  # what a line of the tables is about
 MAJORITY = "majority"  # the system that gives each task's most frequent answer in training
 
 
@@ -1495,7 +1418,6 @@ class Line:
     difference: float | None = None  # from the first system, on the same questions
     difference_low: float | None = None
     difference_high: float | None = None
-    p: float | None = None  # McNemar's
     published: float | None = None
 
 
@@ -1523,18 +1445,6 @@ def score_row(row, systems, meteor):
             found |= row["grades"].get(system, {})
 
 
-def rarities(rows, training, threshold):
-    """({cancer type: "common ..." or "rare ..."}, {cancer type: slides}), by the slides in training, where
-    known."""
-    slides, where = dict(training), "training" if training else "these"
-    for row in rows if not training else ():
-        slides.setdefault(row["cancer"], set()).update(slides_of(row))
-    cancers = {row["cancer"] for row in rows}
-    counts = {cancer: len(slides.get(cancer, ())) for cancer in cancers}
-    sides = f"common: from {threshold} {where} slides", f"rare: under {threshold} {where} slides"
-    return {cancer: sides[n < threshold] for cancer, n in counts.items()}, counts
-
-
 def compare(rows, metric, systems, left_out, seed):
     """{system: what a Line says of its values of a metric}, of rows that have it. left_out: what is unusable
     counts for nothing, and not as 0."""
@@ -1544,26 +1454,25 @@ def compare(rows, metric, systems, left_out, seed):
         nothing = math.nan if left_out else 0.0
         values = np.array([nothing if score is None else score for score in scores], float)
         if not np.isnan(values).all():
-            facts = paired(values, first, slides, seed, metric in ("accuracy", "exact match"))
-            found[system] = {"unusable": scores.count(None)} | facts
+            found[system] = {"unusable": scores.count(None)} | paired(values, first, slides, seed)
         first = values if system == systems[0] else first
     return found
 
 
-def tabulate(rows, systems, rarity, args):
-    """Scored rows -> Lines, one for each group, metric and system. rarity: rarities'."""
-    names, counts = rarity
+def tabulate(rows, systems, training, args):
+    """Scored rows -> Lines, one for each group, metric and system. training: {cancer type: its slides}."""
     # Every row belongs to a group of each kind.
     groups, lines = collections.defaultdict(list), []
     for row in rows:
         capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
-        for key in zip(KINDS, ("all", capability, names[row["cancer"]], row["task"], row["cancer"])):
+        for key in zip(KINDS, ("all", capability, row["task"], row["cancer"])):
             groups[key].append(row)
     several = collections.Counter(kind for kind, _ in groups)
     for kind, group in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
         if kind != "all" and several[kind] == 1:  # it would say the same once more
             continue
-        members, facts = groups[kind, group], {"slides": counts[group] if kind == "cancer type" else None}
+        members, facts = groups[kind, group], {}
+        facts["slides"] = len(training.get(group, ())) if kind == "cancer type" and training else None
         published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
         unanswered = [row for row in members if not row["scores"]]
         closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
@@ -1602,17 +1511,6 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
-def write_rows(written, title, rows):
-    """Rows, dicts of the same keys, -> a Markdown and a CSV file -> the former's table."""
-    values, cells = [list(row.values()) for row in rows], []
-    for line in values:
-        cells.append([f"{x:.3g}" if isinstance(x, float) else x for x in line])
-    text = markdown(list(rows[0]), cells)
-    write_text(written["md"], f"{title}\n\n{text}\n")
-    write_text(written["csv"], csv_text([list(rows[0]), *values]))
-    return text
-
-
 def with_interval(mean, low, high, sign=""):
     return f"{mean:{sign}.3f}" + ("" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]")
 
@@ -1632,8 +1530,7 @@ def side_by_side(lines, systems, difference=False):
             if x is None or (difference and x.difference is None):
                 cells.append("n/a")
             elif difference:
-                p = "" if x.p is None else f" p={x.p:.2g}"
-                cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+") + p)
+                cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+"))
             else:
                 cells.append(with_interval(x.mean, x.low, x.high))
         unusable = [x.unusable for x in found.values()]
@@ -1644,65 +1541,6 @@ def side_by_side(lines, systems, difference=False):
     columns = [column for column in zip(header, *rows) if set(column[1:]) != {None}]
     header, *rows = zip(*columns)
     return markdown(header, rows)
-
-
-def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None):
-    """A picture (SVG). series: {name: [(x, y, label), ...]}, a colour each. x is on a logarithmic axis, y
-    from 0 to 1, or logarithmic too. joined: with lines between the points. mark: an x with a dashed line."""
-    palette = ("#1f5fb4", "#d65a1e", "#3a8f4d", "#8a4fb0", "#555555", "#b8860b")
-    left, right, top, bottom = 60, 560, 40, 390
-    points, parts = list(itertools.chain(*series.values())), ['<rect width="760" height="440" fill="white"/>']
-    xs = [x for x, *_ in points] + [mark or 1]
-    ys = [y for _, y, _ in points] if log_y else [0, 1]
-
-    def axis(values, start, end, f):
-        low, high = f(min(values)), f(max(values))
-        return lambda value: start + (f(value) - low) / max(high - low, 1e-9) * (end - start)
-
-    def text(x, y, words, more=""):
-        parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(str(words))}</text>')
-
-    # The axes, with lines and numbers at 1, 2, 5, 10, ...
-    at_x = axis(xs, left, right, math.log1p)  # from 0 on: not every cancer type is in training
-    at_y = axis(ys, bottom, top, (lambda y: math.log(max(y, 1e-4))) if log_y else float)
-    text(left, 22, title, 'font-size="15"')
-    text(left, 428, across)
-    ticks = [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5)]
-    for y in [tick for tick in ticks if min(ys) <= tick <= max(ys)] if log_y else (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<path d="M{left} {at_y(y):.0f}H{right}" stroke="#dddddd"/>')
-        text(left - 8, at_y(y) + 4, f"{y:g}", 'text-anchor="end"')
-    for x in [tick for tick in [0, *ticks[12:]] if min(xs) <= tick <= max(xs)]:
-        text(at_x(x), bottom + 18, f"{x:,g}", 'text-anchor="middle"')
-    if mark:
-        parts.append(f'<path d="M{at_x(mark):.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
-    # The points of each series, and its line in the legend.
-    for i, (name, found) in enumerate(series.items()):
-        colour = palette[i % len(palette)]
-        if joined:
-            line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in sorted(found))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y, label in [*found, (None, None, None)]:  # the last: the legend's
-            cx, cy = (right + 20, 46 + 20 * i) if label is None else (at_x(x), at_y(y))
-            tip = name if label is None else f"{name}, {label}: {y:.3g}"
-            circle = f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{colour}" fill-opacity="0.75">'
-            parts.append(f"{circle}<title>{html.escape(tip)}</title></circle>")
-        text(right + 32, 50 + 20 * i, name)
-    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" viewBox="0 0 760 440"'
-    write_text(path, f"<svg {style}><!-- {PICTURE_MARK} -->{''.join(parts)}</svg>\n")
-
-
-def draw_rarity(path, lines, threshold):
-    """Accuracy of every cancer type by its slides in training, a colour a system -> whether there were
-    types."""
-    for metric in ("accuracy", "exact match"):
-        types, series = [line for line in lines if (line.kind, line.metric) == ("cancer type", metric)], {}
-        for line in types:
-            series.setdefault(line.system, []).append((line.slides, line.mean, line.group))
-        if len({line.group for line in types}) > 1:
-            title = f"{metric} by how frequent a cancer type is"
-            draw_plot(path, title, "slides of the type (dashed: --rare)", series, mark=threshold)
-            return True
-    return False
 
 
 def correlations(rows, systems):
@@ -1725,29 +1563,20 @@ def describe_scores(rows, first, judge, args):
         few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
         wrong = f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong"
         yield f"{wrong}: {few}"
-    sure = [row for row in rows if isinstance(row["confidence"], dict)]  # of --choices likelihood
-    for right, words in ((1, "right"), (0, "wrong")):
-        chosen = [row["confidence"] for row in sure if row["scores"][first].get("accuracy") == right]
-        shares = [max(confidence["answer"].values()) for confidence in chosen]
-        if shares:
-            mean = f"{np.mean(shares):.2f} ({len(shares)} answers)"
-            yield f"Confidence in the chosen option where it is {words}: {mean}."
     if judge:
         grades = [value for row in rows for grade in row["grades"].values() for value in grade.values()]
         rule = "are left out" if judge.authors else "count as 0"
-        prompts = f"prompts of {args.judge_prompts}" if args.judge_prompts else "our prompts"
         unusable = f"{grades.count(None):,} grades stayed unusable and {rule}{judge.reasons()}"
-        yield f"Judge: {judge.model}, protocol {args.judge_protocol}, {prompts}. {unusable}."
-        if args.judge_repeat:
-            yield from judge_twice(judge, [row for row in rows if row["grades"]], first, args)
+        yield f"Judge: {judge.model}, protocol {args.judge_protocol}. {unusable}."
 
 
 def evaluate(args, paths):
-    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg
-    beside the first of them."""
+    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md and .csv beside the
+    first of them."""
     settings, rows, asked, notes = read_systems(paths)
-    marks = {"md": "# Evaluation", "csv": "kind,group", "json": '"predictions"'}
-    written = check_outputs(paths[0].with_name("evaluation"), **marks)
+    written = {ending: paths[0].with_name(f"evaluation.{ending}") for ending in ("md", "csv")}
+    check_output(written["md"], "# Evaluation")
+    check_output(written["csv"], "kind,group")
     here = answered_by_all(rows, asked)
     none = "holds no answers yet; sample.py --qa goes on with it"
     none = "no question is answered by all" if paths[1:] else none
@@ -1777,32 +1606,26 @@ def evaluate(args, paths):
     notes += [*describe_scores(here, asked[0], judge, args), *correlations(here, asked)]
     if not meteor:
         notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
-    lines = tabulate(rows, systems, rarities(rows, training, args.rare), args)
-    result = {"predictions": list(map(str, paths)), "settings": settings, "notes": notes}
-    write_evaluation(args, written, lines, systems, result)
+    lines = tabulate(rows, systems, training, args)
+    write_evaluation(written, lines, systems, notes)
 
 
-def write_evaluation(args, written, lines, systems, result):
+def write_evaluation(written, lines, systems, notes):
     """The tables and notes of --evaluate: into files, and in short on the screen."""
-    result["table"] = [dataclasses.asdict(line) for line in lines]
-    write_text(written["json"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     header = [field.name for field in dataclasses.fields(Line)]
-    write_text(written["csv"], csv_text([header, *(line.values() for line in result["table"])]))
-    listed_notes = "".join(f"- {note}\n" for note in result["notes"])
+    write_text(written["csv"], csv_text([header, *(dataclasses.astuple(line) for line in lines)]))
+    listed_notes = "".join(f"- {note}\n" for note in notes)
     text = f"# Evaluation\n\n{listed_notes}\n{side_by_side(lines, systems)}\n"
     shown = [line for line in lines if line.kind != "cancer type" and line.metric in BRIEF]
     shown = [line for line in shown if line.kind != "task" or line.metric not in NLU]
     print(f"\n{side_by_side(shown, systems)}\n")
     if systems[1:]:
-        beside = f"Paired difference from {systems[0]} (p: McNemar's, exact)"
+        beside = f"Paired difference from {systems[0]}"
         text += f"\n## {beside}\n\n{side_by_side(lines, systems[1:], difference=True)}\n"
         print(f"{beside}:\n{side_by_side(shown, systems[1:], difference=True)}\n")
     write_text(written["md"], text)
-    picture = f"; a picture: {written['svg']}" if draw_rarity(written["svg"], lines, args.rare) else ""
-    print("\n".join(result["notes"]))
-    print(f"All metrics, and each cancer type: {written['md']} (and .csv, .json){picture}")
-    if args.json:
-        print(json.dumps(result, ensure_ascii=False), file=args.json)
+    print("\n".join(notes))
+    print(f"All metrics, and each cancer type: {written['md']} (and .csv)")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------
@@ -1893,13 +1716,9 @@ def parse(argv=None):
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
     add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
     add("--baselines", "also answer without the slide, and with another's", action="store_true")
-    how = {"choices": ("generate", "likelihood"), "default": "generate"}
-    add("--choices", "closed questions: by what it says (default), or its likeliest option", **how)
     add("--batch-size", "questions at once (default: 8)", type=some, default=8)
     add = parser.group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
-    few = "below so many training slides a cancer type is rare (default: 100)"
-    add("--rare", few, type=some, default=100)
     judge = "grade open answers: WSI-Precision, WSI-Relevance; its key: OPENAI_API_KEY"
     add("--judge-model", judge, type=text, metavar="M")
     url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
@@ -1907,8 +1726,6 @@ def parse(argv=None):
     add("--requests", "requests to the judge at once (default: 8)", type=some, default=8)
     rules = "what counts: ours (default), or as in the authors' released evaluation"
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
-    add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
-    add("--judge-repeat", "grade so many answers twice: does the judge agree?", type=count, default=0)
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
