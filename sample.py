@@ -9,7 +9,7 @@
     python sample.py --evaluate A B C           several systems' predictions in one table
     python sample.py --evaluate A --judge-model M           open answers graded by a language model
 
-Several slides of one case go into one prompt: --slide a.svs b.svs. --region x,y,w,h asks about a part of one.
+Several slides of one case go into one prompt: --slide a.svs b.svs.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 import textwrap
 import threading
@@ -110,31 +109,11 @@ def why_missing(cfg, data, slide):
     return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None
 
 
-@torch.inference_mode()
-def region_tokens(model, data, slide, region):
-    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0
-    pixels."""
-    scale = slide_facts(data, slide).get("scale")  # level-0 pixels per tiled pixel
-    check(scale, f"--region: {wsi_llava.features_file(data, slide)} does not tell its scale to level 0")
-    features, coords = read_features(data, slide, model.cfg.max_tiles)
-    centres = (coords + TILE / 2) * scale  # [N,2]
-    x, y, width, height = region
-    inside = ((centres >= torch.tensor([x, y])) & (centres < torch.tensor([x + width, y + height]))).all(1)
-    low, high = centres.min(0).values.tolist(), centres.max(0).values.tolist()
-    between = f"between {low[0]:.0f},{low[1]:.0f} and {high[0]:.0f},{high[1]:.0f} (level-0 pixels)"
-    none = f"no tile of {slide} lies inside; the centres of its tiles lie {between}"
-    check(inside.any(), f"--region {x:g},{y:g},{width:g},{height:g}: {none}")
-    return model.encode_slide(features[inside], coords[inside])
-
-
 def slide_tokens(args, model, slides):
-    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens; a region's on the
-    fly."""
+    """Names of slides in data/ -> visual tokens [S,V,C], kept in data/visual_tokens."""
     for slide in slides:
         problem = why_missing(model.cfg, args.data, slide)
         check(not problem, f"--slide {slide}: {problem}")
-    if args.region:
-        return torch.stack([region_tokens(model, args.data, slide, args.region) for slide in slides])
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides)
     for slide, problem in problems.items():
         raise UserError(f"--slide {slide}: {problem}")
@@ -172,7 +151,7 @@ class Chat:
         like = model.mm_projector[0].weight
         self.cache = wsi_llava.KVCache(model.cfg.llama, 1, model.cfg.llama.context, like.device, like.dtype)
         self.tail = []  # the last reply's tokens that the cache does not hold yet
-        self.turns, self.tokens = [], 0  # what was said; tokens of the last reply
+        self.tokens = 0  # of the last reply
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
@@ -200,36 +179,25 @@ class Chat:
                 shown = text
         if len(shown) < len(text):
             yield text[len(shown) :]
-        self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
+        self.answer = text
 
 
-def stream_answer(args, names, chat, question):
-    """Streams one answer, or with --json prints one object -> (tokens, seconds)."""
+def stream_answer(chat, question):
+    """Streams one answer -> (tokens, seconds)."""
     started = time.time()
     for piece in chat.reply(question):
-        print("" if args.json else piece, end="", flush=True)
-    tokens, seconds = chat.tokens, time.time() - started
-    if args.json:
-        said = {"slides": names, "region": args.region, "question": question}
-        said |= {"answer": chat.turns[-1]["value"], "finished": len(chat.tail) == 1}
-        said |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
-        said["peak_memory"] = wsi_llava.peak_memory(args.device)
-        print(json.dumps(said, ensure_ascii=False), file=args.json, flush=True)
-    else:
-        print()
-    return tokens, seconds
+        print(piece, end="", flush=True)
+    print()
+    return chat.tokens, time.time() - started
 
 
-HELP = "/slide NAME... asks about other slides, /save FILE keeps the conversation, /quit ends"
-
-
-def chat_loop(args, open_chat, names, chat):
-    """Questions and commands, from a person or a pipe, until the input ends or /quit -> (tokens, seconds)."""
+def chat_loop(chat):
+    """Questions from a person or a pipe, until the input ends -> (tokens, seconds)."""
     talking, tokens, seconds = sys.stdin.isatty(), 0, 0.0
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 cost their own line only, below
         sys.stdin.reconfigure(errors="surrogateescape")
     if talking:
-        print(f"Ask about the slide; {HELP}.")
+        print("Ask about the slide; the end of the input (Ctrl-D) ends the chat.")
     while True:
         try:
             line = input("> " if talking else "").strip()
@@ -237,25 +205,10 @@ def chat_loop(args, open_chat, names, chat):
             return tokens, seconds
         try:
             check(line == line.encode(errors="replace").decode(), "the line is not UTF-8; type it again")
-            command, *rest = shlex.split(line) if line.startswith("/") else [""]
-            if command == "/quit":
-                return tokens, seconds
-            elif command == "/slide" and rest:
-                args.region = None  # it was the other slide's
-                names, chat = open_chat(rest)
-                print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens.")
-            elif command == "/save" and len(rest) == 1:
-                check_output(rest[0], '{"id": "chat"')
-                slide = names if len(names) > 1 else names[0]
-                row = {"id": "chat", "slide": slide, "task": "chat", "conversations": chat.turns}
-                write_text(rest[0], json.dumps(row, ensure_ascii=False) + "\n")
-                print(f"Wrote {len(chat.turns) // 2} turns to {rest[0]}.")
-            elif command:
-                raise UserError(f"{line}: not a command; {HELP}")
-            elif line:
-                more, took = stream_answer(args, names, chat, line)
+            if line:
+                more, took = stream_answer(chat, line)
                 tokens, seconds = tokens + more, seconds + took
-        except (UserError, OSError, ValueError) as error:
+        except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
 
 
@@ -277,8 +230,7 @@ def chat_loop(args, open_chat, names, chat):
 #     gradient times features, at the real slide alone                           48%     4.8
 #     integrated gradients                                                      100%    29.5
 
-PASSES = 16  # forward and backward, at points between the average tile and the real ones, at least;
-MOST_PASSES = 64  # where log p jumps on the way, more, until the shares come to nine tenths of the change
+PASSES = 32  # forward and backward, at the midpoints of as many steps from the average tile to the real ones
 PANEL = 560  # pixels of a panel's longer side
 BEST = 9  # tiles shown
 OVERLAY_ALPHA = 170  # opacity of the colours, of 255: the tissue shows through
@@ -288,8 +240,8 @@ HEATMAP_MARK = "wsi-llava heatmap"  # in the written files, so that only these a
 
 
 def tile_relevance(model, tokenizer, features, coords, question, answer, progress=iter):
-    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against), and what the
-    slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in data/features.
+    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against). The sum comes
+    close to what the slide adds. features [N,C_tile], coords [N,2] as in data/features.
     The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and one
     layer's."""
     check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
@@ -305,32 +257,13 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, progres
     features = features.to(model.device, torch.float32)
     average = features.mean(0).expand_as(features)
 
-    def at(place):
-        """A point of the path, from 0 to 1 -> (place, log p, d log p / d place by tile [N])."""
-        tiles = torch.lerp(average, features, place).requires_grad_()
+    relevance = torch.zeros(len(features))
+    for k in progress(range(PASSES)):
+        tiles = torch.lerp(average, features, (k + 0.5) / PASSES).requires_grad_()
         logp = -model(model.encode_slide(tiles, coords)[None], [ids], [labels], "sum")
-        slope = (torch.autograd.grad(logp, tiles)[0] * (features - average)).sum(1)
-        return place, logp.item(), slope.cpu()
-
-    def area(a, b):
-        """The trapezoid of an interval, by tile [N]."""
-        return (b[0] - a[0]) * (a[2] + b[2]) / 2
-
-    def missed(a, b):
-        """How far the trapezoid is from the interval's change in log p."""
-        return abs(b[1] - a[1] - area(a, b).sum().item())
-
-    path = []
-    for i in progress(range(MOST_PASSES)):
-        if i < 2:
-            path.append(at(float(i)))
-            continue
-        wrong = [missed(a, b) for a, b in itertools.pairwise(path)]
-        if i >= PASSES and sum(wrong) < 0.1 * abs(path[-1][1] - path[0][1]):
-            break
-        k = wrong.index(max(wrong)) + 1  # bisect the interval whose trapezoid misses its change by most
-        path.insert(k, at((path[k - 1][0] + path[k][0]) / 2))
-    return sum(area(a, b) for a, b in itertools.pairwise(path)), path[-1][1] - path[0][1]
+        slope = torch.autograd.grad(logp, tiles)[0]  # d log p / d tiles, [N,C_tile]
+        relevance += (slope * (features - average)).sum(1).cpu() / PASSES
+    return relevance
 
 
 def colours(shares):
@@ -432,8 +365,7 @@ def check_heatmap_flags(args):
     pictures = [path for path in (args.heatmap, args.heatmap_geojson) if path]
     if pictures:
         check(args.slide and args.ask, "--heatmap explains one answer: it needs --slide and --ask")
-        whole = len(args.slide) == 1 and not args.region
-        check(whole, "--heatmap explains a whole slide: give --slide one name, and no --region")
+        check(len(args.slide) == 1, "--heatmap explains one slide: give --slide one name")
     if args.heatmap:
         png = args.heatmap.suffix.lower() == ".png"
         check(png, f"--heatmap {args.heatmap}: the picture is a PNG; give it a name that ends in .png")
@@ -446,16 +378,16 @@ def explain(args, model, tokenizer, name, answer):
     given = Path(args.slide[0])
     slide = open_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
-    print(f"Relevance of {len(coords):,} tiles: {PASSES} passes or more on {args.device}.")
+    print(f"Relevance of {len(coords):,} tiles: {PASSES} passes on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
-    relevance, gain = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
+    relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
     relevance, coords = relevance.numpy(), coords.numpy()
     x, y = coords[relevance.argmax()] * slide.scale
     print(
-        f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come "
-        f"to {relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
+        f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer; the "
+        f"tile that adds most, {relevance.max():.2f}, is at level-0 pixel {x:.0f}, {y:.0f}."
     )
-    if gain < 0.1:
+    if relevance.sum() < 0.1:
         print(
             "So little means that a slide of average tiles gets this answer too: no tile made it what it is."
         )
@@ -1634,8 +1566,8 @@ def write_evaluation(written, lines, systems, notes):
 def ask_about_slides(args):
     """--slide: one answer, a chat, or zero-shot."""
     started = time.time()
-    one = len(args.slide) == 1 or not (args.region or args.zero_shot)
-    check(one, "--region and --zero-shot are about one slide; give --slide one name")
+    one = len(args.slide) == 1 or not args.zero_shot
+    check(one, "--zero-shot is about one slide; give --slide one name")
     slides = prepare_raw(args, args.slide)
     meta = wsi_llava.read_meta(args.data)
     if args.zero_shot:
@@ -1643,40 +1575,23 @@ def ask_about_slides(args):
         print(f"{slides[0]}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
         for text, p in sorted(found.items(), key=lambda item: -item[1]):
             print(f"{p:8.4f}  {text}")
-        if args.json:
-            said = {"slide": slides[0], "probabilities": found}
-            print(json.dumps(said, ensure_ascii=False), file=args.json)
         return
     model, tokenizer = load_model(args, meta)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     options = {name: getattr(args, name) for name in names}
 
-    def open_chat(names):
-        names = prepare_raw(args, names)
-        return names, Chat(model, tokenizer, slide_tokens(args, model, names), **options)
-
-    names, chat = open_chat(slides)
+    chat = Chat(model, tokenizer, slide_tokens(args, model, slides), **options)
     trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
     origin = f"model of {trained}" if trained.exists() else "published model"
     where = f"{origin} on {args.device} in {dtype}, {time.time() - started:.1f} s"
-    print(f"{', '.join(names)}: {chat.visual.shape[:2].numel()} visual tokens; {where}.")
+    print(f"{', '.join(slides)}: {chat.visual.shape[:2].numel()} visual tokens; {where}.")
     if args.ask:
-        tokens, seconds = stream_answer(args, names, chat, args.ask)
+        tokens, seconds = stream_answer(chat, args.ask)
     else:
-        tokens, seconds = chat_loop(args, open_chat, names, chat)
+        tokens, seconds = chat_loop(chat)
     if args.heatmap or args.heatmap_geojson:
-        explain(args, model, tokenizer, names[0], chat.turns[-1]["value"])
+        explain(args, model, tokenizer, slides[0], chat.answer)
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
-
-
-def rectangle(text):
-    """A type for argparse: x,y,width,height -> floats."""
-    values = []
-    with contextlib.suppress(ValueError):
-        values = [float(part) for part in text.split(",")]
-    if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height in level-0 pixels")
-    return values
 
 
 def temperature(text):
@@ -1695,14 +1610,12 @@ def parse(argv=None):
     folder, many = file | {"metavar": "DIR"}, {"nargs": "+", "type": text}
     add("--slide", "a slide file, or the name of a prepared slide; several: one case", metavar="S", **many)
     add("--ask", "one question; without it, a chat", type=text, metavar="Q")
-    add("--region", "only this part of the slide, in level-0 pixels", metavar="X,Y,W,H", type=rectangle)
     add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", **many)
     add("--heatmap", "with --ask: a picture (PNG) of which tiles made the answer what it is", **file)
     add("--heatmap-geojson", "the same for QuPath, a square a tile", **file)
     mpp = wsi_llava.at_least(0.05, float, 20)
     add("--mpp", "um per pixel at level 0, for a raw slide whose metadata lack it", type=mpp)
     add("--slides", "where the slides' files are, for pictures (default: slides in --data)", **folder)
-    add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
     add = parser.group("how it answers")
     tiles = "from so many of a slide's tiles, drawn at random, always the same ones (0: all)"
     add("--max-tiles", tiles, type=count, default=0)
@@ -1729,7 +1642,6 @@ def parse(argv=None):
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
-    args.json = sys.stdout if args.json else None  # a program reads it; all else goes to stderr then
     return args
 
 
@@ -1739,13 +1651,12 @@ def main(argv=None):
     wsi_llava.resolve_device(args)
     todo = args.slide or args.qa or args.evaluate is not None
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
-    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        if args.qa:
-            answer_file(args)
-        if args.evaluate is not None:
-            evaluate(args, args.evaluate or [args.predictions])
-        elif args.slide and not args.qa:
-            ask_about_slides(args)
+    if args.qa:
+        answer_file(args)
+    if args.evaluate is not None:
+        evaluate(args, args.evaluate or [args.predictions])
+    elif args.slide and not args.qa:
+        ask_about_slides(args)
 
 
 if __name__ == "__main__":

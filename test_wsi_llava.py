@@ -35,7 +35,6 @@ import threading
 import time
 import traceback
 import types
-import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
@@ -4587,31 +4586,13 @@ def test_why_a_slide_cannot_be_asked_about(tmp_path):
     assert "cut.safetensors: " in why("cut") and "prepare the slide again" in why("cut")
 
 
-def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
-    """Level-0 pixels, four to a pixel of the coordinates; the tokens are those of a slide of these tiles
-    alone."""
-    (tmp_path / "features").mkdir()
-    features = torch.randn(12, 128).half()
-    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1).int() * 256
-    path = tmp_path / "features" / "s.safetensors"
-    save_file({"features": features, "coords": coords}, path, {"wsi_llava": json.dumps({"scale": 4.0})})
-    got = sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
-    with torch.no_grad():
-        torch.testing.assert_close(got, tiny.encode_slide(features[[1, 2]], coords[[1, 2]]))
-    message = r"--region 0,0,100,100: no tile of s lies inside; .*between 512,512 and 3584,2560"
-    with pytest.raises(UserError, match=message):
-        sample.region_tokens(tiny, tmp_path, "s", [0, 0, 100, 100])
-    save_file({"features": features, "coords": coords}, path)
-    with pytest.raises(UserError, match="does not tell its scale"):
-        sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
-
-
 @slow
 def test_zero_shot_equals_stage_one(demo, capsys):
     """The probabilities are the softmax over what training would embed."""
     texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
-    sample_with(demo, "--slide", "demo_0015", "--json", "--zero-shot", *texts)
-    found = json.loads(capsys.readouterr().out)["probabilities"]
+    sample_with(demo, "--slide", "demo_0015", "--zero-shot", *texts)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(texts) :]]
+    found = {text: float(p) for p, text in lines}
     args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
     wsi_llava.resolve_device(args)
     _, model, words, tokenizer = train.load_alignment(args, wsi_llava.read_meta(args.data))
@@ -4620,8 +4601,7 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     with torch.no_grad():
         slides, embedded = train.embed(args, model, words, samples)
         want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
-    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4)
-    assert sum(found.values()) == pytest.approx(1)
+    assert [found[text] for text in texts] == pytest.approx(want.tolist(), abs=1e-4)
 
 
 def test_chat_continues_as_if_read_anew(tiny, tokenizer):
@@ -4650,68 +4630,31 @@ def test_slides_of_one_case_are_announced(tiny, tokenizer):
     assert ids.count(IMAGE_TOKEN) == 2 and got == tokenizer.decode([t for t in want if t != tokenizer.eos])
 
 
-@slow
-def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
-    lines = [
-        "Which type of tumor is this?",
-        "What is its grade?",
-        "/dance",
-        f"/save '{tmp_path / 'talk.json'}'",
-    ]
-    lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    sample_with(demo, "--slide", "demo_0000", "--max-new-tokens", 5)
-    out, err = capsys.readouterr()
-    assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
-    assert (
-        "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
-    )
-    saved = json.loads((tmp_path / "talk.json").read_text())
-    for turn in saved["conversations"]:
-        turn["value"] = turn["value"] or "Nothing."  # a model that has hardly learnt may say nothing
-    prepare.write_qa(tmp_path / "talk.json", [saved])
-    (row,) = prepare.read_qa(tmp_path / "talk.json")
-    assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_a_person_is_told_the_commands_and_leaves_by_the_end_of_the_input(
-    tiny, tokenizer, monkeypatch, capsys
-):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdin", Terminal("What is its grade?\n\n"))
+@pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
+def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
+    """From a person, who is told how, or a pipe; a line that does not fit, or is no text, costs itself."""
+    lines = ["What is its grade?", "", "word " * 400, "half \ud83d", "What is its grade?"]
+    monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    tokens, _ = sample.chat_loop(sample.parse([]), None, ["s"], chat)
-    printed = capsys.readouterr().out
-    assert (
-        tokens == 5
-        and printed.startswith(f"Ask about the slide; {sample.HELP}.\n> ")
-        and printed.count("> ") == 3
-    )
+    tokens, _ = sample.chat_loop(chat)
+    out, err = capsys.readouterr()
+    assert tokens == 10 and out.count("> ") == (6 if before else 0) and ("Ctrl-D" in out) == bool(before)
+    assert "the prompt is too long" in err and "the line is not UTF-8" in err
 
 
 @slow
-def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
-    """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
-    flags = [
-        "--llm",
-        demo[0] / "data" / "llm",
-        "--max-new-tokens",
-        3,
-        "--json",
-        "--heatmap",
-        tmp_path / "map.png",
-    ]
+def test_a_raw_slide_is_prepared_first(demo, toy_slide, tmp_path, capsys):
+    """With nothing in data/ yet, and only the demo's models at hand."""
+    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 3, "--heatmap", tmp_path / "map.png"]
     sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?\n<image>", *flags, data=tmp_path / "new")
-    (line,) = capsys.readouterr().out.splitlines()
-    found = json.loads(line)
-    assert found["slides"] == ["toy"] and isinstance(found["answer"], str)
-    assert found["tokens"] == 3 and not found["finished"] and Image.open(tmp_path / "map.png").width > 1000
-    flags = [*flags[:-2], "--region", "0,0,1024,1024"]
-    sample_with(demo, "--slide", "toy", "--ask", "Which type?", *flags, data=tmp_path / "new")
-    assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
+    printed = capsys.readouterr().out
+    assert "toy: 36 visual tokens" in printed and "3 tokens, " in printed
+    assert Image.open(tmp_path / "map.png").width > 1000
 
 
 # ---- sample.py: many questions ---------------------------------------------------------------------------
@@ -4830,7 +4773,6 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
 
 @slow
 def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
-    """And closed questions can be answered by what is likeliest: always an option, with a confidence."""
     folder, _ = demo
     shutil.copytree(folder / "data", tmp_path / "data")
     rows = []
@@ -4849,32 +4791,14 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
     (tmp_path / "data" / "features" / "demo_0001.safetensors").write_bytes(b"half")
     path = tmp_path / "predictions.jsonl"
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
-    sample_with(demo, *flags, "--choices", "likelihood", "--evaluate", data=tmp_path / "data")
+    sample_with(demo, *flags, "--evaluate", data=tmp_path / "data")
     printed = capsys.readouterr().out
     assert (
         "Answered 6 questions" in printed
         and "3 questions are about slides that are missing: demo_0001" in printed
     )
-    assert "Confidence in the chosen option" in printed and "name no choice" not in printed
     _, answers = sample.read_predictions(path)
-    assert "demo_0001.safetensors" in answers[3]["missing"]
-    assert answers[0]["answer"] in "AB" and answers[1]["answer"] in ("yes", "no")
-    for field in ("answer", "answer_by_text"):
-        assert sum(answers[0]["confidence"][field].values()) == pytest.approx(1)
-    args = sample.parse(["--data", str(tmp_path / "data"), "--out", str(folder / "out")])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
-    visual = wsi_llava.read_visual_tokens(args.data, "demo_0000", model.cfg)
-    for text in ("glands", "sheets of cells"):
-        prompt, answer = sample.prompt_ids(tokenizer, rows[0]), tokenizer.encode(text)
-        with torch.no_grad():
-            embeds, _ = model.splice(visual[None], [prompt + answer])
-            nats = model.llama(embeds=embeds)[0, -len(answer) - 1 : -1].log_softmax(-1)
-        want = nats[range(len(answer)), answer].mean().item()
-        assert sample.likelihood(model, tokenizer, rows[0], {"demo_0000": visual}, text) == pytest.approx(
-            want, abs=1e-4
-        )
-
+    assert "demo_0001.safetensors" in answers[3]["missing"] and answers[0]["answer"] is not None
     (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
     with pytest.raises(UserError, match="mine.jsonl: exists, and is no earlier output of this command"):
         sample_with(demo, *flags[:2], "--predictions", tmp_path / "mine.jsonl", data=tmp_path / "data")
@@ -5173,8 +5097,12 @@ def write_predictions(folder, rows, **more):
 
 
 def table_of(folder):
-    """evaluation.json's lines, {(kind or group, metric, system): line}."""
-    lines = json.loads((folder / "evaluation.json").read_text())["table"]
+    """evaluation.csv's lines, {(kind or group, metric, system): line}."""
+    with open(folder / "evaluation.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        for name in list(line)[4:]:
+            line[name] = float(line[name]) if line[name] else None
     return {(name, x["metric"], x["system"]): x for x in lines for name in (x["kind"], x["group"])}
 
 
@@ -5238,7 +5166,7 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     line = table_of(tmp_path)["all", "WSI-Precision", "model"]
     assert line["unusable"] == 1 and line["questions"] == 8 and line["mean"] == pytest.approx(0.7 * 7 / 8)
     printed = capsys.readouterr().out
-    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours, our prompts" in printed
+    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours" in printed
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
     # Only what was unusable is asked again
@@ -5376,33 +5304,15 @@ def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsy
     )
     nothing, claims = said('{"scores": [1, null]}'), said('{"claims": ["This", "that"]}')
     judge_server.script += [claims, said('{"scores": [1, 0.3]}'), claims, nothing, *[said("?")] * 9]
-    texts = {"claims": "Take it apart.", "precision": "Is it said?", "relevance": "Does it matter?"}
-    (tmp_path / "prompts.json").write_text(json.dumps(texts))
     flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    flags += [
-        "--judge-protocol",
-        "authors",
-        "--judge-prompts",
-        tmp_path / "prompts.json",
-        "--judge-repeat",
-        2,
-    ]
+    flags += ["--judge-protocol", "authors"]
     sample.main(list(map(str, flags)))
     shown = [json.loads(body["messages"][1]["content"]) for _, body in judge_server.requests[:4]]
     assert "question" not in shown[0] and "question" in shown[2]
-    system = [body["messages"][0]["content"] for _, body in judge_server.requests[:4]]
-    assert system == [texts[name] for name in ("claims", "precision", "claims", "relevance")]
     precision, relevance = (table_of(tmp_path)["all", metric, "model"] for metric in sample.JUDGED)
     assert precision["mean"] == pytest.approx(0.65) and precision["unusable"] == 1 and relevance["mean"] == 1
     printed = capsys.readouterr().out
-    assert (
-        f"protocol authors, prompts of {tmp_path}/prompts.json. 1 grades stayed unusable and are left out"
-        in printed
-    )
-    assert "WSI-Relevance graded twice, 2 answers" in printed
-    (tmp_path / "prompts.json").write_text('{"claims": 3}')
-    with pytest.raises(UserError, match="prompts.json: .*expected JSON of three texts"):
-        sample.main(list(map(str, flags)))
+    assert "protocol authors. 1 grades stayed unusable and are left out" in printed
 
 
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
@@ -5431,13 +5341,13 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
     blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
     path = write_predictions(tmp_path, rows, answer_no_image=blind)
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2"])
-    printed = capsys.readouterr().out
-    found, table = json.loads((tmp_path / "evaluation.json").read_text())["table"], table_of(tmp_path)
+    sample.main(["--evaluate", str(path), "--data", str(tmp_path)])
+    printed, table = capsys.readouterr().out, table_of(tmp_path)
+    found = list(table.values())
     model, blind = (table["Staging_choice", "accuracy", name] for name in ("model", "no slide"))
     assert (model["questions"], model["missing"], model["unusable"], blind["unusable"]) == (4, 0, 1, 0)
     assert model["mean"] == 0.5 and model["low"] <= 0.5 <= model["high"] and blind["mean"] == 0.5
-    assert blind["difference"] == 0 and blind["p"] == 1 and model["difference"] is None
+    assert blind["difference"] == 0 and model["difference"] is None
     assert table["diagnosis", "accuracy", "model"]["published"] == 0.863
     assert table["treatment", "accuracy", "model"]["mean"] == 1
     report = table["report", "BLEU-4", "model"]
@@ -5452,25 +5362,12 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert [graded[name] for name in ("mean", "low", "high")] == [1, 1, 1]
     if sample.find_meteor() is None:
         assert "METEOR: n/a" in printed and ("report", "METEOR", "model") not in table
-    assert {line["group"].split(":")[0] for line in found if line["kind"] == "common or rare"} == {
-        "common",
-        "rare",
-    }
-    assert {line["slides"] for line in found if line["kind"] == "cancer type"} == {1, 3}
     assert "7 of 8 questions answered" in printed
     assert "1 closed answers of model name no choice" in printed and "'Who knows'" in printed
     kinds = {line["kind"] for line in found}
     assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
     assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
-    with open(tmp_path / "evaluation.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert (
-        len(lines) == len(found)
-        and lines[0]["mean"]
-        and {line["system"] for line in lines} == {"model", "no slide"}
-    )
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2", "--json"])
-    assert json.loads(capsys.readouterr().out)["table"] == found
+    assert {line["system"] for line in found} == {"model", "no slide"}
 
 
 def test_the_average_is_of_the_nine_figures_of_three_capabilities():
@@ -5488,7 +5385,7 @@ def test_the_average_is_of_the_nine_figures_of_three_capabilities():
         rows += [row | {"scores": {}}, row | {"truth": "Yes, it is.", "grades": grades, "scores": {}}]
     for row in rows:
         sample.score_row(row, ["model"], lambda truth, answer: 0.25)
-    table = sample.tabulate(rows, ["model"], ({"c": "rare"}, {"c": 3}), sample.parse([]))
+    table = sample.tabulate(rows, ["model"], {"c": {1, 2, 3}}, sample.parse([]))
     assert (table[0].metric, table[0].questions, table[0].published) == ("average", 9, 0.754)
     assert table[0].mean == pytest.approx((2 + 3 * 0.3 + 3 * 0.7) / 9)
     assert [line.mean for line in table if line.metric == "METEOR" and line.kind == "all"] == [0.25]
@@ -5520,8 +5417,7 @@ def test_truths_and_answers_of_others_are_told_apart(tmp_path, capsys):
 
 
 def test_several_systems_stand_in_one_table(tmp_path, capsys):
-    """Others' files in their own shapes, on the questions that all answered; differences, McNemar, rarity,
-    majority."""
+    """Others' files in their own shapes, on the questions that all answered; differences, majority."""
     rows = [("Staging_choice", f"{OPTIONS} ({n})", "B", "B" if n < 10 else "A") for n in range(14)]
     path = write_predictions(tmp_path, rows)
     ours = [json.loads(line) for line in path.read_text().splitlines()][1:]
@@ -5550,24 +5446,20 @@ def test_several_systems_stand_in_one_table(tmp_path, capsys):
     ]
     (tmp_path / "qa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
     files = [path, *(tmp_path / name for name in ("llava.jsonl", "wsi.json", "chat.csv"))]
-    sample.main(list(map(str, ["--data", tmp_path, "--rare", 2, "--evaluate", *files])))
+    sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
     printed = capsys.readouterr().out
     assert (
         "13 of 14 questions answered by all" in printed and "llava.jsonl: 1 rows match no question" in printed
     )
     assert "stranger" in printed and "llava: 1 of 14 questions not answered" in printed
-    result = json.loads((tmp_path / "evaluation.json").read_text())
-    means = {x["system"]: round(x["mean"], 3) for x in result["table"] if x["kind"] == "all"}
+    result = table_of(tmp_path).values()
+    means = {x["system"]: round(x["mean"], 3) for x in result if x["kind"] == "all"}
     assert means == {"predictions": 0.769, "llava": 0.077, "wsi": 1.0, "chat": 0.0, "majority": 1.0}
-    llava, wsi = (table_of(tmp_path)["all", "accuracy", name] for name in ("llava", "wsi"))
+    llava = table_of(tmp_path)["all", "accuracy", "llava"]
     assert (llava["questions"], llava["missing"]) == (13, 1)
     assert llava["difference"] == pytest.approx(-9 / 13) and llava["difference_high"] < 0
-    assert llava["p"] == pytest.approx(2 / 2**9) and wsi["p"] == pytest.approx(2 / 2**3)
-    assert {x["group"]: x["slides"] for x in result["table"] if x["kind"] == "cancer type"} == {
-        "common": 0,
-        "rare": 3,
-    }
-    xml.etree.ElementTree.parse(tmp_path / "evaluation.svg")
+    types = {x["group"]: x["slides"] for x in result if x["kind"] == "cancer type"}
+    assert types == {"common": 0, "rare": 3}
     (tmp_path / "evaluation.md").write_text("my notes")
     with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
         sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
@@ -5582,12 +5474,6 @@ def test_cells_are_no_formulas():
     assert (
         sample.csv_text([["=1+1", "+a", "-b", "@c", -0.5, "fine", None]]) == "'=1+1,'+a,'-b,'@c,-0.5,fine,\n"
     )
-
-
-def test_mcnemar_equals_the_binomial():
-    right = np.array([1] * 9 + [0, 1, 0])
-    assert sample.mcnemar(right, np.array([0] * 9 + [1, 1, 0])) == pytest.approx(22 / 1024)
-    assert sample.mcnemar(right, right) == 1
 
 
 def test_bad_files_of_predictions_are_named(tmp_path):
@@ -5653,14 +5539,13 @@ def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
     labels[-1] = IGNORE  # the </s>
     found = []
     for tiles, place in zip(features[::2], at[::2]):
-        relevance, gain = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
+        relevance = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
         with torch.no_grad():
             real, average = (
                 -model(model.encode_slide(x, GRID)[None], [ids], [labels], "sum").item()
                 for x in (tiles, tiles.mean(0).expand(20, -1))
             )
-        assert gain == pytest.approx(real - average, abs=1e-4)
-        assert relevance.sum().item() == pytest.approx(gain, rel=0.25, abs=0.1)
+        assert relevance.sum().item() == pytest.approx(real - average, rel=0.25, abs=0.1)
         found.append(relevance.argmax() == place and relevance.max() > 3 * relevance.clamp(min=0).mean())
     assert sum(found) >= 9, found
 
@@ -5673,7 +5558,7 @@ def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
     features = torch.randn(n, 128)
     features[1] = features[[i for i in range(n) if i != 1]].mean(0)
-    relevance, _ = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
+    relevance = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
     assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
 
 
@@ -5730,10 +5615,6 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        (
-            [*asked, "--region", "0,0,9,9", "--heatmap", tmp_path / "a.png"],
-            "give --slide one name, and no --region",
-        ),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
     ):
@@ -5829,8 +5710,6 @@ def test_demo_runs_end_to_end(demo):
         (prepare, "--seed -1", "--seed: -1 is less than 0"),
         (prepare, "--demo --demo-slides 4", "--demo-slides: 4 is less than 5"),
         (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
-        (sample, "--region 1,2,3", "1,2,3 is not x,y,width,height in level-0 pixels"),
-        (sample, "--region 1,2,nan,4", "1,2,nan,4 is not x,y,width,height in level-0 pixels"),
         (
             sample,
             "--temperature 1e-38",
@@ -5853,7 +5732,7 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (
             sample,
             "--slide a b --zero-shot x",
-            "--region and --zero-shot are about one slide; give --slide one name",
+            "--zero-shot is about one slide; give --slide one name",
         ),
         (prepare, "--slides . --device abacus", "--device abacus: "),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
@@ -6151,7 +6030,7 @@ def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
         tmp_path,
         tmp_path / "no" / "file",
     ):
-        for mark in (sample.PICTURE_MARK, sample.HEATMAP_MARK, '{"settings"', '{"id": "chat"'):
+        for mark in (sample.HEATMAP_MARK, '{"settings"'):
             with pytest.raises(UserError, match=re.escape(str(path))):
                 sample.check_output(path, mark)
     with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):

@@ -1464,7 +1464,7 @@ def truth(row):
     return row["conversations"][1]["value"]
 
 
-HEATMAPS = 20  # slides; each takes up to 64 passes
+HEATMAPS = 20  # slides; each takes 32 passes
 
 
 def print_relevance(args, model, tokenizer, cases):
@@ -1481,7 +1481,7 @@ def print_relevance(args, model, tokenizer, cases):
         holds = np.array([corner in planted[slide] for corner in coords.tolist()])
         if not holds.any():  # --max-tiles left them out
             continue
-        relevance, _ = sample.tile_relevance(model, tokenizer, features, coords, question, truth(content))
+        relevance = sample.tile_relevance(model, tokenizer, features, coords, question, truth(content))
         relevance = relevance.numpy()
         if not hits:
             view = sample.open_slide(args.data, slide)
