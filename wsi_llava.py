@@ -2179,12 +2179,12 @@ def feature_metadata(path):
         return notes | {"tiles": file.get_slice("coords").get_shape()[0]}
 
 
-def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
+def read_features(data, slide, max_tiles=0, width=None):
     """data/features of one slide -> features float16 [N,C_tile], coords int32 [N,2].
 
     max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
-    width: what C_tile must be. coordinates: whether they are needed, as by a slide encoder; some imports have
-    none. Raises UserError where there is no such file, or its contents cannot be features of a slide.
+    width: what C_tile must be. Raises UserError where there is no such file, or its contents cannot be
+    features of a slide.
     """
     path, hint = features_file(data, slide), PREPARE_AGAIN
     with reading(path, hint):
@@ -2194,11 +2194,7 @@ def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
         check(coords.shape == (N, 2), f"{path}: holds {N} features but coords {list(coords.shape)}; {hint}")
         check(width in (None, C), f"{path}: its features are {C} wide, not {width}; {hint}")
         check(features.isfinite().all(), f"{path}: its features are not finite; {hint}")
-        if json.loads(read_metadata(path).get("wsi_llava", "{}")).get("coordinates", True):
-            grid_cells(coords)
-        else:
-            needed = "its tiles have no coordinates, and a slide encoder needs them"
-            check(not coordinates, f"{path}: {needed}; only a model trained with --no-slide-encoder takes it")
+        grid_cells(coords)
     if max_tiles and max_tiles < N:
         rng = np.random.default_rng(zlib.crc32(slide.encode()))
         chosen = torch.from_numpy(np.sort(rng.choice(N, max_tiles, replace=False)))
@@ -2206,21 +2202,13 @@ def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
     return features, coords
 
 
-def tile_corners(x, y):
-    return [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
-
-
-def geojson_feature(kind, rings, scale, origin=(0, 0), **properties):
-    """A polygon for QuPath: rings of corners (x, y) times `scale`, in level-0 pixels counted from `origin`.
-
-    kind: "tile" or "annotation". properties: what else QuPath is to know of it.
-    """
-    x0, y0 = origin
-    closed = []
-    for ring in rings:
-        closed.append([[round(x * scale - x0, 2), round(y * scale - y0, 2)] for x, y in [*ring, ring[0]]])
-    geometry = {"type": "Polygon", "coordinates": closed}
-    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": kind, **properties}}
+def geojson_tile(x, y, scale, origin=(0, 0), **properties):
+    """A tile for QuPath. x, y: its corner in tiled pixels; scale: level-0 pixels each. Its own corners are in
+    level-0 pixels, counted from `origin`. properties: what else QuPath is to know of it."""
+    corners = np.array([(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE), (x, y)])
+    ring = (corners * scale - origin).round(2).tolist()
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": "tile", **properties}}
 
 
 def read_visual_tokens(data, slide, cfg):
@@ -2267,7 +2255,7 @@ def keep_visual_tokens(model, data, slide):
         return False
     encoder = model.slide_encoder
     width = None if encoder is None else encoder.cfg.in_width
-    features, coords = read_features(data, slide, model.cfg.max_tiles, width, encoder is not None)
+    features, coords = read_features(data, slide, model.cfg.max_tiles, width)
     check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
     with torch.inference_mode():
         tokens = model.encode_slide(features, coords).half()
