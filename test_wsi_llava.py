@@ -6774,38 +6774,6 @@ def stage1_step(preset, at_once, sizes):
     return seconds, wsi_llava.peak_memory(device)
 
 
-def write_giant(path, side=100_000, mpp=0.5):
-    """A slide of side x side pixels at 0.5 um/px, with a pyramid, tiled JPEG: a disk of tissue, one of few
-    tiles everywhere."""
-    import tifffile
-
-    tifffile.tifffile.imagecodecs.jpeg_encode = (
-        None  # the tiles come encoded; without imagecodecs it asks for an encoder
-    )
-    image, _ = prepare.draw_slide(CASE)
-    encoded = []
-    for i in range(64):
-        file, (x, y) = io.BytesIO(), (512 + i % 4 * 256, 512 + i // 4 % 4 * 256)
-        image.crop((x, y, x + 256, y + 256)).save(file, "JPEG", quality=80)
-        encoded.append(file.getvalue())
-    file = io.BytesIO()
-    Image.new("RGB", (256, 256), (244, 244, 244)).save(file, "JPEG")
-    with tifffile.TiffWriter(path, bigtiff=True) as out:
-        for downsample in (1, 4, 16, 64):
-            n = math.ceil(side / downsample / 256)
-            y, x = np.mgrid[:n, :n] / n * 2 - 1
-            inside = (np.hypot(x, y) < 0.8).ravel()
-            tiles = (encoded[i % 61] if inside[i] else file.getvalue() for i in range(n * n))
-            resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
-            shape = {
-                "shape": (side // downsample, side // downsample, 3),
-                "dtype": "uint8",
-                "tile": (256, 256),
-            }
-            jpeg = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "metadata": None}
-            out.write(tiles, **shape, **jpeg, **resolution, subfiletype=int(downsample > 1))
-
-
 def bare_tile(slide, x, y):
     """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and
     checks no alpha."""
@@ -6844,7 +6812,6 @@ def benchmark_reading(rounds=5):
             mask = np.ones((slide.height // prepare.MASK, slide.width // prepare.MASK), bool)
             coords = prepare.tile_grid(mask, 1)
             order = np.concatenate(prepare.blocks(coords, 256))
-
             ours = functools.partial(read_each, slide.tile, coords[order])
             theirs = functools.partial(read_each, functools.partial(peer, plain), coords)
             times = {ours: [], theirs: []}
@@ -7126,8 +7093,6 @@ BENCHMARKS = {
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
     "reading": benchmark_reading,
-    "encoding": benchmark_encoding,
-    "tissue": benchmark_tissue,
     "steps": benchmark_steps,
 }
 
