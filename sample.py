@@ -103,7 +103,7 @@ def why_missing(cfg, data, slide):
         imported = known and wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # as good as features
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
     try:
-        empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
+        empty = not len(read_features(data, slide)[0])
     except UserError as error:
         return str(error)
     return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None
@@ -355,8 +355,7 @@ def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
     tiles = []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), shades):
         facts = {"color": shade, "measurements": {"relevance": value}}
-        rings = [wsi_llava.tile_corners(x, y)]
-        tiles.append(wsi_llava.geojson_feature("tile", rings, scale, corner, **facts))
+        tiles.append(wsi_llava.geojson_tile(x, y, scale, corner, **facts))
     write_text(path, json.dumps({"type": "FeatureCollection", "made_by": HEATMAP_MARK, "features": tiles}))
 
 
