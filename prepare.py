@@ -244,21 +244,20 @@ class Slide:
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
-    def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels
-        takes time then, and not memory. What cannot be decoded is taken from a finer level; what no level
-        has stays white, up to 1%."""
-        picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
-        level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        self._paint(picture, pixel, level, (0, 0, *picture.size), PART)
-        return picture
-
     def size_at(self, pixel):
         """Width and height of the whole slide at `pixel` tiled pixels a pixel."""
         return [max(1, round(side / pixel)) for side in (self.width, self.height)]
 
-    def _paint(self, picture, pixel, level, box, side):
-        """Pastes a box of the thumbnail from a level, read in squares of `side` level pixels."""
+    def thumbnail(self, pixel):
+        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels
+        takes time then, and not memory. What cannot be decoded stays white, up to 1%."""
+        picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
+        self._paint(picture, pixel, (0, 0, *picture.size), PART)
+        return picture
+
+    def _paint(self, picture, pixel, box, side):
+        """Pastes a box of the thumbnail, read in squares of `side` level pixels."""
+        level = self.file.get_best_level_for_downsample(self.scale * pixel)
         zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
         step = max(1, int(side / zoom))
         for y, x in itertools.product(range(box[1], box[3], step), range(box[0], box[2], step)):
@@ -269,18 +268,15 @@ class Slide:
                 part = self.region(level, *corner, *map(math.ceil, inside[2:]))
             except openslide.OpenSlideError as error:  # not Pillow's: it reads a picture whole or not at all
                 self.open()
-                if level > 0:
-                    self._paint(picture, pixel, level - 1, (x, y, right, bottom), PART)
-                elif step > max(1, TILE / pixel):
-                    self._paint(picture, pixel, 0, (x, y, right, bottom), step // 2 * zoom)
-                else:
-                    self.lost += (right - x) * (bottom - y)
-                    much = self.lost > DROPPED * picture.width * picture.height
-                    check(not much, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
+                if side > TILE:  # only the parts of it that are damaged are lost
+                    self._paint(picture, pixel, (x, y, right, bottom), TILE)
+                    continue
+                self.lost += (right - x) * (bottom - y)
+                much = self.lost > DROPPED * picture.width * picture.height
+                check(not much, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
                 continue
             part = Image.fromarray(part).convert("RGB")
             picture.paste(part.resize((right - x, bottom - y), Image.Resampling.BOX, inside), (x, y))
-        return picture
 
 
 # ---- Finding slides, and what they are called --------------------------------------------------------------
@@ -672,7 +668,7 @@ def blocks(coords, step):
     return np.split(order, borders) if len(order) else []
 
 
-# ---- Pictures to check, outlines for QuPath ----------------------------------------------------------------
+# ---- Pictures to check, tiles for QuPath -------------------------------------------------------------------
 
 
 def draw_qc(path, picture, pixel, mask, ink, coords):
@@ -694,89 +690,15 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
         picture.save(temporary, "JPEG", quality=90)
 
 
-def contours(mask):
-    """Outlines of a bool mask along the edges of its pixels -> polygons [outer ring, hole, ...], rings of
-    corners (x, y).
-
-    Every edge between inside and outside is an arrow from corner to corner with the inside on its right. A
-    ring follows the arrows and turns right where it can: pixels that touch at a corner stay apart. Where it
-    comes to a corner for the second time, what lies between is cut off as a ring of its own, a hole: no ring
-    touches itself. Outer rings run clockwise.
-    """
-    padded = np.pad(mask, 1)
-    # the pixels around each corner
-    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
-    arrows = np.zeros(se.shape, np.uint8)  # of each corner, one bit a direction: right, down, left, up
-    for bit, (inside, outside) in enumerate(((se, ne), (sw, se), (nw, sw), (ne, nw))):
-        arrows |= (inside & ~outside).view(np.uint8) << bit
-    width = arrows.shape[1]
-    bits, todo, steps = arrows.tobytes(), bytearray(arrows), (1, width, -1, -width)
-    polygons, owner = [], {}  # owner: the polygon of an upward arrow
-    for start in map(int, np.flatnonzero(arrows & 3)):
-        first = 0 if bits[start] & 1 else 1
-        if not todo[start] >> first & 1:
-            continue
-        # In raster order a ring is met at its upper left corner. There an outer ring sets out to the right
-        # and a hole down: the hole lies in the polygon of the next upward arrow to the left, which borders on
-        # the same pixels.
-        if first == 0:
-            n = len(polygons)
-            polygons.append([])
-        else:
-            n = owner[next(i for i in range(start, -1, -1) if bits[i] & 8)]
-        ring, at, direction = [], start, first
-        while todo[at] >> direction & 1:
-            todo[at] ^= 1 << direction
-            if direction == 3:
-                owner[at] = n
-            at += steps[direction]
-            # right, straight on or left
-            turn = next(turn for turn in (1, 0, 3) if bits[at] >> (direction + turn) % 4 & 1)
-            if turn:
-                ring.append((at % width, at // width))
-            direction = (direction + turn) % 4
-        polygons[n] += simple_rings(ring)
-    return [sorted(rings, key=signed_area, reverse=True) for rings in polygons]  # the outer ring first
-
-
-def simple_rings(ring):
-    """A ring of corners -> rings that come to no corner twice: each time it does, the loop in between is
-    cut off."""
-    rings, rest, index = [], [], {}
-    for corner in ring:
-        if corner in index:
-            at = index[corner]
-            rings.append(rest[at:])
-            for gone in rest[at:]:
-                del index[gone]
-            del rest[at:]
-        index[corner] = len(rest)
-        rest.append(corner)
-    return [*rings, rest]
-
-
-def signed_area(ring):
-    """Twice the area inside a ring; negative for one that runs against the clock (y points down)."""
-    return sum(ax * by - bx * ay for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]))
-
-
-def write_geojson(path, slide, mask, coords):
-    """Tissue and tiles for QuPath: a FeatureCollection in level-0 pixels, the tissue an annotation, the
-    tiles tile objects."""
-
-    def feature(kind, rings, name, scale):
-        about = {"classification": {"name": name}, "isLocked": True}
-        return json.dumps(wsi_llava.geojson_feature(kind, rings, scale, slide.corner, **about))
-
-    tissue = (feature("annotation", rings, "Tissue", MASK * slide.scale) for rings in contours(mask))
-    tiles = (feature("tile", [wsi_llava.tile_corners(x, y)], "Tile", slide.scale) for x, y in coords.tolist())
+def write_geojson(path, slide, coords):
+    """The tiles for QuPath: a FeatureCollection of tile objects, squares in level-0 pixels."""
     with replacing(path) as temporary, open(temporary, "w") as file:
         # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
-        separator = ""
-        for text in itertools.chain(tissue, tiles):
-            file.write(separator + text)
-            separator = ",\n"
+        about = {"classification": {"name": "Tile"}, "isLocked": True}
+        for n, (x, y) in enumerate(coords.tolist()):
+            feature = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about)
+            file.write(",\n" * (n > 0) + json.dumps(feature))
         file.write("]}\n")
 
 
@@ -901,7 +823,7 @@ class Readers(torch.utils.data.Dataset):
             picture = picture.resize(slide.size_at(pixel), Image.Resampling.BICUBIC)
             draw_qc(outputs["picture"], picture, pixel, mask, ink, coords)
         if "geojson" in outputs:
-            write_geojson(outputs["geojson"], slide, mask, coords)
+            write_geojson(outputs["geojson"], slide, coords)
         return plan
 
     def read_tiles(self, name, source, coords, numbers, slot):
@@ -1411,7 +1333,6 @@ def prepare_slides(args, slides, number=0, shares=1):
 # ---- Features that were made elsewhere ---------------------------------------------------------------------
 
 TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [n,C], or one vector [C]
-BARE = "tiles without coordinates"
 ENDINGS = (".pt", ".pth", ".h5", ".hdf5")
 # Folders of CLAM's and TRIDENT's that tell less of a slide than the one beside them: pt_files lacks the
 # coordinates that h5_files has, slide_features_* holds one vector a slide, made from features_*.
@@ -1462,21 +1383,19 @@ def read_hdf5(path):
     return tensors, {name: np.ravel(value)[0] for name, value in about.items() if np.size(value) == 1}
 
 
-def bare_kind(path, shape, holds):
-    """What a tensor without coordinates holds. holds: what --features-are says, "tiles", "tokens" or None."""
-    if len(shape) == 1 or holds == "tokens":
-        return TOKENS
-    told = holds or path.parent.name.startswith(("pt_files", "features_"))  # CLAM's and TRIDENT's: tiles
-    shaped = shape[0] == 1 or tuple(shape) in ((576, 768), (576, 1024))
-    return TOKENS if shaped and not told else BARE
+def check_tokens(path, shape):
+    """A tensor [V,C] without coordinates: visual tokens where it has their shape, and no bag of tiles."""
+    shaped = shape[0] in (1, 576) and not path.parent.name.startswith(("pt_files", "features_"))
+    what = f"{path}: features {list(shape)} of tiles without coordinates, which the slide encoder needs"
+    check(shaped, f"{what}: import the .h5 that has both (visual tokens are [576,C], or one vector [C])")
 
 
-def read_foreign(path, holds=None):
+def read_foreign(path):
     """One file of features -> (kind, features float16 [N,C], coords float64 [N,2] or None, its attributes).
 
     A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
-    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). A slide's one vector [C] is one
-    visual token. Raises UserError for anything else. holds: as for bare_kind.
+    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). Without coords it is visual tokens
+    [576,C]; a slide's one vector [C] is one of these. Raises UserError for anything else.
     """
     if path.suffix.lower() in (".h5", ".hdf5"):
         found, about = read_hdf5(path)
@@ -1498,7 +1417,7 @@ def read_foreign(path, holds=None):
             kind, coords = TOKENS, None  # TRIDENT's coords are those of the tiles that it was made from
             features = features.reshape(-1, features.shape[-1])
         elif coords is None:
-            kind = bare_kind(path, features.shape, holds)
+            kind = TOKENS
         else:
             kind = "TRIDENT" if "patch_size_level0" in about else "features and coordinates"
             kind = {"tile_embeds": "GigaPath", "feats": "STAMP"}.get(name, kind)
@@ -1507,6 +1426,8 @@ def read_foreign(path, holds=None):
             check(coords.shape == (len(features), 2), f"{path}: {shapes} are not [N,C] and [N,2]")
         shape, features = list(features.shape), features.half()
         check(len(shape) == 2 and features.numel(), f"{path}: features {shape} are not [N,C]")
+        if kind == TOKENS and found[name].dim() > 1 and "feat_type" not in about:
+            check_tokens(path, shape)
         finite = features.isfinite().all() and (coords is None or coords.isfinite().all())
         check(finite, f"{path}: some features or coordinates are not finite in half precision")
     return kind, features, coords, about
@@ -1556,8 +1477,8 @@ def import_file(args, name, path, named, encoder):
     is to say of the one that --tile-encoder names, or None."""
     with reading(path, "rename it"):
         check(len(name.encode()) <= 220, f"{path}: its name is too long for a file beside it; rename it")
-    kind, features, coords, about = read_foreign(path, args.features_are)
-    (n, width), tokens, facts = features.shape, kind == TOKENS, {}
+    kind, features, coords, about = read_foreign(path)
+    (n, width), tokens = features.shape, kind == TOKENS
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
     if tokens:  # a model takes as many of every slide
         old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
@@ -1569,8 +1490,6 @@ def import_file(args, name, path, named, encoder):
     if coords is not None:
         order, coords = tiled_coords(path, coords, about, named, args)
         features = features[torch.from_numpy(order)]
-    elif not tokens:  # as stored; no tile of a slide lies at -1, so nobody takes these for places
-        coords, facts = torch.full((n, 2), -1, dtype=torch.int32), {"coordinates": False}
     if args.dry_run:
         return kind
     write_meta(args.data, args.preset or "7b", args.target_mpp, info)
@@ -1583,7 +1502,7 @@ def import_file(args, name, path, named, encoder):
     elif file.exists() and not args.overwrite:
         check_same(file, params)
     else:
-        save_features(file, features, coords, {"params": params} | facts)
+        save_features(file, features, coords, {"params": params})
     return kind
 
 
@@ -1612,8 +1531,6 @@ def import_features(args, number=0, shares=1):
                 note_failure(args.data, name, path, *failure)
     kinds = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing"
     print("Could import" if args.dry_run else "Imported", kinds)
-    if counts[BARE]:
-        print(f"{count(counts[BARE], 'slide')} without coordinates: only --no-slide-encoder takes them.")
     return failures
 
 
@@ -1830,25 +1747,15 @@ def named_split(path):
     return told.pop() if len(told) == 1 else None
 
 
-def read_patients(path):
-    """--patients, a CSV with columns slide and patient -> {slide: patient}."""
-    with reading(path, "--patients takes a CSV whose first line is slide,patient"):
-        patients = {}
-        for _, entry in read_csv(path, path.read_bytes().decode("utf-8-sig")):
-            entry = {column.strip().lower(): text for column, text in entry.items()}
-            patients[slide_id(entry["slide"])] = entry["patient"].strip()
-        return patients
-
-
-def report_leaks(splits, patients, args):
-    """Says what training shares with the other splits, by slide and by patient, and lists it in qa/leaks.csv.
+def report_leaks(splits, args):
+    """Says what training shares with the other splits, by slide and by patient (TCGA's barcode), and lists it in qa/leaks.csv.
 
     splits: {name: rows}. -> the rows of training that share nothing.
     """
 
     def patient(slide):
         barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
-        return patients.get(slide) or (barcode[0].upper() if barcode else None)
+        return barcode[0].upper() if barcode else None
 
     def marks(row):  # what must not be on both sides
         slide = row["slide"]
@@ -1890,31 +1797,20 @@ def merged(name, old, new, have):
 
 
 def write_split(args, path, rows, have):
-    """A split's file, and beside it the slides that lack features; prints what it holds."""
+    """A split's file; prints what it holds, and which slides lack features."""
     tasks, slides = {row["task"] for row in rows}, {row["slide"] for row in rows}
-    missing, where = sorted(slides - have), ""
+    missing = sorted(slides - have)
     if not args.dry_run:
         write_qa(path, rows)
-        unmatched = path.with_suffix(".unmatched.txt")
-        wsi_llava.write_text(unmatched, "".join(f"{slide}\n" for slide in missing))
-        where = f", all in {unmatched}"
+    lack = f"; {len(missing)} of these slides have no features: {few(missing)}" if missing else ""
     print(
         f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')} of "
-        f"{count(len(tasks), 'task')} about {count(len(slides), 'slide')} to {path}; {len(slides & have)} of "
-        "these slides have features."
+        f"{count(len(tasks), 'task')} about {count(len(slides), 'slide')} to {path}{lack}."
     )
-    for kind in ("task", "cancer") if rows else ():
-        total = collections.Counter(row[kind] or "none" for row in rows)
-        matched = collections.Counter(row[kind] or "none" for row in rows if row["slide"] in have)
-        parts = [f"{key} {matched[key]} of {n}" for key, n in sorted(total.items())]
-        print(f"  by {kind}: {', '.join(parts)}")
-    if missing:
-        print(f"  {count(len(missing), 'slide')} without features{where}: {few(missing)}")
 
 
 def import_qa(args):
     """--qa: question files -> data/qa/<split>.jsonl, added to what is there or (--overwrite) in its place."""
-    patients = read_patients(args.patients) if args.patients else {}
     new, splits, failures = collections.defaultdict(list), {}, []
     for file in args.qa:
         try:
@@ -1934,7 +1830,7 @@ def import_qa(args):
     if new and not args.dry_run:
         (args.data / "qa").mkdir(parents=True, exist_ok=True)
     if new and splits["train"] and splits["test"] + splits["val"]:
-        clean = report_leaks(splits, patients, args)
+        clean = report_leaks(splits, args)
         if args.drop_leaks and len(clean) < len(splits["train"]):
             splits["train"] = new["train"] = clean
     for name in new:
@@ -2213,8 +2109,6 @@ def parse(argv=None):
     add = parser.group("what to prepare")
     add("--slides", "slides, folders of slides, .txt lists of paths", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or their folders", **paths)
-    bare = "what tensors without coordinates hold (default: tokens if they have the shape, else tiles)"
-    add("--features-are", bare, choices=["tiles", "tokens"])
     add("--qa", f"question files; {WHAT_IS_READ}", nargs="+", metavar="FILE")
     add("--demo", "draw the toy cohort and prepare it", **yes)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
@@ -2232,12 +2126,10 @@ def parse(argv=None):
     most = "at most so many of a slide's tiles, drawn at random (default: all)"
     add("--max-tiles", most, type=at_least(0), default=0)
     add("--batch", "tiles a batch through the encoder (default: 64)", type=count, default=64)
-    add("--geojson", "also write qc/<slide>.geojson, tissue and tiles for QuPath", **yes)
+    add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
     add = parser.group("questions")
     told = "of --qa's files (default: what their names or rows tell)"
     add("--split", told, choices=["train", "val", "test"])
-    whose = "a CSV of slide,patient: who is on both sides of training and test (default: by TCGA's barcodes)"
-    add("--patients", whose, metavar="FILE", type=some_path)
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
     add_demo_flags(parser)
     wsi_llava.add_weights_flags(parser, rest=False)

@@ -1,21 +1,17 @@
 """Asks WSI-LLaVA about slides: one question, a chat, or a whole benchmark and its evaluation.
 
-    python sample.py --slide S --ask Q          one answer, streamed; S: a slide file, or a prepared slide's name
-    python sample.py --slide S                  a chat about it
-    python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
-    python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1
-    python sample.py --qa FILE --baselines --evaluate       answers to all questions, then tables, in out/
-    python sample.py --qa FILE --tiles 100 1000 0           how many tiles a slide are enough
-    python sample.py --evaluate A B C           several systems' predictions in one table
-    python sample.py --evaluate A --judge-model M           open answers graded by a language model
-    python sample.py --rating-sheet 50 sheet.html A B       the same answers for pathologists to grade, blind
-    python sample.py --benchmark                the time and memory of every step, by size of slide
+python sample.py --slide S --ask Q          one answer, streamed; S: a slide file, or a prepared slide's name
+python sample.py --slide S                  a chat about it
+python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
+python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1
+python sample.py --qa FILE --baselines --evaluate       answers to all questions, then tables, in out/
+python sample.py --qa FILE --max-tiles 100 --predictions F     with so many of a slide's tiles
+python sample.py --evaluate A B C           several systems' predictions in one table
+python sample.py --evaluate A --judge-model M           open answers graded by a language model
 
---region x,y,w,h asks about a part of the slide.
 """
 
 import argparse
-import base64
 import collections
 import concurrent.futures
 import contextlib
@@ -23,7 +19,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import html
 import http.client
 import io
 import itertools
@@ -31,17 +26,13 @@ import json
 import math
 import os
 import re
-import shlex
-import struct
 import sys
-import tempfile
 import textwrap
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +50,14 @@ from wsi_llava import IMAGE_TOKEN, TILE, UserError, check, one_line, read_featur
 def load_model(args, meta):
     """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError."""
     model, tokenizer = wsi_llava.load_model(args, meta, 3, int8=args.int8)
+    if args.max_tiles:
+        model.cfg.max_tiles = args.max_tiles  # read_features draws them, the same ones for every model
     return model.to(args.device), tokenizer
 
 
 def gigabytes(args):
     """The peak of memory so far, in words."""
     return f"{wsi_llava.peak_memory(args.device) / 1e9:.2f} GB"
-
-
-def reset_peak(device):
-    """Lets the peak of memory begin anew, where the system can (CUDA, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-PICTURE_MARK = "wsi-llava picture"  # in the pictures (SVG), so that only these are replaced
 
 
 def check_output(path, mark):
@@ -90,15 +72,6 @@ def check_output(path, mark):
             beginning = file.read(400)
         what = "exists, and is no earlier output of this command; name another file, or move it away"
         check(not beginning or mark.encode() in beginning, f"{path}: {what}")
-
-
-def check_outputs(stem, **marks):
-    """{ending: file} of what a command writes side by side, a picture among it, each checked."""
-    marks["svg"] = PICTURE_MARK
-    written = {ending: stem.with_name(f"{stem.name}.{ending}") for ending in marks}
-    for ending, path in written.items():
-        check_output(path, marks[ending])
-    return written
 
 
 def prepare_raw(args, name):
@@ -127,36 +100,16 @@ def why_missing(cfg, data, slide):
         imported = known and wsi_llava.visual_tokens_file(data, slide, cfg).exists()  # as good as features
         return None if imported else f"neither a file nor the name of a slide in {data}/features"
     try:
-        empty = not len(read_features(data, slide, coordinates=not cfg.no_slide_encoder)[0])
+        empty = not len(read_features(data, slide)[0])
     except UserError as error:
         return str(error)
     return f"no tissue was found on it; look at {data}/qc/{slide}.jpg" if empty else None
 
 
-@torch.inference_mode()
-def region_tokens(model, data, slide, region):
-    """Visual tokens [V,C] of the tiles whose centres lie in the region (x, y, width, height), in level-0
-    pixels."""
-    scale = slide_facts(data, slide).get("scale")  # level-0 pixels per tiled pixel
-    check(scale, f"--region: {wsi_llava.features_file(data, slide)} does not tell its scale to level 0")
-    features, coords = read_features(data, slide, model.cfg.max_tiles)
-    centres = (coords + TILE / 2) * scale  # [N,2]
-    x, y, width, height = region
-    inside = ((centres >= torch.tensor([x, y])) & (centres < torch.tensor([x + width, y + height]))).all(1)
-    low, high = centres.min(0).values.tolist(), centres.max(0).values.tolist()
-    between = f"between {low[0]:.0f},{low[1]:.0f} and {high[0]:.0f},{high[1]:.0f} (level-0 pixels)"
-    none = f"no tile of {slide} lies inside; the centres of its tiles lie {between}"
-    check(inside.any(), f"--region {x:g},{y:g},{width:g},{height:g}: {none}")
-    return model.encode_slide(features[inside], coords[inside])
-
-
 def slide_tokens(args, model, slide):
-    """The name of a slide in data/ -> visual tokens [V,C], kept in data/visual_tokens; a region's on the
-    fly."""
+    """The name of a slide in data/ -> visual tokens [V,C], kept in data/visual_tokens."""
     problem = why_missing(model.cfg, args.data, slide)
     check(not problem, f"--slide {slide}: {problem}")
-    if args.region:
-        return region_tokens(model, args.data, slide, args.region)
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, [slide])
     check(not problems, f"--slide {slide}: {problems.get(slide)}")
     return wsi_llava.read_visual_tokens(args.data, slide, model.cfg)
@@ -188,7 +141,7 @@ class Chat:
         like = model.mm_projector[0].weight
         self.cache = wsi_llava.KVCache(model.cfg.llama, 1, model.cfg.llama.context, like.device, like.dtype)
         self.tail = []  # the last reply's tokens that the cache does not hold yet
-        self.turns, self.tokens = [], 0  # what was said; tokens of the last reply
+        self.tokens = 0  # of the last reply
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
@@ -215,36 +168,25 @@ class Chat:
                 shown = text
         if len(shown) < len(text):
             yield text[len(shown) :]
-        self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": text}]
+        self.answer = text
 
 
-def stream_answer(args, name, chat, question):
-    """Streams one answer, or with --json prints one object -> (tokens, seconds)."""
+def stream_answer(chat, question):
+    """Streams one answer -> (tokens, seconds)."""
     started = time.time()
     for piece in chat.reply(question):
-        print("" if args.json else piece, end="", flush=True)
-    tokens, seconds = chat.tokens, time.time() - started
-    if args.json:
-        said = {"slide": name, "region": args.region, "question": question}
-        said |= {"answer": chat.turns[-1]["value"], "finished": len(chat.tail) == 1}
-        said |= {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_s": round(tokens / seconds, 2)}
-        said["peak_memory"] = wsi_llava.peak_memory(args.device)
-        print(json.dumps(said, ensure_ascii=False), file=args.json, flush=True)
-    else:
-        print()
-    return tokens, seconds
+        print(piece, end="", flush=True)
+    print()
+    return chat.tokens, time.time() - started
 
 
-HELP = "/slide NAME... asks about other slides, /save FILE keeps the conversation, /quit ends"
-
-
-def chat_loop(args, open_chat, name, chat):
-    """Questions and commands, from a person or a pipe, until the input ends or /quit -> (tokens, seconds)."""
+def chat_loop(chat):
+    """Questions from a person or a pipe, until the input ends -> (tokens, seconds)."""
     talking, tokens, seconds = sys.stdin.isatty(), 0, 0.0
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are not UTF-8 cost their own line only, below
         sys.stdin.reconfigure(errors="surrogateescape")
     if talking:
-        print(f"Ask about the slide; {HELP}.")
+        print("Ask about the slide; the end of the input (Ctrl-D) ends the chat.")
     while True:
         try:
             line = input("> " if talking else "").strip()
@@ -252,24 +194,10 @@ def chat_loop(args, open_chat, name, chat):
             return tokens, seconds
         try:
             check(line == line.encode(errors="replace").decode(), "the line is not UTF-8; type it again")
-            command, *rest = shlex.split(line) if line.startswith("/") else [""]
-            if command == "/quit":
-                return tokens, seconds
-            elif command == "/slide" and len(rest) == 1:
-                args.region = None  # it was the other slide's
-                name, chat = open_chat(rest[0])
-                print(f"{name}: {len(chat.visual)} visual tokens.")
-            elif command == "/save" and len(rest) == 1:
-                check_output(rest[0], '{"id": "chat"')
-                row = {"id": "chat", "slide": name, "task": "chat", "conversations": chat.turns}
-                write_text(rest[0], json.dumps(row, ensure_ascii=False) + "\n")
-                print(f"Wrote {len(chat.turns) // 2} turns to {rest[0]}.")
-            elif command:
-                raise UserError(f"{line}: not a command; {HELP}")
-            elif line:
-                more, took = stream_answer(args, name, chat, line)
+            if line:
+                more, took = stream_answer(chat, line)
                 tokens, seconds = tokens + more, seconds + took
-        except (UserError, OSError, ValueError) as error:
+        except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
 
 
@@ -291,8 +219,7 @@ def chat_loop(args, open_chat, name, chat):
 #     gradient times features, at the real slide alone                           48%     4.8
 #     integrated gradients                                                      100%    29.5
 
-PASSES = 16  # forward and backward, at points between the average tile and the real ones, at least;
-MOST_PASSES = 64  # where log p jumps on the way, more, until the shares come to nine tenths of the change
+PASSES = 32  # forward and backward, at the midpoints of as many steps from the average tile to the real ones
 PANEL = 560  # pixels of a panel's longer side
 BEST = 9  # tiles shown
 OVERLAY_ALPHA = 170  # opacity of the colours, of 255: the tissue shows through
@@ -302,8 +229,8 @@ HEATMAP_MARK = "wsi-llava heatmap"  # in the written files, so that only these a
 
 
 def tile_relevance(model, tokenizer, features, coords, question, answer, progress=iter):
-    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against), and what the
-    slide adds, measured: the sum comes close to it. features [N,C_tile], coords [N,2] as in data/features.
+    """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against). The sum comes
+    close to what the slide adds. features [N,C_tile], coords [N,2] as in data/features.
     The weights stay frozen and layers are recomputed in the backward pass, so memory is the model's and one
     layer's."""
     check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
@@ -319,32 +246,13 @@ def tile_relevance(model, tokenizer, features, coords, question, answer, progres
     features = features.to(model.device, torch.float32)
     average = features.mean(0).expand_as(features)
 
-    def at(place):
-        """A point of the path, from 0 to 1 -> (place, log p, d log p / d place by tile [N])."""
-        tiles = torch.lerp(average, features, place).requires_grad_()
+    relevance = torch.zeros(len(features))
+    for k in progress(range(PASSES)):
+        tiles = torch.lerp(average, features, (k + 0.5) / PASSES).requires_grad_()
         logp = -model(model.encode_slide(tiles, coords)[None], [ids], [labels], "sum")
-        slope = (torch.autograd.grad(logp, tiles)[0] * (features - average)).sum(1)
-        return place, logp.item(), slope.cpu()
-
-    def area(a, b):
-        """The trapezoid of an interval, by tile [N]."""
-        return (b[0] - a[0]) * (a[2] + b[2]) / 2
-
-    def missed(a, b):
-        """How far the trapezoid is from the interval's change in log p."""
-        return abs(b[1] - a[1] - area(a, b).sum().item())
-
-    path = []
-    for i in progress(range(MOST_PASSES)):
-        if i < 2:
-            path.append(at(float(i)))
-            continue
-        wrong = [missed(a, b) for a, b in itertools.pairwise(path)]
-        if i >= PASSES and sum(wrong) < 0.1 * abs(path[-1][1] - path[0][1]):
-            break
-        k = wrong.index(max(wrong)) + 1  # bisect the interval whose trapezoid misses its change by most
-        path.insert(k, at((path[k - 1][0] + path[k][0]) / 2))
-    return sum(area(a, b) for a, b in itertools.pairwise(path)), path[-1][1] - path[0][1]
+        slope = torch.autograd.grad(logp, tiles)[0]  # d log p / d tiles, [N,C_tile]
+        relevance += (slope * (features - average)).sum(1).cpu() / PASSES
+    return relevance
 
 
 def colours(shares):
@@ -436,8 +344,7 @@ def save_geojson(path, coords, relevance, scale, corner=(0, 0)):
     tiles = []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), shades):
         facts = {"color": shade, "measurements": {"relevance": value}}
-        rings = [wsi_llava.tile_corners(x, y)]
-        tiles.append(wsi_llava.geojson_feature("tile", rings, scale, corner, **facts))
+        tiles.append(wsi_llava.geojson_tile(x, y, scale, corner, **facts))
     write_text(path, json.dumps({"type": "FeatureCollection", "made_by": HEATMAP_MARK, "features": tiles}))
 
 
@@ -446,8 +353,6 @@ def check_heatmap_flags(args):
     pictures = [path for path in (args.heatmap, args.heatmap_geojson) if path]
     if pictures:
         check(args.slide and args.ask, "--heatmap explains one answer: it needs --slide and --ask")
-        whole = not args.region
-        check(whole, "--heatmap explains a whole slide: give --slide one name, and no --region")
     if args.heatmap:
         png = args.heatmap.suffix.lower() == ".png"
         check(png, f"--heatmap {args.heatmap}: the picture is a PNG; give it a name that ends in .png")
@@ -460,16 +365,16 @@ def explain(args, model, tokenizer, name, answer):
     given = Path(args.slide)
     slide = open_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
-    print(f"Relevance of {len(coords):,} tiles: {PASSES} passes or more on {args.device}.")
+    print(f"Relevance of {len(coords):,} tiles: {PASSES} passes on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
-    relevance, gain = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
+    relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
     relevance, coords = relevance.numpy(), coords.numpy()
     x, y = coords[relevance.argmax()] * slide.scale
     print(
-        f"Against a slide of average tiles, this one adds {gain:.2f} nats to the answer; the tiles' shares come "
-        f"to {relevance.sum():.2f}, the largest {relevance.max():.2f} at level-0 pixel {x:.0f}, {y:.0f}."
+        f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer; the "
+        f"tile that adds most, {relevance.max():.2f}, is at level-0 pixel {x:.0f}, {y:.0f}."
     )
-    if gain < 0.1:
+    if relevance.sum() < 0.1:
         print(
             "So little means that a slide of average tiles gets this answer too: no tile made it what it is."
         )
@@ -586,7 +491,7 @@ def closed_parser(question, truth):
     return functools.partial(parse_choice, options=options) if options else None
 
 
-# ---- A model behind a server: the judge, and other systems to compare with ---------------------------------
+# ---- A model behind a server -------------------------------------------------------------------------------
 
 LONGEST_WAIT = 600  # seconds that a server may ask us to wait; then the run stops instead
 LONGEST_REPLY = 1 << 24  # bytes
@@ -681,21 +586,19 @@ def reply_text(body):
 class Server:
     """A model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under the hash of
     model and prompt: nothing is paid for twice, and an interrupted run goes on. flag: the one that named the
-    url. dry: counts what it would send, and sends nothing."""
+    url."""
 
-    def __init__(self, flag, url, model, path, dry=False, attempts=5, timeout=120.0, backoff=2.0):
-        self.where, self.model, self.dry = f"{flag} {url}", model, dry
+    def __init__(self, flag, url, model, path, attempts=5, timeout=120.0, backoff=2.0):
+        self.where, self.model = f"{flag} {url}", model
         self.attempts, self.timeout, self.backoff = attempts, timeout, backoff
         self.options = {"temperature": 0, "max_tokens": 4096}
         self.url, self.headers = endpoint(self.where, url)
         lines, end = whole_lines(path)
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
             self.replies = {line["key"]: str(line["reply"]) for line in lines}
-        if not dry:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115
-            os.truncate(path, end)
-        self.planned, self.tokens, self.pictures = set(), 0, 0  # of a dry run
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file, self.lock = open(path, "a", encoding="utf-8"), threading.Lock()  # noqa: SIM115
+        os.truncate(path, end)
         self.problems = collections.Counter()  # why replies stayed unusable
 
     def post(self, messages):
@@ -747,20 +650,12 @@ class Server:
             raise OSError(problem)
         return problem, wait
 
-    def ask(self, messages, read, stand_in, again=0):
-        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable.
-        stand_in: the reply of a dry run. again: another reply to the same prompt than that of again=0."""
-        key = hashlib.sha256(json.dumps([self.model, messages, again]).encode()).hexdigest()
+    def ask(self, messages, read):
+        """read(a reply's text), asking again with the reason where it raises; None where it stays unusable."""
+        key = hashlib.sha256(json.dumps([self.model, messages, 0]).encode()).hexdigest()
         if key in self.replies:
             with contextlib.suppress(*UNUSABLE):
                 return read(self.replies[key])
-        if self.dry:
-            if key not in self.planned:
-                text = json.dumps([messages, stand_in])
-                self.planned.add(key)
-                self.pictures += text.count("data:image/")
-                self.tokens += len(re.sub(r"data:image/[^\"]*", "", text)) // 4  # of four characters
-            return read(stand_in)
         for _ in range(self.attempts):
             try:
                 reply = self.post(messages)
@@ -782,12 +677,6 @@ class Server:
         self.problems[problem] += 1
         return None
 
-    def plan(self):
-        """Of a dry run, in words."""
-        pictures = f" with {self.pictures:,} pictures" if self.pictures else ""
-        calls = f"{self.model} would be called {len(self.planned):,} times{pictures}"
-        return f"{calls}, for about {self.tokens:,} tokens. Nothing was sent."
-
     def reasons(self):
         return "".join(f"; {n} times: {problem}" for problem, n in self.problems.most_common(3))
 
@@ -805,8 +694,7 @@ def in_parallel(work, items, n):
 # ---- Many questions ----------------------------------------------------------------------------------------
 
 # Of a line of --predictions, the fields that hold answers -> their columns in the tables.
-FIELDS = {"answer": "model", "answer_by_text": "by text", "answer_no_image": "no slide"}
-FIELDS["answer_shuffled"] = "other slide"
+FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
 AT_ONCE = 64  # slides that are asked about together; with more, more questions of one length meet
 
 
@@ -889,53 +777,25 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96, batch=64, **o
     return answers
 
 
-@torch.inference_mode()
-def likelihood(model, tokenizer, row, visual, text):
-    """Mean log-probability of a token of the text as the answer to the row's question: a long option is at no
-    disadvantage. visual: as for answer_rows."""
-    prompt, answer = prompt_ids(tokenizer, row, visual is not None), tokenizer.encode(text)
-    labels = [wsi_llava.IGNORE] * len(prompt) + answer
-    return -model(tokens_of([row], visual), [prompt + answer], [labels]).item()
-
-
-def likeliest_option(model, tokenizer, row, visual):
-    """--choices likelihood: {"answer", "answer_by_text", "confidence"} of a closed question. The first is the
-    option whose label is likeliest, the second that whose words are; the confidence is each option's share,
-    both ways."""
-    options = closed_options(row["question"], row["truth"])
-    labels = list(options.values()) if "yes" in options else list(options)
-    best, shares = {}, {}
-    for field, texts in (("answer", labels), ("answer_by_text", [options[x] or x for x in options])):
-        scores = torch.tensor([likelihood(model, tokenizer, row, visual, text) for text in texts])
-        shares[field] = dict(zip(options, scores.softmax(0).tolist()))
-        best[field] = max(shares[field], key=shares[field].get)
-    return best | {"confidence": shares}
-
-
 def ask_group(model, tokenizer, rows, visual, args):
     """Rows of equally long prompts -> their answers by one view, a dict each. visual: as for answer_rows."""
-    by_choice = args.choices == "likelihood"
     try:
-        if by_choice and closed_options(rows[0]["question"], rows[0]["truth"]):
-            return [likeliest_option(model, tokenizer, row, visual) for row in rows]
         texts = answer_rows(model, tokenizer, rows, visual, args.max_new_tokens, args.batch_size)
     except UserError as error:  # the prompt is too long, of all of them
         return [{"answer": "", "error": str(error)} for _ in rows]
     except torch.OutOfMemoryError:
         hint = "out of memory; the same command with a smaller one goes on"
         raise UserError(f"--batch-size {args.batch_size}: {hint}") from None
-    # An open question has no options to choose from.
-    return [{"answer": text, "answer_by_text": text} if by_choice else {"answer": text} for text in texts]
+    return [{"answer": text} for text in texts]
 
 
 def ask_here(args, model, tokenizer, tokens, rows, views):
     """Yields (row, its answers) of all rows, by our model. tokens: a slide's name -> its visual tokens.
     views: {field: {slide: the one to show in its place}, or None for no slide}."""
     names = all_slides(rows)
-    for k, closed in itertools.product(range(0, len(names), AT_ONCE), (True, False)):
+    for k in range(0, len(names), AT_ONCE):
         near = set(names[k : k + AT_ONCE])
         part = [row for row in rows if slides_of(row)[0] in near]
-        part = [row for row in part if bool(closed_options(row["question"], row["truth"])) == closed]
         for group in by_length([prompt_ids(tokenizer, row) for row in part], args.batch_size):
             started, group = time.time(), [part[i] for i in group]
             found = [{} for _ in group]
@@ -947,65 +807,6 @@ def ask_here(args, model, tokenizer, tokens, rows, views):
             cost["peak_memory"] = wsi_llava.peak_memory(args.device)
             for row, answers in zip(group, found):
                 yield row, answers | cost
-
-
-def data_url(picture):
-    """A picture as text, to be sent or to stand in a page."""
-    file = io.BytesIO()
-    picture.convert("RGB").save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def slide_pictures(args, name):
-    """What --ask-model sees of a slide: its thumbnail, and --ask-tiles tiles spread evenly over the
-    tissue."""
-    slide, pictures = open_slide(args.data, name, args.slides, args.mpp), []
-    if args.ask_thumbnail:
-        pictures.append(slide.thumbnail(max(1, max(slide.width, slide.height) / args.ask_thumbnail)))
-    if args.ask_tiles:
-        coords = read_features(args.data, name)[1].tolist()  # in raster order
-        spread = np.linspace(0, len(coords) - 1, min(args.ask_tiles, len(coords))).round().astype(int)
-        pictures += [Image.fromarray(slide.tile(*coords[i])) for i in spread]
-    return [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures]
-
-
-def some_words(reply):
-    """A reply that is not empty. Raises ValueError."""
-    if not reply.strip():
-        raise ValueError("empty")
-    return reply.strip()
-
-
-def ask_elsewhere(args, server, rows, views):
-    """As ask_here, by the model behind --ask-url. What gets no answer, or has no picture, is missing."""
-    asked = all_slides(rows)
-    pictures = {instead[slide]: None for instead in views.values() if instead for slide in asked}
-    for slide in tqdm(pictures, desc="pictures", unit="slide", disable=not pictures):
-        try:
-            pictures[slide] = slide_pictures(args, slide)
-        except UserError as error:
-            pictures[slide] = error
-
-    def work(row):
-        # The conversation so far, in the server's words; the pictures go into its first question.
-        answers, talk = {}, []
-        for turn in row["conversations"]:
-            role = "user" if turn["from"] == "human" else "assistant"
-            talk.append({"role": role, "content": wsi_llava.without_image(turn["value"])})
-        for field, instead in views.items():
-            messages, seen = list(talk), [pictures[instead[x]] for x in slides_of(row)] if instead else []
-            for problem in seen:
-                if isinstance(problem, UserError):
-                    return row, {"answer": None, "missing": str(problem)}
-            if instead:
-                parts = [{"type": "text", "text": talk[0]["content"]}, *itertools.chain(*seen)]
-                messages[0] = talk[0] | {"content": parts}
-            answers[field] = server.ask(messages, some_words, "An answer of some sentences. " * 8)
-            if answers[field] is None:
-                return row, {"answer": None, "missing": f"no usable reply{server.reasons()}"}
-        return row, answers
-
-    return in_parallel(work, rows, 1 if server.dry else args.requests)
 
 
 def read_predictions(path):
@@ -1087,36 +888,6 @@ def answer_into(args, path, rows, settings, problems, ask):
         print(f"{len(names):,} questions {what}: {some(names)}")
 
 
-@torch.inference_mode()
-def drawn_tokens(model, data, count, draw, slide):
-    """Visual tokens [V,C] of `count` of a slide's tiles (0: all), drawn at random: the same ones for every
-    model, and those of a smaller count among them."""
-    features, coords = read_features(data, slide, coordinates=model.slide_encoder is not None)
-    if 0 < count < len(features):
-        order = np.random.default_rng([zlib.crc32(slide.encode()), draw]).permutation(len(features))
-        chosen = np.sort(order[:count])
-        features, coords = features[chosen], coords[chosen]
-    return model.encode_slide(features, coords).half()
-
-
-def tile_runs(args, count):
-    """Of a count of --tiles, (draw, its file of predictions) of every draw; of all tiles there is one."""
-    for draw in range(args.draws if count else 1):
-        name = f"{args.predictions.stem}.{count or 'all'}-tiles.{draw}.jsonl"
-        yield draw, args.predictions.with_name(name)
-
-
-def answer_by_server(args, rows, settings):
-    """--qa with --ask-model."""
-    settings |= {name: getattr(args, name) for name in ("ask_model", "ask_url", "ask_thumbnail", "ask_tiles")}
-    kept = args.predictions.with_name(f"{args.predictions.stem}.replies.jsonl")
-    server = Server("--ask-url", args.ask_url, args.ask_model, kept, args.dry_run)
-    if args.dry_run:
-        collections.deque(ask_elsewhere(args, server, rows, shown(args, all_slides(rows))), 0)
-        return print(server.plan())
-    answer_into(args, args.predictions, rows, settings, {}, functools.partial(ask_elsewhere, args, server))
-
-
 def answer_file(args):
     """--qa: every question of the files -> --predictions. Resumes by itself. Greedy, so that a table can be
     made again. Of a dialogue every question is asked, after the true earlier answers."""
@@ -1124,26 +895,17 @@ def answer_file(args):
     rows = read_questions(args.qa, args.data)
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]}
     settings |= {"baselines": args.baselines, "seed": args.seed}
-    if args.ask_model:
-        return answer_by_server(args, rows, settings)
-    check(not args.dry_run, "--dry-run counts what a server would be sent: give --ask-model or --judge-model")
     model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
-    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "choices": args.choices}
-    settings["max_new_tokens"] = args.max_new_tokens
+    settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype)}
+    settings |= {"max_new_tokens": args.max_new_tokens, "max_tiles": model.cfg.max_tiles}
     problems = {slide: why for slide in all_slides(rows) if (why := why_missing(model.cfg, args.data, slide))}
-    cached, ask = functools.lru_cache(4 * AT_ONCE), functools.partial(ask_here, args, model, tokenizer)
-    for count in args.tiles or ():
-        for draw, path in tile_runs(args, count):
-            reset_peak(args.device)
-            tokens = cached(functools.partial(drawn_tokens, model, args.data, count, draw))
-            about = settings | {"tiles": count, "draw": draw}
-            answer_into(args, path, rows, about, problems, functools.partial(ask, tokens))
-    if not args.tiles:
-        good = [slide for slide in all_slides(rows) if slide not in problems]
-        bar = functools.partial(tqdm, desc="visual tokens", unit="slide", disable=not good)
-        problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
-        tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
-        answer_into(args, args.predictions, rows, settings, problems, functools.partial(ask, tokens))
+    good = [slide for slide in all_slides(rows) if slide not in problems]
+    bar = functools.partial(tqdm, desc="visual tokens", unit="slide", disable=not good)
+    problems |= wsi_llava.cache_visual_tokens(model, args.data, good, bar)[1]
+    cached = functools.lru_cache(4 * AT_ONCE)
+    tokens = cached(lambda slide: wsi_llava.read_visual_tokens(args.data, slide, model.cfg))
+    ask = functools.partial(ask_here, args, model, tokenizer, tokens)
+    answer_into(args, args.predictions, rows, settings, problems, ask)
 
 
 # ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers --------
@@ -1240,7 +1002,7 @@ order: {{"scores": [1, 0.3]}}"""
 SCOPE = "Take what answers the question and nothing else. "
 SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
-# What --judge-protocol switches in the texts; Judge.score has the rest. --judge-prompts brings other texts.
+# What --judge-protocol switches in the texts; Judge.score has the rest.
 PROMPTS = {
     "ours": {"claims": CLAIMS.format(scope=SCOPE), "precision": SILENT, "relevance": SILENT},
     "authors": {"claims": CLAIMS.format(scope=""), "precision": SILENT, "relevance": NULL},
@@ -1298,16 +1060,16 @@ class Judge(Server):
     """A server that grades. protocol: "authors" differs in what it is shown and in what counts (see
     score)."""
 
-    def __init__(self, *where, protocol="ours", prompts=None, **options):
+    def __init__(self, *where, protocol="ours", **options):
         super().__init__("--judge-url", *where, **options)
-        self.authors, self.prompts = protocol == "authors", prompts or PROMPTS[protocol]
+        self.authors, self.prompts = protocol == "authors", PROMPTS[protocol]
 
-    def ask_json(self, prompt, content, read, stand_in, again):
+    def ask_json(self, prompt, content, read):
         content = json.dumps(content, ensure_ascii=False)
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
-        return self.ask(messages, lambda reply: last_json(reply, read), json.dumps(stand_in), again)
+        return self.ask(messages, lambda reply: last_json(reply, read))
 
-    def score(self, question, claimed, text, metric, again):
+    def score(self, question, claimed, text, metric):
         """The mean score of one side's claims against the other's text; None where nothing usable came
         back."""
         if not claimed.strip() or not text.strip():
@@ -1316,63 +1078,40 @@ class Judge(Server):
         if self.authors and metric == "precision":  # the truth is split by itself
             del content["question"]
         read = functools.partial(check_claims, least=metric == "precision")  # an answer may claim nothing
-        claims = self.ask_json(self.prompts["claims"], content, read, {"claims": [claimed]}, again)
+        claims = self.ask_json(self.prompts["claims"], content, read)
         if not claims:
             return None if claims is None else 0.0
         content = {"question": question, "claims": claims, "text": text}
         silence = self.authors and metric == "relevance"  # what the truth does not address is left out
         read = functools.partial(check_scores, n=len(claims), silence=silence)
-        scores = self.ask_json(self.prompts[metric], content, read, {"scores": [0] * len(claims)}, again)
+        scores = self.ask_json(self.prompts[metric], content, read)
         scores = [score for score in scores or () if score is not None]
         return float(np.mean(scores)) if scores else None
 
-    def grade(self, question, answer, truth, again=0):
+    def grade(self, question, answer, truth):
         """-> {"WSI-Precision": claims of the truth, scored against the answer; "WSI-Relevance": the other way
         round}: each the mean over its claims, None where the replies stayed unusable."""
         sides = (truth, answer, "precision"), (answer, truth, "relevance")
-        return {metric: self.score(question, *side, again) for metric, side in zip(JUDGED, sides)}
+        return {metric: self.score(question, *side) for metric, side in zip(JUDGED, sides)}
 
 
 def find_judge(args, path):
     """The Judge that the flags name, with its replies so far in the file; None where they name none."""
     if not args.judge_model:
-        check(not args.dry_run, "--dry-run: which judge? name it with --judge-model")
         return None
-    prompts, names = None, ("claims", "precision", "relevance")
-    if args.judge_prompts:
-        with reading(args.judge_prompts, f"expected JSON of three texts, {', '.join(names)}"):
-            prompts = json.loads(args.judge_prompts.read_text(encoding="utf-8"))
-            prompts = {name: prompts[name].strip() for name in names}
-    options = {"dry": args.dry_run, "protocol": args.judge_protocol, "prompts": prompts}
-    return Judge(args.judge_url, args.judge_model, path, **options)
+    return Judge(args.judge_url, args.judge_model, path, protocol=args.judge_protocol)
 
 
-def grade_rows(judge, rows, systems, n, again=0):
-    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once; of again=1, "graded again"."""
+def grade_rows(judge, rows, systems, n):
+    """Adds "grades" {system: Judge.grade's} to the rows, n of them at once."""
 
     def work(row):
-        grades = row.setdefault("graded again" if again else "grades", {})
         for system in systems:
-            grades[system] = judge.grade(row["question"], row["answers"][system], row["truth"], again)
+            row["grades"][system] = judge.grade(row["question"], row["answers"][system], row["truth"])
 
-    graded = in_parallel(work, rows, 1 if judge.dry else n)
-    for _ in tqdm(graded, total=len(rows), desc="judge", unit="question", disable=judge.dry):
+    graded = in_parallel(work, rows, n)
+    for _ in tqdm(graded, total=len(rows), desc="judge", unit="question"):
         pass
-
-
-def judge_twice(judge, rows, system, args):
-    """--judge-repeat: how far the judge agrees with itself, in words, over a sample of the graded rows."""
-    drawn = np.random.default_rng(args.seed).permutation(len(rows))[: args.judge_repeat]
-    sample = [rows[i] for i in sorted(drawn)]
-    grade_rows(judge, sample, [system], args.requests, again=1)
-    for metric in JUDGED:
-        both = [(row["grades"][system][metric], row["graded again"][system][metric]) for row in sample]
-        first, second = np.array([pair for pair in both if None not in pair] or [(0, 0)]).T
-        apart, same = np.abs(first - second).mean(), (first == second).mean()
-        yield (
-            f"{metric} graded twice, {len(first)} answers: they differ by {apart:.3f} on average, {same:.0%} "
-            f"are the same, rank correlation {spearman(first, second):.2f}."
-        )
 
 
 # ---- Several systems' answers to the same questions --------------------------------------------------------
@@ -1408,7 +1147,7 @@ def own_names(row):
     text."""
     # Ours keep their names; of others' names the surest counts.
     row = {key.strip().lower(): value for key, value in row.items()}
-    found = dict.fromkeys(("n", "turn", "confidence")) | row
+    found = dict.fromkeys(("n", "turn")) | row
     for name, theirs in THEIRS.items():
         found[name] = next((row[key] for key in theirs.split() if row.get(key) is not None), None)
     if found["truth"] is None and found["answer"] is not row.get("answer"):
@@ -1476,7 +1215,7 @@ def read_systems(paths):
     what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
     check(all(row["question"] and row["truth"] for row in rows), f"{paths[0]}: {what}")
     for row in rows:
-        row |= {"answers": {}, "grades": {}, "ratings": {}, "scores": {}}
+        row |= {"answers": {}, "grades": {}, "scores": {}}
     index, systems, notes, stems = index_rows(settings, rows), [], [], [path.stem for path in paths]
     for path in paths:
         about, theirs = (settings, rows) if path == paths[0] else read_answers(path)
@@ -1540,25 +1279,13 @@ def interval(values, slides, seed):
     return [float(x) for x in (sums.sum() / counts.sum(), *np.nanpercentile(means, [2.5, 97.5]))]
 
 
-def mcnemar(first, second):
-    """Exact two-sided p of McNemar's test of two systems, right (1) or wrong (0) on the same questions."""
-    only_first, only_second = np.sum((first == 1) & (second == 0)), np.sum((first == 0) & (second == 1))
-    n, ways = int(only_first + only_second), 1  # ways to choose k of n, for one k after the other
-    tail = ways
-    for k in range(int(min(only_first, only_second))):
-        ways = ways * (n - k) // (k + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**n)
-
-
-def paired(values, first, slides, seed, right_or_wrong=False):
+def paired(values, first, slides, seed):
     """A system's values [n] beside the first system's on the same questions (None: this is the first) -> what
     a Line says of them."""
     found = dict(zip(("mean", "low", "high"), interval(values, slides, seed)))
     if first is not None and not np.isnan(values - first).all():
         difference = interval(values - first, slides, seed)
         found |= dict(zip(("difference", "difference_low", "difference_high"), difference))
-        found |= {"p": mcnemar(first, values)} if right_or_wrong else {}
     return found
 
 
@@ -1573,223 +1300,6 @@ def spearman(x, y):
     return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
 
 
-def krippendorff(ratings):
-    """Ordinal alpha of [units, raters], nan where missing: 1 is full agreement, 0 that of chance."""
-    values = np.unique(ratings[~np.isnan(ratings)])
-    matrix = np.zeros((len(values), len(values)))  # how often two ratings of a unit coincide
-    for unit in ratings:
-        counts = (unit[:, None] == values).sum(0)  # of each value
-        if counts.sum() > 1:
-            matrix += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
-    n = matrix.sum(0)
-    middle = n.cumsum() - n / 2
-    distance = np.subtract.outer(middle, middle) ** 2  # the ratings between two values, half of either's own
-    expected = (np.outer(n, n) * distance).sum() / max(n.sum() - 1, 1)
-    return float(1 - (matrix * distance).sum() / expected) if expected else math.nan
-
-
-def weighted_kappa(x, y):
-    """Cohen's kappa of two raters with quadratic weights (Fleiss and Cohen 1973)."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    expected = np.mean(np.subtract.outer(x, y) ** 2)
-    return float(1 - np.mean((x - y) ** 2) / expected) if expected else math.nan
-
-
-# ---- Experts: a sheet to fill in, blind, and what comes back -----------------------------------------------
-
-EXPERTS = ("experts' correctness", "experts' relevance")  # scored from 1 to 5
-SHEET_COLUMNS = ("sheet", "rater", "item", "answer", "correctness", "relevance", "comment")
-PICTURE = 900  # pixels of a slide's longer side, on the sheet
-PAGE = r"""<!doctype html><meta charset="utf-8"><title>Rating sheet</title>
-<style>
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }
-header { position: sticky; top: 0; background: white; padding: .6em 0; border-bottom: 1px solid #ccc }
-section { border-top: 2px solid #888; margin-top: 2em } section p { white-space: pre-wrap }
-img { max-width: 100%; max-height: 32em } fieldset { margin: 1em 0 } label { margin-right: 1em }
-textarea { width: 100% }
-</style>
-<header>Your name or code: <input id="rater"> <button id="save">Save as CSV</button> <b id="left"></b></header>
-<h1>Rating sheet</h1>
-<p>For each answer, two scores from 1 to 5. Correctness: is what it says true of this slide (1: wrong, 5: entirely
-right)? Relevance: does it answer the question, with nothing that matters left out and nothing beside it (1: not at
-all, 5: fully)? What you enter is kept in this browser until you save it; send the saved file back.</p>
-<script>
-const sheet = __SHEET__, scales = ["correctness", "relevance"], boxes = [], rater = document.getElementById("rater");
-const make = (tag, parent, about) => parent.appendChild(Object.assign(document.createElement(tag), about));
-sheet.items.forEach((item, i) => {
-  const section = make("section", document.body, {});
-  make("h2", section, {textContent: i + 1});
-  item.picture ? make("img", section, {src: item.picture}) : make("p", section, {textContent: "(no picture at hand)"});
-  make("b", make("p", section, {}), {textContent: item.question});
-  make("p", section, {textContent: "Reference: " + item.reference});
-  item.answers.forEach((answer, k) => {
-    const box = make("fieldset", section, {});
-    make("legend", box, {textContent: "Answer " + (k + 1)});
-    make("p", box, {textContent: answer});
-    for (const scale of scales) {
-      const row = make("div", box, {textContent: scale + ": "});
-      for (let x = 1; x <= 5; x++)
-        make("input", make("label", row, {textContent: x}), {type: "radio", name: [i, k, scale].join("."), value: x});
-    }
-    boxes.push({box, item: i + 1, answer: k + 1, comment: make("textarea", box, {rows: 1, placeholder: "comment"})});
-  });
-});
-const score = (box, scale) => (box.querySelector(`input[name$=".${scale}"]:checked`) || {value: ""}).value;
-const read = () => boxes.map(({box, item, answer, comment}) =>
-  [sheet.id, rater.value.trim(), item, answer, ...scales.map(scale => score(box, scale)), comment.value]);
-const keep = () => {
-  const rows = read(), left = rows.filter(row => !row[4] || !row[5]).length;
-  document.getElementById("left").textContent = left ? `${left} of ${rows.length} answers to go` : "all done";
-  try { localStorage.setItem(sheet.id, JSON.stringify(rows)) } catch { /* no storage here: save often */ }
-};
-try {
-  for (const [i, row] of (JSON.parse(localStorage.getItem(sheet.id)) || []).entries()) {
-    [rater.value, boxes[i].comment.value] = [row[1], row[6]];
-    for (const input of boxes[i].box.querySelectorAll("input"))
-      input.checked = input.value === row[input.name.endsWith(scales[0]) ? 4 : 5];
-  }
-} catch { /* the same */ }
-const quote = cell => '"' + (/^[=+@\t\r-]/.test(cell) ? "'" : "") + String(cell).replaceAll('"', '""') + '"';
-document.getElementById("save").onclick = () => {
-  const lines = [sheet.columns, ...read()].map(row => row.map(quote).join(",") + "\n");
-  const href = URL.createObjectURL(new Blob(["\ufeff", ...lines], {type: "text/csv"}));
-  const name = rater.value.trim().replace(/[^\w-]+/g, "_") || "unnamed";
-  make("a", document.body, {href, download: `ratings-${name}.csv`}).click();
-};
-document.addEventListener("input", keep);
-keep();
-</script>
-"""
-
-
-def draw_questions(rows, n, seed):
-    """n of the rows, task by task in turn, drawn at random."""
-    rng, tasks = np.random.default_rng(seed), collections.defaultdict(list)
-    for i in rng.permutation(len(rows)):
-        tasks[rows[i]["task"]].append(rows[i])
-    turns = itertools.chain(*itertools.zip_longest(*tasks.values()))
-    return [row for row in turns if row][:n]
-
-
-def sheet_picture(args, slide):
-    """A slide's picture for the sheet: of its file, or else the one in data/qc; None where there is
-    neither."""
-    with contextlib.suppress(UserError):
-        file = open_slide(args.data, slide, args.slides, args.mpp)
-        return data_url(file.thumbnail(max(1, max(file.width, file.height) / PICTURE)))
-    qc = args.data / "qc" / f"{slide}.jpg"
-    with reading(qc, "delete it, or name the slides' folder with --slides"):
-        return data_url(Image.open(qc)) if qc.exists() else None
-
-
-def rating_sheet(args):
-    """--rating-sheet N OUT.html A B: the systems' answers to N questions, in random order, their names
-    hidden."""
-    given = args.rating_sheet
-    complete = len(given) > 2 and given[0].isdecimal() and int(given[0]) and given[1].endswith(".html")
-    usage = "takes N OUT.html FILE [FILE...]: how many questions, the page to write, predictions"
-    check(complete, f"--rating-sheet {' '.join(given)}: {usage}")
-    number, out, *files = given
-    page, table, key = (Path(out).with_suffix(ending) for ending in (".html", ".csv", ".key.json"))
-    for path in (page, table, key):
-        filled = "exists, and may be filled in already; name another sheet, or move it away"
-        check(not path.exists(), f"{path}: {filled}")
-        check_output(path, "")
-    # The questions, task by task, of those that all systems answered.
-    settings, rows, systems, notes = read_systems(list(map(Path, files)))
-    systems = [name for name in systems if not name.endswith(tuple(FIELDS.values())[1:])]  # no baselines
-    here = answered_by_all(rows, systems)
-    check(here, f"{' '.join(files)}: no question is answered by all")
-    chosen, rng = draw_questions(here, int(number), args.seed), np.random.default_rng(args.seed + 1)
-    # The page and the table show answers in random order; the key alone says whose they are.
-    asked = json.dumps([[row["id"], row["answers"]] for row in chosen])
-    sheet = hashlib.sha256(asked.encode()).hexdigest()[:12]
-    items, known, lines = [], [], [[*SHEET_COLUMNS, "slide", "question", "reference", "text"]]
-    for i, row in enumerate(chosen, 1):
-        slide, order = slides_of(row)[0], [systems[k] for k in rng.permutation(len(systems))]
-        item = {"picture": sheet_picture(args, slide), "question": row["question"], "reference": row["truth"]}
-        items.append(item | {"answers": [row["answers"][system] for system in order]})
-        facts = {name: row[name] for name in ("id", "slide", "task", "turn", "n", "question")}
-        known.append(facts | {"systems": order, "answers": items[-1]["answers"]})
-        for k, answer in enumerate(items[-1]["answers"], 1):
-            lines.append([sheet, "", i, k, "", "", "", slide, row["question"], row["truth"], answer])
-    about = json.dumps({"id": sheet, "columns": SHEET_COLUMNS, "items": items}).replace("<", "\\u003c")
-    write_text(page, PAGE.replace("__SHEET__", about))
-    write_text(table, csv_text(lines))
-    write_text(key, json.dumps({"sheet": sheet, "settings": settings, "items": known}, indent=1) + "\n")
-    unseen = [slides_of(row)[0] for row, item in zip(chosen, items) if not item["picture"]]
-    if unseen:
-        notes.append(f"No picture of {some(unseen)}: name the folder of the slides' files with --slides.")
-    for note in notes:
-        print(note)
-    print(
-        f"{len(chosen):,} questions, {len(lines) - 1:,} answers of {len(systems)} systems. For the raters: "
-        f"{page}, or {table}. Not for them: {key}, which tells the systems. "
-        f"Back again: --ratings {key} *.csv --evaluate {' '.join(files)}"
-    )
-
-
-def read_sheets(paths):
-    """--ratings -> of every line (its item in the key, the key's settings, system, answer, rater, {metric:
-    score})."""
-    # The keys: those that are named, or all that lie beside the tables.
-    tables, keys = [path for path in paths if path.suffix.lower() != ".json"], {}
-    named = [path for path in paths if path not in tables]
-    for path in named or sorted({key for table in tables for key in table.parent.glob("*.key.json")}):
-        key = wsi_llava.read_json(path, "not the key that --rating-sheet wrote")
-        keys[str(key.get("sheet"))] = key
-    for path in tables:
-        for number, cells in enumerate(read_table(path), 2):
-            where = f"{path}, line {number}"
-            with reading(where, f"expected the columns {', '.join(SHEET_COLUMNS)} of --rating-sheet"):
-                cells = {name: (cells[name] or "").strip() for name in SHEET_COLUMNS}
-                sheet, item, answer = cells["sheet"], int(cells["item"]), int(cells["answer"])
-            lost = f"the key of its sheet {sheet} is not here; name it too: --ratings X.key.json"
-            check(sheet in keys, f"{path}: {lost}")
-            with reading(where, f"no such answer on sheet {sheet}"):
-                asked = keys[sheet]["items"][max(item, 1) - 1]
-                system, text = asked["systems"][max(answer, 1) - 1], asked["answers"][answer - 1]
-                asked, about = own_names(asked), dict(keys[sheet]["settings"])
-                check(isinstance(system, str), f"{where}: its key names no system; copy the key again")
-            scores = {metric: cells[metric.split()[1]] for metric in EXPERTS}
-            for metric, score in scores.items():
-                what = f"{metric.split()[1]} {score!r}: a whole number from 1 to 5, or nothing"
-                check(score in ("", "1", "2", "3", "4", "5"), f"{where}: {what}")
-            scores = {metric: int(score) for metric, score in scores.items() if score}
-            yield asked, about, system, text, cells["rater"] or path.stem, scores
-
-
-def read_ratings(paths, settings, rows):
-    """--ratings: adds "ratings" {system: {metric: {rater: score}}} to the rows -> notes: how far raters
-    agree."""
-    index, lost, units = index_rows(settings, rows), collections.Counter(), {metric: {} for metric in EXPERTS}
-    for asked, about, system, text, rater, scores in read_sheets(paths):
-        own = find_row(index, about, asked)
-        if own is None or own["answers"].get(system) != text:
-            lost[system] += 1
-            continue
-        for metric, score in scores.items():
-            unit = own["ratings"].setdefault(system, {}).setdefault(metric, {})
-            units[metric][id(unit)] = unit
-            unit[rater] = score
-    other = "ratings are of other answers than these; left out."
-    notes = [f"{name}: {n:,} {other}" for name, n in lost.items()]
-    for metric, found in units.items():
-        raters = sorted(set(itertools.chain(*found.values())))
-        check(raters, f"--ratings {paths[0]}: {metric.split()[1]} is filled in nowhere")
-        matrix = np.array([list(map(unit.get, raters)) for unit in found.values()], float)  # None: nan
-        note = f"{metric.capitalize()}: {len(raters)} raters ({some(raters)}), {len(matrix):,} answers"
-        if len(raters) > 1:
-            note += f"; Krippendorff's alpha (ordinal) {krippendorff(matrix):.3f}"
-        for a, b in itertools.combinations(range(len(raters)), 2):
-            both = matrix[~np.isnan(matrix[:, [a, b]]).any(1)][:, [a, b]]
-            if len(both):
-                kappa = f"{weighted_kappa(*both.T):.3f} ({len(both)} answers)"
-                note += f"; weighted kappa of {raters[a]} and {raters[b]} {kappa}"
-        notes.append(note + ".")
-    return notes
-
-
 # ---- The tables --------------------------------------------------------------------------------------------
 
 CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shapes
@@ -1801,15 +1311,15 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
 NLU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of open answers, by their text
-METRICS = (*JUDGED, "accuracy", *NLU, "exact match", *EXPERTS)
-BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match", *EXPERTS)  # on the screen
+METRICS = (*JUDGED, "accuracy", *NLU, "exact match")
+BRIEF = ("average", *JUDGED, "accuracy", "BLEU-1", "ROUGE-L", "exact match")  # on the screen
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS. Its accuracies are confirmed by MLLM-HWSI (CVPR
 # 2026). Its BLEU to METEOR of reports are left out: other papers give systems on the same reports two and
 # three times as much.
 PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
 PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
 AVERAGE = 0.754  # of the nine figures of the three capabilities
-KINDS = ("all", "capability", "common or rare", "task", "cancer type")  # what a line of the tables is about
+KINDS = ("all", "capability", "task", "cancer type")  # what a line of the tables is about
 MAJORITY = "majority"  # the system that gives each task's most frequent answer in training
 
 
@@ -1831,7 +1341,6 @@ class Line:
     difference: float | None = None  # from the first system, on the same questions
     difference_low: float | None = None
     difference_high: float | None = None
-    p: float | None = None  # McNemar's
     published: float | None = None
 
 
@@ -1857,20 +1366,6 @@ def score_row(row, systems, meteor):
         if answer is not None:
             found |= score_answer(row, answer, meteor, by_text=system != MAJORITY)
             found |= row["grades"].get(system, {})
-        for metric, scores in row["ratings"].get(system, {}).items():
-            found[metric] = float(np.mean(list(scores.values())))
-
-
-def rarities(rows, training, threshold):
-    """({cancer type: "common ..." or "rare ..."}, {cancer type: slides}), by the slides in training, where
-    known."""
-    slides, where = dict(training), "training" if training else "these"
-    for row in rows if not training else ():
-        slides.setdefault(row["cancer"], set()).update(slides_of(row))
-    cancers = {row["cancer"] for row in rows}
-    counts = {cancer: len(slides.get(cancer, ())) for cancer in cancers}
-    sides = f"common: from {threshold} {where} slides", f"rare: under {threshold} {where} slides"
-    return {cancer: sides[n < threshold] for cancer, n in counts.items()}, counts
 
 
 def compare(rows, metric, systems, left_out, seed):
@@ -1882,26 +1377,25 @@ def compare(rows, metric, systems, left_out, seed):
         nothing = math.nan if left_out else 0.0
         values = np.array([nothing if score is None else score for score in scores], float)
         if not np.isnan(values).all():
-            facts = paired(values, first, slides, seed, metric in ("accuracy", "exact match"))
-            found[system] = {"unusable": scores.count(None)} | facts
+            found[system] = {"unusable": scores.count(None)} | paired(values, first, slides, seed)
         first = values if system == systems[0] else first
     return found
 
 
-def tabulate(rows, systems, rarity, args):
-    """Scored rows -> Lines, one for each group, metric and system. rarity: rarities'."""
-    names, counts = rarity
+def tabulate(rows, systems, training, args):
+    """Scored rows -> Lines, one for each group, metric and system. training: {cancer type: its slides}."""
     # Every row belongs to a group of each kind.
     groups, lines = collections.defaultdict(list), []
     for row in rows:
         capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
-        for key in zip(KINDS, ("all", capability, names[row["cancer"]], row["task"], row["cancer"])):
+        for key in zip(KINDS, ("all", capability, row["task"], row["cancer"])):
             groups[key].append(row)
     several = collections.Counter(kind for kind, _ in groups)
     for kind, group in sorted(groups, key=lambda key: (KINDS.index(key[0]), key[1])):
         if kind != "all" and several[kind] == 1:  # it would say the same once more
             continue
-        members, facts = groups[kind, group], {"slides": counts[group] if kind == "cancer type" else None}
+        members, facts = groups[kind, group], {}
+        facts["slides"] = len(training.get(group, ())) if kind == "cancer type" and training else None
         published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
         unanswered = [row for row in members if not row["scores"]]
         closed = [bool(closed_parser(row["question"], row["truth"])) for row in unanswered]
@@ -1940,17 +1434,6 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
-def write_rows(written, title, rows):
-    """Rows, dicts of the same keys, -> a Markdown and a CSV file -> the former's table."""
-    values, cells = [list(row.values()) for row in rows], []
-    for line in values:
-        cells.append([f"{x:.3g}" if isinstance(x, float) else x for x in line])
-    text = markdown(list(rows[0]), cells)
-    write_text(written["md"], f"{title}\n\n{text}\n")
-    write_text(written["csv"], csv_text([list(rows[0]), *values]))
-    return text
-
-
 def with_interval(mean, low, high, sign=""):
     return f"{mean:{sign}.3f}" + ("" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]")
 
@@ -1970,8 +1453,7 @@ def side_by_side(lines, systems, difference=False):
             if x is None or (difference and x.difference is None):
                 cells.append("n/a")
             elif difference:
-                p = "" if x.p is None else f" p={x.p:.2g}"
-                cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+") + p)
+                cells.append(with_interval(x.difference, x.difference_low, x.difference_high, "+"))
             else:
                 cells.append(with_interval(x.mean, x.low, x.high))
         unusable = [x.unusable for x in found.values()]
@@ -1984,71 +1466,12 @@ def side_by_side(lines, systems, difference=False):
     return markdown(header, rows)
 
 
-def draw_plot(path, title, across, series, log_y=False, joined=False, mark=None):
-    """A picture (SVG). series: {name: [(x, y, label), ...]}, a colour each. x is on a logarithmic axis, y
-    from 0 to 1, or logarithmic too. joined: with lines between the points. mark: an x with a dashed line."""
-    palette = ("#1f5fb4", "#d65a1e", "#3a8f4d", "#8a4fb0", "#555555", "#b8860b")
-    left, right, top, bottom = 60, 560, 40, 390
-    points, parts = list(itertools.chain(*series.values())), ['<rect width="760" height="440" fill="white"/>']
-    xs = [x for x, *_ in points] + [mark or 1]
-    ys = [y for _, y, _ in points] if log_y else [0, 1]
-
-    def axis(values, start, end, f):
-        low, high = f(min(values)), f(max(values))
-        return lambda value: start + (f(value) - low) / max(high - low, 1e-9) * (end - start)
-
-    def text(x, y, words, more=""):
-        parts.append(f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(str(words))}</text>')
-
-    # The axes, with lines and numbers at 1, 2, 5, 10, ...
-    at_x = axis(xs, left, right, math.log1p)  # from 0 on: not every cancer type is in training
-    at_y = axis(ys, bottom, top, (lambda y: math.log(max(y, 1e-4))) if log_y else float)
-    text(left, 22, title, 'font-size="15"')
-    text(left, 428, across)
-    ticks = [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5)]
-    for y in [tick for tick in ticks if min(ys) <= tick <= max(ys)] if log_y else (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<path d="M{left} {at_y(y):.0f}H{right}" stroke="#dddddd"/>')
-        text(left - 8, at_y(y) + 4, f"{y:g}", 'text-anchor="end"')
-    for x in [tick for tick in [0, *ticks[12:]] if min(xs) <= tick <= max(xs)]:
-        text(at_x(x), bottom + 18, f"{x:,g}", 'text-anchor="middle"')
-    if mark:
-        parts.append(f'<path d="M{at_x(mark):.0f} {top}V{bottom}" stroke="#888888" stroke-dasharray="5 4"/>')
-    # The points of each series, and its line in the legend.
-    for i, (name, found) in enumerate(series.items()):
-        colour = palette[i % len(palette)]
-        if joined:
-            line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in sorted(found))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y, label in [*found, (None, None, None)]:  # the last: the legend's
-            cx, cy = (right + 20, 46 + 20 * i) if label is None else (at_x(x), at_y(y))
-            tip = name if label is None else f"{name}, {label}: {y:.3g}"
-            circle = f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{colour}" fill-opacity="0.75">'
-            parts.append(f"{circle}<title>{html.escape(tip)}</title></circle>")
-        text(right + 32, 50 + 20 * i, name)
-    style = 'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" viewBox="0 0 760 440"'
-    write_text(path, f"<svg {style}><!-- {PICTURE_MARK} -->{''.join(parts)}</svg>\n")
-
-
-def draw_rarity(path, lines, threshold):
-    """Accuracy of every cancer type by its slides in training, a colour a system -> whether there were
-    types."""
-    for metric in ("accuracy", "exact match"):
-        types, series = [line for line in lines if (line.kind, line.metric) == ("cancer type", metric)], {}
-        for line in types:
-            series.setdefault(line.system, []).append((line.slides, line.mean, line.group))
-        if len({line.group for line in types}) > 1:
-            title = f"{metric} by how frequent a cancer type is"
-            draw_plot(path, title, "slides of the type (dashed: --rare)", series, mark=threshold)
-            return True
-    return False
-
-
 def correlations(rows, systems):
-    """Whether the text metrics tell what the judge tells, and either what experts tell: rank correlations."""
+    """Whether the text metrics tell what the judge tells: rank correlations."""
     scored = [row["scores"][system] for row in rows for system in systems if system in row["scores"]]
-    for target in (*JUDGED, *EXPERTS):
+    for target in JUDGED:
         rated, found = [scores for scores in scored if scores.get(target) is not None], []
-        for metric in (*NLU, "exact match", "accuracy", *JUDGED):
+        for metric in (*NLU, "exact match", *JUDGED):
             pairs = [(scores[metric], scores[target]) for scores in rated if scores.get(metric) is not None]
             if len(pairs) > 2 and metric != target:
                 found.append(f"{metric} {spearman(*map(np.array, zip(*pairs))):.2f} ({len(pairs)})")
@@ -2063,29 +1486,20 @@ def describe_scores(rows, first, judge, args):
         few = "; ".join(f"{row['id']}: {one_line(row['answers'][first], 60)!r}" for row in unread[:5])
         wrong = f"{len(unread):,} closed answers of {first} name no choice, or several, and count as wrong"
         yield f"{wrong}: {few}"
-    sure = [row for row in rows if isinstance(row["confidence"], dict)]  # of --choices likelihood
-    for right, words in ((1, "right"), (0, "wrong")):
-        chosen = [row["confidence"] for row in sure if row["scores"][first].get("accuracy") == right]
-        shares = [max(confidence["answer"].values()) for confidence in chosen]
-        if shares:
-            mean = f"{np.mean(shares):.2f} ({len(shares)} answers)"
-            yield f"Confidence in the chosen option where it is {words}: {mean}."
     if judge:
         grades = [value for row in rows for grade in row["grades"].values() for value in grade.values()]
         rule = "are left out" if judge.authors else "count as 0"
-        prompts = f"prompts of {args.judge_prompts}" if args.judge_prompts else "our prompts"
         unusable = f"{grades.count(None):,} grades stayed unusable and {rule}{judge.reasons()}"
-        yield f"Judge: {judge.model}, protocol {args.judge_protocol}, {prompts}. {unusable}."
-        if args.judge_repeat:
-            yield from judge_twice(judge, [row for row in rows if row["grades"]], first, args)
+        yield f"Judge: {judge.model}, protocol {args.judge_protocol}. {unusable}."
 
 
 def evaluate(args, paths):
-    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md, .csv, .json, .svg
-    beside the first of them."""
+    """--evaluate: files of predictions -> tables on the screen, and whole in evaluation.md and .csv beside the
+    first of them."""
     settings, rows, asked, notes = read_systems(paths)
-    marks = {"md": "# Evaluation", "csv": "kind,group", "json": '"predictions"'}
-    written = check_outputs(paths[0].with_name("evaluation"), **marks)
+    written = {ending: paths[0].with_name(f"evaluation.{ending}") for ending in ("md", "csv")}
+    check_output(written["md"], "# Evaluation")
+    check_output(written["csv"], "kind,group")
     here = answered_by_all(rows, asked)
     none = "holds no answers yet; sample.py --qa goes on with it"
     none = "no question is answered by all" if paths[1:] else none
@@ -2102,16 +1516,12 @@ def evaluate(args, paths):
     if known:
         file = f"{args.data}/qa/train.jsonl"
         notes.append(f"{MAJORITY}: a task's most frequent answer in {file}, whatever the slide.")
-    # What experts and the judge say of the answers: the one read, the other asked.
-    notes += read_ratings(args.ratings, settings, rows) if args.ratings else []
     judge = find_judge(args, paths[0].with_name("judge.jsonl"))
     if judge:
         todo = [row for row in here if not closed_parser(row["question"], row["truth"])]
         kept = f"{len(judge.replies):,} of its replies are kept already"
         print(f"{len(todo):,} open questions for {judge.model}; {kept}.")
         grade_rows(judge, todo, asked, args.requests)
-        if judge.dry:
-            return print(judge.plan())
     # The metrics, and what is to be said of them all.
     meteor = find_meteor()
     for row in tqdm(here, desc="metrics", unit="question", disable=len(here) < 1000):
@@ -2119,251 +1529,26 @@ def evaluate(args, paths):
     notes += [*describe_scores(here, asked[0], judge, args), *correlations(here, asked)]
     if not meteor:
         notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
-    lines = tabulate(rows, systems, rarities(rows, training, args.rare), args)
-    result = {"predictions": list(map(str, paths)), "settings": settings, "notes": notes}
-    write_evaluation(args, written, lines, systems, result)
+    lines = tabulate(rows, systems, training, args)
+    write_evaluation(written, lines, systems, notes)
 
 
-def write_evaluation(args, written, lines, systems, result):
+def write_evaluation(written, lines, systems, notes):
     """The tables and notes of --evaluate: into files, and in short on the screen."""
-    result["table"] = [dataclasses.asdict(line) for line in lines]
-    write_text(written["json"], json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     header = [field.name for field in dataclasses.fields(Line)]
-    write_text(written["csv"], csv_text([header, *(line.values() for line in result["table"])]))
-    listed_notes = "".join(f"- {note}\n" for note in result["notes"])
+    write_text(written["csv"], csv_text([header, *(dataclasses.astuple(line) for line in lines)]))
+    listed_notes = "".join(f"- {note}\n" for note in notes)
     text = f"# Evaluation\n\n{listed_notes}\n{side_by_side(lines, systems)}\n"
     shown = [line for line in lines if line.kind != "cancer type" and line.metric in BRIEF]
     shown = [line for line in shown if line.kind != "task" or line.metric not in NLU]
     print(f"\n{side_by_side(shown, systems)}\n")
     if systems[1:]:
-        beside = f"Paired difference from {systems[0]} (p: McNemar's, exact)"
+        beside = f"Paired difference from {systems[0]}"
         text += f"\n## {beside}\n\n{side_by_side(lines, systems[1:], difference=True)}\n"
         print(f"{beside}:\n{side_by_side(shown, systems[1:], difference=True)}\n")
     write_text(written["md"], text)
-    picture = f"; a picture: {written['svg']}" if draw_rarity(written["svg"], lines, args.rare) else ""
-    print("\n".join(result["notes"]))
-    print(f"All metrics, and each cancer type: {written['md']} (and .csv, .json){picture}")
-    if args.json:
-        print(json.dumps(result, ensure_ascii=False), file=args.json)
-
-
-def tile_scores(args, count):
-    """What the draws of one count of --tiles came to -> ({metric: {question: [values]}}, {question: its
-    slides}, the mean tiles of a slide, GB at the peak)."""
-    values, slides = collections.defaultdict(lambda: collections.defaultdict(list)), {}
-    tiles, peak = {}, 0.0
-    for _, path in tile_runs(args, count):
-        for n, row in read_predictions(path)[1].items():
-            if row["answer"] is not None:
-                slides[n], peak = " + ".join(slides_of(row)), max(peak, row["peak_memory"] / 1e9)
-                for metric, value in (score_answer(row, row["answer"]) | {"seconds": row["seconds"]}).items():
-                    values[metric][n].append(value or 0.0)
-                for slide in set(slides_of(row)) - tiles.keys():
-                    have = slide_facts(args.data, slide).get("tiles", count)
-                    tiles[slide] = min(have, count or have)
-    check(slides, f"{args.predictions}: no question was answered with {count or 'all'} tiles")
-    return values, slides, float(np.mean(list(tiles.values()))), peak
-
-
-def evaluate_tiles(args):
-    """--tiles: a row for each count of tiles, in tiles.md and .csv, and the curve, tiles.svg. A question's
-    value is the mean over the draws."""
-    written = check_outputs(args.predictions.with_name("tiles"), md="# Tiles", csv="tiles,")
-    table, series = [], collections.defaultdict(list)
-    for count in args.tiles:
-        values, slides, tiles, peak = tile_scores(args, count)
-        line = {"tiles": f"{count:,}" if count else "all", "on average": round(tiles, 1)}
-        line |= {"questions": len(slides), "GB": f"{peak:.2f}"}
-        for metric in ("accuracy", "exact match", "BLEU-1", "ROUGE-L", "seconds"):
-            if values[metric]:
-                means = np.array([float(np.mean(x)) for x in values[metric].values()])
-                found = interval(means, [slides[n] for n in values[metric]], args.seed)
-                line[metric] = with_interval(*found)
-                if metric != "seconds":
-                    series[metric].append((tiles, found[0], f"{line['tiles']} tiles"))
-        table.append(line)
-    text = write_rows(written, "# Tiles", table)
-    print(f"\n{text}\nSeconds a question, and GB at the peak.")
-    draw_plot(written["svg"], "What the number of tiles is worth", "tiles a slide", series, joined=True)
-    print(f"Wrote {', '.join(map(str, written.values()))}")
-
-
-# ---- What it costs, by size of slide -----------------------------------------------------------------------
-
-SIZES = (1, 3, 10, 30, 100)  # GB of uncompressed pixels, of the slides that --benchmark makes up
-MEASURING = 20  # seconds at most that tiles are read, and that they are encoded; the rest is extrapolated
-
-
-def made_up_tile(seed):
-    """256 x 256 pixels of tissue with nuclei, or (None) of glass -> a JPEG."""
-    picture, rng = Image.new("RGB", (TILE, TILE), (244, 244, 244)), np.random.default_rng(seed)
-    if seed is not None:
-        stroma = rng.normal((226, 178, 206), 9, (TILE, TILE, 3))
-        picture = Image.fromarray(stroma.clip(0, 255).astype(np.uint8))
-        for x, y in rng.integers(0, TILE, (120, 2)).tolist():
-            ImageDraw.Draw(picture).ellipse((x - 5, y - 4, x + 5, y + 4), (104, 62, 148))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
-def make_slide(path, gigabytes):
-    """Writes a slide of so many GB of pixels at 40x, tissue in its middle: a tiled TIFF (OpenSlide's
-    generic-tiff) of levels at 1, 1/4, 1/16, ... whose tiles all point to the same five JPEGs: the file is
-    small, the work is not."""
-    side = max(8, round(math.sqrt(gigabytes * 1e9 / 3) / TILE)) * TILE
-    body, pictures, link = bytearray(struct.pack("<2sHI", b"II", 42, 0)), [], 4  # link: to the next directory
-    for seed in (None, 0, 1, 2, 3):
-        picture = made_up_tile(seed)
-        pictures.append((len(body), len(picture)))
-        body += picture + b"\0" * (len(picture) % 2)
-    for level in itertools.count():
-        pixels = side // 4**level
-        n = math.ceil(pixels / TILE)  # tiles along each side
-        if n < 8:
-            break
-        y, x = (np.mgrid[:n, :n] + 0.5) / n - 0.5
-        kind = np.where(np.hypot(x, y) < 0.36, 1 + np.arange(n * n).reshape(n, n) * 7 % 4, 0).ravel()
-        offsets, lengths = np.array(pictures, "<u4")[kind].T
-        at, table = len(body), len(body) + 16  # of what does not fit into the directory's entries
-        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / 0.25 / 4**level), 1)
-        body += offsets.tobytes() + lengths.tobytes()
-        entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
-            [(254, 4, 1, int(level > 0)), (256, 4, 1, pixels), (257, 4, 1, pixels)],  # width and height
-            [(258, 3, 3, at), (259, 3, 1, 7), (262, 3, 1, 6), (277, 3, 1, 3)],  # 3 x 8 bits, JPEG, YCbCr
-            [(282, 5, 1, at + 8), (283, 5, 1, at + 8), (296, 3, 1, 3)],  # pixels per centimetre
-            [(322, 4, 1, TILE), (323, 4, 1, TILE)],
-            [(324, 4, n * n, table), (325, 4, n * n, table + 4 * n * n)],
-        ]
-        struct.pack_into("<I", body, link, len(body))
-        directory = b"".join(struct.pack("<HHII", *entry) for entry in itertools.chain(*entries))
-        body += struct.pack("<H", len(directory) // 12) + directory + struct.pack("<I", 0)
-        link = len(body) - 4
-    Path(path).write_bytes(body)
-
-
-def timed(device, work):
-    """(seconds, what the work returns)."""
-    started = time.time()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.time() - started, result
-
-
-def read_through(path, mpp):
-    """In a process of its own: finds the tissue of a slide and reads tiles of it, MEASURING seconds at most
-    -> (its size, the tiles' corners, seconds of finding them, some tiles, how many were read, in how long,
-    peak memory)."""
-    started = time.time()
-    slide = prepare.Slide(path, None, fallback=mpp)
-    coords = prepare.tile_grid(prepare.find_tissue(slide.thumbnail(prepare.MASK))[0], 0.25)
-    tissue, started = time.time() - started, time.time()
-    order, pixels, n = np.random.default_rng(0).permutation(len(coords)), [], 0
-    while n < len(order) and time.time() - started < MEASURING:
-        tile = slide.tile(*coords[order[n]].tolist())
-        n += 1
-        if n <= 16:  # kept: a batch for the encoder
-            pixels.append(tile)
-    reading = time.time() - started
-    return slide.file.dimensions, coords, tissue, pixels, n, reading, wsi_llava.peak_memory()
-
-
-@torch.inference_mode()
-def time_slide(args, path, encoder, model, ids):
-    """All steps from a slide to an answer -> a row of the table, in seconds and GB."""
-    reset_peak(args.device)
-    clock = functools.partial(timed, args.device)
-    with concurrent.futures.ProcessPoolExecutor(1, prepare.FORK) as pool:
-        try:
-            found = pool.submit(read_through, path, args.mpp).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError(f"{path}: {prepare.DIED}") from None
-    # The tile encoder, on some tiles again and again.
-    (width, height), coords, tissue, pixels, read, reading, readers_peak = found
-    N, encoded, encoding = len(coords), 0, 0.0
-    check(N, f"{path}: no tissue was found on it")
-    pixels = torch.from_numpy(np.stack(pixels))
-    prepare.encode(encoder, pixels[:2], args.device)  # warm
-    while encoded < N and encoding < MEASURING:
-        encoding += clock(lambda: prepare.encode(encoder, pixels, args.device))[0]
-        encoded += len(pixels)
-    # Slide encoder and language model, on features made up: their values take no other time.
-    C = model.slide_encoder.cfg.in_width if model.slide_encoder else encoder.cfg.width
-    features, coords = torch.randn(N, C), torch.from_numpy(coords)
-    slide_encoder, visual = clock(lambda: model.encode_slide(features, coords))
-    answer = model.generate([visual[None]], [ids], max_new_tokens=32)
-    first_token, _ = clock(lambda: next(answer))
-    seconds, tokens = clock(lambda: len(list(answer)))  # none, where the first one ended it
-    row = {"slide": path.name, "level 0": f"{width} x {height}", "GB": width * height * 3 / 1e9, "tiles": N}
-    row |= {"tissue": tissue, "reading": reading * N / read, "tile encoder": encoding * N / encoded}
-    row |= {"slide encoder": slide_encoder, "first token": first_token, "tokens/s": tokens / seconds}
-    row["CPU GB"] = max(readers_peak, wsi_llava.peak_memory()) / 1e9
-    if args.device.type == "cuda":
-        row["GPU GB"] = wsi_llava.peak_memory(args.device) / 1e9
-    extrapolated = f"from {read:,} tiles read, {encoded:,} encoded"
-    return row | {"extrapolated": extrapolated if min(read, encoded) < N else ""}
-
-
-def random_weights(module, args):
-    """A module of the meta device -> on --device in --dtype, small random weights in it."""
-    module = module.to(args.dtype).to_empty(device=args.device).eval()
-    for x in module.state_dict().values():
-        x.normal_(0, 0.02)
-    return module
-
-
-def benchmark_models(args):
-    """-> (tile encoder, model, the ids of a prompt), of random weights where there are none, which is
-    said."""
-    preset, question = args.preset or "demo", {"from": "human", "value": "Describe what is seen."}
-    cfg = wsi_llava.PRESETS[preset]
-    try:
-        encoder, source = wsi_llava.pick_tile_encoder(args)
-        encoder, source = encoder.to(args.device, args.dtype), source or "untrained, of the preset demo"
-    except UserError:
-        with torch.device("meta"):
-            encoder = wsi_llava.TileEncoder(cfg.tile_encoder)
-        encoder, source = random_weights(encoder, args), f"random, of the preset {preset}'s size"
-    try:
-        check((args.data / "meta.json").exists(), f"no {args.data}/meta.json")
-        model, tokenizer = load_model(args, wsi_llava.read_meta(args.data))
-        ids, weights = prompt_ids(tokenizer, {"conversations": [question]}), f"those of {args.out}"
-    except UserError as error:
-        with torch.device("meta"):
-            model = wsi_llava.WSILLaVA(cfg)
-        model, ids = random_weights(model, args), [1, IMAGE_TOKEN, *range(3, 40)]
-        weights = f"random, of the preset {preset}'s size ({one_line(error)})"
-    print(f"Tile encoder: {source}. Slide encoder and language model: {weights}.")
-    print(f"On {args.device} in {args.dtype}.")
-    return encoder, model, ids
-
-
-def benchmark(args):
-    """--benchmark: slides, or made-up ones of SIZES, through every step -> out/benchmark.md, .csv, .svg."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = check_outputs(args.out / "benchmark", md="# What a slide costs", csv="slide,level 0")
-    slides = prepare.find_slides(args.benchmark).values() if args.benchmark else SIZES
-    models, table, series = benchmark_models(args), [], collections.defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        for slide in tqdm(slides, unit="slide"):
-            path = slide if args.benchmark else Path(folder) / f"made-up-{slide}GB.tif"
-            if not args.benchmark:
-                make_slide(path, slide)
-            try:
-                table.append(time_slide(args, path, *models))
-            except UserError as error:
-                print(f"failed: {one_line(error, 2000)}", file=sys.stderr)
-    check(table, "--benchmark: no slide could be timed, see above")
-    table.sort(key=lambda row: row["GB"])
-    steps = ("tissue", "reading", "tile encoder", "slide encoder", "first token")
-    for row, step in itertools.product(table, steps):
-        series[step].append((row["GB"], row[step], row["slide"]))
-    text = write_rows(written, "# What a slide costs", table)
-    print(f"\n{text}\nSeconds, of one reader (prepare.py has --workers of them), and GB at the peak.")
-    style = {"log_y": True, "joined": True}
-    draw_plot(written["svg"], "Seconds by size of slide", "GB of pixels, uncompressed", series, **style)
-    print(f"Wrote {', '.join(map(str, written.values()))}")
+    print("\n".join(notes))
+    print(f"All metrics, and each cancer type: {written['md']} (and .csv)")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------
@@ -2379,40 +1564,23 @@ def ask_about_slide(args):
         print(f"{slide}: model of {args.out}/stage1 on {args.device}, {time.time() - started:.1f} s.")
         for text, p in sorted(found.items(), key=lambda item: -item[1]):
             print(f"{p:8.4f}  {text}")
-        if args.json:
-            said = {"slide": slide, "probabilities": found}
-            print(json.dumps(said, ensure_ascii=False), file=args.json)
         return
     model, tokenizer = load_model(args, meta)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
     options = {name: getattr(args, name) for name in names}
 
-    def open_chat(name):
-        name = prepare_raw(args, name)
-        return name, Chat(model, tokenizer, slide_tokens(args, model, name), **options)
-
-    name, chat = open_chat(slide)
+    chat = Chat(model, tokenizer, slide_tokens(args, model, slide), **options)
     trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
     origin = f"model of {trained}" if trained.exists() else "published model"
     where = f"{origin} on {args.device} in {dtype}, {time.time() - started:.1f} s"
-    print(f"{name}: {len(chat.visual)} visual tokens; {where}.")
+    print(f"{slide}: {len(chat.visual)} visual tokens; {where}.")
     if args.ask:
-        tokens, seconds = stream_answer(args, name, chat, args.ask)
+        tokens, seconds = stream_answer(chat, args.ask)
     else:
-        tokens, seconds = chat_loop(args, open_chat, name, chat)
+        tokens, seconds = chat_loop(chat)
     if args.heatmap or args.heatmap_geojson:
-        explain(args, model, tokenizer, name, chat.turns[-1]["value"])
+        explain(args, model, tokenizer, slide, chat.answer)
     print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {gigabytes(args)}.")
-
-
-def rectangle(text):
-    """A type for argparse: x,y,width,height -> floats."""
-    values = []
-    with contextlib.suppress(ValueError):
-        values = [float(part) for part in text.split(",")]
-    if len(values) != 4 or not all(map(math.isfinite, values)) or min(values[2:]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not x,y,width,height in level-0 pixels")
-    return values
 
 
 def temperature(text):
@@ -2431,15 +1599,15 @@ def parse(argv=None):
     folder, many = file | {"metavar": "DIR"}, {"nargs": "+", "type": text}
     add("--slide", "a slide file, or the name of a prepared slide", metavar="S", type=text)
     add("--ask", "one question; without it, a chat", type=text, metavar="Q")
-    add("--region", "only this part of the slide, in level-0 pixels", metavar="X,Y,W,H", type=rectangle)
     add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", **many)
     add("--heatmap", "with --ask: a picture (PNG) of which tiles made the answer what it is", **file)
     add("--heatmap-geojson", "the same for QuPath, a square a tile", **file)
     mpp = wsi_llava.at_least(0.05, float, 20)
     add("--mpp", "um per pixel at level 0, for a raw slide whose metadata lack it", type=mpp)
     add("--slides", "where the slides' files are, for pictures (default: slides in --data)", **folder)
-    add("--json", "for programs: JSON on stdout, and nothing else there", action="store_true")
     add = parser.group("how it answers")
+    tiles = "from so many of a slide's tiles, drawn at random, always the same ones (0: all)"
+    add("--max-tiles", tiles, type=count, default=0)
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
     add("--max-new-tokens", "longest answer, in tokens (default: 512)", type=some, default=512)
     add("--temperature", "0 (default): the most likely token; above: sampled", type=temperature, default=0.0)
@@ -2450,67 +1618,35 @@ def parse(argv=None):
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
     add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
     add("--baselines", "also answer without the slide, and with another's", action="store_true")
-    how = {"choices": ("generate", "likelihood"), "default": "generate"}
-    add("--choices", "closed questions: by what it says (default), or its likeliest option", **how)
-    tiles = "answer with so many tiles a slide (0: all), drawn at random; a table and a curve"
-    add("--tiles", tiles, nargs="+", type=count, metavar="N")
-    add("--draws", "random draws of each of --tiles (default: 1)", type=some, default=1)
     add("--batch-size", "questions at once (default: 8)", type=some, default=8)
-    add = parser.group("many questions to a model behind a server; its key: OPENAI_API_KEY")
-    url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
-    add("--ask-model", "let this vision model answer --qa", type=text, metavar="M")
-    add("--ask-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
-    add("--ask-thumbnail", "it sees the slide, so many pixels (default: 1024)", type=count, default=1024)
-    add("--ask-tiles", "it sees so many tiles, spread over the tissue (default: 0)", type=count, default=0)
-    add("--requests", "requests to a server at once (default: 8)", type=some, default=8)
-    add("--dry-run", "only count what a server would be sent", action="store_true")
     add = parser.group("evaluation")
     add("--evaluate", "tables of predictions, ours first (default: --predictions)", nargs="*", **file)
-    few = "below so many training slides a cancer type is rare (default: 100)"
-    add("--rare", few, type=some, default=100)
-    add("--judge-model", "grade open answers: WSI-Precision, WSI-Relevance", type=text, metavar="M")
+    judge = "grade open answers: WSI-Precision, WSI-Relevance; its key: OPENAI_API_KEY"
+    add("--judge-model", judge, type=text, metavar="M")
+    url = {"default": "https://api.openai.com/v1", "metavar": "URL"}
     add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
+    add("--requests", "requests to the judge at once (default: 8)", type=some, default=8)
     rules = "what counts: ours (default), or as in the authors' released evaluation"
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
-    add("--judge-prompts", "JSON of three texts: claims, precision, relevance", **file)
-    add("--judge-repeat", "grade so many answers twice: does the judge agree?", type=count, default=0)
-    sheet = "a page for experts to grade N questions' answers, blind"
-    add("--rating-sheet", sheet, metavar="N OUT.html FILE", **many)
-    add("--ratings", "with --evaluate: the sheets that came back", nargs="+", **file)
-    what = "what slides (default: made-up ones of 1 to 100 GB) cost in time and memory, step by step"
-    add("--benchmark", what, nargs="*", **file | {"metavar": "SLIDE"})
     wsi_llava.add_weights_flags(parser)
     wsi_llava.add_shared_flags(parser)
     args = parser.parse_args(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
-    args.json = sys.stdout if args.json else None  # a program reads it; all else goes to stderr then
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     check_heatmap_flags(args)
-    alone = args.qa and not (args.ask_model or args.baselines or args.evaluate)
-    goes = "goes with --qa, without --baselines, --ask-model, --evaluate FILE"
-    check(alone or not args.tiles, f"--tiles {goes}")
-    check(args.evaluate is not None or not args.ratings, "--ratings goes with --evaluate FILE [FILE...]")
     wsi_llava.resolve_device(args)
-    tables = args.evaluate is not None or args.benchmark is not None
-    todo = args.slide or args.qa or args.rating_sheet or tables
+    todo = args.slide or args.qa or args.evaluate is not None
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
-    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        if args.qa:
-            answer_file(args)
-        if args.benchmark is not None:
-            benchmark(args)
-        if args.rating_sheet:
-            rating_sheet(args)
-        if args.tiles:
-            evaluate_tiles(args)
-        elif args.evaluate is not None and not (args.qa and args.dry_run):
-            evaluate(args, args.evaluate or [args.predictions])
-        elif args.slide and not args.qa:
-            ask_about_slide(args)
+    if args.qa:
+        answer_file(args)
+    if args.evaluate is not None:
+        evaluate(args, args.evaluate or [args.predictions])
+    elif args.slide and not args.qa:
+        ask_about_slide(args)
 
 
 if __name__ == "__main__":

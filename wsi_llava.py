@@ -1524,23 +1524,6 @@ class WSILLaVA(nn.Module):
                 return
             embeds = self.llama.embed_tokens(token)[:, None]  # [B,1,C]
 
-    def save(self, folder):
-        """Writes the whole model into a folder: model.safetensors and config.json."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "model.safetensors", self.state_dict())
-        write_text(folder / "config.json", self.cfg.to_json())
-
-    @classmethod
-    def load(cls, folder):
-        """The model that save() wrote whole, loaded strictly."""
-        cfg = load_config(folder)
-        with torch.device("meta"):
-            model = cls(cfg)
-        path = Path(folder) / "model.safetensors"
-        load_strict(model, read_tensors(path), path)
-        return model.eval()
-
 
 # ---- The rest: what is around the model, first of all this machine -----------------------------------------
 
@@ -1615,32 +1598,6 @@ def merge_lora(llama):
     return llama
 
 
-if triton is not None:
-
-    @triton.jit
-    def _int8_kernel(x, weight, scale, y, N, K, BLOCK: tl.constexpr, STEP: tl.constexpr):
-        """A row of y [M,N] = x [M,K] (scale [N] weight [N,K])^T, a block of its columns: the weights pass
-        once, as int8."""
-        row, n = tl.program_id(1), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, K, STEP):
-            k = first + tl.arange(0, STEP)
-            xs = tl.load(x + row * K + k, k < K, other=0.0).to(tl.float32)
-            inside = (n < N)[:, None] & (k < K)[None, :]
-            ws = tl.load(weight + n[:, None].to(tl.int64) * K + k[None, :], inside, other=0)
-            total += tl.sum(ws.to(tl.float32) * xs[None, :], 1)
-        total *= tl.load(scale + n, n < N, other=0.0).to(tl.float32)
-        tl.store(y + row * N + n, total, n < N)
-
-
-def int8_rows(x, weight, scale):
-    """Int8Linear's product by the kernel, row by row of x [M,K] -> [M,N]."""
-    (M, K), N = x.shape, len(weight)
-    y = x.new_empty(M, N)
-    _int8_kernel[(triton.cdiv(N, 4), M)](x, weight, scale, y, N, K, BLOCK=4, STEP=1024)
-    return y
-
-
 class Int8Linear(nn.Module):
     """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's size.
 
@@ -1658,29 +1615,21 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def product(self, x):
-        """x W^T for many rows: worth real matmuls, in the input's dtype, where |int8| < 2^8 is exact. A part
-        of W at a time: all of a lm_head's would take more memory than int8 saves."""
+        """x W^T in the input's dtype, in which |int8| < 2^8 is exact. A part of W at a time: all of a
+        lm_head's would take more memory than int8 saves."""
         parts = [x @ weight.to(x.dtype).T for weight in self.weight.split(16384)]
         return torch.cat(parts, -1) * self.scale.to(x.dtype)
-
-    def most_rows(self, x):
-        """Up to how many rows few() is faster than product(), where it can be used."""
-        if x.device.type == "cpu":  # PyTorch's kernel reads past the end of rows that are no multiple of 32
-            return 16 if x.shape[-1] % 32 == 0 else 0
-        return 8 if x.is_cuda and triton is not None else 0
-
-    def few(self, x):
-        """x W^T for few rows, whose cost is that of reading W, [rows,in] -> [rows,out]: W is read as int8."""
-        if x.device.type == "cpu":  # this kernel takes bfloat16 (the scale may have been cast with the model)
-            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16())
-        return int8_rows(x.contiguous(), self.weight, self.scale)
 
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
             y = checkpoint(self.product, x, use_reentrant=False)
-        elif rows <= self.most_rows(x):
-            y = self.few(x.reshape(rows, -1)).view(*x.shape[:-1], -1).to(x.dtype)
+        elif _on_cpu(x) and rows <= 16 and x.shape[-1] % 32 == 0:
+            # Of few rows the cost is that of reading W, and PyTorch's kernel reads it as int8. It takes
+            # bfloat16, and reads past the end of rows that are no multiple of 32.
+            few = x.reshape(rows, -1).bfloat16()
+            y = torch._weight_int8pack_mm(few, self.weight, self.scale.bfloat16())
+            y = y.view(*x.shape[:-1], -1).to(x.dtype)
         else:
             y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -1885,7 +1834,7 @@ def fingerprint(module):
 
 
 def load_config(folder):
-    """The WSILLaVAConfig in `folder`/config.json, as a training stage or WSILLaVA.save left it."""
+    """The WSILLaVAConfig in `folder`/config.json, as a training stage left it."""
     path = Path(folder) / "config.json"
     with reading(path, f"{folder} holds no trained model that can be read; train it again"):
         return WSILLaVAConfig.from_json(path.read_text(encoding="utf-8"))
@@ -2040,31 +1989,37 @@ def read_folder(folder):
     return tensors
 
 
-# Options of adapter_config.json under which the update is W + scale B A and the base's weights are its own
-# (PiSSA's start, say, changes them). What the tensors' names and shapes tell, as targets, is read off them.
-LORA_OPTIONS = {"peft_type": ["LORA"], "bias": ["none", None]}
-LORA_OPTIONS |= {"init_lora_weights": [None, True, False, "gaussian", "orthogonal", "eva"]}
-OFF = "fan_in_fan_out use_dora use_qalora layer_replication lora_bias arrow_config modules_to_save"
-LORA_OPTIONS |= dict.fromkeys(OFF.split(), [None, False, [], {}])
+# What adapter_config.json may say: the options of plain LoRA, W + alpha / r B A on weights that are the base's
+# own (PiSSA's start, say, changes them), with any value or with one of these. Of every other option, also of
+# one that did not exist when this was written, only a value that sets nothing.
+LORA_FREE = "r lora_alpha lora_dropout target_modules base_model_name_or_path revision task_type"
+LORA_FREE += " inference_mode peft_version auto_mapping exclude_modules"
+LORA_OPTIONS = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),
+    "megatron_core": ("megatron.core",),  # read where megatron_config is set
+    "qalora_group_size": (16,),  # read with use_qalora
+}
 
 
 def read_lora_config(path, hint):
-    """adapter_config.json of a PEFT folder. Raises UserError that names an option outside LORA_OPTIONS."""
+    """adapter_config.json of a PEFT folder -> its r, alpha. Raises UserError that names what is no plain LoRA."""
     c = read_json(path, hint)
+    for name, value in c.items():
+        plain = name in LORA_FREE.split() or value in (None, False, {}, [], "")
+        plain = plain or value in LORA_OPTIONS.get(name, ())
+        check(plain, f"{path}: {one_line(name)} {one_line(value)} is not supported: plain LoRA only")
     with reading(path, hint):
-        # The projector may be there, saved whole: load_projector reads it.
-        whole = [name for name in c.get("modules_to_save") or [] if "projector" not in name]
-        c["modules_to_save"] = ", ".join(whole) or None
-        for name, supported in LORA_OPTIONS.items():
-            value = c.get(name)
-            check(value in supported, f"{path}: not supported here: {name} {one_line(value)}")
-    return c
+        rank, alpha = c["r"], float(c["lora_alpha"])
+        check(c["peft_type"] == "LORA" and math.isfinite(alpha), f"{path}: not LoRA's; {hint}")
+        return rank, alpha
 
 
 def merge_adapters(llama, folder, dtype=None):
     """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update."""
     path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
-    c, tensors = read_lora_config(path, hint), {}
+    (rank, alpha), tensors = read_lora_config(path, hint), {}
     for key, tensor in read_folder(folder).items():
         tensors[rename(key, LLAMA_KEYS)] = tensor
     tensors.pop(None, None)  # the projector
@@ -2075,14 +2030,11 @@ def merge_adapters(llama, folder, dtype=None):
             name = key.removesuffix(".lora_A.weight")
             check(name in linears, f"{folder}: has adapters for {name}, which the language model lacks")
             linear, a, b = linears[name], tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
-            rank, shapes = len(a), f"{list(a.shape)} and {list(b.shape)}"
             fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
-            fits = fits and rank in (c["r"], *(c.get("rank_pattern") or {}).values())
-            wanted = f"rank {c['r']}, {linear.in_features} -> {linear.out_features}"
+            wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
+            shapes = f"{list(a.shape)} and {list(b.shape)}"
             check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
-            patterns = [p for p in c.get("alpha_pattern") or {} if re.fullmatch(rf"(.*\.)?({p})", name)]
-            alpha = c["alpha_pattern"][patterns[0]] if patterns else c["lora_alpha"]
-            add_update(linear, a, b, alpha / (math.sqrt(rank) if c.get("use_rslora") else rank), dtype)
+            add_update(linear, a, b, alpha / rank, dtype)
         others = ", ".join(list(tensors)[:3])
         check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {others}")
 
@@ -2208,12 +2160,12 @@ def feature_metadata(path):
         return notes | {"tiles": file.get_slice("coords").get_shape()[0]}
 
 
-def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
+def read_features(data, slide, max_tiles=0, width=None):
     """data/features of one slide -> features float16 [N,C_tile], coords int32 [N,2].
 
     max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
-    width: what C_tile must be. coordinates: whether they are needed, as by a slide encoder; some imports have
-    none. Raises UserError where there is no such file, or its contents cannot be features of a slide.
+    width: what C_tile must be. Raises UserError where there is no such file, or its contents cannot be
+    features of a slide.
     """
     path, hint = features_file(data, slide), PREPARE_AGAIN
     with reading(path, hint):
@@ -2223,11 +2175,7 @@ def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
         check(coords.shape == (N, 2), f"{path}: holds {N} features but coords {list(coords.shape)}; {hint}")
         check(width in (None, C), f"{path}: its features are {C} wide, not {width}; {hint}")
         check(features.isfinite().all(), f"{path}: its features are not finite; {hint}")
-        if json.loads(read_metadata(path).get("wsi_llava", "{}")).get("coordinates", True):
-            grid_cells(coords)
-        else:
-            needed = "its tiles have no coordinates, and a slide encoder needs them"
-            check(not coordinates, f"{path}: {needed}; only a model trained with --no-slide-encoder takes it")
+        grid_cells(coords)
     if max_tiles and max_tiles < N:
         rng = np.random.default_rng(zlib.crc32(slide.encode()))
         chosen = torch.from_numpy(np.sort(rng.choice(N, max_tiles, replace=False)))
@@ -2235,21 +2183,13 @@ def read_features(data, slide, max_tiles=0, width=None, coordinates=True):
     return features, coords
 
 
-def tile_corners(x, y):
-    return [(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE)]
-
-
-def geojson_feature(kind, rings, scale, origin=(0, 0), **properties):
-    """A polygon for QuPath: rings of corners (x, y) times `scale`, in level-0 pixels counted from `origin`.
-
-    kind: "tile" or "annotation". properties: what else QuPath is to know of it.
-    """
-    x0, y0 = origin
-    closed = []
-    for ring in rings:
-        closed.append([[round(x * scale - x0, 2), round(y * scale - y0, 2)] for x, y in [*ring, ring[0]]])
-    geometry = {"type": "Polygon", "coordinates": closed}
-    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": kind, **properties}}
+def geojson_tile(x, y, scale, origin=(0, 0), **properties):
+    """A tile for QuPath. x, y: its corner in tiled pixels; scale: level-0 pixels each. Its own corners are in
+    level-0 pixels, counted from `origin`. properties: what else QuPath is to know of it."""
+    corners = np.array([(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE), (x, y)])
+    ring = (corners * scale - origin).round(2).tolist()
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    return {"type": "Feature", "geometry": geometry, "properties": {"objectType": "tile", **properties}}
 
 
 def read_visual_tokens(data, slide, cfg):
@@ -2296,7 +2236,7 @@ def keep_visual_tokens(model, data, slide):
         return False
     encoder = model.slide_encoder
     width = None if encoder is None else encoder.cfg.in_width
-    features, coords = read_features(data, slide, model.cfg.max_tiles, width, encoder is not None)
+    features, coords = read_features(data, slide, model.cfg.max_tiles, width)
     check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
     with torch.inference_mode():
         tokens = model.encode_slide(features, coords).half()
