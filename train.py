@@ -8,8 +8,8 @@
 Reads data/ (made by prepare.py); writes out/stageN: model.safetensors (what the stage trained), config.json,
 train_state.pt (to resume from), log.jsonl, loss.svg. Several GPUs: torchrun --nproc-per-node 8 train.py ...
 
-One loop, run_stage, serves all stages: a stage is a task, Alignment or Conversation. The demo has no Vicuna; the
-loop that trains a small stand-in is the simplest here, and the place to begin reading.
+One loop, run_stage, serves all stages: a stage is a task, Alignment or Conversation. The demo has no Vicuna;
+the loop that trains its small stand-in is the simplest here, and the place to begin reading.
 """
 
 import argparse
@@ -55,19 +55,19 @@ class Recipe:
     """Hyperparameters of one stage. Every field is also a flag, which overrides it."""
 
     lr: float = setting("the learning rate at its highest, after the warmup", rate)
-    batch_size: int = setting("rows a step, of all processes, at most: an epoch's batches are of one size")
+    batch_size: int = setting("rows a step, of all processes together, at most")
     epochs: float = setting("how often every row is seen")
     warmup: float = setting("share of the steps in which the rate rises", wsi_llava.share, default=0.03)
     weight_decay: float = setting("AdamW's", default=0.0)
     clip: float = setting("a gradient of larger norm is scaled down to it (0: never)", default=1.0)
     projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", rate, default=0.0)
-    lora_rank: int = setting("stage 3: rank of the adapters, the updates to the LLM (0: none)", default=0)
-    lora_alpha: float = setting("stage 3: the adapters' updates are scaled by alpha / rank", default=0.0)
+    lora_rank: int = setting("stage 3: rank of the adapters (0: none)", default=0)
+    lora_alpha: float = setting("stage 3: the adapters are scaled by alpha / rank", default=0.0)
     lora_dropout: float = setting("stage 3: dropout of the adapters' input", wsi_llava.share, default=0.0)
     max_length: int = setting("stages 2 and 3: a row's text and visual tokens, at most", default=2048)
     micro_batch: int = setting("stages 2 and 3: rows that go through the model at once", default=8)
     val_rows: int = setting("validate on so many rows, at most", default=256)
-    checkpointing: bool = setting("recompute activations: a third slower, a tenth of them held", default=True)
+    checkpointing: bool = setting("recompute activations: slower, in less memory", default=True)
 
 
 DEMO = {"val_rows": 96, "checkpointing": False}
@@ -112,7 +112,7 @@ def gather(x):
 
 
 def join_processes(args):
-    """Resolves --device and --dtype, and joins the processes that torchrun started, one GPU each."""
+    """Resolves --device; joins the processes that torchrun started, one GPU each."""
     if WORLD > 1 and args.device == "auto" and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     wsi_llava.resolve_device(args)
@@ -130,8 +130,8 @@ def say(text):
 
 
 def sum_gradients(groups, weight, sharded=False):
-    """Sums the processes' gradients and divides by the batch's weight: DistributedDataParallel's work, done
-    once after the last micro-batch. Unlike there, processes may run different numbers of backwards."""
+    """Sums the processes' gradients, and divides by the batch's weight: DistributedDataParallel's work, done
+    once, after the last micro-batch."""
     for p in itertools.chain(*(group["params"] for group in groups)):
         if WORLD > 1 and not sharded:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -141,7 +141,7 @@ def sum_gradients(groups, weight, sharded=False):
 
 
 def shard(model, dtype):
-    """FSDP2: each process keeps a share of every layer's weights, gradients and optimizer state."""
+    """FSDP2: each process keeps a share of every layer's weights, gradients and moments."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model.slide_encoder = None  # it has done its work
@@ -155,7 +155,7 @@ def shard(model, dtype):
 
 
 def load_rows(args, tokens=False):
-    """data/qa's rows for training, each with the number of its slide's "tiles"; tokens: visual tokens count as one.
+    """The rows to learn from, with "tiles", the number of their slide's; tokens: visual tokens will do.
     Raises UserError where slides have no features, unless --skip-missing leaves their rows out."""
     path, tiles = args.data / "qa" / "train.jsonl", {}
     rows = prepare.read_qa(path)
@@ -164,8 +164,8 @@ def load_rows(args, tokens=False):
         imported = tokens and wsi_llava.slide_file(args.data / "visual_tokens", slide).exists()
         tiles[slide] = wsi_llava.feature_metadata(features)["tiles"] if features.exists() else int(imported)
     lacking = [slide for slide, n in tiles.items() if not n]  # without tissue there is nothing to learn
-    what = f"{path} names {len(lacking)} slides without features, the first: {(lacking + [''])[0]}; prepare"
-    check(args.skip_missing or not lacking, f"{what} them, or leave their questions out with --skip-missing")
+    what = f"{path} names {len(lacking)} slides without features, the first: {min(lacking, default='')}"
+    check(args.skip_missing or not lacking, f"{what}; prepare them, or leave them out with --skip-missing")
     rows = [row | {"tiles": tiles[row["slide"]]} for row in rows if tiles[row["slide"]]]
     check(rows, f"{path}: no question is about a slide that has features")
     return rows
@@ -177,26 +177,24 @@ def slides_in(rows):
 
 
 def split_validation(rows, args, most):
-    """Rows to train on, and at most so many to validate on, from all over the file, which goes task by task. The
-    patient's name decides, or the slide's: it is the same in every stage and run."""
+    """Rows to train on, and at most so many to validate on, from all over the file, which goes task by task.
+    By the patient's name, or the slide's: the same in every stage and run."""
     train, val = [], []
     for row in rows:
         name = prepare.patient_of(row["slide"]) or row["slide"]
         (val if zlib.crc32(name.encode()) % 1000 < args.val * 1000 else train).append(row)
-    check(train, f"--val {args.val} leaves no slide to train on; lower it")
+    check(train, f"{args.data}: no slide is left to train on, with --val {args.val}")
     n = min(len(val), most)
     return train, [val[i * len(val) // n] for i in range(n)]
 
 
 def size_of_run(stage, recipe, n):
-    """-> how many batches an epoch of n rows is shared among, of nearly one size, so that no row is left out and
-    none comes twice; how many steps the run has."""
+    """-> how many batches an epoch of n rows is shared among, evenly, each row in one; the run's steps."""
     batches = math.ceil(n / recipe.batch_size)
-    least = max(WORLD, 2 if stage == 1 else 1)  # stage 1 contrasts the slides of a batch
     few = f"a batch of {n // batches} is too small for stage {stage} in {WORLD} processes"
-    check(n // batches >= least, f"{few}; raise --batch-size, start fewer processes, or train on more slides")
-    steps = max(1, round(recipe.epochs * batches))
-    return batches, steps if recipe.epochs else 0
+    least = max(WORLD, 2 if stage == 1 else 1)  # stage 1 contrasts the slides of a batch
+    check(n // batches >= least, f"{few}; raise --batch-size, start fewer, or train on more slides")
+    return batches, max(int(recipe.epochs > 0), round(recipe.epochs * batches))
 
 
 def batch_of(step, n, batches, seed):
@@ -206,22 +204,11 @@ def batch_of(step, n, batches, seed):
     return order[k * n // batches : (k + 1) * n // batches].tolist()
 
 
-def read_ahead(read, parts, args):
-    """[read(row) of each row], part by part; threads read the next part while this one is at work."""
-    threads = 1 if args.device.type == "cpu" else args.workers  # a CPU's cores are the model's
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        coming = []
-        for part in [*parts, []]:
-            ready, coming = coming, [pool.submit(read, row) for row in part]
-            if ready:
-                yield [job.result() for job in ready]
-
-
 # ---- The demo's language model: it has read the training texts and seen no slide ---------------------------
 
 
 def train_tokenizer(path, texts):
-    """SentencePiece with Llama's conventions, so that the stand-in and Vicuna share every line of code."""
+    """SentencePiece with Llama's conventions: the stand-in and Vicuna share every line of code."""
     model, lines = io.BytesIO(), [line for text in texts for line in text.split("\n")]
     options = {"model_type": "bpe", "vocab_size": 1024, "normalization_rule_name": "identity"}
     options |= {"hard_vocab_limit": False, "remove_extra_whitespaces": False}  # few texts have fewer pieces
@@ -268,12 +255,12 @@ def train_stand_in(args, batch_size=32, epochs=1.28, lr=2e-3):
 
 
 def stand_in(args):
-    """Makes the stand-in, unless it is there and of data/qa/train.jsonl's texts."""
+    """Makes the stand-in, unless it is there and of these texts."""
     mark = args.data / "llm" / "texts"
     rows = prepare.read_qa(args.data / "qa" / "train.jsonl")
     texts = hashlib.sha256(json.dumps([args.seed, rows]).encode()).hexdigest()[:16]
     if RANK == 0 and not (mark.is_file() and mark.read_bytes() == texts.encode()):
-        say("No language model at hand (--llm): training a stand-in on the training texts alone.")
+        say("No language model (--llm): training a stand-in on the training texts alone.")
         with alone_in(mark.parent):
             mark.unlink(missing_ok=True)  # until it is whole again
             train_stand_in(args)
@@ -281,7 +268,7 @@ def stand_in(args):
     gather(None)  # the others wait
 
 
-# ---- The stages: what they share ---------------------------------------------------------------------------
+# ---- Stage 1: slides and reports in one space; first of all, what the stages share -------------------------
 
 
 def autocast(args):
@@ -296,24 +283,23 @@ class Task:
 
     def passes(self, parts, seed):
         """This process's parts of a batch, one by one -> (number, what read() made of its rows)."""
-        mine = range(RANK, len(parts), WORLD)
-        for k, samples in zip(mine, read_ahead(self.read, [parts[k] for k in mine], self.args)):
-            torch.manual_seed(seed + k)  # a part's dropout is the same whenever it is passed
-            yield k, samples
+        threads = 1 if self.args.device.type == "cpu" else self.args.workers  # a CPU's cores are the model's
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
 
+            def submit(k):
+                return k, [pool.submit(self.read, row) for row in parts[k]]
 
-def group(name, module, peak):
-    """What of a module is trained, as the optimizer takes it; peak: of the learning rate, times the schedule."""
-    return {"name": name, "params": [p for p in module.parameters() if p.requires_grad], "peak": peak}
-
-
-# ---- Stage 1: slides and reports in one space --------------------------------------------------------------
+            jobs = itertools.chain(map(submit, range(RANK, len(parts), WORLD)), [None])
+            for (k, rows), _ in itertools.pairwise(jobs):  # the next part is read while this one is at work
+                samples = [job.result() for job in rows]
+                torch.manual_seed(seed + k)  # a part's dropout is the same whenever it is passed
+                yield k, samples
 
 
 def slide_encoder_to_train(args, meta):
     """What stage 1 starts from -> (SlideEncoder, or None for a new one; its config)."""
     path = args.slide_encoder or wsi_llava.GIGAPATH / "slide_encoder.pth"
-    check(not (args.from_scratch and args.slide_encoder), "--from-scratch, or --slide-encoder: give one")
+    check(not (args.from_scratch and args.slide_encoder), "--from-scratch or --slide-encoder: not both")
     if args.from_scratch or (meta["preset"] == "demo" and not args.slide_encoder):
         cfg = PRESETS[args.preset or meta["preset"]].slide_encoder
         return None, dataclasses.replace(cfg, in_width=meta["encoder"]["width"])
@@ -335,8 +321,7 @@ class Alignment(Task):
 
     A contrastive loss needs a large batch, and slides are long. So: embed everything without grad; take
     the loss's gradient with respect to the embeddings; embed again, micro-batch by micro-batch, and carry
-    that gradient back. Memory is one micro-batch's, and the gradient is exactly that of the whole batch.
-    Several processes embed a share each. A batch that is one micro-batch is embedded once.
+    that gradient back. Memory is one micro-batch's; the gradient is exactly that of the whole batch.
     """
 
     beta2 = 0.98
@@ -360,15 +345,15 @@ class Alignment(Task):
         if not encoder:  # the inputs' mean and deviation, of some slides
             some = [self.read(row)["features"] for row in self.train[:200]]
             self.model.slide_encoder.standardize_inputs(torch.cat(some).to(args.device))
-        self.groups = [group("slide and text encoder", self.model, recipe.lr)]
+        params = list(self.model.parameters())
+        self.groups = [{"name": "slide and text encoder", "params": params, "peak": recipe.lr}]
 
     def read(self, row):
         """-> {"features" [N,C_tile], "coords" [N,2], "ids" of the report}."""
-        cfg = self.cfg
-        width = cfg.slide_encoder.in_width
-        features, coords = wsi_llava.read_features(self.args.data, row["slide"], cfg.max_tiles, width)
-        ids = self.tokenizer.encode(row["conversations"][1]["value"])
-        return {"features": features, "coords": coords, "ids": ids[: cfg.text_encoder.max_length]}
+        width, longest = self.cfg.slide_encoder.in_width, self.cfg.text_encoder.max_length
+        features, coords = wsi_llava.read_features(self.args.data, row["slide"], self.cfg.max_tiles, width)
+        ids = self.tokenizer.encode(row["conversations"][1]["value"])[:longest]
+        return {"features": features, "coords": coords, "ids": ids}
 
     def embed(self, samples):
         """What read() gave -> embeddings of the slides and of the reports, [n,E] each."""
@@ -487,17 +472,20 @@ class Conversation(Task):
         self.model, self.tokenizer = model_to_train(args, recipe, meta, stage)
         self.cfg, self.start = self.model.cfg, wsi_llava.fingerprint(self.model)
         self.train, self.val = split_validation(self.with_tokens(rows), args, recipe.val_rows)
-        # Longer rows lose the end of their answers.
-        self.longest = min(recipe.max_length, self.cfg.llama.context)
+        self.longest = min(recipe.max_length, self.cfg.llama.context)  # what is longer is cut
         if self.sharded:
             shard(self.model, args.dtype)
         llm = "language model" if full else f"LoRA adapters of rank {recipe.lora_rank}"
         lr = recipe.projector_lr if stage == 3 and recipe.projector_lr else recipe.lr
-        groups = [group("projector", self.model.mm_projector, lr), group(llm, self.model.llama, recipe.lr)]
-        self.groups = [group for group in groups if group["params"]]
+        parts = {"projector": (self.model.mm_projector, lr), llm: (self.model.llama, recipe.lr)}
+        self.groups = []
+        for name, (part, peak) in parts.items():
+            params = [p for p in part.parameters() if p.requires_grad]
+            if params:
+                self.groups.append({"name": name, "params": params, "peak": peak})
 
     def with_tokens(self, rows):
-        """The rows whose slides have visual tokens: the frozen slide encoder runs over those that lack them."""
+        """The rows whose slides have visual tokens; the frozen slide encoder makes those that lack."""
         slides, written, problems = slides_in(rows), 0, {}
         bar = tqdm(slides[RANK::WORLD], desc="visual tokens", unit="slide", disable=RANK > 0)
         with autocast(self.args):
@@ -506,12 +494,9 @@ class Conversation(Task):
             written, problems = written + n, problems | why
         there = len(slides) - written - len(problems)
         say(f"Visual tokens of {len(slides):,} slides: {written:,} computed, {there:,} were there.")
-        first = next(iter(problems.values()), None)
         if problems:
-            say(f"Left out slides that cannot be read: {len(problems):,}, the first: {first}")
-        rows = [row for row in rows if row["slide"] not in problems]
-        check(rows, f"{self.args.data}/visual_tokens: no slide is left to train on, the first: {first}")
-        return rows
+            say(f"Left out slides that cannot be read: {len(problems):,}, such as {min(problems.values())}")
+        return [row for row in rows if row["slide"] not in problems]
 
     def read(self, row):
         """-> {"visual" ([V,C], or None), "ids", "labels" (of the prompt), "positions", "cut"}."""
@@ -520,7 +505,7 @@ class Conversation(Task):
             ids, labels = self.tokenizer.encode_plain(row["conversations"][1]["value"])
         visual = wsi_llava.read_visual_tokens(self.args.data, row["slide"], self.cfg) if self.shown else None
         more = len(visual) - 1 if self.shown else 0  # an <image> is one id and many positions
-        room = max(0, self.longest - more)
+        room = max(1, self.longest - more)
         cut = len(ids) > room
         if not any(label >= 0 for label in labels[1:room]):  # no answer is left: a token that teaches nothing
             ids, labels, visual, more = [self.tokenizer.eos], [wsi_llava.IGNORE], None, 0
@@ -543,8 +528,7 @@ class Conversation(Task):
             ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
             with autocast(self.args):
                 loss = self.model([s["visual"] for s in samples], ids, labels, reduction="sum")
-            # The sum, not the mean: rows differ in labelled tokens, and the whole batch's number is known
-            # only at the end. sum_gradients divides by it.
+            # A sum: the batch's labelled tokens, which it is to be divided by, are known at the end.
             if learn:
                 loss.backward()
             labelled = sum(label >= 0 for row in labels for label in row[1:])
@@ -556,15 +540,14 @@ class Conversation(Task):
         """Adds the gradient of a batch, rows' indices -> (its loss, the positions that it took)."""
         rows = [self.train[i] for i in batch]
         loss, labelled, positions, cut = self.losses(rows, learn=True)
-        lacks = f"--max-length {self.longest} leaves no room for an answer, such as that of {rows[0]['id']}"
-        check(labelled, f"{lacks}, after {self.cfg.n_visual_tokens} visual tokens and a question; raise it")
+        check(labelled, f"--max-length {self.longest}: no room for the answer of {rows[0]['id']}; raise it")
         sum_gradients(self.groups, labelled, self.sharded)
         self.cut += int(cut)
         return loss / labelled, int(positions)
 
     @torch.no_grad()
     def validate(self):
-        """The loss; and after another slide: a model that reads its slides finds an answer less likely then."""
+        """The loss; and after another slide's tokens: higher, where the model reads its slides."""
         if len(self.val) < WORLD:
             return {}
         views, slides = {"loss": self.val}, slides_in(self.val)
@@ -605,15 +588,15 @@ def schedule(step, steps, warmup):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list then fills. A second
-    Ctrl-C ends it at once; a second SIGTERM does not: Slurm and torchrun both send one to every process."""
+    """Ctrl-C, and the SIGTERM of a job's time limit, end a run between two steps: the list then fills. A
+    second Ctrl-C ends it at once; a second SIGTERM, as torchrun and Slurm send together, does not."""
     asked = []
 
     def ask(number, frame):
         if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         if not asked:
-            tqdm.write("Finishing this step, then saving; Ctrl-C stops at once the second time.")
+            tqdm.write("Finishing this step, then saving; a second Ctrl-C stops at once.")
         asked.append(number)
 
     old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -629,11 +612,10 @@ def alone_in(folder):
     """Refuses a second run in a stage's folder; sweeps up what a killed one had half written. Rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".claims", "ab") as claims:
-        if RANK == 0:
-            busy = f"{folder}: another run is training here; wait for it, or name another --out"
-            check(prepare.claim(claims, "training"), busy)
-            for path in folder.glob(".*.part"):
-                path.unlink(missing_ok=True)
+        busy = f"{folder}: another run is training here; wait for it, or name another --out"
+        check(RANK or prepare.claim(claims, "training"), busy)
+        for path in folder.glob(".*.part") if RANK == 0 else ():
+            path.unlink(missing_ok=True)
         yield
 
 
@@ -642,7 +624,7 @@ NOT_OF_A_RUN = ("micro_batch", "checkpointing", "val_rows")  # they change the l
 
 
 def identity(stage, args, recipe, task, steps):
-    """What makes a run the one that it is: resumed otherwise, it would be neither the one nor the other."""
+    """What makes a run the one that it is: resumed otherwise, it would be neither."""
     run = {"stage": stage, "steps": steps} | dataclasses.asdict(recipe)
     run |= {name: getattr(args, name) for name in FLAGS_OF_A_RUN}
     run["the training rows"] = hashlib.sha256(json.dumps(task.train).encode()).hexdigest()[:16]
@@ -651,7 +633,7 @@ def identity(stage, args, recipe, task, steps):
 
 
 def resume(path, run, model, optimizer):
-    """Loads what an interrupted run saved, on any number of processes -> (steps done, log)."""
+    """Loads what an interrupted run saved -> (steps done, log)."""
     with reading(path, "damaged; leave --resume out to start the stage anew"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         old, step, log = state["run"], state["step"], state["log"]
@@ -666,16 +648,12 @@ def resume(path, run, model, optimizer):
 
 
 def save(folder, run, task, step, optimizer, log):
-    """Writes what --resume needs; with the last step, and before that, the stage's result.
-
-    The state comes last: a state that says "done" has its result beside it, whatever a kill or a full
-    disk left of the rest. Killed before, a resumed run does the last steps again, to the same result.
-    """
+    """Writes, after the last step, the stage's result; then what --resume needs: a state that says "done" has
+    its result beside it, whatever a kill left. Killed before, a resumed run does the last steps again."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights, moments = get_state_dict(task.model, optimizer, options=options)  # sharded or not; all take part
     finite = all(x.isfinite().all() for x in weights.values())
-    advice = "try a lower --lr or --dtype float32"
-    check(finite, f"{folder}: after step {step} the weights are not finite, and were not saved; {advice}")
+    check(finite, f"{folder}: after step {step} the weights are not finite, and not saved; try a lower --lr")
     if RANK:
         return
     if step == int(run["steps"]):
@@ -694,8 +672,8 @@ def draw_curves(path, log, width=520, height=300):
     line = " ".join(at(entry, entry["loss"]) for entry in log)
     dots = "".join(f"M{at(entry, entry['val_loss'])}h0" for entry in log if "val_loss" in entry)
     told = f"loss, from 0 to {top:.2f}, in {steps} steps: training (line), validation (dots)"
-    svg = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">
-        <rect width="100%" height="100%" fill="white"/> <text x="90" y="16" font-size="12">{told}</text>
+    svg = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="12">
+        <rect width="100%" height="100%" fill="white"/> <text x="90" y="16">{told}</text>
         <polyline points="{line}" fill="none" stroke="#1f5fb4"/>
         <path d="{dots}" stroke="#d65a1e" stroke-width="6" stroke-linecap="round"/></svg>\n"""
     write_text(path, svg)
@@ -703,30 +681,21 @@ def draw_curves(path, log, width=520, height=300):
 
 def say_start(stage, args, task, steps, batches):
     """What will be trained, on what, for how long."""
-    rows, slides = len(task.train), len(slides_in(task.train))
+    rows, slides, val = len(task.train), len(slides_in(task.train)), len(task.val)
     shares = ", each with a share of the weights" if task.sharded else ""
     say(f"Stage {stage}, {TITLES[stage]}, on {args.device} in {args.dtype}, processes: {WORLD}{shares}")
     for group in task.groups:
         say(f"  trains  {group['name']}, {sum(p.numel() for p in group['params']):,} (lr {group['peak']:g})")
-    say(f"  data    {rows:,} rows of {slides:,} slides, {len(task.val):,} more to validate on")
+    say(f"  data    {rows:,} rows of {slides:,} slides, {val:,} more to validate on")
     say(f"  plan    {steps:,} steps, {batches:,} an epoch, of {rows / batches:.0f} rows each")
-
-
-def train_stage(stage, args):
-    """Trains a stage and writes out/stageN. Stopped by Ctrl-C or a job's time limit, it saves first."""
-    if wsi_llava.read_meta(args.data)["preset"] == "demo" and not args.llm:
-        stand_in(args)
-    folder = args.out / f"stage{stage}"
-    with alone_in(folder), stop_signals() as stop:
-        run_stage(stage, args, folder, stop)
 
 
 def run_stage(stage, args, folder, stop):
     """The loop. stop: a list that fills when the run is asked to end."""
     # What is trained, on what, and for how long.
+    torch.manual_seed(args.seed)
     meta = wsi_llava.read_meta(args.data)
     recipe = pick_recipe(stage, args, meta)
-    torch.manual_seed(args.seed)
     task = (Alignment if stage == 1 else Conversation)(stage, args, recipe, meta)
     batches, steps = size_of_run(stage, recipe, len(task.train))
     optimizer = torch.optim.AdamW(task.groups, betas=(0.9, task.beta2), weight_decay=recipe.weight_decay)
@@ -738,9 +707,9 @@ def run_stage(stage, args, folder, stop):
     elif RANK == 0:  # the state first: at every instant the folder holds a whole run's result, or no state
         for name in ("train_state.pt", "model.safetensors", "slide_encoder.safetensors"):
             (folder / name).unlink(missing_ok=True)
-    say_start(stage, args, task, steps, batches)
     if RANK == 0:
         write_text(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    say_start(stage, args, task, steps, batches)
     finished = step == steps > 0 and (folder / "model.safetensors").exists()
     params = list(itertools.chain(*(group["params"] for group in task.groups)))
     began, first = time.time(), step
@@ -771,11 +740,9 @@ def run_stage(stage, args, folder, stop):
                 task.model.eval()
                 entry |= {f"val_{name}": round(value, 5) for name, value in task.validate().items()}
                 task.model.train()
+            ruined = f"stage {stage}: {entry} is not finite; try a lower --lr or --dtype float32"
             ids = ", ".join(task.train[i]["id"] for i in batch)
-            ruined = (
-                f"stage {stage}: {entry} is not finite; try a lower --lr or --dtype float32; the batch: {ids}"
-            )
-            check(all(map(math.isfinite, entry.values())), ruined)
+            check(all(map(math.isfinite, entry.values())), f"{ruined}; the batch: {ids}")
             log.append(entry)
             if RANK == 0:
                 with open(folder / "log.jsonl", "a") as file:
@@ -801,23 +768,22 @@ def run_stage(stage, args, folder, stop):
     gather(None)  # nobody goes on before the files are there
 
 
-# ---- Out again: what the stages trained, as transformers takes it ------------------------------------------
+# ---- Out again, and the demo -------------------------------------------------------------------------------
 
 
 def export(args):
-    """out/stage3 -> a Hugging Face folder: the language model, its adapters merged, its tokenizer; beside them the
-    projector and the slide encoder."""
+    """out/stage3 -> a Hugging Face folder: the language model, its adapters merged, and its tokenizer; beside
+    them the projector and the slide encoder."""
     folder = args.export
     check(not (folder / "config.json").exists(), f"{folder}: holds a model already; name a new folder")
     wsi_llava.stage_weights(args, 3)  # without it there is nothing of the user's own to export
     meta = wsi_llava.read_meta(args.data)
     model, tokenizer = wsi_llava.load_model(args, meta, 3)
-    ablation = "is an ablation without slide encoder, which no published layout can say"
+    ablation = "has no slide encoder, which no published layout can say"
     check(not model.cfg.no_slide_encoder, f"{args.out}/stage3 {ablation}")
     folder.mkdir(parents=True, exist_ok=True)
     base, _ = wsi_llava.pick_llm(args, meta)
-    besides = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
-    for path in [tokenizer.path, *(path for beside in besides for path in base.glob(beside))]:
+    for path in {tokenizer.path, *base.glob("tokenizer*"), *base.glob("special_tokens_map.json")}:
         with replacing(folder / path.name) as temporary:
             temporary.write_bytes(path.read_bytes())
     encoder, file = model.slide_encoder, folder / "slide_encoder.safetensors"
@@ -828,11 +794,8 @@ def export(args):
     say(f"Done. Where --out holds no stage 2 or 3, it answers: python sample.py {flags} --out new ...")
 
 
-# ---- The demo: the three stages on the toy cohort, then questions about slides that it has never seen ------
-
-
 def show(script, *flags):
-    """Prints a command as a user types it, and runs it in a process of its own -> the seconds that it took."""
+    """Prints a command as a user types it and runs it, in a process of its own -> the seconds it took."""
     began, flags = time.time(), list(map(str, flags))
     say(f"\n$ python {script} {shlex.join(flags)}")
     done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *flags])
@@ -841,7 +804,7 @@ def show(script, *flags):
 
 
 def demo(args, given):
-    """--demo: from slides to answers, and to a picture of where one is from. given: the flags beside --demo."""
+    """--demo: from slides to answers, and a picture of where one is from. given: the flags beside --demo."""
     where, defaults = [], parse([])
     for name in ("data", "out", "device", "dtype", "seed", "workers"):
         if getattr(args, name) != getattr(defaults, name):
@@ -850,10 +813,10 @@ def demo(args, given):
     for stage in (1, 2, 3):
         took[f"stage {stage}"] = show("train.py", "--stage", stage, "--log-every", 20, *given)
     answers = args.out / "test.jsonl"
-    asked = ("--qa", args.data / "qa" / "test.jsonl", "--baselines", "--predictions", answers)
-    sizes = ("--batch-size", 64, "--max-new-tokens", 96)
-    took["answers"] = show("sample.py", *asked, "--evaluate", answers, *sizes, *where)
-    focus = [row for row in prepare.read_qa(args.data / "qa" / "test.jsonl") if row["task"] == "focus"]
+    questions, sizes = args.data / "qa" / "test.jsonl", ("--batch-size", 64, "--max-new-tokens", 96)
+    asked = ("--qa", questions, "--baselines", "--predictions", answers, "--evaluate", answers)
+    took["answers"] = show("sample.py", *asked, *sizes, *where)
+    focus = [row for row in prepare.read_qa(questions) if row["task"] == "focus"]
     row = next(row for row in focus if row["conversations"][1]["value"].startswith("Yes"))
     question = wsi_llava.without_image(row["conversations"][0]["value"])
     heatmap = ("--heatmap", args.out / "heatmap.png")
@@ -866,8 +829,8 @@ def demo(args, given):
 
 
 def add_recipe_flags(parser):
-    """A flag for each field of Recipe, whose help ends in the values of the recipes."""
-    about = "In brackets: the defaults by preset, of stages 1, 2, 3 where they differ; 13b has those of 7b."
+    """A flag for each field of Recipe; its help ends in the recipes' values."""
+    about = "In brackets: the defaults of stages 1, 2, 3, where they differ; 13b has those of 7b."
     add = parser.group("the recipe", about)
     for f in dataclasses.fields(Recipe):
         text = []
@@ -887,27 +850,27 @@ def parse(argv=None):
     count, yes = at_least(1), {"action": "store_true"}
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
-    add("--demo", "draw toy slides if needed, train all stages, answer held-out questions", **yes)
-    folder = {"metavar": "DIR", "type": wsi_llava.some_path}
-    add("--export", "write out/stage3 as a Hugging Face folder, its adapters merged", **folder)
-    add("--resume", "go on where an interrupted run of the stage saved last", **yes)
+    add("--demo", "draw toy slides, train all stages, answer held-out questions", **yes)
+    exported = "write out/stage3 as a Hugging Face folder"
+    add("--export", exported, metavar="DIR", type=wsi_llava.some_path)
+    add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
-    add("--full", "stage 3 trains the whole language model instead of adapters; LLaVA's --lr is 2e-5", **yes)
-    add("--from-scratch", "stage 1 starts from a random slide encoder, not GigaPath's", **yes)
-    add("--skip-missing", "leave out questions about slides that have no features", **yes)
+    add("--full", "stage 3 trains the whole language model, no adapters; with --lr 2e-5", **yes)
+    add("--from-scratch", "stage 1 starts from a random slide encoder", **yes)
+    add("--skip-missing", "leave out questions about slides without features", **yes)
     held_out = "share of the training slides to validate on (default: 0.05)"
     add("--val", held_out, type=at_least(0, float, 0.9), default=0.05)
     add("--log-every", "steps between lines on the screen (default: 1)", type=count, default=1)
-    often = "steps between validations, and states to resume from (default: an eighth of the run)"
+    often = "steps between validations, and states to resume from (default: an eighth of all)"
     add("--eval-every", often, type=count)
-    about = "What is a piece worth? Train without it, with an --out of its own; then sample.py --evaluate."
+    about = "What is a piece worth? Train without it, with another --out; then sample.py --evaluate."
     add = parser.group("ablations", about)
     stages = {"type": int, "choices": [1, 2], "nargs": "*", "default": []}
     add("--skip-stage", "leave these stages' weights as they start", **stages)
     add("--no-slide-encoder", "tile features go straight to the pool (stages 2 and 3)", **yes)
     tiles = "at most so many tiles of a slide, drawn at random (default: all)"
     add("--max-tiles", tiles, type=at_least(0), default=0)
-    add("--no-image", "stage 3: the language model gets the questions without the slide", **yes)
+    add("--no-image", "stage 3: questions without the slide", **yes)
     add_recipe_flags(parser)
     wsi_llava.add_weights_flags(parser, tiles=False)
     wsi_llava.add_shared_flags(parser)
@@ -922,13 +885,15 @@ def main(argv=None):
         given = sys.argv[1:] if argv is None else argv
         return demo(args, [flag for flag in given if flag != "--demo"])
     join_processes(args)
-    if args.stage:
-        train_stage(args.stage, args)
-    else:
-        export(args)
+    if args.export:
+        return export(args)
+    if wsi_llava.read_meta(args.data)["preset"] == "demo" and not args.llm:
+        stand_in(args)
+    folder = args.out / f"stage{args.stage}"
+    with alone_in(folder), stop_signals() as stop:
+        run_stage(args.stage, args, folder, stop)
     if dist.is_initialized():
-        # gloo's threads may hold tensors, which they cannot free while Python is shutting down.
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # else gloo's threads free their tensors while Python is shutting down
 
 
 if __name__ == "__main__":
