@@ -5120,7 +5120,7 @@ def test_demo_runs_end_to_end(demo):
     assert Image.open(folder / "out" / "heatmap.png").width > 1000
     for stage in (1, 2, 3):
         made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
-        left = {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.svg"}
+        left = {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.svg", ".claims"}
         assert made == left | ({"slide_encoder.safetensors"} if stage == 1 else set())
         log = (folder / "out" / f"stage{stage}" / "log.jsonl").read_text().splitlines()
         speeds = [line["tokens_per_s"] for line in map(json.loads, log) if "tokens_per_s" in line]

@@ -611,6 +611,7 @@ def stop_signals():
 def alone_in(folder):
     """Refuses a second run in a stage's folder; sweeps up what a killed one had half written. Rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
+    wsi_llava.check_regular(folder / ".claims", "delete it")
     with open(folder / ".claims", "ab") as claims:
         busy = f"{folder}: another run is training here; wait for it, or name another --out"
         check(RANK or prepare.claim(claims, "training"), busy)
@@ -719,8 +720,9 @@ def run_stage(stage, args, folder, stop):
             # The batch, and what is random in it, follow from the seed, the stage and the step.
             batch = batch_of(step, len(task.train), batches, [args.seed, stage])
             torch.manual_seed(hash((args.seed, stage, step)) % 2**62)
+            height = schedule(step, steps, recipe.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step, steps, recipe.warmup)
+                group["lr"] = group["peak"] * height
 
             # Forward and backward: the gradient of the mean over the batch, summed over the processes.
             started = time.time()
