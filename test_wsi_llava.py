@@ -13,6 +13,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import email.utils
 import errno
 import functools
 import http.server
@@ -4594,323 +4595,331 @@ def test_text_metrics_equal_the_packages_on_real_reports():
 # ---- sample.py: the judge --------------------------------------------------------------------------------
 
 
+def said(content, finish="stop", **message):
+    """A reply of a judge's server: status, headers, text."""
+    choice = {"message": {"content": content, **message}, "finish_reason": finish}
+    return 200, {}, json.dumps({"choices": [choice]})
+
+
+def graded(body):
+    """What a good judge says: sentences are claims; the score is 0.7 where a claim is about a grade, else 1."""
+    content = json.loads(body["messages"][1]["content"])
+    if "claims" in content:
+        return said(json.dumps({"scores": [0.7 if "grade" in claim else 1 for claim in content["claims"]]}))
+    return said(json.dumps({"claims": content["answer"].split(". ")}))
+
+
 @pytest.fixture
-def judge_server():
-    """A judge on loopback that misbehaves as told: server.script holds what it does first; then it
-    behaves."""
+def judge_server(monkeypatch):
+    """A judge on loopback: server.script holds what it says first; then server.rule(request) says it."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            server = self.server
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
-                server.requests.append((self.headers["Authorization"], body))
-                server.now += 1
-                server.most = max(server.most, server.now)
-                step = server.script.pop(0) if server.script else "good"
-            server.closing.wait(9) if step == "slow" else time.sleep(0.02)
-            if isinstance(step, tuple):
-                return self.misbehave(*step)
-            with server.lock:
-                server.now -= 1
-            server.paths.append(self.path)
-            content = json.loads(body["messages"][1]["content"])
-            claims = content.get("claims")
-            if claims:
-                good = json.dumps({"scores": [0.7 if "grade" in c else 1 for c in claims]})
-            else:
-                good = json.dumps({"claims": content["answer"].split(". ")})
-            off = json.dumps({"scores": [0.5] * len(claims or [])})
-            texts = {"good": good, "fenced": f"```json\n{good}\n```", "text": "I think so.", "off scale": off}
-            text = (texts | {"nothing": '{"claims": []}'}).get(step)
-            reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if text else b"{half"
+                server.requests.append((self.headers["Authorization"], self.path, body))
+                step = server.script.pop(0) if server.script else None
+            status, headers, text = step or server.rule(body)
             with contextlib.suppress(OSError):  # the client has given up
-                self.send_response(step if isinstance(step, int) else 200)
-                self.send_header("Retry-After", "0") if step == 429 else None
-                self.end_headers()
-                self.wfile.write(reply)
-
-        def misbehave(self, status, headers, body):
-            with self.server.lock:
-                self.server.now -= 1
-            with contextlib.suppress(OSError):
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for piece in body if isinstance(body, list) else [body]:  # drop by drop
+                for piece in [text] if isinstance(text, str) else text:
                     self.wfile.write(piece.encode())
-                    self.wfile.flush()
-                    self.server.closing.wait(0.1) if isinstance(body, list) else None
 
         def log_message(self, *arguments):
             pass
 
+    monkeypatch.setattr(sample, "BACKOFF", 0.001)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.closing = threading.Lock(), threading.Event()
-    server.requests, server.paths, server.script, server.now, server.most = [], [], [], 0, 0
+    server.lock, server.requests, server.script, server.rule = threading.Lock(), [], [], graded
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
-    server.closing.set()
     server.shutdown()
     server.server_close()
 
 
-def new_judge(server, folder, **options):
-    options = {"attempts": 5, "timeout": 1.0, "backoff": 0.01} | options
-    return sample.Judge(server.url, "wise", folder / "judge.jsonl", **options)
-
-
 def write_predictions(folder, rows, **more):
     """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
-    path = folder / "predictions.jsonl"
-    lines = [{"settings": {}}]
+    path, lines = folder / "predictions.jsonl", [{"settings": {}}]
     for n, (task, question, truth, answer) in enumerate(rows):
         row = {
             "n": n,
             "id": f"q{n}",
             "slide": f"s{n // 2}",
             "task": task,
-            "cancer": "common" if n < 6 else "rare",
+            "cancer": "rare" if n > 5 else "common",
         }
         row |= {"question": question, "truth": truth, "answer": answer}
-        lines.append(row | {k: v[n] for k, v in more.items()})
+        lines.append(row | {name: values[n] for name, values in more.items()})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
+def judged(server, path, *flags):
+    """--evaluate with the server as the judge."""
+    asked = ["--evaluate", path, "--data", path.parent, "--judge-model", "wise", "--judge-url", server.url]
+    sample.main([*map(str, asked), *flags])
+
+
 def table_of(folder):
-    """evaluation.csv's lines, {(kind or group, metric, system): line}."""
+    """evaluation.csv's lines, {(kind or group, metric): {column: number}}."""
     with open(folder / "evaluation.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     for line in lines:
-        for name in list(line)[4:]:
-            line[name] = float(line[name]) if line[name] else None
-    return {(name, x["metric"], x["system"]): x for x in lines for name in (x["kind"], x["group"])}
+        kind = line["kind"], line["group"], line["metric"]
+        line |= {name: float(value) for name, value in line.items() if value and value not in kind}
+    return {(name, line["metric"]): line for line in lines for name in (line["kind"], line["group"])}
 
 
-def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    judge_server.script += [429, 500, "slow", "broken", "fenced", "off scale", "text"]
-    question = ("What is it?", "An adenocarcinoma. Its grade is 2.", "The tumor is an adenocarcinoma")
-    want = {"WSI-Precision": 1.0, "WSI-Relevance": pytest.approx(0.85)}
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade(*question) == want and not judge.problems
-    assert len(judge_server.requests) == 4 + 7 - 1  # what misbehaved, but "fenced" is fine
-    key, body = judge_server.requests[-1]
-    assert key == "Bearer secret" and body["model"] == "wise"
-    assert '"question": "What is it?"' in body["messages"][1]["content"]
-    complaints = [
-        body["messages"][-1]["content"] for _, body in judge_server.requests if len(body["messages"]) > 2
-    ]
-    assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
-
-    with open(tmp_path / "judge.jsonl", "a") as file:
-        file.write('{"key": "ha')  # a kill cut it
-    assert new_judge(judge_server, tmp_path).grade(*question) == want and len(judge_server.requests) == 10
+OPEN = [("open", f"What is it, {n}?", f"Tumor {n}. Its grade is 2.", f"The tumor {n}") for n in range(8)]
+MEANS = {"WSI-Precision": 0.85, "WSI-Relevance": 1.0}
 
 
-def test_what_may_pass_is_tried_again_ever_later(judge_server, tmp_path, monkeypatch):
-    waits = []
-    clock = types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
-    monkeypatch.setattr(sample, "time", clock)
-    judge_server.script += [(500, {}, "busy")] * 4
-    judge = new_judge(judge_server, tmp_path, attempts=4, backoff=3)
-    with pytest.raises(OSError, match="HTTP 500 .*: busy"):
-        judge.post([])
-    assert waits == [3, 6, 12]
+def means_of(folder):
+    return {metric: pytest.approx(table_of(folder)["all", metric]["model"]) for metric in sample.JUDGED}
 
 
-@pytest.mark.parametrize(
-    "check, reply, message",
-    [
-        (sample.check_claims, {"claims": []}, "must be a list of 1 texts or more"),
-        (sample.check_claims, {"claims": "a tumor"}, "must be a list of 1 texts or more"),
-        (sample.check_claims, {"claims": ["a tumor", " "]}, "must be a list of 1 texts or more"),
-        (sample.check_scores, {"scores": [1, 0.3]}, "must be a list of 1 numbers, one for each claim"),
-        (sample.check_scores, {"scores": [0.5]}, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
-        (sample.check_scores, {"scores": [True]}, "True is not on the scale"),
-    ],
-)
-def test_a_reply_of_another_form_is_told_what_is_wrong(check, reply, message):
-    with pytest.raises(ValueError, match=message):
-        check(reply, 1)
-
-
-def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, capsys, monkeypatch):
-    """In the table and in the mean; no more requests at once than allowed; a second run asks for the failed
-    ones alone."""
-    rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
-    path = write_predictions(tmp_path, rows)
-    judge_server.script += ["text"] * 3
-    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (3, 5.0, 0.01))
-    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    sample.main(list(map(str, flags)))
-    line = table_of(tmp_path)["all", "WSI-Precision", "model"]
-    assert line["unusable"] == 1 and line["questions"] == 8 and line["mean"] == pytest.approx(0.7 * 7 / 8)
+def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_server, tmp_path, capsys):
+    """And no usable reply is paid for twice, also where a kill cut the last one."""
+    path = write_predictions(tmp_path, OPEN)
+    judge_server.script += [(429, {"Retry-After": "0"}, ""), (500, {}, "busy"), (200, {}, '{"half')]
+    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["", "a"]}')]
+    judged(judge_server, path)
     printed = capsys.readouterr().out
-    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours" in printed
-    before = len(judge_server.requests)
-    sample.main(list(map(str, flags)))
-    # Only what was unusable is asked again
-    assert len(judge_server.requests) == before + 2 and judge_server.most == 1
-    assert "0 grades stayed unusable" in capsys.readouterr().out
-    (tmp_path / "judge.jsonl").unlink()
-    sample.main(list(map(str, [*flags[:-1], 3])))
-    assert judge_server.most == 3
-
-
-def test_an_answer_that_claims_nothing_is_not_relevant(judge_server, tmp_path):
-    judge_server.script += ["good", "good", "nothing"]
-    want = {"WSI-Precision": 1.0, "WSI-Relevance": 0.0}
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade("What?", "I cannot tell.", "A tumor.") == want and not judge.problems
-    assert (
-        judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
+    assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
+    assert "8 open questions, 1 system: at most 32 calls of wise; 0 of its replies are kept." in printed
+    assert len(judge_server.requests) == 32 + 6
+    complaints = [
+        body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
+    ]
+    assert any("must be a list of" in text for text in complaints) and any(
+        "no JSON" in text for text in complaints
     )
-
-
-def test_a_prompt_that_the_judge_refuses_is_not_sent_again(judge_server, tmp_path):
-    """What may pass later is; both are counted, and the grade is none."""
-    judge_server.script += [400, *[503] * 5]
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED)
-    assert len(judge_server.requests) == 1 + 5
-    words = [f"; 1 times: HTTP {reason}: {{half" for reason in ("400 Bad Request", "503 Service Unavailable")]
-    assert judge.reasons() == "".join(words)
-
-
-def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
-    judge_server.script += [401] * 9
-    with pytest.raises(UserError, match="--judge-url .*: HTTP 401"):
-        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-    judge_server.url = "localhost:1"
-    with pytest.raises(UserError, match="--judge-url localhost:1: begins with neither http:// nor https://"):
-        new_judge(judge_server, tmp_path)
-    judge_server.url = "http://127.0.0.1:1"
-    with pytest.raises(UserError, match="nobody answers there"):
-        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-
-
-def said(content, **more):
-    """A reply of the judge's server, for its script."""
-    return 200, {}, json.dumps({"choices": [{"message": {"content": content, **more}}]})
-
-
-CLAIMED, SCORED = '{"claims": ["a", "b"]}', '{"scores": [1, 0]}'
+    with open(tmp_path / "judge.jsonl", "r+") as file:
+        file.truncate(len(file.read()) - 9)  # in the middle of the last line
+    judged(judge_server, path)
+    assert len(judge_server.requests) == 32 + 6 + 1 and means_of(tmp_path) == MEANS
 
 
 @pytest.mark.parametrize(
     "claims, scores",
     [
         (
-            said(f'<think>{{"claims": ["...", "..."]}} is asked for</think>{CLAIMED}'),
-            said(f"{SCORED} {{as requested}}"),
+            said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'),
+            said('{"scores": [1, 0]} {so}'),
         ),
-        (said(f"{CLAIMED}\n{CLAIMED}"), said('{"scores": ["1", "0.0"]}')),
-        (said([{"type": "text", "text": CLAIMED}]), said(None, reasoning_content=SCORED)),
+        (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
+        (said([{"type": "text", "text": '{"claims": ["a", "b"]}'}]), said('{"scores": [1, 0]}', finish=None)),
         (
-            said('[{"claim": "a"}, {"claim": "b"}]'),
-            said('[{"claim": "a", "score": 1}, {"claim": "b", "score": "0"}]'),
+            said('{"claims": ["a", "b"]}', reasoning_content="Hm."),
+            said('so </think> {"scores": [1, 0]}', "eos_token"),
         ),
     ],
 )
 def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, claims, scores):
-    judge_server.script += [claims, scores, claims, scores]
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5) and not judge.problems
-    assert (
-        judge_server.requests[0][1]["temperature"] == 0 and judge_server.requests[0][1]["max_tokens"] > 1000
+    judge_server.script += [claims, scores]
+    judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
+    assert judge.score("WSI-Precision", "What?", "This.", "That.") == 0.5 and len(judge_server.requests) == 2
+
+
+EXAMPLE = '{"scores": [1, 0.3]}'
+
+
+@pytest.mark.parametrize(
+    "reply, asked, reason",
+    [
+        (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
+        (said("", reasoning=EXAMPLE), 2, "an empty reply"),
+        (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
+        (said([{"type": "thinking", "thinking": EXAMPLE}]), 2, "an empty reply"),
+        (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
+        (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
+        (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
+        (said(sample.SILENT), 4, "unusable"),
+        (said('{"scores": [1]}'), 4, '"scores" must be a list of 2 numbers, one for each claim'),
+        (said('{"scores": [0.5, 1]}'), 4, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
+        (said('{"scores": [true, 1]}'), 4, "True is not on the scale"),
+        (said('{"scores": [null, 1]}'), 4, "None is not on the scale"),
+        (said('{"scores": [NaN, 1]}'), 4, "nan is not on the scale"),
+        (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
+        (said('{"a":' * 100_000), 4, "unusable"),
+        ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
+    ],
+)
+def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
+    """Out of reasoning, of what was cut or refused, of our own prompt, of another form; and none of it is kept."""
+    judge_server.script += [said('{"claims": ["a", "b"]}'), *[reply] * 4]
+    judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
+    assert judge.score("WSI-Precision", "What?", "This.", "That.") is None
+    assert len(judge_server.requests) == 1 + asked and reason in next(iter(judge.problems))
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, tmp_path, capsys):
+    path = write_predictions(tmp_path, OPEN)
+    judge_server.rule = lambda body: (
+        said("?") if "The tumor 3" in body["messages"][1]["content"] else graded(body)
     )
-    again = new_judge(judge_server, tmp_path)
+    judged(judge_server, path)
+    assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
     assert (
-        again.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5)
-        and len(judge_server.requests) == 4
+        "2 grades stayed unusable and count as 0; 2 times: unusable (ValueError: holds no JSON)"
+        in capsys.readouterr().out
     )
 
 
 @pytest.mark.parametrize(
-    "step, words",
+    "reply, message",
     [
-        ((200, {}, '{"error": {"message": "quota used up"}}'), "quota used up"),
-        ((200, {}, "<html><style>p {}</style><p>Down for repairs"), "Down for repairs"),
         (
-            (400, {}, '{"error": {"message": "prompt has a bad word"}}'),
-            "HTTP 400 Bad Request: prompt has a bad word",
+            (429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'),
+            "HTTP 429: .*quota used up.*goes on",
         ),
-        ((200, {}, "[" * 100_000), "no answer in its reply"),
-        (said("[" * 100_000), "RecursionError"),
-        ((200, {}, ["{"] * 90), "its reply does not end"),
+        (
+            (503, {}, "<style>p {}</style><p>Down for repairs"),
+            "HTTP 503: Down for repairs; run the same command again",
+        ),
+        ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
+        (
+            (401, {}, "who are you, sk-0123456789"),
+            r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI",
+        ),
+        ((404, {}, "no such model"), "HTTP 404: no such model; check it"),
+        ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
+        ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
+        ((422, {}, "no"), "HTTP 422: no"),
+        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): Log in first; run the same"),
+        ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
+        ((200, {}, "[" * 100_000), "no answer .RecursionError"),
+        (said(None, reasoning_content=EXAMPLE), "an empty reply"),
+        ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
+        ((200, {}, [" "] * 10**6), "its reply does not end"),
     ],
 )
-def test_what_a_server_says_instead_of_an_answer_is_passed_on(judge_server, tmp_path, step, words):
-    judge_server.script += [step] * 2
-    judge = new_judge(judge_server, tmp_path, attempts=1)
-    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED) and words in judge.reasons()
-    assert not (tmp_path / "judge.jsonl").read_text()  # what is unusable is asked again next time
-    assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
+def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
+    judge_server, tmp_path, monkeypatch, reply, message
+):
+    """In one line; also after some grades, which are kept; it holds the key's place only."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    monkeypatch.setattr(sample, "TIMEOUT", 0.2 if "does not end" in message else 20)
+    path = write_predictions(tmp_path, OPEN * 3)
+    judge_server.rule = lambda body: reply
+    for first in (0, 20):
+        judge_server.script += [said('{"claims": ["a"]}')] * first
+        with pytest.raises(UserError, match=f"--judge-url {judge_server.url}: .*{message}") as caught:
+            judged(judge_server, path)
+        assert "\n" not in str(caught.value) and not (tmp_path / "evaluation.md").exists()
+    assert judge_server.requests[0][0] == "Bearer sk-0123456789"
 
 
-def test_a_key_follows_no_redirect_and_waits_are_bounded(judge_server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    for code in (300, 307, 399):
-        judge_server.script += [(code, {"Location": "http://127.0.0.2:1/evil"}, "")]
-        with pytest.raises(UserError, match="redirects to http://127.0.0.2:1/evil; name that instead"):
-            new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-    judge_server.script += [(429, {"Retry-After": wait}, "") for wait in ("nan", "inf", "-1", "soon")]
-    assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
-    judge_server.script += [(429, {"Retry-After": "86400"}, "")]
-    with pytest.raises(UserError, match="asks to wait for 86,400 s; run the same command then, it goes on"):
-        new_judge(judge_server, tmp_path).grade("Else?", "This.", "That.")
-    judge_server.script += [(400, {}, '{"error": {"message": "max_tokens is not supported"}}')]
-    assert None not in new_judge(judge_server, tmp_path).grade("Else?", "This.", "That.").values()
-    assert "max_tokens" not in judge_server.requests[-1][1] and "warning" not in capsys.readouterr().err
-    sample.Judge("http://judge.example/v1", "wise", tmp_path / "other.jsonl")
-    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "status, words, unwanted",
+    [
+        (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
+        (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
+        (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
+        (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
+    ],
+)
+def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
+    judge_server, tmp_path, status, words, unwanted
+):
+    path, together = write_predictions(tmp_path, OPEN * 2), threading.Barrier(sample.AT_ONCE)
+
+    def rule(body):
+        if not any(name in body for name in unwanted):
+            return graded(body)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        return status, {}, words
+
+    judge_server.rule = rule
+    judged(judge_server, path)
+    assert means_of(tmp_path) == MEANS
+    kept = {"temperature", "max_tokens"} - set(unwanted)
+    assert all(
+        (name in judge_server.requests[-1][2]) == (name in kept) for name in ("temperature", "max_tokens")
+    )
 
 
-def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path):
-    judge_server.url += "/chat/completions?api-version=2024-06-01"
-    new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-    assert judge_server.paths[0] == "/v1/chat/completions?api-version=2024-06-01"
-    for url in ("http://", "https://a b/v1", "http://host:port/v1", "http://[::1/v1", "https://user@host/v1"):
-        judge_server.url = url
-        with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
-            new_judge(judge_server, tmp_path)
+@pytest.mark.parametrize("told, least, most", [
+    ("7", 7, 7), ("0", 0, 0), ("1.5", 1.5, 1.5), ("nan", 3, 3), ("-1", 3, 3), ("soon", 3, 3), (None, 3, 3),
+    (email.utils.formatdate(time.time() + 3600, usegmt=True), 3500, 3600), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+])  # fmt: skip
+def test_a_server_says_when_to_ask_again(told, least, most):
+    assert least <= sample.retry_after({} if told is None else {"Retry-After": told}, 3) <= most
 
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
-    """No question for the truth's claims; claims that the truth does not address left out; what is unusable
-    too."""
-    path = write_predictions(
-        tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}. Else") for i in range(2)]
-    )
-    nothing, claims = said('{"scores": [1, null]}'), said('{"claims": ["This", "that"]}')
-    judge_server.script += [claims, said('{"scores": [1, 0.3]}'), claims, nothing, *[said("?")] * 9]
-    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    flags += ["--judge-protocol", "authors"]
-    sample.main(list(map(str, flags)))
-    shown = [json.loads(body["messages"][1]["content"]) for _, body in judge_server.requests[:4]]
-    assert "question" not in shown[0] and "question" in shown[2]
-    precision, relevance = (table_of(tmp_path)["all", metric, "model"] for metric in sample.JUDGED)
-    assert precision["mean"] == pytest.approx(0.65) and precision["unusable"] == 1 and relevance["mean"] == 1
-    printed = capsys.readouterr().out
-    assert "protocol authors. 1 grades stayed unusable and are left out" in printed
+    """No question for the truth's claims; claims that the truth does not address left out; what is unusable too."""
+    path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}") for i in range(2)])
+
+    def rule(body):
+        content = json.loads(body["messages"][1]["content"])
+        if "claims" not in content:
+            return said('{"claims": ["this", "that"]}')
+        return said(
+            "?"
+            if "Tumor 1" in content["text"]
+            else '{"scores": [1, null]}'
+            if "null" in str(body)
+            else EXAMPLE
+        )
+
+    judge_server.rule = rule
+    judged(judge_server, path, "--judge-protocol", "authors")
+    assert means_of(tmp_path) == {"WSI-Precision": 0.65, "WSI-Relevance": 1}
+    contents = [json.loads(body["messages"][1]["content"]) for _, _, body in judge_server.requests]
+    assert {("question" in x) for x in contents if x.get("answer") == "A tumor."} == {False}
+    assert all("question" in x for x in contents if x.get("answer") != "A tumor.")
+    assert "protocol authors. 1 grades stayed unusable and are left out" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
+def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_server, tmp_path):
+    judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
+    judge_server.script += [said('{"claims": []}')]
+    assert judge.score("WSI-Relevance", "What?", "A tumor.", "I cannot tell.") == 0
+    assert judge.score("WSI-Relevance", "What?", "A tumor.", " ") == 0 and len(judge_server.requests) == 1
+
+
+def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    file, route = tmp_path / "judge.jsonl", "/chat/completions?api-version=2024-06-01"
+    sample.Judge(judge_server.url + route, "wise", file).score("WSI-Precision", "What?", "This.", "That.")
+    assert judge_server.requests[0][1] == f"/v1{route}" and "warning" not in capsys.readouterr().err
+    for url in (
+        "http://",
+        "https://a b/v1",
+        "http://host:port/v1",
+        "http://[::1/v1",
+        "https://me@host/v1",
+        "host:1",
+    ):
+        with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
+            sample.Judge(url, "wise", file)
+    sample.Judge("http://judge.example/v1", "wise", file)
+    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: not a key"):
+        sample.Judge(judge_server.url, "wise", file)
+
+
+def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
     asked = []
 
-    def grade(*question):
+    def score(*question):
         asked.append(question)
         time.sleep(0.01)
         raise KeyboardInterrupt
 
-    judge = types.SimpleNamespace(model="wise", replies={}, grade=grade)
-    rows = [{"question": "What?", "answers": {"answer": "This."}, "truth": "That."} for _ in range(200)]
+    judge = sample.Judge("http://localhost", "wise", tmp_path / "judge.jsonl")
+    judge.score = score
+    rows = [{"question": "What?", "truth": "That."}] * 200
     with pytest.raises(KeyboardInterrupt):
-        sample.grade_rows(judge, rows, ["answer"], 2)
+        sample.grade(judge, rows, {"model": ["This."] * 200})
     assert len(asked) < 100
 
 
