@@ -319,8 +319,8 @@ def save_geojson(path, slide, coords, relevance):
     measurement maps)."""
     tiles = []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), colours(relevance).tolist()):
-        rings, facts = [wsi_llava.tile_corners(x, y)], {"color": shade, "measurements": {"relevance": value}}
-        tiles.append(wsi_llava.geojson_feature("tile", rings, slide.scale, slide.corner, **facts))
+        facts = {"color": shade, "measurements": {"relevance": value}}
+        tiles.append(wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **facts))
     write_text(path, json.dumps({"type": "FeatureCollection", "made_by": HEATMAP_MARK, "features": tiles}))
 
 
@@ -701,7 +701,7 @@ PROMPTS = {  # of --judge-protocol: for claims, precision, relevance. Judge.scor
 }
 # What a request asks for, and the words of a server that refuses it: newer models want no temperature, or
 # another name for max_tokens; a small context has no room for so many.
-OPTIONS = {"temperature": 0, "max_tokens": 4096}
+SENT = {"temperature": 0, "max_tokens": 4096}
 REFUSED = {"temperature": "temperature", "max_tokens": "max_tokens|context|completion"}
 ATTEMPTS, AT_ONCE = 7, 8  # at one reply; requests
 BACKOFF, TIMEOUT, LONGEST_WAIT = 2.0, 120.0, 600.0  # seconds; the first is doubled by each further failure
@@ -801,7 +801,7 @@ class Judge:
         lines, self.file = open_lines(path, b'{"key"')
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
             self.replies = {line["key"]: str(line["reply"]) for line in lines}
-        self.options, self.lock, self.over = OPTIONS, threading.Lock(), threading.Event()
+        self.options, self.lock, self.over = SENT, threading.Lock(), threading.Event()
         self.problems, self.in_a_row, self.answered = collections.Counter(), 0, 0
 
     def stop(self, problem):
@@ -957,9 +957,17 @@ def read_answers(path):
         if path.read_bytes().startswith(b'{"settings"'):
             settings, rows = read_predictions(path)
             return [row | {"number": (settings.get("questions"), n)} for n, row in sorted(rows.items())], ""
-        table = [entry for _, entry in prepare.read_entries(path)]
-        if len(table) == 1 and not {"answer", *SAID} & set(table[0]):
-            table = [{"id": name, "answer": answer} for name, answer in table[0].items()]
+        whole = None
+        with contextlib.suppress(ValueError):
+            whole = json.loads(path.read_bytes())
+        if (
+            isinstance(whole, dict)
+            and all(isinstance(x, str) for x in whole.values())
+            and "answer" not in whole
+        ):
+            table = [{"id": name, "answer": answer} for name, answer in whole.items()]
+        else:
+            table = [entry for _, entry in prepare.read_entries(path)]
         table = [{name.strip().lower(): value for name, value in row.items()} for row in table]
         columns = list(dict.fromkeys(name for row in table for name in row))
         taken = {
