@@ -4269,7 +4269,7 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     wsi_llava.resolve_device(args)
     _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = wsi_llava.read_features(args.data, "demo_0015")
-    samples = [{"slides": [(features, coords)], "ids": tokenizer.encode(text)} for text in texts]
+    samples = [{"slide": (features, coords), "ids": tokenizer.encode(text)} for text in texts]
     with torch.no_grad():
         slides, embedded = train.embed(args, model, words, samples)
         want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
@@ -5159,7 +5159,7 @@ def finder(tiny, tokenizer):
     ids, labels = zip(*[tokenizer.encode_chat([asked, answer]) for answer in answers])
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
     for _ in range(150):
-        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
+        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1))
         loss = tiny(visual, ids * 12, labels * 12)
         optimizer.zero_grad()
         loss.backward()
@@ -5426,7 +5426,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
             "trains the slide encoder; start with --stage 2",
         ),
         (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
-        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 2 first"),
+        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
         (
             ["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"],
             "run python train.py --stage",
