@@ -10,7 +10,7 @@ A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every t
     data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
     data/qc/<slide>.jpg                 thumbnail with the outlines of tissue and kept tiles: look at it
     data/qc/index.html                  all of these pictures on one page, and what failed
-    data/failures/<slide>.json          why a slide could not be prepared: path, step and message
+    data/failures/<slide>.json          why a slide could not be prepared
 
 Interrupt it whenever you like, kill it, start it twice: a slide is done once its files are there, and whoever
 works on a slide holds a lock that dies with the process.
@@ -20,7 +20,6 @@ import argparse
 import bisect
 import collections
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import csv
 import datetime
@@ -35,18 +34,20 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import struct
 import sys
+import threading
 import time
 import urllib.parse
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
+except ImportError:  # Windows, where two runs on one folder do the same work twice
     fcntl = None
 
 import numpy as np
@@ -182,6 +183,16 @@ class Slide:
     def contradicts(self):
         """Whether um/px and objective power cannot both be right: 10x means about 1 um/px, 40x about 0.25."""
         return self.power > 0 and abs(math.log2(self.mpp * self.power / 10)) > 0.5
+
+    @property
+    def notes(self):
+        """What a person should know of it -> {text: whether it holds}."""
+        named = {"objective power": "the objective power", "given": "--mpp-csv"}.get(self.source, self.source)
+        return {
+            f"um/px taken from {named}": self.source in ("objective power", "--mpp", "given"),
+            "um/px and objective power contradict each other": self.contradicts,
+            "coarser than the target, enlarged": self.scale < 1 - NATIVE,
+        }
 
     def _own_mpp(self, path, fallback):
         """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px,
@@ -479,6 +490,16 @@ def table_rows(table, name, path):
     return [key for key in (name, path.stem, str(path), *ends) if key in table]
 
 
+def read_table(args, slides):
+    """--mpp-csv -> {slide: um/px}. Says which of its lines are about none of the slides."""
+    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    used = {row for name, path in slides.items() for row in table_rows(table, name, path)}
+    lost = [row for row in table if row not in used]
+    if lost:
+        print(f"{args.mpp_csv}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
+    return table
+
+
 # ---- Tissue and tiles --------------------------------------------------------------------------------------
 #
 # Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is
@@ -630,6 +651,18 @@ def drawn_mask(path, slide, size):
     return np.asarray(mask) > 0
 
 
+def tissue_of(slide, thumbnail, given=None):
+    """-> (bool [h,w]: tissue, by the mask that is given or by its colour; ink; why there may be none)."""
+    if given:
+        mask = given_mask(given, slide, thumbnail.size)
+        return mask, np.zeros_like(mask), ""
+    mask, ink, grey = find_tissue(thumbnail)
+    if max(slide.width, slide.height) < TILE:
+        return mask, ink, " (smaller than a tile)"
+    colourless = " (no colour: grey, silver and fluorescence slides need --mask)"
+    return mask, ink, colourless if grey > 0.01 else ""
+
+
 def tile_grid(mask, min_tissue, step=TILE):
     """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster
     order.
@@ -725,7 +758,7 @@ def write_index(data):
     for name in sorted({*files, *failures}, key=lambda name: (name not in failures, name)):
         kind, text = "", count(files.get(name, 0), "tile")
         if name in failures:
-            kind, text = "failed", f"FAILED ({failures[name]['step']}): {failures[name]['message']}"
+            kind, text = "failed", f"FAILED: {failures[name]['message']}"
         elif not files[name]:
             kind, text = "empty", "NO TISSUE"
         href = urllib.parse.quote(f"{name}.jpg")
@@ -734,221 +767,66 @@ def write_index(data):
     wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title=title) + "".join(cards))
 
 
-# ---- Readers -----------------------------------------------------------------------------------------------
-#
-# The workers of one DataLoader, in processes of their own. They alone open slides, which may be damaged so
-# that they take the process with them. What they read they leave in shared memory; only numbers travel.
-
-# Forked, they share what is loaded, PyTorch too.
-FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-DIED = "the process that read it died (a damaged file, or no memory left)"
-open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
-
-
-class SlideError(Exception):
-    """Why one slide cannot be prepared: args are the step and the message. The others go on."""
-
-
-class Readers(torch.utils.data.Dataset):
-    """What a DataLoader's workers do: a job (method, name, arguments) -> (method, name, result or exception).
-
-    slots: memory that they share with the main process, for a batch of tiles each, used again and again: a
-    fresh tensor for every batch costs up to 0.3 ms a tile in page faults alone.
-    """
-
-    def __init__(self, workers, batch):
-        n = 2 * workers + 1  # two jobs each on their way, and one that is being encoded
-        self.workers = workers
-        self.memory = FORK.RawArray("B", n * batch * TILE * TILE * 4)
-        self.shape, self.free = (n, batch, TILE, TILE, 4), collections.deque(range(n))
-
-    @functools.cached_property
-    def slots(self):
-        """uint8 [n,batch,256,256,4], RGBA."""
-        return torch.frombuffer(self.memory, dtype=torch.uint8).view(self.shape)
-
-    def __getitem__(self, job):
-        method, name, *arguments = job
-        try:
-            return method, name, getattr(self, method)(name, *arguments)
-        except (SlideError, OSError) as error:
-            return method, name, error
-
-    def run(self, jobs):
-        """Jobs, drawn a few ahead -> their results as they come, in any order. A worker's death is a
-        RuntimeError."""
-        return torch.utils.data.DataLoader(
-            self,
-            batch_size=None,
-            sampler=jobs,
-            num_workers=self.workers,
-            collate_fn=tuple,  # as it is: not turned into tensors
-            multiprocessing_context=FORK,
-            in_order=False,
-        )
-
-    def wait(self, _):
-        """The job where there is nothing to read until a survey is back."""
-        time.sleep(0.02)
-
-    def survey(self, name, path, options):
-        """What there is to read of a slide -> dict with its tiles' coords and what Slide knows.
-
-        options: see Work.options. Raises SlideError, whatever is wrong with the file, and OSError where a
-        picture cannot be written.
-        """
-        step, outputs = "open", options["outputs"]
-        source = str(path), options["given"], options["target_mpp"], options["fallback"]
-        try:
-            slide = open_slide(*source)
-            plan = {"size": slide.file.dimensions, "reader": source}
-            for fact in ("mpp", "source", "scale", "level", "hash", "contradicts"):
-                plan[fact] = getattr(slide, fact)
-            other = "the features that are there by its name are another slide's; --overwrite replaces them"
-            check(options["known"] in (None, slide.hash), other)
-            step = "tissue"
-            # One picture is read, for the mask and to look at: without small levels it takes minutes.
-            pixel = max(slide.width, slide.height) / PICTURE
-            picture = slide.thumbnail(MASK / max(1, round(MASK / pixel)))
-            thumbnail = picture.resize(slide.size_at(MASK), Image.Resampling.BOX)
-            mask, ink, plan["why"] = tissue_of(slide, thumbnail, options["mask"])
-            coords = tile_grid(mask, options["min_tissue"], options["step"])
-            coords = draw_tiles(coords, name, options["max_tiles"], options["seed"])
-            plan |= {"coords": coords, "lost": slide.lost, "ink": ink.mean() > 0.001}
-        except Exception as error:
-            open_slide.cache_clear()  # a handle that has failed once fails for good
-            reason = wsi_llava.one_line(error, 500)
-            raise SlideError(step, reason if str(path) in reason else f"{path}: {reason}") from None
-        if "picture" in outputs:
-            picture = picture.resize(slide.size_at(pixel), Image.Resampling.BICUBIC)
-            draw_qc(outputs["picture"], picture, pixel, mask, ink, coords)
-        if "geojson" in outputs:
-            write_geojson(outputs["geojson"], slide, coords)
-        return plan
-
-    def read_tiles(self, name, source, coords, numbers, slot):
-        """Tiles of a slide, by their numbers, into a slot -> (the slot, those that could be read, how many
-        could not, the last error)."""
-        pixels, read, failed = self.slots[slot].numpy(), [], None
-        for n, (x, y) in zip(numbers, coords.tolist()):
-            for _ in range(2):
-                try:
-                    pixels[len(read)] = open_slide(*source).tile(x, y)
-                    read.append(n)
-                    break
-                except Exception as error:  # OpenSlide refuses everything after one: opened anew
-                    failed = wsi_llava.one_line(error)
-                    open_slide.cache_clear()
-        return slot, read, len(numbers) - len(read), failed
-
-
-def tissue_of(slide, thumbnail, given=None):
-    """-> (bool [h,w]: tissue, by the mask that is given or by its colour; ink; why there may be none)."""
-    if given:
-        mask = given_mask(given, slide, thumbnail.size)
-        return mask, np.zeros_like(mask), ""
-    mask, ink, grey = find_tissue(thumbnail)
-    if max(slide.width, slide.height) < TILE:
-        return mask, ink, " (smaller than a tile)"
-    colourless = " (no colour: grey, silver and fluorescence slides need --mask)"
-    return mask, ink, colourless if grey > 0.01 else ""
-
-
-def tell(source, name, *arguments):
-    """In a reader: a Slide's attribute, or what its method returns."""
-    try:
-        value = getattr(open_slide(*source), name)
-        return value(*arguments) if arguments else value
-    except BAD_SLIDE as error:
-        raise UserError(f"{source[0]}: {wsi_llava.one_line(error)}") from None
-
-
-class SafeSlide:
-    """A Slide for a process that has to survive it: whatever is asked of it is asked in a reader. Raises
-    UserError where that dies."""
-
-    def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
-        self.source = str(path), mpp, target, fallback
-        for fact in ("width", "height", "scale", "corner"):
-            setattr(self, fact, self.ask(fact))
-
-    def ask(self, name, *arguments):
-        with concurrent.futures.ProcessPoolExecutor(1, FORK) as pool:
-            try:
-                return pool.submit(tell, self.source, name, *arguments).result()
-            except concurrent.futures.process.BrokenProcessPool:
-                raise UserError(f"{self.source[0]}: {DIED}") from None
-
-    def thumbnail(self, pixel):
-        return self.ask("thumbnail", pixel)
-
-    def tile(self, x, y):
-        return self.ask("tile", x, y)
-
-
 # ---- A folder of features, which several runs may work on --------------------------------------------------
 
 
-def check_same(path, params):
+def check_same(path, made, params):
     """Raises UserError where a file of features was made with other parameters."""
-    old = feature_metadata(path)["params"]
-    for k in params | old:
-        made = f"{path} was made with {k} {old.get(k)}, not {params.get(k)}"
-        check(old.get(k) == params.get(k), f"{made}; --overwrite makes it again")
+    for k in params | made:
+        other = f"{path} was made with {k} {made.get(k)}, not {params.get(k)}"
+        check(made.get(k) == params.get(k), f"{other}; --overwrite makes it again")
 
 
 @functools.cache
-def claims_file(data):
-    wsi_llava.check_regular(data / ".claims", "delete it")
-    # never closed: POSIX drops all of a process's locks on a file at the first close
-    return open(data / ".claims", "ab")
+def tell_of_no_locks(path, reason):
+    none = f"{path}: its file system has no locks ({reason})"
+    print(f"{none}; don't prepare the same slides in two runs at once", file=sys.stderr)
 
 
-@functools.cache
-def say_once(text):
-    print(text, file=sys.stderr)
+def claim(claims, name):
+    """Whether this process alone may work on a slide from now on, until it closes the file or dies.
 
-
-def claim(data, name, give_up=False):
-    """Whether this process alone may work on `name` in the folder from now on, until it gives it up or dies,
-    however it dies.
-
-    A lock on one byte of data/.claims, at an offset that follows from the name: nothing is left to clean up.
+    claims: data/.claims, of which one byte is locked, at an offset that follows from the name: nothing is
+    left to clean up. It is opened once: the first close of a file drops all of a process's locks on it.
     """
-    file, offset = claims_file(data), int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    if fcntl is None:
+        return True
+    offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_UN if give_up else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-        else:
-            os.lseek(file.fileno(), offset, os.SEEK_SET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK if give_up else msvcrt.LK_NBLCK, 1)
+        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):  # another process has it
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has it
             return False
-        none = f"{data}: its file system has no locks ({error.strerror})"
-        say_once(f"{none}; don't prepare the same slides in two runs at once")
+        tell_of_no_locks(claims.name, error.strerror)
     return True
 
 
+def sweep(data, claims, names):
+    """Deletes what killed runs left half-written of these slides, unless somebody is at work on them."""
+    for path in itertools.chain(data.glob("features/.*.part"), data.glob("qc/.*.part")):
+        name = path.name[1:].rsplit(".", 3)[0]  # .<slide>.<ending>.<at random>.part
+        if name in names and claim(claims, name):
+            path.unlink(missing_ok=True)
+
+
 def read_failures(data):
-    """data/failures -> {slide: {"slide", "path", "step", "message"}}."""
+    """data/failures -> {slide: {"slide", "path", "message"}}."""
     failures = {}
     for path in sorted((data / "failures").glob("*.json")):
         with reading(path, "not what prepare.py writes; delete it"):
             entry = json.loads(path.read_text(encoding="utf-8"))
-            failures[entry["slide"]] = {key: str(entry[key]) for key in ("slide", "path", "step", "message")}
+            failures[entry["slide"]] = {key: str(entry[key]) for key in ("slide", "path", "message")}
     return failures
 
 
-def note_failure(data, name, path, step=None, message=None):
+def note_failure(data, name, path, message=None):
     """Puts a slide on the record of failures, or takes it off."""
     file = data / "failures" / f"{name}.json"
-    if step is None:
+    if not message:
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"slide": name, "path": str(path), "step": step, "message": message}
-    wsi_llava.write_text(file, json.dumps(entry, indent=1))
+    wsi_llava.write_text(file, json.dumps({"slide": name, "path": str(path), "message": message}, indent=1))
 
 
 def write_meta(data, preset, mpp, encoder):
@@ -960,34 +838,33 @@ def write_meta(data, preset, mpp, encoder):
         wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
-    made = f"of another tile encoder ({was}; not {now})"
     same = old["encoder"]["fingerprint"] == encoder["fingerprint"]
-    check(same, f"{data} holds features {made}; name a new folder with --data")
+    other = f"{data} holds features of another tile encoder ({was}; not {now})"
+    check(same, f"{other}; name a new folder with --data")
     another = f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
     check(old["mpp"] == mpp, another)
     return old
 
 
 def open_data(args):
-    """data/meta.json, made or checked: one folder holds the features of one tile encoder -> (meta,
-    encoder)."""
-    there = (args.data / "meta.json").exists()
-    old = wsi_llava.read_meta(args.data) if there else {"encoder": {"source": "", "fingerprint": None}}
+    """One folder holds the features of one tile encoder -> (data/meta.json, made or checked; the encoder)."""
+    old = wsi_llava.read_meta(args.data) if (args.data / "meta.json").exists() else None
     if args.dry_run:
-        return old, None
-    if there:  # by default, the encoder that made what is there
+        return old or {"encoder": {"source": "", "fingerprint": None}}, None
+    if old:  # by default, the encoder that made what is there
         args.preset, source = args.preset or old["preset"], old["encoder"]["source"]
         if source != "untrained" and not source.startswith("imported"):
             args.tile_encoder = args.tile_encoder or Path(source)
     encoder, source = wsi_llava.pick_tile_encoder(args)
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
-    return write_meta(args.data, args.preset or ("7b" if source else "demo"), args.target_mpp, info), encoder
+    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), args.target_mpp, info)
+    return meta, encoder.to(args.device, args.dtype)
 
 
 @contextlib.contextmanager
 def disk_errors(data):
-    """Slide errors are caught in the readers, so an OSError here is the output folder's."""
+    """What goes wrong with a slide is a UserError by now, so an OSError here is the output folder's."""
     try:
         yield
     except BrokenPipeError:  # of what is printed
@@ -1004,6 +881,156 @@ def save_features(path, features, coords, metadata):
 
 
 # ---- From slides to features -------------------------------------------------------------------------------
+#
+# Slides are opened in readers alone: processes, since a damaged file may take its process with it. A reader
+# surveys a slide (what is there to read of it?), or reads a batch of tiles into memory that all processes
+# share. The main process takes one slide after the other: it encodes its batches and writes its features,
+# while the readers are at its next batches and survey the slides behind it.
+
+# Forked, they share what is loaded, PyTorch too.
+FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+DIED = "the process that read it died (a damaged file, or no memory left)"
+LINE = "{:32} {:>17} {:>8} {:17} {:>5} {:>8}"  # what a dry run tells of a slide
+open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
+
+
+def begin_reader(memory):
+    """What a reader does first. memory: for tiles, shared by all; None where only results travel."""
+    global shared
+    shared = None if memory is None else np.frombuffer(memory, np.uint8).reshape(-1, TILE, TILE, 4)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word,
+    parent = multiprocessing.parent_process()  # and so does the end of its parent, even by kill -9
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+
+
+def start_readers(n, memory=None):
+    return ProcessPoolExecutor(n, FORK, begin_reader, (memory,))
+
+
+def apart(path, function, *arguments):
+    """What a function returns that opens the slide at `path`, called in a process of its own. Raises
+    UserError where that dies."""
+    with start_readers(1) as readers:
+        try:
+            return readers.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise UserError(f"{path}: {DIED}") from None
+
+
+def slide_job(args, name, path, table, encoder):
+    """One slide of a run -> dict: its files, and the parameters that its features depend on."""
+    rows = table_rows(table, name, path)
+    given = table[rows[0]] if rows else None  # um/px by --mpp-csv
+    mask, digest = mask_file(args.mask, name) if args.mask else None, None
+    if mask:
+        with reading(mask, "a mask of --mask"):
+            digest = hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
+    params = {
+        "tile": TILE,
+        "target_mpp": args.target_mpp,
+        "min_tissue": args.min_tissue,
+        "mask": digest,
+        "step": args.step,
+        "max_tiles": args.max_tiles,
+        "seed": args.seed if args.max_tiles else None,
+        "encoder": encoder,
+    }
+    pictures = [args.data / "qc" / f"{name}.jpg"]
+    if args.geojson:
+        pictures.append(args.data / "qc" / f"{name}.geojson")
+    return {
+        "name": name,
+        "path": path,
+        "slide": (str(path), given, args.target_mpp, args.mpp),  # what Slide takes
+        "file": [os.path.abspath(path), os.path.getsize(path) if os.path.exists(path) else 0],
+        "mask": mask,
+        "params": params,
+        "features": wsi_llava.features_file(args.data, name),
+        "pictures": pictures,
+    }
+
+
+def is_done(args, job, digest=None):
+    """Whether a slide's files are there: known by its path and size, or, once it is open, its features by its
+    hash. Raises UserError where they are another slide's, or were made with other parameters."""
+    if args.overwrite or not job["features"].exists():
+        return False
+    try:
+        with reading(job["features"], "a damaged file"):
+            made = feature_metadata(job["features"])
+            old = made["params"] | {"mpp": made.get("mpp")}
+            *file, known = made.get("file", [None, None, None])  # imported features have none
+    except UserError:
+        return False  # made again
+    _, given, _, fallback = job["slide"]
+    mpp = given or (fallback if made.get("mpp_source") == "--mpp" else None) or old["mpp"]
+    check_same(job["features"], old, job["params"] | {"mpp": mpp})
+    if digest is None:
+        return file == job["file"] and all(path.exists() for path in job["pictures"])
+    other = f"{job['features']}: features of another slide of this name; --overwrite replaces them"
+    check(known == digest, other)
+    return True
+
+
+def survey(args, job, place):
+    """In a reader: what there is to read of a slide -> dict; its pictures are drawn, and its first batch of
+    tiles is read to the `place` in memory while the slide is open.
+
+    Raises UserError, whatever is wrong with the slide, and OSError where a picture cannot be written.
+    """
+    try:
+        slide = open_slide(*job["slide"])
+        (width, height), made = slide.file.dimensions, is_done(args, job, slide.hash)
+        # One picture is read, for the mask and to look at: without small levels it takes minutes.
+        pixel = max(slide.width, slide.height) / PICTURE
+        picture = slide.thumbnail(MASK / max(1, round(MASK / pixel)))
+        thumbnail = picture.resize(slide.size_at(MASK), Image.Resampling.BOX)
+        mask, ink, why = tissue_of(slide, thumbnail, job["mask"])
+        coords = tile_grid(mask, args.min_tissue, args.step)
+        coords = draw_tiles(coords, job["name"], args.max_tiles, args.seed)
+    except Exception as error:
+        open_slide.cache_clear()  # a handle that has failed once fails for good
+        reason, path = wsi_llava.one_line(error, 500), str(job["path"])
+        raise UserError(reason if path in reason else f"{path}: {reason}") from None
+    facts = {"mpp": slide.mpp, "mpp_source": slide.source, "scale": slide.scale}
+    facts |= {"params": job["params"], "file": [*job["file"], slide.hash], "width": width, "height": height}
+    notes = slide.notes | {
+        f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded": slide.lost,
+        "ink left out, outlined in red in data/qc (--mask decides otherwise)": ink.mean() > 0.001,
+        "not in --mask, so tissue was looked for by its colour": args.mask and not job["mask"],
+        f"no tissue found{why}": not len(coords),
+    }
+    # All batches are full but the last: a feature's bits depend on the slide alone.
+    order = np.concatenate([np.zeros(0, int), *blocks(coords, args.step)])
+    plan = {"coords": coords, "batches": np.split(order, range(args.batch, len(order), args.batch))}
+    plan |= {"facts": facts, "notes": [text for text, holds in notes.items() if holds and not made]}
+    about = f"{width} x {height}", f"{slide.mpp:.6}", slide.source, slide.level, len(coords)
+    plan["line"] = LINE.format(job["name"], *about)
+    if not args.dry_run:
+        picture = picture.resize(slide.size_at(pixel), Image.Resampling.BICUBIC)
+        draw_qc(job["pictures"][0], picture, pixel, mask, ink, coords)
+        for path in job["pictures"][1:]:
+            write_geojson(path, slide, coords)
+    if not args.dry_run and not made:
+        plan["first"] = read_tiles(job["slide"], coords[plan["batches"][0]], place)
+    return plan
+
+
+def read_tiles(slide, coords, place):
+    """In a reader: tiles into the memory, from `place` on -> (place, which of them could be read, the last
+    error)."""
+    read, failed = [], None
+    for n, (x, y) in enumerate(coords.tolist()):
+        for _ in range(2):
+            try:
+                shared[place + len(read)] = open_slide(*slide).tile(x, y)
+                read.append(n)
+                break
+            except Exception as error:  # OpenSlide refuses everything after one: opened anew
+                failed = wsi_llava.one_line(error)
+                open_slide.cache_clear()
+    return place, read, failed
 
 
 @torch.inference_mode()
@@ -1015,319 +1042,116 @@ def encode(encoder, tiles, device):
     return encoder(wsi_llava.preprocess_tiles(tiles).to(encoder.cls_token.dtype)).half()
 
 
-class Work:
-    """One slide of a run: what its features depend on, its files, and what has been read of it so far."""
-
-    def __init__(self, args, name, path, table, encoder, since):
-        rows = table_rows(table, name, path)
-        self.name, self.path, self.fallback = name, path, args.mpp
-        self.given = table[rows[0]] if rows else None  # um/px by --mpp-csv
-        self.mask = mask_file(args.mask, name) if args.mask else None
-        self.since = since if args.overwrite else 0  # files that are older are made again
-        self.files = {"features": wsi_llava.features_file(args.data, name)}
-        self.files["picture"] = args.data / "qc" / f"{name}.jpg"
-        if args.geojson:
-            self.files["geojson"] = args.data / "qc" / f"{name}.geojson"
-        mark = None
-        if self.mask:
-            with reading(self.mask, "a mask of --mask"):
-                mark = hashlib.sha256(self.mask.read_bytes()).hexdigest()[:12]
-        self.params = {
-            "tile": TILE,
-            "target_mpp": args.target_mpp,
-            "min_tissue": args.min_tissue,
-            "mask": mark,
-            "step": args.step,
-            "max_tiles": args.max_tiles,
-            "seed": args.seed if args.max_tiles else None,
-            "encoder": encoder,
-        }
-        self.plan, self.settled = None, False  # what survey returned; whether this run is through with it
-        self.read, self.features, self.lost = [], [], 0  # tiles' numbers, their features; those not decoded
-
-    def missing(self):
-        """Those of the slide's files that are to be made {kind: path}."""
-        missing = {}
-        for kind, path in self.files.items():
-            made = path.stat().st_mtime if path.exists() else -1
-            if made < self.since or self.since and made > time.time() + wsi_llava.DAY:  # no date at all
-                missing[kind] = path
-        return missing
-
-    def noted(self):
-        """What the features that are there say of themselves; None where there are none, or no whole file."""
-        if "features" not in self.missing():
-            with contextlib.suppress(UserError):
-                return feature_metadata(self.files["features"])
-
-    def is_done(self):
-        """Whether the slide's files are all there, and this slide's. Raises UserError where its features were
-        made with other parameters."""
-        noted = self.noted()
-        if not noted or noted.get("file", [])[:2] not in ([], self.identity()):
-            return False  # in the second case, its hash will tell
-        self.check_same(noted)
-        return not self.missing()
-
-    def identity(self):
-        """Path and size of the slide's file, by which it is known again."""
-        path = os.path.abspath(self.path)
-        return [path, os.path.getsize(path) if os.path.exists(path) else 0]
-
-    def check_same(self, noted):
-        file = self.files["features"]
-        check_same(file, self.params)
-        mpp = self.given or (self.fallback if noted.get("mpp_source") == "--mpp" else None)
-        made = f"{file} was made with mpp {noted.get('mpp')}, not {mpp}"
-        check(mpp in (None, noted.get("mpp")), f"{made}; --overwrite makes it again")
-
-    def options(self, dry_run):
-        """What a reader has to know. known: the hash of the slide whose features are there by this name."""
-        noted = self.noted()
-        known = noted["file"][2] if noted and "file" in noted else None
-        own = {"given": self.given, "fallback": self.fallback, "mask": self.mask, "known": known}
-        return {**self.params, **own, "outputs": {} if dry_run else self.missing()}
-
-    def notes(self):
-        """What a person should know of a slide that was prepared."""
-        plan = self.plan
-        where = {"objective power": "the objective power", "--mpp": "--mpp", "given": "--mpp-csv"}
-        if plan["source"] in where:
-            yield f"um/px taken from {where[plan['source']]}"
-        if plan["contradicts"]:
-            yield "um/px and objective power contradict each other"
-        if plan["scale"] < 1 - NATIVE:
-            yield "coarser than the target, enlarged"
-        if self.lost:
-            yield f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded"
-        if plan["lost"]:
-            yield f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded"
-        if plan["ink"]:
-            yield "ink left out, outlined in red in data/qc (--mask decides otherwise)"
-        if not len(plan["coords"]):
-            yield f"no tissue found{plan['why']}"
-
-
-class Preparation:
-    """One run over slides {id: path}: what is to do, and what came of it. failures: [(path, message)]."""
-
-    def __init__(self, args, slides, table):
-        self.args, self.data, self.started = args, args.data, time.time()
-        self.meta, self.encoder = open_data(args)
-        made_by = self.meta["encoder"]["fingerprint"], self.started
-        self.works = {name: Work(args, name, path, table, *made_by) for name, path in slides.items()}
-        self.todo = [work for work in self.works.values() if not work.is_done()]
-        self.at_hand = {}  # claimed works, by name
-        self.queue = collections.deque()  # (work, numbers of tiles): the batches that are to be read
-        self.failures, self.notes = [], collections.defaultdict(list)
-        self.tiles, self.written = 0, []  # tiles that were encoded; of each slide that was written, its tiles
-        self.seen = []  # works of a dry run
-        halves = () if args.dry_run else ("features/.*.part", "qc/.*.part")
-        for path in itertools.chain(*map(self.data.glob, halves)):
-            name = re.sub(r"\.\w+\.\w+\.part$", "", path.name[1:])
-            if name in self.works and claim(self.data, name):  # nobody is at work on it: a kill left it
-                path.unlink(missing_ok=True)
-                claim(self.data, name, give_up=True)
-
-    def claimed(self, todo):
-        """Claims one slide after the other, for as long as it is at hand; yields those left to do."""
-        for work in todo:
-            if self.args.dry_run:
-                yield work
-            elif not claim(self.data, work.name):
-                self.notes["left to another run that is at work on them"].append(work.name)
-                self.settle(work)
-            elif work.is_done():  # another process was faster
-                self.settle(work)
-            else:
-                yield work
-
-    def jobs(self, readers, todo):
-        """What the readers do next, asked for by the DataLoader a few jobs ahead: surveys of the next slides,
-        so that none has to be waited for, then the tiles of those that were surveyed, batch by batch."""
-        todo = self.claimed(todo)
-        while True:
-            work = next(todo, None) if len(self.at_hand) <= readers.workers + 1 else None
-            if work:
-                self.at_hand[work.name] = work
-                yield "survey", work.name, work.path, work.options(self.args.dry_run)
-            elif self.queue:
-                work, numbers = self.queue.popleft()
-                if not work.settled:  # it may have failed meanwhile
-                    tiles = work.plan["reader"], work.plan["coords"][numbers], numbers.tolist()
-                    yield "read_tiles", work.name, *tiles, readers.free.popleft()
-            elif self.at_hand:
-                yield "wait", None
-            else:
-                return
-
-    def run(self, todo):
-        """Prepares the slides. Where one kills its reader, those at hand are tried again one by one, to know
-        which it was."""
-        try:
-            self.read_and_encode(todo)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            suspects = list(self.at_hand.values())
-            check(suspects, "the readers die at once, perhaps for lack of memory; try fewer --workers")
-            self.at_hand.clear()
-            self.queue.clear()
-            if len(todo) == 1:
-                self.fail(todo[0], "read", f"{todo[0].path}: {DIED}")
-                return
-            for work in suspects:
-                work.read, work.features, work.lost = [], [], 0
-                self.run([work])
-            self.run([work for work in todo if not work.settled])
-
-    def read_and_encode(self, todo):
-        readers = Readers(self.args.workers, self.args.batch)
-        for method, name, result in readers.run(self.jobs(readers, todo)):
-            if isinstance(result, OSError):
-                raise result  # the output folder's
-            if method == "survey":
-                self.surveyed(self.works[name], result)
-            elif method == "read_tiles":
-                slot, *read = result
-                if not self.works[name].settled:
-                    self.encode(self.works[name], readers.slots[slot], *read)
-                readers.free.append(slot)
-
-    def surveyed(self, work, plan):
-        if isinstance(plan, SlideError):
-            self.fail(work, *plan.args)
-            return
-        work.plan, noted = plan, work.noted()
-        if self.args.dry_run:
-            self.seen.append(work)
-            self.settle(work)
-        elif noted:  # its features are there, under another path perhaps; its pictures have been made
-            try:
-                work.check_same(noted)
-                self.settle(work)
-            except UserError as error:
-                self.fail(work, "open", str(error))
-        elif not len(plan["coords"]):
-            self.finish(work)
-        else:  # all batches are full but the last: a feature's bits depend on the slide alone
-            order = np.concatenate(blocks(plan["coords"], self.args.step))
-            batches = np.array_split(order, range(self.args.batch, len(order), self.args.batch))
-            self.queue.extend((work, numbers) for numbers in batches)
-
-    def encode(self, work, tiles, read, lost, error):
-        """A batch of a slide's tiles -> their features. read: the tiles' numbers; lost: how many lack."""
-        work.read += read
-        work.lost += lost
-        n = len(work.plan["coords"])
-        if work.lost > DROPPED * n:
-            message = f"over {DROPPED:.0%} of its {n} tiles cannot be decoded ({error})"
-            self.fail(work, "read", f"{work.path}: {message}")
-            return
-        if read:
-            work.features.append(encode(self.encoder, tiles[: len(read)], self.args.device))
-        self.tiles += len(read)
-        speed = self.tiles / (time.time() - self.started)
-        self.bar.set_postfix_str(f"{speed:.0f} tiles/s, {work.name[:24]}")
-        if len(work.read) + work.lost == n:
-            self.finish(work)
-
-    def finish(self, work):
-        """Writes the features of a slide whose tiles have all been read, in raster order."""
-        plan, order = work.plan, np.argsort(work.read)
-        empty = torch.empty(0, self.encoder.cfg.width, dtype=torch.float16)
-        features = torch.cat([empty, *(part.cpu() for part in work.features)])[torch.from_numpy(order)]
-        if not features.isfinite().all():
-            self.fail(work, "encode", f"{work.path}: its features are not finite; try --dtype float32")
-            return
-        facts = {"mpp": plan["mpp"], "mpp_source": plan["source"], "scale": plan["scale"]}
-        facts |= {"dropped": work.lost, "params": work.params, "file": [*work.identity(), plan["hash"]]}
-        facts |= {"width": plan["size"][0], "height": plan["size"][1]}  # level 0
-        coords = torch.from_numpy(plan["coords"][np.array(work.read, int)[order]])
-        save_features(work.files["features"], features, coords, facts)
-        note_failure(self.data, work.name, work.path)
-        self.written.append(len(features))
-        for what in work.notes():
-            self.notes[what].append(work.name)
-        if self.args.mask and not work.mask:
-            self.notes["not in --mask, so tissue was looked for by its colour"].append(work.name)
-        self.settle(work)
-
-    def fail(self, work, step, message):
-        self.failures.append((work.path, message))
-        if not self.args.dry_run:
-            note_failure(self.data, work.name, work.path, step, message)
-        self.settle(work)
-
-    def settle(self, work):
-        """This run is through with the slide."""
-        work.settled, work.features = True, []
-        self.bar.update()
-        self.at_hand.pop(work.name, None)
-        if not self.args.dry_run:
-            claim(self.data, work.name, give_up=True)
-
-    def summary(self):
-        seconds = time.time() - self.started
-        spent, speed = datetime.timedelta(seconds=round(seconds)), self.tiles / seconds
-        print(
-            f"Wrote {count(sum(self.written), 'tile')} of {count(len(self.written), 'slide')} to "
-            f"{self.data}/features in {spent} ({speed:.0f} tiles/s), pictures to {self.data}/qc."
-        )
-        for what, names in self.notes.items():
-            print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
-
-
-def print_table(works):
-    """What a dry run found."""
-    width = max([5, *(len(work.name) for work in works)])
-    print(f"{'slide':{width}}  {'level-0 size':>15}  {'um/px':>7}  {'from':15}  {'level':>5}  {'tiles':>8}")
-    for work in sorted(works, key=lambda work: work.name):
-        plan, n = work.plan, len(work.plan["coords"])
-        size = " x ".join(map(str, plan["size"]))
-        line = f"{size:>15}  {plan['mpp']:>7.6}  {plan['source']:15}  {plan['level']:>5}  {n:>8}"
-        print(f"{work.name:{width}}  {line}")
-    total = sum(len(work.plan["coords"]) for work in works)
-    print(f"{count(len(works), 'slide')}, {count(total, 'tile')}")
-
-
-def read_table(args, slides):
-    """--mpp-csv -> {slide: um/px}. Says which of its lines are about none of the slides."""
-    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
-    used = {row for name, path in slides.items() for row in table_rows(table, name, path)}
-    lost = [row for row in table if row not in used]
+def prepare_slide(args, encoder, readers, memory, job, plan, bar):
+    """Encodes the tiles of a slide that was surveyed and writes its features, in raster order -> how many."""
+    coords, read, lost = plan["coords"], [], 0
+    features = [torch.empty(0, encoder.cfg.width, dtype=torch.float16, device=args.device)]
+    tiles = torch.frombuffer(memory, dtype=torch.uint8).view(-1, TILE, TILE, 4)
+    places = itertools.cycle(range((1 + args.workers) * args.batch, len(tiles), args.batch))
+    ahead, coming = collections.deque(), iter(plan["batches"][1:])
+    for numbers in plan["batches"]:
+        for later in itertools.islice(coming, 1 + args.workers - len(ahead)):  # read while this is encoded
+            ahead.append(readers.submit(read_tiles, job["slide"], coords[later], next(places)))
+        place, kept, error = plan.pop("first", None) or ahead.popleft().result()
+        lost += len(numbers) - len(kept)
+        if lost > DROPPED * len(coords):
+            concurrent.futures.wait(ahead)  # or they write to the memory when the next slide is there
+            many = f"over {DROPPED:.0%} of its {len(coords)} tiles cannot be decoded ({error})"
+            raise UserError(f"{job['path']}: {many}")
+        if kept:
+            features.append(encode(encoder, tiles[place : place + len(kept)], args.device))
+        read += numbers[kept].tolist()
+        bar.set_postfix_str(f"{job['name'][:24]}, {len(read)} of {len(coords)} tiles")
     if lost:
-        print(f"{args.mpp_csv}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
-    return table
+        plan["notes"].append(f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded")
+    features = torch.cat(features).cpu()[np.argsort(read)]
+    finite = features.isfinite().all()
+    check(finite, f"{job['path']}: its features are not finite; try --dtype float32")
+    facts = plan["facts"] | {"dropped": lost}
+    save_features(job["features"], features, torch.from_numpy(coords[sorted(read)]), facts)
+    return len(read)
+
+
+def prepare_all(args, encoder, todo, claims):
+    """The loop over slides. claims: see claim; None for a dry run -> failures [(path, message)], notes
+    {text: names of slides}, tiles of each slide that was written."""
+    failures, notes, written = [], collections.defaultdict(list), []
+    places = 3 + 2 * args.workers  # each surveyed slide's first batch; those on their way and at the encoder
+    memory = FORK.RawArray("B", places * args.batch * TILE * TILE * 4)
+    readers, surveys, alone, n = start_readers(args.workers, memory), {}, False, 0
+    bar = tqdm(total=len(todo), unit="slide", disable=not todo)
+    while n < len(todo):
+        job, failure = todo[n], None
+        try:
+            # Surveys of this slide, and of those behind it, unless another run is at work on them.
+            for i in range(n, min(len(todo), n + 1 if alone else n + 1 + args.workers)):
+                if i not in surveys and (args.dry_run or claim(claims, todo[i]["name"])):
+                    place = i % (1 + args.workers) * args.batch
+                    surveys[i] = readers.submit(survey, args, todo[i], place)
+            plan = surveys[n].result() if n in surveys else {"notes": ["left to another run"]}
+            if "first" in plan:
+                written.append(prepare_slide(args, encoder, readers, memory, job, plan, bar))
+            elif args.dry_run:
+                tqdm.write(plan["line"])
+                written.append(len(plan["coords"]))
+            for note in plan["notes"]:
+                notes[note].append(job["name"])
+        except BrokenProcessPool:  # this slide's fault, or that of one behind it: it is tried again, alone
+            readers.shutdown()  # the other readers are ended, and write to the memory no more
+            readers, surveys, alone = start_readers(args.workers, memory), {}, not alone
+            if alone:
+                continue
+            failure = f"{job['path']}: {DIED}"
+        except UserError as error:
+            failure = str(error)
+        except torch.OutOfMemoryError:
+            full = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
+            raise UserError(full) from None
+        if failure:
+            failures.append((job["path"], failure))
+        if not args.dry_run and (failure or n in surveys):
+            note_failure(args.data, job["name"], job["path"], failure)
+        surveys.pop(n, None)
+        alone, n = False, n + 1
+        bar.update()
+    bar.close()
+    readers.shutdown()
+    return failures, notes, written
 
 
 def prepare_slides(args, slides, number=0, shares=1):
-    """All slides of {id: path}, or every `shares`-th from `number` on, resuming where an earlier run
-    stopped. Returns the failures, [(path, message)]."""
-    with disk_errors(args.data):
+    """All slides of {id: path}, or every `shares`-th from `number` on, going on where an earlier run stopped.
+    Returns the failures, [(path, message)]."""
+    started, claims = time.time(), None
+    with disk_errors(args.data), contextlib.ExitStack() as stack:
         table = read_table(args, slides)
-        slides = dict(list(slides.items())[number::shares])
-        work = Preparation(args, slides, table)
-        if work.meta["encoder"]["source"] == "untrained":
+        slides = list(slides.items())[number::shares]
+        meta, encoder = open_data(args)
+        made_by = meta["encoder"]["fingerprint"]
+        jobs = [slide_job(args, name, path, table, made_by) for name, path in slides]
+        todo = [job for job in jobs if not is_done(args, job)]
+        if meta["encoder"]["source"] == "untrained":
             print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
-        done = f"Found {count(len(slides), 'slide')}, {len(slides) - len(work.todo)} done already;"
         print(
-            f"{done} {len(work.todo)} to tile at {args.target_mpp:g} um/px, step {args.step}, and encode on "
-            f"{args.device} into {args.data}/features, with {count(args.workers, 'reader')}."
+            f"Found {count(len(jobs), 'slide')}, {len(jobs) - len(todo)} done already; {len(todo)} to tile at "
+            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into "
+            f"{args.data}/features, with {count(args.workers, 'reader')}."
         )
-        if work.encoder:
-            work.encoder.to(args.device, args.dtype)
-        with tqdm(total=len(work.todo), unit="slide", disable=not work.todo) as work.bar:
-            try:
-                work.run(work.todo)
-            except torch.OutOfMemoryError:
-                message = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
-                raise UserError(message) from None
         if args.dry_run:
-            print_table(work.seen)
+            print(LINE.format("slide", "level-0 size", "um/px", "from", "level", "tiles"))
         else:
-            work.summary()
-    return work.failures
+            wsi_llava.check_regular(args.data / ".claims", "delete it")
+            claims = stack.enter_context(open(args.data / ".claims", "ab"))
+            sweep(args.data, claims, {job["name"] for job in todo})
+        failures, notes, written = prepare_all(args, encoder, todo, claims)
+    tiles, seconds = sum(written), time.time() - started
+    done = f"{count(tiles, 'tile')} of {count(len(written), 'slide')}"
+    spent = f"{datetime.timedelta(seconds=round(seconds))} ({tiles / seconds:.0f} tiles/s)"
+    where = f"to {args.data}/features in {spent}, pictures to {args.data}/qc."
+    print(f"Found {done}." if args.dry_run else f"Wrote {done} {where}")
+    for what, names in notes.items():
+        print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
+    return failures
 
 
 # ---- Features that were made elsewhere ---------------------------------------------------------------------
@@ -1500,7 +1324,7 @@ def import_file(args, name, path, named, encoder):
         path = args.data / "visual_tokens" / file.name
         wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": info["source"]})
     elif file.exists() and not args.overwrite:
-        check_same(file, params)
+        check_same(file, feature_metadata(file)["params"], params)
     else:
         save_features(file, features, coords, {"params": params})
     return kind
@@ -1521,14 +1345,14 @@ def import_features(args, number=0, shares=1):
         if not args.dry_run:
             (args.data / "visual_tokens").mkdir(parents=True, exist_ok=True)
         for name, path in tqdm(files, unit="file"):
-            failure = ()
+            failure = None
             try:
                 counts[import_file(args, name, path, table.get(name, table.get(path.name)), encoder)] += 1
             except UserError as error:
-                failures.append((path, str(error)))
-                failure = "import", str(error)
+                failure = str(error)
+                failures.append((path, failure))
             if not args.dry_run:
-                note_failure(args.data, name, path, *failure)
+                note_failure(args.data, name, path, failure)
     kinds = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing"
     print("Could import" if args.dry_run else "Imported", kinds)
     return failures

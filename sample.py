@@ -267,22 +267,29 @@ def slide_files(folder):
     return prepare.find_slides([folder])
 
 
-def open_slide(data, name, path=None, mpp=None):
-    """The file of a prepared slide, read in a process of its own, which a damaged file may kill ->
-    prepare.SafeSlide. path: the file, or a folder with it (default: data/slides)."""
+def find_slide(data, name, path=None, mpp=None):
+    """The file of a prepared slide -> what prepare.Slide takes to open it as it was prepared. path: the file,
+    or a folder with it (default: data/slides)."""
     path, target = Path(path or data / "slides"), wsi_llava.read_meta(data)["mpp"]
     file = slide_files(path).get(name) if path.exists() else None
     check(file, f"{name}: its file is not in {path}; name its folder with --slides DIR")
     scale = slide_facts(data, name).get("scale")
     given = target / scale if scale else None  # what it was prepared with, as --mpp-csv may have said
-    return prepare.SafeSlide(file, given, target, mpp)
+    return file, given, target, mpp
 
 
-def draw_heatmap(path, slide, coords, relevance, lines):
+def slide_place(source):
+    """Level-0 pixels per tiled pixel of a slide, and where its scanned area begins."""
+    slide = prepare.Slide(*source)
+    return slide.scale, slide.corner
+
+
+def draw_heatmap(path, source, coords, relevance, lines):
     """One picture: the slide with its tiles, the tiles coloured by their relevance, the most relevant ones
     enlarged.
 
-    slide: a prepare.Slide or SafeSlide. coords [N,2], relevance [N]: numpy. lines: the title."""
+    source: as by find_slide. coords [N,2], relevance [N]: numpy. lines: the title."""
+    slide = prepare.Slide(*source)
     pixel = max(slide.width, slide.height) / PANEL  # tiled pixels per pixel of the picture
     picture = slide.thumbnail(pixel)
     large, small, grey = ImageFont.load_default(22), ImageFont.load_default(15), (90, 90, 90)
@@ -363,13 +370,14 @@ def check_heatmap_flags(args):
 def explain(args, model, tokenizer, name, answer):
     """--heatmap and --heatmap-geojson: which tiles of the slide made the model answer --ask so."""
     given = Path(args.slide)
-    slide = open_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
+    source = find_slide(args.data, name, given if given.exists() else args.slides, args.mpp)
+    scale, corner = prepare.apart(source[0], slide_place, source)  # a damaged file may kill who opens it
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
     print(f"Relevance of {len(coords):,} tiles: {PASSES} passes on {args.device}.")
     bar = functools.partial(tqdm, unit="pass", leave=False)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer, bar)
     relevance, coords = relevance.numpy(), coords.numpy()
-    x, y = coords[relevance.argmax()] * slide.scale
+    x, y = coords[relevance.argmax()] * scale
     print(
         f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer; the "
         f"tile that adds most, {relevance.max():.2f}, is at level-0 pixel {x:.0f}, {y:.0f}."
@@ -379,9 +387,10 @@ def explain(args, model, tokenizer, name, answer):
             "So little means that a slide of average tiles gets this answer too: no tile made it what it is."
         )
     if args.heatmap:
-        draw_heatmap(args.heatmap, slide, coords, relevance, [f"{name}: {args.ask}", f"Answer: {answer}"])
+        lines = [f"{name}: {args.ask}", f"Answer: {answer}"]
+        prepare.apart(source[0], draw_heatmap, args.heatmap, source, coords, relevance, lines)
     if args.heatmap_geojson:
-        save_geojson(args.heatmap_geojson, coords, relevance, slide.scale, slide.corner)
+        save_geojson(args.heatmap_geojson, coords, relevance, scale, corner)
     print("Wrote " + " and ".join(str(path) for path in (args.heatmap, args.heatmap_geojson) if path))
 
 

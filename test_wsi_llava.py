@@ -3243,7 +3243,8 @@ LOCK = """
 import sys, pathlib
 sys.path.insert(0, sys.argv[1])
 import prepare
-print(prepare.claim(pathlib.Path(sys.argv[2]), sys.argv[3]), flush=True)
+claims = open(pathlib.Path(sys.argv[2], ".claims"), "ab")
+print(prepare.claim(claims, sys.argv[3]), flush=True)
 sys.stdin.read()
 """
 
@@ -3333,7 +3334,7 @@ def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, c
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main(["--slides", str(tmp_path / "b"), *common])
     message = prepare.read_failures(data)["s4"]["message"]
-    assert "the features that are there by its name are another slide's; --overwrite" in message
+    assert "features of another slide of this name; --overwrite replaces them" in message
     prepare.main(["--slides", str(tmp_path / "b"), *common, "--overwrite"])
     assert contents(data)["features/s4.safetensors"] != before["features/s4.safetensors"]
     assert not prepare.read_failures(data)
@@ -3422,7 +3423,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, caps
         about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
     )
     failures = prepare.read_failures(data)
-    assert {name: entry["step"] for name, entry in failures.items()} == {"bad": "open", "three": "read"}
+    assert set(failures) == {"bad", "three"}
     assert "cannot be decoded" in failures["three"]["message"]
     write_tiff(tmp_path / "slides" / "three.tif", large)
     with pytest.raises(UserError, match="1 slide could not be prepared"):
@@ -3471,11 +3472,10 @@ def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsy
         "\ngood " in printed.out and "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
     )
     assert "deadly.tif: the process that read it died" in printed.err
-    with pytest.raises(UserError, match="deadly.tif: the process that read it died"):
-        prepare.SafeSlide(tmp_path / "deadly.tif")
-    slide, whole = prepare.SafeSlide(tmp_path / "good.tif"), prepare.Slide(tmp_path / "good.tif")
-    assert (slide.width, slide.scale, slide.corner) == (1024, 1.0, [0, 0])
-    assert np.array_equal(slide.tile(256, 256), whole.tile(256, 256)) and slide.thumbnail(32).size == (32, 32)
+    for name in ("deadly.tif", "good.tif"):
+        ends = "deadly.tif: the process that read it died"
+        with pytest.raises(UserError, match=ends) if name == "deadly.tif" else contextlib.nullcontext():
+            prepare.apart(tmp_path / name, sample.slide_place, (tmp_path / name,))
 
 
 def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
@@ -3484,11 +3484,8 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     save_file(encoder.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
-    failure = prepare.read_failures(tmp_path / "data")["s4"]
-    assert (
-        failure["step"] == "encode"
-        and "its features are not finite; try --dtype float32" in failure["message"]
-    )
+    message = prepare.read_failures(tmp_path / "data")["s4"]["message"]
+    assert "its features are not finite; try --dtype float32" in message
 
 
 def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monkeypatch):
@@ -3500,19 +3497,30 @@ def test_a_batch_too_large_for_the_memory_names_its_flag(archive, tmp_path, monk
         prepare_one(archive[0], tmp_path / "data")
 
 
-def test_a_full_disk_stops_with_what_to_do(archive, tmp_path):
-    """No file may grow beyond 4 kB, as on a full disk: one line, no half file, and the next run completes
-    it."""
+def test_a_full_disk_stops_with_what_to_do(archive, tmp_path, monkeypatch):
+    """From the first slide's features on no file may grow beyond 1 kB, as on a full disk: one line, no half
+    file, and the next run completes it. So with a picture, which a reader writes."""
     resource = pytest.importorskip("resource")
     slides, whole = archive
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit, encode = resource.getrlimit(resource.RLIMIT_FSIZE), prepare.encode
+
+    def full(*given):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limit[1]))
+        return encode(*given)
+
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-        with pytest.raises(UserError, match="data cannot be written .*File too large.*make room"):
-            prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "encode", full)
+            with pytest.raises(UserError, match="data cannot be written .*File too large.*make room"):
+                prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list((tmp_path / "data" / "features").iterdir())
+    (tmp_path / "data" / "qc" / "s0.jpg").unlink()
+    (tmp_path / "data" / "qc" / "s0.jpg").mkdir()  # nothing can be written there
+    with pytest.raises(UserError, match="data cannot be written .*s0.jpg"):
+        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
+    (tmp_path / "data" / "qc" / "s0.jpg").rmdir()
     prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
     assert contents(tmp_path / "data") == contents(whole)
     (tmp_path / "file").touch()
@@ -3528,24 +3536,12 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-LOOK = {
-    "target_mpp": 0.5,
-    "given": None,
-    "fallback": None,
-    "min_tissue": 0.25,
-    "step": 256,
-    "max_tiles": 0,
-    "seed": 0,
-}
-LOOK |= {"known": None, "mask": None, "outputs": {}}
-
-
 def test_the_picture_of_a_huge_slide_is_small(tmp_path):
     """Made of what its tissue was looked for on: a slide without small levels is read once."""
     Image.new("RGB", (25600, 300), PINK).save(tmp_path / "wide.png")
-    options = LOOK | {"given": 0.5, "outputs": {"picture": tmp_path / "wide.jpg"}}
-    assert len(prepare.Readers(1, 1).survey("wide", tmp_path / "wide.png", options)["coords"]) == 100
-    assert Image.open(tmp_path / "wide.jpg").size == (768, 9)
+    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path), "--mpp", "0.5"])
+    assert len(wsi_llava.read_features(tmp_path, "wide")[1]) == 100
+    assert Image.open(tmp_path / "qc" / "wide.jpg").size == (768, 9)
 
 
 def test_a_slide_without_tissue_is_recorded_as_such(tmp_path, capsys):
@@ -3574,11 +3570,11 @@ def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
 
 def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_path):
     data = shutil.copytree(archive[1], tmp_path / "data")
-    prepare.note_failure(data, "l<o>st", "a/l<o>st.svs", "open", "no & nothing")
+    prepare.note_failure(data, "l<o>st", "a/l<o>st.svs", "no & nothing")
     prepare.write_index(data)
     page = (data / "qc" / "index.html").read_text(encoding="utf-8")
     cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b>\n<br>(.*?)</figure>', page)
-    assert cards[0] == ("failed", "l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED (open): no &amp; nothing")
+    assert cards[0] == ("failed", "l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED: no &amp; nothing")
     assert [card[:3] for card in cards[1:]] == [("", f"s{i}.jpg", f"s{i}") for i in range(5)]
     assert cards[1][3] == "12 tiles" and "6 slides, 1 failed" in page
 
@@ -5210,11 +5206,10 @@ def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
 
 
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
-    slide = prepare.Slide(toy_slide[0])
-    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
+    coords = prepare.tile_grid(tissue_mask(prepare.Slide(toy_slide[0]).thumbnail(32)), 0.25)
     relevance = np.linspace(-1, 0.2, len(coords))
     relevance[7] = 2
-    sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
+    sample.draw_heatmap(tmp_path / "map.png", (toy_slide[0],), coords, relevance, ["Q", "A"])
     picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
     assert picture.shape == (70 + 60 + 560 + 24, 152 + 3 * 560 + 10)
     centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
@@ -5244,9 +5239,10 @@ def test_a_slide_without_a_file_has_no_map(tmp_path, toy_slide):
     tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
     save_file(tensors, tmp_path / "features" / "s.safetensors", {"wsi_llava": "{}"})
     with pytest.raises(UserError, match="s: its file is not in .*slides; name its folder with --slides DIR"):
-        sample.open_slide(tmp_path, "s")
+        sample.find_slide(tmp_path, "s")
     save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 2.0}'})
-    assert sample.open_slide(tmp_path, "toy", toy_slide[0].parent).scale == 2  # as it was prepared
+    source = sample.find_slide(tmp_path, "toy", toy_slide[0].parent)
+    assert prepare.apart(source[0], sample.slide_place, source) == (2, [0, 0])  # as it was prepared
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
