@@ -304,7 +304,7 @@ def slide_encoder_to_train(args, meta):
         cfg = PRESETS[args.preset or meta["preset"]].slide_encoder
         return None, dataclasses.replace(cfg, in_width=meta["encoder"]["width"])
     check(path.exists(), f"{path}: no such file; name one with --slide-encoder, or train --from-scratch")
-    encoder = wsi_llava.load_slide_encoder(path)
+    encoder = wsi_llava.load_slide_encoder(path, PRESETS[args.preset or meta["preset"]].n_visual_tokens)
     wsi_llava.check_tile_encoder(encoder.cfg, meta, path)
     return encoder, encoder.cfg
 
@@ -788,6 +788,10 @@ def export(args):
     for path in {tokenizer.path, *base.glob("tokenizer*"), *base.glob("special_tokens_map.json")}:
         with replacing(folder / path.name) as temporary:
             temporary.write_bytes(path.read_bytes())
+    config = folder / "tokenizer_config.json"
+    if config.exists():  # the base's chat template is not the prompt of training
+        kept = wsi_llava.read_json(config, "copy it again") | {"chat_template": None}
+        write_text(config, json.dumps(kept, indent=2))
     encoder, file = model.slide_encoder, folder / "slide_encoder.safetensors"
     if encoder:
         wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
