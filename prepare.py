@@ -1472,7 +1472,10 @@ def parse_json(path, text, line=1):
 def read_csv(path, text):
     """A table whose first line names its columns -> [(where, {column: text})]."""
     csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
-    reader, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    named = re.match("sep=(.)\r?\n", text)  # as spreadsheets tell it
+    lines = io.StringIO(text[named.end() :] if named else text, newline="")
+    delimiter = named[1] if named else max(",;\t", key=text.partition("\n")[0].count)
+    reader, entries = csv.DictReader(lines, strict=True, delimiter=delimiter), []
     try:
         for entry in reader:
             entries.append((f"line {reader.line_num}", entry))

@@ -1115,7 +1115,7 @@ def demo(argv, args):
         show(f"stage {stage}", "train.py", "--stage", stage, "--log-every", "20", "--val-rows", "96", *own)
     questions, answers = str(args.data / "qa" / "test.jsonl"), str(args.out / "test.jsonl")
     asked = ("--qa", questions, "--baselines", "--predictions", answers, "--evaluate", answers)
-    show("answers", "sample.py", *asked, "--batch-size", "64", "--max-new-tokens", "96", *where)
+    show("answers", "sample.py", *asked, "--max-new-tokens", "96", *where)
     slide, question = cohort_question(args.data)
     heatmap = ("--heatmap", str(args.out / "heatmap.png"))
     show("heatmap", "sample.py", "--slide", slide, "--ask", question, *heatmap, *where)
