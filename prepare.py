@@ -1395,16 +1395,6 @@ def slide_id(value):
     return name
 
 
-def check_row(row):
-    """Raises ValueError, or what Python raises over other types, where a row is not as write_qa writes it."""
-    values = [turn["value"] for turn in row["conversations"]]
-    texts = [row["id"], row["task"], row.get("cancer", ""), row["slide"], *values]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("its id, slide, task or texts are not all texts")
-    if [turn["from"] for turn in row["conversations"]] != ["human", "gpt"] * (len(values) // 2) or not values:
-        raise ValueError("its conversations do not alternate human and gpt")
-
-
 def as_closed(question, answer, options):
     """The question with its options {letter: text}, and the answer as letter and text where it is one."""
     letter = answer.strip(" ().").upper()
@@ -1516,7 +1506,7 @@ def read_qa(path):
     empty, are left out, and counted. Raises UserError that names the line or the item.
     """
     path, rows, empty, several = Path(path), [], [], []
-    check(path.is_file(), f"{path}: no such file (--qa)")
+    check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
         entries = read_entries(path)
     for number, (where, entry) in enumerate(entries, 1):
@@ -1574,19 +1564,21 @@ def named_split(path):
     return told.pop() if len(told) == 1 else None
 
 
+def patient_of(slide):
+    """The patient's barcode at the head of a slide's name in TCGA, or None."""
+    barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
+    return barcode[0].upper() if barcode else None
+
+
 def report_leaks(splits, args):
     """Says what training shares with the other splits, by slide and by patient (TCGA's barcode), and lists it in qa/leaks.csv.
 
     splits: {name: rows}. -> the rows of training that share nothing.
     """
 
-    def patient(slide):
-        barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
-        return barcode[0].upper() if barcode else None
-
     def marks(row):  # what must not be on both sides
         slide = row["slide"]
-        return {slide, ("patient", patient(slide))} if patient(slide) else {slide}
+        return {slide, ("patient", patient_of(slide))} if patient_of(slide) else {slide}
 
     training, others = splits["train"], splits["test"] + splits["val"]
     shared = set().union(*map(marks, training)) & set().union(*map(marks, others))
@@ -1595,7 +1587,7 @@ def report_leaks(splits, args):
     lines, path = [("side", "slide", "patient", "questions")], args.data / "qa" / "leaks.csv"
     for side, rows in leaks.items():
         questions = collections.Counter(row["slide"] for row in rows)
-        lines += [(side, slide, patient(slide), n) for slide, n in sorted(questions.items())]
+        lines += [(side, slide, patient_of(slide), n) for slide, n in sorted(questions.items())]
     people, what = sum(isinstance(mark, tuple) for mark in shared), ""
     if shared:
         what = f", {count(len(leaks['train']), 'question')} of training and {len(leaks['test']):,} of test"
