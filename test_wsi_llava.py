@@ -4333,7 +4333,7 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     judged(judge_server, path)
     printed = capsys.readouterr().out
     assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
-    assert "8 open questions, 1 system: at most 32 calls of wise; 0 of its replies are kept." in printed
+    assert "8 open questions, 1 system: at most 32 calls of wise; 0 replies are kept." in printed
     assert len(judge_server.requests) == 32 + 6
     complaints = [
         body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
@@ -4803,7 +4803,10 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
     [
         (None, "predictions.jsonl: no such file; expected predictions of sample.py --qa"),
         ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
-        ('{"settings": {}}\n', "predictions.jsonl: holds no answers yet"),
+        (
+            '{"settings": {}}\n',
+            "predictions.jsonl: no question is answered by all; sample.py --qa answers them",
+        ),
         ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers, so it cannot come first"),
     ],
 )
