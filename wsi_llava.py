@@ -91,20 +91,15 @@ class Config:
         """Raises UserError for a field that there is not, or a value that it cannot have."""
         types, given = {f.name: f.type for f in dataclasses.fields(cls)}, {}
         for name, value in values.items():
-            kind = types.get(name)
+            kind, most = types.get(name), {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
             check(kind, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            if issubclass(kind, Config):
-                value = kind.from_dict(value)
-            value = tuple(value) if kind is tuple else value
-            most = {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
-            for number in value if kind is tuple else [value] if kind in (int, float) else []:
-                fits = type(number) is int or type(number) is float and kind is not int
-                check(fits and 0 <= number < most, f"{cls.__name__}: {name} cannot be {one_line(value)}")
-            given[name] = value
-            check(
-                isinstance(value, kind) or kind is float,
-                f"{cls.__name__}: {name} cannot be {one_line(value)}",
-            )
+            value = kind.from_dict(value) if issubclass(kind, Config) else value
+            numbers = value if kind is tuple else [value] if kind in (int, float) else []
+            numeric = (int,) if kind is int else (int, float)
+            fits = all(type(number) in numeric and 0 <= number < most for number in numbers)
+            fits = fits and (kind in (float, tuple) or isinstance(value, kind))
+            check(fits, f"{cls.__name__}: {name} cannot be {one_line(value)}")
+            given[name] = tuple(value) if kind is tuple else value
         return cls(**given)
 
 
@@ -1303,12 +1298,12 @@ class Tokenizer:
         check(ends, f"{path}: has no {self.chat.end} to end an answer with; try another --chat-format")
         self.eos, self.ends = ends[0], {ends[0]}
 
-    def __len__(self):
-        return self.size
-
     def decode(self, ids):
         """ids -> text, without images' places and ids that an embedding holds beyond the tokenizer."""
-        return self.decode_ids([i for i in ids if 0 <= i < len(self)])
+        return self.decode_ids([i for i in ids if 0 <= i < self.size])
+
+    def __len__(self):
+        return self.size
 
     def encode_template(self, template, value):
         """A template of CHAT_FORMATS with a value for its {} -> ids.
@@ -1953,11 +1948,9 @@ def load_llama(folder, dtype=None, lora=None):
 def load_projector(folder):
     """The projector in a folder, in LLaVA's `mm_projector.bin` or its like or among the model's or adapters'
     tensors -> (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
-    folder = Path(folder)
-    files = [
-        file for file in sorted(folder.glob("mm_projector.*")) if file.suffix in (".bin", ".safetensors")
-    ]
-    tensors = read_tensors(files[-1]) if files else read_folder(folder)
+    files = [Path(folder) / f"mm_projector.{ending}" for ending in ("safetensors", "bin")]
+    files = [file for file in files if file.exists()]
+    tensors = read_tensors(files[0]) if files else read_folder(folder)
     others = [*PROJECTOR_KEYS, (".*", None)]
     found = {rename(key, others): tensor for key, tensor in tensors.items() if rename(key, others)}
     if not found:
@@ -2097,14 +2090,13 @@ def read_visual_tokens(data, slide, cfg):
 def made_by(model, data, slide):
     """What a slide's visual tokens follow from, as a text: its features, the slide encoder with its pool, and
     their code: an edit of any file that holds one of its classes makes new tokens."""
-    path, encoder = features_file(data, slide), model.slide_encoder
+    path = features_file(data, slide)
     with reading(path, PREPARE_AGAIN):
         tensors = read_tensors(path, PREPARE_AGAIN)
-        features = tensors["features"]
         digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
-        digest.update(tensors["coords"].numpy().tobytes())
-        digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
-    for name in sorted({type(part).__module__ for part in (encoder or model).modules()}):
+        some = tensors["features"][:: 1 + len(tensors["coords"]) // 64]  # of the rows: the file is mapped
+        digest.update(tensors["coords"].numpy().tobytes() + some.numpy().tobytes())
+    for name in sorted({type(part).__module__ for part in (model.slide_encoder or model).modules()}):
         if not name.startswith("torch."):
             digest.update(inspect.getsource(sys.modules[name]).encode())
     mark = model.cfg.fingerprints.get("slide_encoder")
@@ -2114,19 +2106,20 @@ def made_by(model, data, slide):
 def keep_visual_tokens(model, data, slide):
     """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
     be made from now -> whether it wrote them."""
-    cfg, path = model.cfg, visual_tokens_file(data, slide, model.cfg)
+    cfg, path, mark = model.cfg, visual_tokens_file(data, slide, model.cfg), None
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, cfg)
         mark = read_metadata(path).get("made_by")
-        if mark == IMPORTED_TOKENS or mark == made_by(model, data, slide):
-            return False
+    now = None if mark == IMPORTED_TOKENS else made_by(model, data, slide)
+    if mark in (IMPORTED_TOKENS, now):
+        return False
     width = None if cfg.no_slide_encoder else cfg.slide_encoder.in_width
     features, coords = read_features(data, slide, cfg.max_tiles, width)
     check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
     with torch.inference_mode():
         tokens = model.encode_slide(features, coords).half()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {"visual_tokens": tokens}, {"made_by": made_by(model, data, slide)})
+    write_tensors(path, {"visual_tokens": tokens}, {"made_by": now})
     return True
 
 
@@ -2242,17 +2235,6 @@ def pick_projector(args, llm, width, cfg, stage):
     return found or make_projector(max(cfg.pad_to, width), cfg.llama.width)
 
 
-def load_trained(model, path):
-    """Fills a model from what stage 2 or 3 wrote: projector, adapters, or with --full the language model."""
-    tensors, pattern, cfg = read_tensors(path), r"mm_projector\..*", model.cfg
-    if cfg.lora_rank:
-        on_meta(add_lora, model.llama, cfg.lora_rank, cfg.lora_alpha)
-        pattern += r"|llama\..*\.lora_[ab]"
-    elif any(name.startswith("llama.") for name in tensors):
-        pattern += r"|llama\..*"
-    load_strict(model, tensors, path, only=pattern)
-
-
 def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer).
 
@@ -2291,8 +2273,14 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     # The model, and in it what was trained.
     model = on_meta(WSILLaVA, dataclasses.replace(cfg, lora_rank=0))
     model.cfg, model.slide_encoder, model.llama = cfg, encoder, llama
-    if trained:
-        load_trained(model, trained)
+    if trained:  # projector, adapters, or with --full the language model
+        tensors, only = read_tensors(trained), r"mm_projector\..*"
+        if cfg.lora_rank:
+            on_meta(add_lora, llama, cfg.lora_rank, cfg.lora_alpha)
+            only += r"|llama\..*\.lora_[ab]"
+        elif any(name.startswith("llama.") for name in tensors):
+            only += r"|llama\..*"
+        load_strict(model, tensors, trained, only=only)
     else:
         width = encoder.cfg.width if encoder else meta["encoder"]["width"]
         model.mm_projector = pick_projector(args, folder, width, cfg, stage)
