@@ -1486,10 +1486,12 @@ if sys.platform == "linux":
 
 
 @torch.no_grad()
-def add_update(linear, a, b, scale):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, and kept in
-    its own memory (it is mapped copy-on-write, a 7B takes its size once)."""
-    linear.weight.data.copy_(linear.weight.data.float() + scale * (b.float() @ a.float()))
+def add_update(linear, a, b, scale, dtype=None):
+    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
+    dtype (None: the weight's own, in its own memory: it is mapped copy-on-write, a 7B takes its size once)."""
+    weight = linear.weight.data
+    total = weight.float() + scale * (b.float() @ a.float())
+    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
     return linear
 
 
@@ -1892,7 +1894,7 @@ LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [Tr
 LORA_VALUES |= {"megatron_core": ["megatron.core"], "qalora_group_size": [16]}  # with others, which are off
 
 
-def merge_adapters(llama, folder):
+def merge_adapters(llama, folder, dtype=None):
     """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update, once."""
     path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
     c = read_json(path, hint)
@@ -1914,7 +1916,7 @@ def merge_adapters(llama, folder):
             wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
             shapes = f"{list(a.shape)} and {list(b.shape)}"
             check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
-            add_update(linear, a, b, alpha / rank)
+            add_update(linear, a, b, alpha / rank, dtype)
             digest.update(name.encode() + b.flatten()[:4096].float().numpy().tobytes())
     check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {few(tensors)}")
     mark, held = digest.hexdigest()[:16], llama.cfg.adapters.split()
@@ -1941,7 +1943,7 @@ def load_llama(folder, dtype=None, lora=None):
             tensors.pop(keys.get("lm_head.weight"), None)
     llama = load_strict(on_meta(Llama, cfg), tensors, folder, LLAMA_KEYS)
     if lora:
-        merge_adapters(llama, Path(lora))
+        merge_adapters(llama, Path(lora), dtype)
     return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
 
 
