@@ -1406,21 +1406,19 @@ class WSILLaVA(nn.Module):
         """
         rows, row_labels = [], []
         for b, row in enumerate(ids):
-            row = torch.tensor(row, device=self.device)
-            label = torch.full_like(row, IGNORE) if labels is None else row.new_tensor(labels[b])
+            label = [IGNORE] * len(row) if labels is None else labels[b]
             slide = None if visual is None else visual[b]  # [V,C]
-            marks, slides = int((row == IMAGE_TOKEN).sum()), int(slide is not None)
+            marks, slides = row.count(IMAGE_TOKEN), int(slide is not None)
             if marks != slides:
                 raise ValueError(f"row {b} has {marks} <image> in its text and {slides} slides")
+            text = torch.tensor([i for i in row if i != IMAGE_TOKEN], dtype=torch.long, device=self.device)
+            embeds = self.llama.embed_tokens(text)  # [T,C_llm]
             if slides:
-                times = torch.where(row == IMAGE_TOKEN, len(slide), 1)  # a place for each visual token
-                row, label = row.repeat_interleave(times), label.repeat_interleave(times)
-            places = row == IMAGE_TOKEN
-            embeds = self.llama.embed_tokens(row.clamp(min=0))  # [T+V,C_llm]
-            if slides:
-                embeds[places] = self.project(slide.to(self.device)).to(embeds.dtype)  # [V,C_llm]
+                at, projected = row.index(IMAGE_TOKEN), self.project(slide.to(self.device))  # [V,C_llm]
+                embeds = torch.cat([embeds[:at], projected.to(embeds.dtype), embeds[at:]])  # [T+V,C_llm]
+                label = [*label[:at], *[IGNORE] * len(slide), *label[at + 1 :]]
             rows.append(embeds)
-            row_labels.append(label.masked_fill(places, IGNORE))
+            row_labels.append(torch.tensor(label, device=self.device))
         # Padding on the right needs no mask: attention is causal, and IGNORE keeps it out of the loss.
         pad = nn.utils.rnn.pad_sequence
         labels = pad(row_labels, batch_first=True, padding_value=IGNORE)  # [B,T]
