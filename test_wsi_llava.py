@@ -3902,15 +3902,14 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
 def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
-    """From a person, who is told how, or a pipe; a line that does not fit, or is no text, costs itself."""
-    lines = ["What is its grade?", "", "word " * 400, "half \ud83d", "What is its grade?"]
+    """From a person, who is told how, or a pipe; a line that does not fit costs itself."""
+    lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    sample.talk(types.SimpleNamespace(ask=None, device=torch.device("cpu")), chat)
+    said = sample.talk(types.SimpleNamespace(ask=None), chat)
     out, err = capsys.readouterr()
-    assert out.count("> ") == (6 if before else 0) and ("Ctrl-D" in out) == bool(before)
-    assert "10 tokens, " in out
-    assert "the prompt is too long" in err and "the line is not UTF-8" in err
+    assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
+    assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
 
 
 @slow
@@ -4387,7 +4386,7 @@ EXAMPLE = '{"scores": [1, 0.3]}'
         (said(sample.SILENT), 4, "unusable"),
         (said('{"scores": [1]}'), 4, '"scores" must be a list of 2 numbers, one for each claim'),
         (said('{"scores": [0.5, 1]}'), 4, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
-        (said('{"scores": [true, 1]}'), 4, "True is not on the scale"),
+        (said('{"scores": [true, 1]}'), 4, "one for each claim"),
         (said('{"scores": [null, 1]}'), 4, "None is not on the scale"),
         (said('{"scores": [NaN, 1]}'), 4, "nan is not on the scale"),
         (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
@@ -4426,7 +4425,7 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
         ),
         (
             (503, {}, "<style>p {}</style><p>Down for repairs"),
-            "HTTP 503: Down for repairs; run the same command again",
+            "HTTP 503: .*Down for repairs; run the same command again",
         ),
         ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
         (
@@ -4437,7 +4436,10 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
         ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
         ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
         ((422, {}, "no"), "HTTP 422: no"),
-        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): Log in first; run the same"),
+        (
+            (200, {}, "<html><p>Log in first"),
+            r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same",
+        ),
         ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
         ((200, {}, "[" * 100_000), "no answer .RecursionError"),
         (said(None, reasoning_content=EXAMPLE), "an empty reply"),
@@ -4538,26 +4540,14 @@ def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_s
     assert judge.score("WSI-Relevance", "What?", "A tumor.", " ") == 0 and len(judge_server.requests) == 1
 
 
-def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    file, route = tmp_path / "judge.jsonl", "/chat/completions?api-version=2024-06-01"
-    sample.Judge(judge_server.url + route, "wise", file).score("WSI-Precision", "What?", "This.", "That.")
-    assert judge_server.requests[0][1] == f"/v1{route}" and "warning" not in capsys.readouterr().err
-    for url in (
-        "http://",
-        "https://a b/v1",
-        "http://host:port/v1",
-        "http://[::1/v1",
-        "https://me@host/v1",
-        "host:1",
-    ):
+def test_urls_and_keys_are_checked_before_anything_is_sent(tmp_path, monkeypatch):
+    file = tmp_path / "judge.jsonl"
+    for url in ("http://", "https://a b/v1", "https://me@host/v1", "host:1", "file:///etc/passwd"):
         with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
             sample.Judge(url, "wise", file)
-    sample.Judge("http://judge.example/v1", "wise", file)
-    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
     monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
     with pytest.raises(UserError, match="OPENAI_API_KEY: not a key"):
-        sample.Judge(judge_server.url, "wise", file)
+        sample.Judge("https://judge.example/v1", "wise", file)
 
 
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
@@ -4619,9 +4609,6 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["all", "all", "Grading", "Prognosis_TF_question", "Report", "Staging_choice"]
     assert {kind for kind, _ in table} >= {"all", "capability", "task", "cancer type", "common", "rare"}
-    (tmp_path / "evaluation.md").write_text("my notes")
-    with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
-        evaluated(path)
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 30])
@@ -4694,8 +4681,6 @@ def as_csv(delimiter, first="", end="\n"):
         ("a.json", json.dumps),
         ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
         ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
-        ("a.json", lambda rows: json.dumps({row["id"]: row["prediction"] for row in rows})),
-        ("a.json", lambda rows: json.dumps({row["id"]: row["prediction"] for row in rows}, indent=2)),
     ],
 )
 def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
@@ -4716,8 +4701,9 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
         ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
         ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
         ("id,answer\nx0,a\nx1,b\n", "a.csv: 2 rows match no question of .*the first: x0 .took id for the id"),
-        ('[{"id": "q0", "answer": ["a"]}]', "a.csv: its answer is no text"),
+        ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its id, slide, question or answer is no text"),
         ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
+        ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
         ("", "a.csv: empty"),
     ],
 )
@@ -4913,8 +4899,8 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     relevance[7] = 2
     sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
     picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
-    assert picture.shape == (70 + 60 + 560 + 24, 3 * 560 + 4 * 24)
-    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
+    assert picture.shape == (90 + 560 + 24, 3 * 560 + 4 * 24)
+    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 90)
     light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
 
@@ -4935,26 +4921,18 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
-def test_a_slide_without_a_file_has_no_map(tmp_path, toy_slide):
-    (tmp_path / "features").mkdir()
-    prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
-    tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
-    save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 2.0}'})
+def test_a_slide_without_a_file_has_no_map(tmp_path):
     args = types.SimpleNamespace(slide="toy", data=tmp_path)
     with pytest.raises(UserError, match="toy: its file is not in .*slides; give --slide its path"):
-        sample.find_slide(args, "toy")
-    args.slide = str(toy_slide[0])
-    assert sample.find_slide(args, "toy") == (toy_slide[0], 0.25, 0.5)  # as it was prepared
+        sample.explain(args, None, None, "toy", "A tumor.")
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
-    (tmp_path / "mine.png").write_bytes(b"my own picture")
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "must end in .png or .geojson"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
-        ([*asked, "--heatmap", tmp_path / "mine.png"], "mine.png: exists, and is no earlier output of this"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([*map(str, flags)])
@@ -4962,20 +4940,18 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
 
 @slow
 def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """The language model in int8: gradients pass. A second time, its own pictures are replaced."""
+    """The language model in int8: gradients pass."""
     folder, _ = demo
     files = [str(tmp_path / "map.png"), str(tmp_path / "map.geojson")]
     asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", "--heatmap", *files]
     args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
     wsi_llava.resolve_device(args)
     model, tokenizer = sample.load_model(args)
-    for path in args.heatmap:
-        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
-        sample.check_output(path, sample.HEATMAP_MARK)
+    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
     printed = capsys.readouterr().out
     gain = float(re.search(r"this one adds about (-?[\d.]+) nats", printed)[1])
     assert ("no tile made it" in printed) == (gain < 0.1)
-    assert Image.open(args.heatmap[0]).size == (1776, 714)
+    assert Image.open(args.heatmap[0]).size == (1776, 674)
     tiles = json.loads(args.heatmap[1].read_text())["features"]
     assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
     assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
@@ -5344,18 +5320,9 @@ def test_a_link_that_lies_in_wait_is_not_followed(tmp_path, monkeypatch):
 def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
     (tmp_path / "thesis").write_text("years of work")
     os.mkfifo(tmp_path / "pipe")
-    for path in (
-        tmp_path / "thesis",
-        tmp_path / "pipe",
-        Path(os.devnull),
-        tmp_path,
-        tmp_path / "no" / "file",
-    ):
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            sample.check_output(path, sample.HEATMAP_MARK)
-    for beginning in (b'{"settings"', b'{"key"'):
-        with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):
-            sample.open_lines(tmp_path / "thesis", beginning)
+    for name in ("thesis", "pipe", "."):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            sample.open_lines(tmp_path / name)
     assert (tmp_path / "thesis").read_text() == "years of work"
 
 
