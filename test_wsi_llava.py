@@ -698,6 +698,18 @@ def test_pooling_repeats_few_tiles_and_averages_many():
     assert wsi_llava.pool_tokens(tokens[:, :2], 4).flatten().tolist() == [0, 0, 1, 1]
 
 
+def test_long_slides_in_parts_give_the_same_numbers():
+    """Without gradients, what is done token by token is done to a part of the sequence at a time."""
+    torch.manual_seed(0)
+    encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
+    n = 1500
+    features = torch.randn(1, n, 128)
+    coords = torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256
+    whole = encoder(features, coords)[1].detach()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
+
+
 def test_stochastic_depth_leaves_out_whole_slides_in_training():
     """And enlarges the others' updates, so that the mean stays; deeper layers are left out more often."""
     cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=5, drop_path=0.2)
@@ -774,6 +786,19 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
         found.append([cls.detach(), tokens.detach(), *(p.grad for p in encoder.parameters())])
     for branch_by_branch, dense in zip(*found):
         torch.testing.assert_close(dense, branch_by_branch, rtol=1e-5, atol=2e-5)  # log m is float32
+
+
+def test_dropout_is_the_same_with_gradients_and_without():
+    """The gradient cache embeds a batch without gradients first, and must meet the same dropout again, also
+    where a slide is longer than a chunk."""
+    cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=2, dropout=0.25, drop_path=0.3)
+    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg).train(), packed([700, 40])
+    drawn = []
+    for grad in (True, False):
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(grad):
+            drawn.append(encoder(features, coords, [700, 40])[1].detach())
+    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-5)
 
 
 def test_standardized_inputs_have_mean_0_and_deviation_1():
@@ -1459,6 +1484,17 @@ def test_the_tokenizer_with_more_tokens_is_read(tmp_path, tokenizer):
             fast["added_tokens"].append(fast["added_tokens"][0] | {"id": 5000 + i, "content": text})
         path.write_text(json.dumps(fast))
         assert wsi_llava.pick_llm(args, {"preset": "7b"})[1].path.name == found
+
+
+def test_an_export_ends_where_answers_end(tmp_path, tokenizer):
+    """By the chat's token as well as the base model's own, whatever transformers reads of the two files."""
+    hf_llama(tmp_path)
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.model")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    folder, ends = wsi_llava.pick_llm(train.parse(["--llm", str(tmp_path)]), {"preset": "7b"})
+    wsi_llava.save_llama(wsi_llava.load_llama(folder), tmp_path / "export", ends)
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == [tokenizer.eos, 7]
 
 
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
