@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -5006,6 +5007,46 @@ def test_demo_runs_end_to_end(demo):
     assert not set(train.slides_in(sides[0])) & set(train.slides_in(sides[1]))
 
 
+def readme_blocks():
+    """README's blocks of commands and of output, as lists of lines."""
+    return [block.strip().splitlines() for block in (HERE / "README.md").read_text().split("```")[1::2]]
+
+
+def without_numbers(line):
+    """A line of a table or a message, numbers and widths aside."""
+    return " ".join(re.sub(r"-{2,}", "-", re.sub(r"\d[\d.,]*", "0", line)).split())
+
+
+@slow
+def test_the_readme_shows_what_the_demo_prints(demo):
+    shown = next(block for block in readme_blocks() if block[0].startswith("|"))
+    printed = {without_numbers(line) for line in demo[1].splitlines()}
+    assert len(shown) > 8 and [line for line in shown if without_numbers(line) not in printed] == []
+
+
+@slow
+def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
+    """All that need no download, no judge and no shell: on the demo's data, and on two slides of one's own."""
+    for name in ("data", "out"):
+        shutil.copytree(demo[0] / name, tmp_path / name, ignore=shutil.ignore_patterns("slides"))
+    (tmp_path / "slides").mkdir()
+    for name in "ab":
+        shutil.copy(toy_slide[0], tmp_path / "slides" / f"{name}.svs")
+    for split in ("train", "test"):
+        rows = "a,A tumor.\nb,No tumor.\n"
+        (tmp_path / f"questions_{split}.csv").write_text(f"slide,report\n{rows}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
+    ran = 0
+    for block in readme_blocks():
+        for line in block:
+            if line.startswith("python ") and not re.search("--demo|--judge|--lora|test_wsi", line):
+                _, script, *flags = shlex.split(line.replace("demo_0500", "demo_0015"), comments=True)
+                {"prepare.py": prepare, "train.py": train, "sample.py": sample}[script].main(flags)
+                ran += 1
+    assert ran >= 12 and (tmp_path / "map.png").exists() and (tmp_path / "mine" / "out" / "stage3").exists()
+
+
 @pytest.mark.parametrize(
     "program, flags, message",
     [
@@ -6108,6 +6149,27 @@ def on_a_demo(what, *flags):
     print(f"{len(faults)} faults in {time.perf_counter() - started:.0f} s", *faults)
 
 
+def benchmark_relevance(data="data", out="out", most=20):
+    """Heatmaps of a demo against the truth: of slides with pigment, how relevant are the tiles that hold it to
+    "Yes, brown pigment is present."? And is the most relevant tile one of them?"""
+    args = train_args("--data", data, "--out", out)
+    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
+    cases = json.loads((args.data / "cohort.json").read_text())["cases"]
+    planted = {case["slide"]: case["planted"] for case in cases}
+    times, hits = [], []
+    for row in prepare.read_qa(args.data / "qa" / "test.jsonl"):
+        if row["task"] == "focus" and planted[row["slide"]] and len(hits) < int(most):
+            features, coords = wsi_llava.read_features(args.data, row["slide"])
+            holds = np.array([corner in planted[row["slide"]] for corner in coords.tolist()])
+            asked, told = (turn["value"] for turn in row["conversations"])
+            asked = wsi_llava.without_image(asked)
+            relevance = sample.tile_relevance(model, tokenizer, features, coords, asked, told).numpy()
+            speaking = relevance.clip(min=0)  # negative: evidence against the answer
+            times.append(speaking[holds].mean() / speaking.mean())
+            hits.append(holds[relevance.argmax()])
+    print(f"{len(hits)} slides: {np.mean(times):.1f} times the mean relevance, {np.mean(hits):.0%} found")
+
+
 BENCHMARKS = {
     "fuzz": functools.partial(on_a_demo, "fuzz"),
     "kills": functools.partial(on_a_demo, "kills"),
@@ -6115,6 +6177,7 @@ BENCHMARKS = {
     "slide-encoder": benchmark_slide_encoder,
     "reading": benchmark_reading,
     "steps": benchmark_steps,
+    "relevance": benchmark_relevance,
 }
 
 if __name__ == "__main__":
