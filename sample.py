@@ -281,7 +281,7 @@ def find_slide(data, name, path=None, mpp=None):
 def slide_place(source):
     """Level-0 pixels per tiled pixel of a slide, and where its scanned area begins."""
     slide = prepare.Slide(*source)
-    return slide.scale, slide.corner
+    return slide.scale, slide.corner()
 
 
 def draw_heatmap(path, source, coords, relevance, lines):

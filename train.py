@@ -1105,7 +1105,7 @@ def demo(argv, args):
             {"prepare.py": prepare, "train.py": sys.modules[__name__]}[script].main(list(flags))
         took[what] = time.time() - began
 
-    show("slides", "prepare.py", "--demo", "--demo-slides", str(args.demo_slides), *where)
+    show("slides", "prepare.py", "--demo", str(args.demo_slides), *where)
     for stage in "123":
         show(f"stage {stage}", "train.py", "--stage", stage, "--log-every", "20", "--val-rows", "96", *own)
     questions, answers = str(args.data / "qa" / "test.jsonl"), str(args.out / "test.jsonl")
@@ -1145,6 +1145,8 @@ def parse(argv=None):
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
     add("--demo", "draw toy slides if needed, train all stages, answer held-out questions", **yes)
+    toys = "toy slides to train on (default: 500); a fifth more are held out"
+    add("--demo-slides", toys, type=at_least(5), default=500)
     add("--export", "write out/stage3 as a Hugging Face folder, its adapters merged", **folder)
     add("--resume", "go on where an interrupted run of the stage saved last", **yes)
     add = parser.group("what is trained, and on what")
@@ -1175,7 +1177,6 @@ def parse(argv=None):
     add_recipe_flags(parser)
     wsi_llava.add_weights_flags(parser, tiles=False)
     wsi_llava.add_shared_flags(parser)
-    prepare.add_demo_flags(parser)
     return parser.parse_args(argv)
 
 
