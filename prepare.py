@@ -129,12 +129,13 @@ class Slide:
         self.file = openslide.open_slide(self.path)
 
     def hash(self):
-        """What tells this slide from others, wherever it lies: OpenSlide's hash, or a plain picture's bytes'."""
+        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a picture, its bytes'."""
         if quick := self.get("openslide.quickhash-1"):
             return quick
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    @property
     def corner(self):
         """Level-0 (x, y) where the scanned area begins, as MRXS tells it: QuPath counts from there."""
         return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
@@ -541,7 +542,7 @@ def given_mask(path, slide, size):
         plain = all(low == high for low, high in picture.convert("RGB").getextrema())
         if plain and "A" in picture.getbands():
             picture = picture.getchannel("A")
-        # A photograph would exchange glass and tissue: it has colour, or greys of all kinds, JPEG's noise aside.
+        # A photograph would exchange glass and tissue: it has colour, or greys of all kinds.
         small = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
         coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean()
         greys = np.bincount(np.asarray(small.convert("L").filter(ImageFilter.MedianFilter(5))).ravel() // 8)
@@ -582,7 +583,7 @@ def drawn_mask(path, slide, size):
         part = Image.new("L", size) if holes else mask
         for ring, colour in ((outer, 255 if holes else value), *((hole, 0) for hole in holes)):
             corners = (
-                np.array(ring, float)[:, :2] + slide.corner()
+                np.array(ring, float)[:, :2] + slide.corner
             ) / scale - 0.5  # Pillow's are pixel centres
             ImageDraw.Draw(part).polygon(corners.ravel().tolist(), colour)
         if holes:
@@ -653,7 +654,7 @@ def write_geojson(path, slide, coords):
         # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
         for n, (x, y) in enumerate(coords.tolist()):
-            tile = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner(), **about)
+            tile = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about)
             file.write(",\n" * (n > 0) + json.dumps(tile))
         file.write("]}\n")
 
@@ -1674,8 +1675,8 @@ def invent_cases(n_train, n_test, seed):
     return cases
 
 
-# task -> ways to ask, and the answer, filled in from what the slide shows. The subtype's text gives the answer
-# away: a model without the slide does as well, and the table shows it.
+# task -> ways to ask, and the answer, filled in from what the slide shows. The subtype's question gives its
+# answer away: a model without the slide does as well, and the table shows it.
 ASKED = {
     "report": "Write a report of this slide.|What does this slide show?",
     "type": "What is the histological type of the tumor?|Which type of tumor is this?",

@@ -13,9 +13,11 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import email.utils
 import errno
 import functools
 import http.server
+import inspect
 import io
 import itertools
 import json
@@ -315,7 +317,7 @@ def test_slide_encoder_equals_upstream(tmp_path):
             encoded = encoder.encode(features, coords)
             patch.setattr(encoder, "encode", lambda *_, encoded=encoded: encoded)  # once, for both
             cls, tokens = encoder(features, coords)
-            pooled = encoder.visual_tokens(features, coords, 576)
+            pooled = encoder.visual_tokens(features, coords)
         tokens, pooled = tokens[0, want[f"n{n}.rows"], ::13], pooled[0, want[f"n{n}.pool_rows"], ::13]
         agrees(f"slide encoder, {n} tiles, CLS", cls[0], want[f"n{n}.cls"], 1e-3)
         agrees(f"slide encoder, {n} tiles, tokens", tokens, want[f"n{n}.tokens"], 1e-3)
@@ -612,24 +614,20 @@ def test_a_query_that_no_branch_keeps_gets_zeros(impl):
 
 
 def test_kernel_names_its_limits(monkeypatch):
-    x = torch.randn(1, 4, 1, 16)
     if wsi_llava.triton is not None:
-        with pytest.raises(ValueError, match="head dim from 16 to 128, not 8"):
-            wsi_llava.dilated_attention(*[x[..., :8]] * 3, (4,), (1,), impl="triton")
-        with pytest.raises(ValueError, match="float32, bfloat16 or float16, not torch.float64"):
-            wsi_llava.dilated_attention(*[x.double()] * 3, (4,), (1,), impl="triton")
-        for shape, W, message in (
-            ((1, 1, 70000, 16), 4, "at most 65,535 heads"),
-            ((1, 2**31, 1, 16), 4, "is too long"),
-            ((1, 2**22, 16, 48), 2**22, "in segments of 4194304 is too long"),
-            ((1, 70000, 1, 16), 1, "at most 65,535 segments"),
+        for x, W, message in (
+            (torch.empty(1, 4, 1, 8), 4, "a head dim of 8"),
+            (torch.empty(1, 4, 1, 16, dtype=torch.float64), 4, "torch.float64"),
+            (torch.empty(1, 1, 70000, 16, device="meta"), 4, "70000 heads in all"),
+            (torch.empty(1, 2**31, 1, 16, device="meta"), 4, "so long a sequence"),
+            (torch.empty(1, 2**22, 16, 48, device="meta"), 2**22, "in segments of 4194304"),
+            (torch.empty(1, 70000, 1, 16, device="meta"), 1, "more than 65,535 segments"),
         ):
-            with pytest.raises(ValueError, match=message):
-                wsi_llava.dilated_attention(
-                    *[torch.empty(shape, device="meta")] * 3, (W,), (1,), impl="triton"
-                )
+            with pytest.raises(ValueError, match=f"the Triton kernels do not take .*{message}"):
+                wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
+    x = torch.randn(1, 4, 1, 16)
     monkeypatch.setattr(wsi_llava, "triton", None)
-    with pytest.raises(ValueError, match="triton is not installed"):
+    with pytest.raises(ValueError, match="triton 3 is not installed"):
         wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="triton")
     assert wsi_llava.dilated_attention(x, x, x, (4,), (1,)).shape == x.shape  # auto: the torch path, silently
 
@@ -816,9 +814,9 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
     own."""
     lengths = [70, 1, 300, 33]
     cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, pad_keys=pad_keys)
-    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg), packed(lengths)
+    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg, 9), packed(lengths)
     cls, tokens = encoder(features, coords, lengths)
-    visual = encoder.visual_tokens(features, coords, 9, lengths)
+    visual = encoder.visual_tokens(features, coords, lengths)
     assert cls.shape == (4, 128) and tokens.shape == (404, 128) and visual.shape == (4, 9, 128)
     weight = torch.randn(4, 9, 128)
     (visual * weight).sum().backward()
@@ -831,7 +829,7 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
         assert own_tokens.shape == (1, n, 128)
         agrees("CLS", own_cls[0], cls[i], 1e-6)
         agrees("tokens", own_tokens[0], tokens[start : start + n], 1e-6)
-        own_visual = encoder.visual_tokens(*alone, 9)
+        own_visual = encoder.visual_tokens(*alone)
         agrees("visual tokens", own_visual[0], visual[i], 1e-6)
         (own_visual[0] * weight[i]).sum().backward()
         start += n
@@ -1020,7 +1018,7 @@ def test_ids_around_the_slides_are_llavas(tokenizer, said, pieces):
     system += "detailed, and polite answers to the user's questions. USER: "
     want = [1]
     for i, piece in enumerate([system + pieces[0], *pieces[1:]]):
-        want += [IMAGE_TOKEN] * (i > 0) + tokenizer.pieces.model.encode(piece)
+        want += [IMAGE_TOKEN] * (i > 0) + tokenizer.encode(piece)
     ids, labels = tokenizer.encode_chat([{"from": "human", "value": said}])
     assert ids == want and labels == [IGNORE] * len(ids)
     if said.startswith("<image>"):
@@ -1101,6 +1099,18 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
 
 
+def test_a_chat_format_whose_tokens_are_not_there_is_refused(tokenizer):
+    for chat, token in (
+        ("chatml", "<|im_start|>"),
+        ("llama3", "<|start_header_id|>"),
+        ("mistral", r"\[INST\]"),
+    ):
+        with pytest.raises(
+            UserError, match=f"lacks {re.escape(token) if '|' in token else token}.* of --chat-format {chat}"
+        ):
+            wsi_llava.Tokenizer(tokenizer.path, chat)
+
+
 def test_ids_that_a_tokenizer_lacks_decode_to_nothing(tokenizer):
     assert tokenizer.decode([*tokenizer.encode("It is"), len(tokenizer), 10**6, IMAGE_TOKEN]) == "It is"
 
@@ -1141,10 +1151,11 @@ def test_the_mark_for_the_slide_comes_first_or_not_at_all(tokenizer, asked):
     none."""
     bare = {"from": "human", "value": "What is its grade?"}
     row = {"id": "1", "slide": "s", "conversations": [{**bare, "value": asked}, TALK[3]]}
+    question = row | {"conversations": row["conversations"][:1]}
     for image in (True, False):
         first = {**bare, "value": "<image>\n" * image + bare["value"]}
         assert train.encode_row(tokenizer, row, int(image)) == tokenizer.encode_chat([first, TALK[3]])
-        assert sample.prompt_ids(tokenizer, row, image) == tokenizer.encode_chat([first])[0]
+        assert sample.prompt_ids(tokenizer, question, image) == tokenizer.encode_chat([first])[0]
 
 
 def test_plain_form_is_image_then_report(tokenizer):
@@ -1185,7 +1196,6 @@ def stand_in(data):
         (wsi_llava.load_config, "config.json", None, "no such file; .* holds no trained model"),
         (wsi_llava.load_config, "config.json", "[]", "holds no trained model that can be read"),
         (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
-        (wsi_llava.read_llama_config, "config.json", "{}", "lacks 'vocab_size'; --llm takes"),
         (
             wsi_llava.read_folder,
             "model.safetensors.index.json",
@@ -1247,10 +1257,9 @@ ODD_JSON += [
 @pytest.mark.parametrize("text", ODD_JSON)
 def test_configs_of_any_content_are_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    for read in (wsi_llava.load_config, wsi_llava.read_llama_config):
-        with pytest.raises(UserError) as caught:
-            read(tmp_path)
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(UserError) as caught:
+        wsi_llava.load_config(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors", "json", "model"])
@@ -1470,10 +1479,37 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
     cut(tmp_path / "visual_tokens" / "s.safetensors")
     assert [written() for _ in range(2)] == [1, 0]
 
-    def first_tokens(tokens, n):  # a pool of one's own
-        return tokens[:, :n]
 
-    monkeypatch.setattr(wsi_llava, "pool_tokens", first_tokens)
+class FirstTokens(torch.nn.Module):
+    """A pool of one's own."""
+
+    def forward(self, tokens):
+        return keep_first(tokens, 9)
+
+
+def keep_first(tokens, n):
+    return tokens[:, :n]
+
+
+@pytest.mark.parametrize(
+    "edited", ["class FirstTokens", "def keep_first", "def position_embedding", "class Pool"]
+)
+def test_visual_tokens_follow_the_code_that_makes_them(tiny, tmp_path, monkeypatch, edited):
+    """Of the encoder's modules, another pool among them, and of the functions that they call."""
+    (tmp_path / "features").mkdir()
+    tensors = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
+    save_file(tensors, tmp_path / "features" / "s.safetensors")
+
+    def written():
+        wsi_llava.source.cache_clear()  # as a new process
+        return wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s"])[0]
+
+    assert written() == 1
+    if "First" in edited or "first" in edited:
+        tiny.slide_encoder.pool = FirstTokens()
+        assert [written() for _ in range(2)] == [1, 0]
+    text = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda code: text(code).replace(f"{edited}(", f"{edited}(  "))
     assert [written() for _ in range(2)] == [1, 0]
 
 
@@ -1631,21 +1667,58 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
         assert all(torch.equal(a, b) for a, b in zip(found.parameters(), projector.parameters(), strict=True))
 
 
-def test_a_projector_fits_tokens_up_to_its_width(capsys):
-    cfg = PRESETS["demo"]
-    projector = wsi_llava.make_projector(160, cfg.llama.width)
-    for width in (128, 160):
-        assert wsi_llava.fit_projector(projector, "it", width, cfg, required=True) is projector
-    with pytest.raises(UserError, match=r"it: its projector does not fit \(160 -> 128, not 161 -> 128\)"):
-        wsi_llava.fit_projector(projector, "it", 161, cfg, required=True)
-    assert wsi_llava.fit_projector(projector, "it", 161, cfg, required=False)[0].in_features == 161
-    assert "a new one, since that of it does not fit" in capsys.readouterr().err
-
-
 def test_a_projector_of_another_shape_is_refused(tmp_path):
     save_file({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")  # LLaVA-1.0's
-    with pytest.raises(UserError, match="not a projector of two linear layers .*: model.mm_projector.weight"):
+    with pytest.raises(UserError, match=r"lacks '0.weight'; not a projector of two linear layers"):
         wsi_llava.load_projector(tmp_path)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_lm_head_beside_a_tied_embedding_counts_where_it_is_another(tmp_path, own):
+    theirs = hf_llama(tmp_path, tie_word_embeddings=not own)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    state = theirs.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"].clone()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
+    assert ours.cfg.tied is not own
+    with torch.no_grad():
+        agrees("tied or not", ours(ids), theirs(ids).logits, 1e-5)
+
+
+def test_a_whole_file_comes_before_shards_and_adapters_are_merged_once(tmp_path):
+    theirs, projector = published_llm(tmp_path / "base", "vicuna")  # shards and their index
+    state = {name: x + 1 for name, x in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "base" / "pytorch_model.bin")  # as transformers takes it
+    norm = wsi_llava.load_llama(tmp_path / "base").norm.weight
+    assert torch.equal(norm, state["model.norm.weight"])
+    published_lora(tmp_path / "lora", theirs, wsi_llava.make_projector(160, 64))
+    llama = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
+    wsi_llava.save_llama(llama, tmp_path / "export")
+    with pytest.raises(
+        UserError, match="lora: the language model holds these adapters already; leave --lora"
+    ):
+        wsi_llava.load_llama(tmp_path / "export", lora=tmp_path / "lora")
+    published_lora(tmp_path / "other", theirs, wsi_llava.make_projector(160, 64))
+    wsi_llava.load_llama(tmp_path / "export", lora=tmp_path / "other")
+
+
+def test_the_tokenizer_with_more_tokens_is_read(tmp_path, tokenizer):
+    """Chat tokens that were added to a tokenizer.model later are in tokenizer.json alone."""
+    hf_llama(tmp_path)
+    shutil.copy(tokenizer.path, tmp_path / "tokenizer.model")
+    args = train.parse(["--llm", str(tmp_path)])
+    for special, found in (([], "tokenizer.model"), (["<|im_start|>", "<|im_end|>"], "tokenizer.json")):
+        path = byte_level_tokenizer(tmp_path, ["</s>"])
+        fast = json.loads(path.read_text())
+        fast["added_tokens"] += [
+            fast["added_tokens"][0] | {"id": 5000 + i, "content": text} for i, text in enumerate(special)
+        ]
+        path.write_text(json.dumps(fast))
+        assert wsi_llava.pick_llm(args, {"preset": "7b"})[1].path.name == found
 
 
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
@@ -1853,21 +1926,6 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
 
 
-def test_a_projector_can_be_named(published, tmp_path, capsys):
-    """LLaVA's own file of its pretraining; one that does not fit, or beside a trained stage, is refused."""
-    for width in (160, 100):
-        state = wsi_llava.make_projector(width, 64).state_dict(prefix="model.mm_projector.")
-        torch.save(state, tmp_path / f"mm_projector_{width}.bin")
-    model = assembled(3, "--projector", "mm_projector_160.bin")
-    assert "Projector: that of mm_projector_160.bin." in capsys.readouterr().err
-    want = torch.load(tmp_path / "mm_projector_160.bin")["model.mm_projector.0.weight"]
-    assert torch.equal(model.mm_projector[0].weight, want)
-    with pytest.raises(
-        UserError, match=r"mm_projector_100.bin: its projector does not fit \(100 -> 64, not 128 -> 64\)"
-    ):
-        assembled(1, "--projector", "mm_projector_100.bin")
-
-
 def test_a_tokenizer_larger_than_its_model_is_refused(published):
     path = Path("weights/vicuna-7b-v1.5/config.json")
     config, folder = json.loads(path.read_text()), path.parent
@@ -1885,7 +1943,8 @@ def test_a_tokenizer_larger_than_its_model_is_refused(published):
 def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
     published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
     with pytest.raises(
-        UserError, match=r"narrow: its projector does not fit \(100 -> 64, not 128 -> 64\); train one"
+        UserError,
+        match=r"stage 3 first; of published projectors, that of narrow does not fit \(100 -> 64, not 128 -> 64\)",
     ):
         assembled(3, "--lora", "narrow")
     shutil.rmtree("weights/vicuna-7b-v1.5")
@@ -2579,6 +2638,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
     slide = wsi_llava.read_features(data, "demo_0015")
     assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
     assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
+    assert theirs.generation_config.eos_token_id == [2]
     with pytest.raises(UserError, match="exported is not empty; name a new folder"):
         train.main(["--export", str(folder), "--data", str(data), "--out", str(out)])
 
@@ -3087,7 +3147,7 @@ def masked(tmp_path, mask, name="s.png", **options):
         (tmp_path / name).write_text(json.dumps(mask))
     else:
         mask.save(tmp_path / name, **options)
-    slide = types.SimpleNamespace(width=2048, height=2048, scale=1, corner=lambda: [0, 0])
+    slide = types.SimpleNamespace(width=2048, height=2048, scale=1, corner=[0, 0])
     return prepare.given_mask(tmp_path / name, slide, (64, 64))
 
 
@@ -3436,7 +3496,7 @@ def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsy
     for name in ("deadly.tif", "good.tif"):
         ends = "deadly.tif: the process that read it died"
         with pytest.raises(UserError, match=ends) if name == "deadly.tif" else contextlib.nullcontext():
-            prepare.apart(tmp_path / name, sample.slide_place, (tmp_path / name,))
+            prepare.apart(tmp_path / name, sample.write_heatmaps, [], (tmp_path / name,), None, None, [])
 
 
 def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
@@ -4162,19 +4222,21 @@ def test_one_answer_as_a_user_asks_for_it(demo):
     assert done.returncode == 0 and "36 visual tokens" in done.stdout, done.stderr
 
 
-def test_why_a_slide_cannot_be_asked_about(tmp_path):
+def test_why_a_slide_cannot_be_asked_about(tmp_path, tiny):
     for folder in ("features", "visual_tokens"):
         (tmp_path / folder).mkdir()
     save_file({"visual_tokens": torch.zeros(36, 128)}, tmp_path / "visual_tokens" / "imported.safetensors")
-    for name, n in (("good", 1), ("glass", 0)):
-        tensors = {"features": torch.zeros(n, 128), "coords": torch.zeros(n, 2)}
-        save_file(tensors, tmp_path / "features" / f"{name}.safetensors")
+    tensors = {"features": torch.zeros(0, 128), "coords": torch.zeros(0, 2)}
+    save_file(tensors, tmp_path / "features" / "glass.safetensors")
     (tmp_path / "features" / "cut.safetensors").write_bytes(b"half")
-    why = functools.partial(sample.why_missing, PRESETS["demo"], tmp_path)
-    assert why("good") is None and why("imported") is None
-    assert why("nobody") == f"neither a file nor the name of a slide in {tmp_path}/features"
-    assert why("glass") == f"no tissue was found on it; look at {tmp_path}/qc/glass.jpg"
-    assert "cut.safetensors: " in why("cut") and "prepare the slide again" in why("cut")
+    args = types.SimpleNamespace(data=tmp_path)
+    assert [sample.prepare_raw(args, name) for name in ("imported", "cut")] == ["imported", "cut"]
+    with pytest.raises(
+        UserError, match=f"nobody: neither a file nor the name of a slide in {tmp_path}/features"
+    ):
+        sample.prepare_raw(args, "nobody")
+    _, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["glass", "cut"])
+    assert "no tissue was found" in problems["glass"] and "prepare the slide again" in problems["cut"]
 
 
 @slow
@@ -4188,11 +4250,13 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     wsi_llava.resolve_device(args)
     _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = wsi_llava.read_features(args.data, "demo_0015")
-    samples = [{"slides": [(features, coords)], "ids": tokenizer.encode(text)} for text in texts]
+    samples = [{"slide": (features, coords), "ids": tokenizer.encode(text)} for text in texts]
     with torch.no_grad():
         slides, embedded = train.embed(args, model, words, samples)
         want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
     assert [found[text] for text in texts] == pytest.approx(want.tolist(), abs=1e-4)
+    sample_with(demo, "--slide", "demo_0015", "--zero-shot", "mucin", "mucin")
+    assert capsys.readouterr().out.count("0.5000  mucin") == 2
 
 
 def test_chat_continues_as_if_read_anew(tiny, tokenizer):
@@ -4222,9 +4286,10 @@ def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source
     lines = ["What is its grade?", "", "word " * 400, "half \ud83d", "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    tokens, _ = sample.chat_loop(chat)
+    sample.talk(types.SimpleNamespace(ask=None, device=torch.device("cpu")), chat)
     out, err = capsys.readouterr()
-    assert tokens == 10 and out.count("> ") == (6 if before else 0) and ("Ctrl-D" in out) == bool(before)
+    assert out.count("> ") == (6 if before else 0) and ("Ctrl-D" in out) == bool(before)
+    assert "10 tokens, " in out
     assert "the prompt is too long" in err and "the line is not UTF-8" in err
 
 
@@ -4241,15 +4306,16 @@ def test_a_raw_slide_is_prepared_first(demo, toy_slide, tmp_path, capsys):
 # ---- sample.py: many questions ---------------------------------------------------------------------------
 
 
-def test_batched_answers_equal_single_ones(tiny, tokenizer):
-    rows = [{"slide": s, "conversations": TALK[i : i + 2]} for s in "ab" for i in (0, 0)]
+def test_batched_answers_equal_single_ones(tiny, tokenizer, monkeypatch):
+    """Also where the keys and values of all of them have no room."""
+    rows = [{"slide": s, "conversations": TALK[i : i + 1]} for s in "ab" for i in (0, 0)]
     rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
-    together = sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8)
-    assert together == [
-        sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows
-    ]
-    assert len(set(together)) > 1
+    single = [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
+    for room in (4e9, 0):
+        monkeypatch.setattr(sample, "ROOM", room)
+        assert sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8) == single
+    assert len(set(single)) > 1
 
 
 def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_path):
@@ -4272,7 +4338,7 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
 
 def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
     ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
-    assert ids == tokenizer.encode_chat(TALK[:3])[0] == sample.prompt_ids(tokenizer, {"conversations": TALK})
+    assert ids == tokenizer.encode_chat(TALK[:3])[0]
     bare = sample.prompt_ids(tokenizer, {"conversations": TALK[:1]}, image=False)
     assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith(
         "USER: Which type of tumor is this? ASSISTANT:"
@@ -4291,23 +4357,20 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     data, path = tmp_path / "data", tmp_path / "predictions.jsonl"
     shutil.copytree(folder / "data", data)
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--baselines"]
-    flags += ["--max-new-tokens", 6, "--batch-size", 3]
+    flags += ["--max-new-tokens", 6]
     sample_with(demo, *flags, data=data)
     printed = capsys.readouterr().out
+    assert "29 questions about 4 slides, 0 answered" in printed and "Answered 27 questions." in printed
     assert (
-        "29 questions about 4 slides, 1 of which are not prepared; 0 are answered. Asks the others three"
-        in printed
-    )
-    assert (
-        "1 questions were too long to ask: demo_0015" in printed and "slides that are missing: far" in printed
+        "1 question not answered: the prompt is too long" in printed and "far.safetensors: no such" in printed
     )
     _, answers = sample.read_predictions(path)
     assert sorted(answers) == list(range(29)) and answers[27]["answer"] is None
-    assert answers[28]["answer"] == "" and "prompt is too long" in answers[28]["error"]
+    assert answers[28]["answer"] is None and answers[28]["missing"] == "the prompt is too long"
 
     args = sample.parse(["--data", str(data), "--out", str(folder / "out")])
     wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(data))
+    model, tokenizer = sample.load_model(args)
     slides = sorted({row["slide"] for row in rows})
     visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
     questions = sample.read_questions([tmp_path / "qa.jsonl"])
@@ -4354,10 +4417,8 @@ def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
     flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
     sample_with(demo, *flags, "--evaluate", data=tmp_path / "data")
     printed = capsys.readouterr().out
-    assert (
-        "Answered 6 questions" in printed
-        and "3 questions are about slides that are missing: demo_0001" in printed
-    )
+    assert "Answered 6 questions" in printed
+    assert "3 questions not answered: " in printed and "demo_0001.safetensors: " in printed
     _, answers = sample.read_predictions(path)
     assert "demo_0001.safetensors" in answers[3]["missing"] and answers[0]["answer"] is not None
     (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
@@ -4380,7 +4441,7 @@ def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo
     assert settings["max_tiles"] == 4
     args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), "--max-tiles", "4"])
     wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
+    model, tokenizer = sample.load_model(args)
     features, coords = wsi_llava.read_features(args.data, rows[0]["slide"], 4)
     with torch.no_grad():
         visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
@@ -4389,17 +4450,6 @@ def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo
     assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
     with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
         sample_with(demo, *flags)
-
-
-def test_a_batch_too_large_for_the_memory_says_how_to_go_on(monkeypatch):
-    def full(*_, **options):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(sample, "answer_rows", full)
-    with pytest.raises(
-        UserError, match="--batch-size 8: out of memory; the same command with a smaller one goes on"
-    ):
-        sample.ask_group(None, None, [], {}, sample.parse([]))
 
 
 # ---- sample.py: closed answers and text metrics ----------------------------------------------------------
@@ -4571,434 +4621,559 @@ def test_text_metrics_equal_the_packages_on_real_reports():
 # ---- sample.py: the judge --------------------------------------------------------------------------------
 
 
+def said(content, finish="stop", **message):
+    """A reply of a judge's server: status, headers, text."""
+    choice = {"message": {"content": content, **message}, "finish_reason": finish}
+    return 200, {}, json.dumps({"choices": [choice]})
+
+
+def graded(body):
+    """What a good judge says: sentences are claims; the score is 0.7 where a claim is about a grade, else 1."""
+    content = json.loads(body["messages"][1]["content"])
+    if "claims" in content:
+        return said(json.dumps({"scores": [0.7 if "grade" in claim else 1 for claim in content["claims"]]}))
+    return said(json.dumps({"claims": content["answer"].split(". ")}))
+
+
 @pytest.fixture
-def judge_server():
-    """A judge on loopback that misbehaves as told: server.script holds what it does first; then it
-    behaves."""
+def judge_server(monkeypatch):
+    """A judge on loopback: server.script holds what it says first; then server.rule(request) says it."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            server = self.server
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
-                server.requests.append((self.headers["Authorization"], body))
-                server.now += 1
-                server.most = max(server.most, server.now)
-                step = server.script.pop(0) if server.script else "good"
-            server.closing.wait(9) if step == "slow" else time.sleep(0.02)
-            if isinstance(step, tuple):
-                return self.misbehave(*step)
-            with server.lock:
-                server.now -= 1
-            server.paths.append(self.path)
-            content = json.loads(body["messages"][1]["content"])
-            claims = content.get("claims")
-            if claims:
-                good = json.dumps({"scores": [0.7 if "grade" in c else 1 for c in claims]})
-            else:
-                good = json.dumps({"claims": content["answer"].split(". ")})
-            off = json.dumps({"scores": [0.5] * len(claims or [])})
-            texts = {"good": good, "fenced": f"```json\n{good}\n```", "text": "I think so.", "off scale": off}
-            text = (texts | {"nothing": '{"claims": []}'}).get(step)
-            reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode() if text else b"{half"
+                server.requests.append((self.headers["Authorization"], self.path, body))
+                step = server.script.pop(0) if server.script else None
+            status, headers, text = step or server.rule(body)
             with contextlib.suppress(OSError):  # the client has given up
-                self.send_response(step if isinstance(step, int) else 200)
-                self.send_header("Retry-After", "0") if step == 429 else None
-                self.end_headers()
-                self.wfile.write(reply)
-
-        def misbehave(self, status, headers, body):
-            with self.server.lock:
-                self.server.now -= 1
-            with contextlib.suppress(OSError):
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for piece in body if isinstance(body, list) else [body]:  # drop by drop
+                for piece in [text] if isinstance(text, str) else text:
                     self.wfile.write(piece.encode())
-                    self.wfile.flush()
-                    self.server.closing.wait(0.1) if isinstance(body, list) else None
 
         def log_message(self, *arguments):
             pass
 
+    monkeypatch.setattr(sample, "BACKOFF", 0.001)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.closing = threading.Lock(), threading.Event()
-    server.requests, server.paths, server.script, server.now, server.most = [], [], [], 0, 0
+    server.lock, server.requests, server.script, server.rule = threading.Lock(), [], [], graded
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield server
-    server.closing.set()
     server.shutdown()
     server.server_close()
 
 
-def new_judge(server, folder, **options):
-    options = {"attempts": 5, "timeout": 1.0, "backoff": 0.01} | options
-    return sample.Judge(server.url, "wise", folder / "judge.jsonl", **options)
-
-
 def write_predictions(folder, rows, **more):
     """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
-    path = folder / "predictions.jsonl"
-    lines = [{"settings": {}}]
+    path, lines = folder / "predictions.jsonl", [{"settings": {}}]
     for n, (task, question, truth, answer) in enumerate(rows):
         row = {
             "n": n,
             "id": f"q{n}",
             "slide": f"s{n // 2}",
             "task": task,
-            "cancer": "common" if n < 6 else "rare",
+            "cancer": "rare" if n > 5 else "common",
         }
         row |= {"question": question, "truth": truth, "answer": answer}
-        lines.append(row | {k: v[n] for k, v in more.items()})
+        lines.append(row | {name: values[n] for name, values in more.items()})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
+def judged(server, path, *flags):
+    """--evaluate with the server as the judge."""
+    asked = ["--evaluate", path, "--data", path.parent, "--judge-model", "wise", "--judge-url", server.url]
+    sample.main([*map(str, asked), *flags])
+
+
 def table_of(folder):
-    """evaluation.csv's lines, {(kind or group, metric, system): line}."""
+    """evaluation.csv's lines, {(kind or group, metric): {column: number}}."""
     with open(folder / "evaluation.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     for line in lines:
-        for name in list(line)[4:]:
-            line[name] = float(line[name]) if line[name] else None
-    return {(name, x["metric"], x["system"]): x for x in lines for name in (x["kind"], x["group"])}
+        kind = line["kind"], line["group"], line["metric"]
+        line |= {name: float(value) for name, value in line.items() if value and value not in kind}
+    return {(name, line["metric"]): line for line in lines for name in (line["kind"], line["group"])}
 
 
-def test_the_judge_is_asked_again_until_its_reply_is_usable(judge_server, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    judge_server.script += [429, 500, "slow", "broken", "fenced", "off scale", "text"]
-    question = ("What is it?", "An adenocarcinoma. Its grade is 2.", "The tumor is an adenocarcinoma")
-    want = {"WSI-Precision": 1.0, "WSI-Relevance": pytest.approx(0.85)}
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade(*question) == want and not judge.problems
-    assert len(judge_server.requests) == 4 + 7 - 1  # what misbehaved, but "fenced" is fine
-    key, body = judge_server.requests[-1]
-    assert key == "Bearer secret" and body["model"] == "wise"
-    assert '"question": "What is it?"' in body["messages"][1]["content"]
-    complaints = [
-        body["messages"][-1]["content"] for _, body in judge_server.requests if len(body["messages"]) > 2
-    ]
-    assert "0.5 is not on the scale" in complaints[0] and len(complaints) == 2
-
-    with open(tmp_path / "judge.jsonl", "a") as file:
-        file.write('{"key": "ha')  # a kill cut it
-    assert new_judge(judge_server, tmp_path).grade(*question) == want and len(judge_server.requests) == 10
+OPEN = [("open", f"What is it, {n}?", f"Tumor {n}. Its grade is 2.", f"The tumor {n}") for n in range(8)]
+MEANS = {"WSI-Precision": 0.85, "WSI-Relevance": 1.0}
 
 
-def test_what_may_pass_is_tried_again_ever_later(judge_server, tmp_path, monkeypatch):
-    waits = []
-    clock = types.SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
-    monkeypatch.setattr(sample, "time", clock)
-    judge_server.script += [(500, {}, "busy")] * 4
-    judge = new_judge(judge_server, tmp_path, attempts=4, backoff=3)
-    with pytest.raises(OSError, match="HTTP 500 .*: busy"):
-        judge.post([])
-    assert waits == [3, 6, 12]
+def means_of(folder):
+    return {metric: pytest.approx(table_of(folder)["all", metric]["model"]) for metric in sample.JUDGED}
 
 
-@pytest.mark.parametrize(
-    "check, reply, message",
-    [
-        (sample.check_claims, {"claims": []}, "must be a list of 1 texts or more"),
-        (sample.check_claims, {"claims": "a tumor"}, "must be a list of 1 texts or more"),
-        (sample.check_claims, {"claims": ["a tumor", " "]}, "must be a list of 1 texts or more"),
-        (sample.check_scores, {"scores": [1, 0.3]}, "must be a list of 1 numbers, one for each claim"),
-        (sample.check_scores, {"scores": [0.5]}, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
-        (sample.check_scores, {"scores": [True]}, "True is not on the scale"),
-    ],
-)
-def test_a_reply_of_another_form_is_told_what_is_wrong(check, reply, message):
-    with pytest.raises(ValueError, match=message):
-        check(reply, 1)
-
-
-def test_a_judge_that_stays_unusable_is_counted_as_zero(judge_server, tmp_path, capsys, monkeypatch):
-    """In the table and in the mean; no more requests at once than allowed; a second run asks for the failed
-    ones alone."""
-    rows = [("open", "What is it?", f"It is grade {i}.", f"An adenocarcinoma {i}.") for i in range(8)]
-    path = write_predictions(tmp_path, rows)
-    judge_server.script += ["text"] * 3
-    monkeypatch.setattr(sample.Server.__init__, "__defaults__", (3, 5.0, 0.01))
-    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    sample.main(list(map(str, flags)))
-    line = table_of(tmp_path)["all", "WSI-Precision", "model"]
-    assert line["unusable"] == 1 and line["questions"] == 8 and line["mean"] == pytest.approx(0.7 * 7 / 8)
+def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_server, tmp_path, capsys):
+    """And no usable reply is paid for twice, also where a kill cut the last one."""
+    path = write_predictions(tmp_path, OPEN)
+    judge_server.script += [(429, {"Retry-After": "0"}, ""), (500, {}, "busy"), (200, {}, '{"half')]
+    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["", "a"]}')]
+    judged(judge_server, path)
     printed = capsys.readouterr().out
-    assert "1 grades stayed unusable and count as 0" in printed and "protocol ours" in printed
-    before = len(judge_server.requests)
-    sample.main(list(map(str, flags)))
-    # Only what was unusable is asked again
-    assert len(judge_server.requests) == before + 2 and judge_server.most == 1
-    assert "0 grades stayed unusable" in capsys.readouterr().out
-    (tmp_path / "judge.jsonl").unlink()
-    sample.main(list(map(str, [*flags[:-1], 3])))
-    assert judge_server.most == 3
-
-
-def test_an_answer_that_claims_nothing_is_not_relevant(judge_server, tmp_path):
-    judge_server.script += ["good", "good", "nothing"]
-    want = {"WSI-Precision": 1.0, "WSI-Relevance": 0.0}
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade("What?", "I cannot tell.", "A tumor.") == want and not judge.problems
-    assert (
-        judge.grade("What?", "", "A tumor.") == dict.fromkeys(want, 0.0) and len(judge_server.requests) == 3
+    assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
+    assert "8 open questions, 1 system: at most 32 calls of wise; 0 of its replies are kept." in printed
+    assert len(judge_server.requests) == 32 + 6
+    complaints = [
+        body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
+    ]
+    assert any("must be a list of" in text for text in complaints) and any(
+        "no JSON" in text for text in complaints
     )
-
-
-def test_a_prompt_that_the_judge_refuses_is_not_sent_again(judge_server, tmp_path):
-    """What may pass later is; both are counted, and the grade is none."""
-    judge_server.script += [400, *[503] * 5]
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED)
-    assert len(judge_server.requests) == 1 + 5
-    words = [f"; 1 times: HTTP {reason}: {{half" for reason in ("400 Bad Request", "503 Service Unavailable")]
-    assert judge.reasons() == "".join(words)
-
-
-def test_a_judge_that_refuses_the_key_stops_the_run(judge_server, tmp_path):
-    judge_server.script += [401] * 9
-    with pytest.raises(UserError, match="--judge-url .*: HTTP 401"):
-        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-    judge_server.url = "localhost:1"
-    with pytest.raises(UserError, match="--judge-url localhost:1: begins with neither http:// nor https://"):
-        new_judge(judge_server, tmp_path)
-    judge_server.url = "http://127.0.0.1:1"
-    with pytest.raises(UserError, match="nobody answers there"):
-        new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-
-
-def said(content, **more):
-    """A reply of the judge's server, for its script."""
-    return 200, {}, json.dumps({"choices": [{"message": {"content": content, **more}}]})
-
-
-CLAIMED, SCORED = '{"claims": ["a", "b"]}', '{"scores": [1, 0]}'
+    with open(tmp_path / "judge.jsonl", "r+") as file:
+        file.truncate(len(file.read()) - 9)  # in the middle of the last line
+    judged(judge_server, path)
+    assert len(judge_server.requests) == 32 + 6 + 1 and means_of(tmp_path) == MEANS
 
 
 @pytest.mark.parametrize(
     "claims, scores",
     [
         (
-            said(f'<think>{{"claims": ["...", "..."]}} is asked for</think>{CLAIMED}'),
-            said(f"{SCORED} {{as requested}}"),
+            said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'),
+            said('{"scores": [1, 0]} {so}'),
         ),
-        (said(f"{CLAIMED}\n{CLAIMED}"), said('{"scores": ["1", "0.0"]}')),
-        (said([{"type": "text", "text": CLAIMED}]), said(None, reasoning_content=SCORED)),
+        (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
+        (said([{"type": "text", "text": '{"claims": ["a", "b"]}'}]), said('{"scores": [1, 0]}', finish=None)),
         (
-            said('[{"claim": "a"}, {"claim": "b"}]'),
-            said('[{"claim": "a", "score": 1}, {"claim": "b", "score": "0"}]'),
+            said('{"claims": ["a", "b"]}', reasoning_content="Hm."),
+            said('so </think> {"scores": [1, 0]}', "eos_token"),
         ),
     ],
 )
 def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, claims, scores):
-    judge_server.script += [claims, scores, claims, scores]
-    judge = new_judge(judge_server, tmp_path)
-    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5) and not judge.problems
-    assert (
-        judge_server.requests[0][1]["temperature"] == 0 and judge_server.requests[0][1]["max_tokens"] > 1000
+    judge_server.script += [claims, scores]
+    judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
+    assert judge.score("WSI-Precision", "What?", "This.", "That.") == 0.5 and len(judge_server.requests) == 2
+
+
+EXAMPLE = '{"scores": [1, 0.3]}'
+
+
+@pytest.mark.parametrize(
+    "reply, asked, reason",
+    [
+        (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
+        (said("", reasoning=EXAMPLE), 2, "an empty reply"),
+        (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
+        (said([{"type": "thinking", "thinking": EXAMPLE}]), 2, "an empty reply"),
+        (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
+        (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
+        (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
+        (said(sample.SILENT), 4, "unusable"),
+        (said('{"scores": [1]}'), 4, '"scores" must be a list of 2 numbers, one for each claim'),
+        (said('{"scores": [0.5, 1]}'), 4, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
+        (said('{"scores": [true, 1]}'), 4, "True is not on the scale"),
+        (said('{"scores": [null, 1]}'), 4, "None is not on the scale"),
+        (said('{"scores": [NaN, 1]}'), 4, "nan is not on the scale"),
+        (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
+        (said('{"a":' * 100_000), 4, "unusable"),
+        ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
+    ],
+)
+def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
+    """Out of reasoning, of what was cut or refused, of our own prompt, of another form; and none of it is kept."""
+    judge_server.script += [said('{"claims": ["a", "b"]}'), *[reply] * 4]
+    judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
+    assert judge.score("WSI-Precision", "What?", "This.", "That.") is None
+    assert len(judge_server.requests) == 1 + asked and reason in next(iter(judge.problems))
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, tmp_path, capsys):
+    path = write_predictions(tmp_path, OPEN)
+    judge_server.rule = lambda body: (
+        said("?") if "The tumor 3" in body["messages"][1]["content"] else graded(body)
     )
-    again = new_judge(judge_server, tmp_path)
+    judged(judge_server, path)
+    assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
     assert (
-        again.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED, 0.5)
-        and len(judge_server.requests) == 4
+        "2 grades stayed unusable and count as 0; 2 times: unusable (ValueError: holds no JSON)"
+        in capsys.readouterr().out
     )
 
 
 @pytest.mark.parametrize(
-    "step, words",
+    "reply, message",
     [
-        ((200, {}, '{"error": {"message": "quota used up"}}'), "quota used up"),
-        ((200, {}, "<html><style>p {}</style><p>Down for repairs"), "Down for repairs"),
         (
-            (400, {}, '{"error": {"message": "prompt has a bad word"}}'),
-            "HTTP 400 Bad Request: prompt has a bad word",
+            (429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'),
+            "HTTP 429: .*quota used up.*goes on",
         ),
-        ((200, {}, "[" * 100_000), "no answer in its reply"),
-        (said("[" * 100_000), "RecursionError"),
-        ((200, {}, ["{"] * 90), "its reply does not end"),
+        (
+            (503, {}, "<style>p {}</style><p>Down for repairs"),
+            "HTTP 503: Down for repairs; run the same command again",
+        ),
+        ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
+        (
+            (401, {}, "who are you, sk-0123456789"),
+            r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI",
+        ),
+        ((404, {}, "no such model"), "HTTP 404: no such model; check it"),
+        ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
+        ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
+        ((422, {}, "no"), "HTTP 422: no"),
+        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): Log in first; run the same"),
+        ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
+        ((200, {}, "[" * 100_000), "no answer .RecursionError"),
+        (said(None, reasoning_content=EXAMPLE), "an empty reply"),
+        ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
+        ((200, {}, [" "] * 10**6), "its reply does not end"),
     ],
 )
-def test_what_a_server_says_instead_of_an_answer_is_passed_on(judge_server, tmp_path, step, words):
-    judge_server.script += [step] * 2
-    judge = new_judge(judge_server, tmp_path, attempts=1)
-    assert judge.grade("What?", "This.", "That.") == dict.fromkeys(sample.JUDGED) and words in judge.reasons()
-    assert not (tmp_path / "judge.jsonl").read_text()  # what is unusable is asked again next time
-    assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
+def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
+    judge_server, tmp_path, monkeypatch, reply, message
+):
+    """In one line; also after some grades, which are kept; it holds the key's place only."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    monkeypatch.setattr(sample, "TIMEOUT", 0.2 if "does not end" in message else 20)
+    path = write_predictions(tmp_path, OPEN * 3)
+    judge_server.rule = lambda body: reply
+    for first in (0, 20):
+        judge_server.script += [said('{"claims": ["a"]}')] * first
+        with pytest.raises(UserError, match=f"--judge-url {judge_server.url}: .*{message}") as caught:
+            judged(judge_server, path)
+        assert "\n" not in str(caught.value) and not (tmp_path / "evaluation.md").exists()
+    assert judge_server.requests[0][0] == "Bearer sk-0123456789"
 
 
-def test_a_key_follows_no_redirect_and_waits_are_bounded(judge_server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    for code in (300, 307, 399):
-        judge_server.script += [(code, {"Location": "http://127.0.0.2:1/evil"}, "")]
-        with pytest.raises(UserError, match="redirects to http://127.0.0.2:1/evil; name that instead"):
-            new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-    judge_server.script += [(429, {"Retry-After": wait}, "") for wait in ("nan", "inf", "-1", "soon")]
-    assert None not in new_judge(judge_server, tmp_path).grade("What?", "This.", "That.").values()
-    judge_server.script += [(429, {"Retry-After": "86400"}, "")]
-    with pytest.raises(UserError, match="asks to wait for 86,400 s; run the same command then, it goes on"):
-        new_judge(judge_server, tmp_path).grade("Else?", "This.", "That.")
-    judge_server.script += [(400, {}, '{"error": {"message": "max_tokens is not supported"}}')]
-    assert None not in new_judge(judge_server, tmp_path).grade("Else?", "This.", "That.").values()
-    assert "max_tokens" not in judge_server.requests[-1][1] and "warning" not in capsys.readouterr().err
-    sample.Judge("http://judge.example/v1", "wise", tmp_path / "other.jsonl")
-    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "status, words, unwanted",
+    [
+        (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
+        (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
+        (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
+        (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
+    ],
+)
+def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
+    judge_server, tmp_path, status, words, unwanted
+):
+    path, together = write_predictions(tmp_path, OPEN * 2), threading.Barrier(sample.AT_ONCE)
+
+    def rule(body):
+        if not any(name in body for name in unwanted):
+            return graded(body)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.5)
+        return status, {}, words
+
+    judge_server.rule = rule
+    judged(judge_server, path)
+    assert means_of(tmp_path) == MEANS
+    kept = {"temperature", "max_tokens"} - set(unwanted)
+    assert all(
+        (name in judge_server.requests[-1][2]) == (name in kept) for name in ("temperature", "max_tokens")
+    )
 
 
-def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path):
-    judge_server.url += "/chat/completions?api-version=2024-06-01"
-    new_judge(judge_server, tmp_path).grade("What?", "This.", "That.")
-    assert judge_server.paths[0] == "/v1/chat/completions?api-version=2024-06-01"
-    for url in ("http://", "https://a b/v1", "http://host:port/v1", "http://[::1/v1", "https://user@host/v1"):
-        judge_server.url = url
-        with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
-            new_judge(judge_server, tmp_path)
+def test_a_server_says_when_to_ask_again():
+    """As a number or a date; what it says otherwise is not heard."""
+    later = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    for told, least, most in (
+        ("7", 7, 7),
+        ("1.5", 1.5, 1.5),
+        ("0", 0, 0),
+        (later, 3500, 3600),
+        ("soon", 3, 3),
+    ):
+        assert least <= sample.retry_after({"Retry-After": told}, 3) <= most
+    for told, wait in (("nan", 3), ("-1", 3), ("", 3), (None, 3), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)):
+        assert sample.retry_after({"Retry-After": told}, 3) == wait
 
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
-    """No question for the truth's claims; claims that the truth does not address left out; what is unusable
-    too."""
-    path = write_predictions(
-        tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}. Else") for i in range(2)]
-    )
-    nothing, claims = said('{"scores": [1, null]}'), said('{"claims": ["This", "that"]}')
-    judge_server.script += [claims, said('{"scores": [1, 0.3]}'), claims, nothing, *[said("?")] * 9]
-    flags = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
-    flags += ["--judge-protocol", "authors"]
-    sample.main(list(map(str, flags)))
-    shown = [json.loads(body["messages"][1]["content"]) for _, body in judge_server.requests[:4]]
-    assert "question" not in shown[0] and "question" in shown[2]
-    precision, relevance = (table_of(tmp_path)["all", metric, "model"] for metric in sample.JUDGED)
-    assert precision["mean"] == pytest.approx(0.65) and precision["unusable"] == 1 and relevance["mean"] == 1
-    printed = capsys.readouterr().out
-    assert "protocol authors. 1 grades stayed unusable and are left out" in printed
+    """No question for the truth's claims; claims that the truth does not address left out; what is unusable too."""
+    path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", f"Tumor {i}") for i in range(2)])
+
+    def rule(body):
+        content = json.loads(body["messages"][1]["content"])
+        if "claims" not in content:
+            return said('{"claims": ["this", "that"]}')
+        return said(
+            "?"
+            if "Tumor 1" in content["text"]
+            else '{"scores": [1, null]}'
+            if "null" in str(body)
+            else EXAMPLE
+        )
+
+    judge_server.rule = rule
+    judged(judge_server, path, "--judge-protocol", "authors")
+    assert means_of(tmp_path) == {"WSI-Precision": 0.65, "WSI-Relevance": 1}
+    contents = [json.loads(body["messages"][1]["content"]) for _, _, body in judge_server.requests]
+    assert {("question" in x) for x in contents if x.get("answer") == "A tumor."} == {False}
+    assert all("question" in x for x in contents if x.get("answer") != "A tumor.")
+    assert "protocol authors. 1 grades stayed unusable and are left out" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_what_waits_for_the_judge_unasked():
+def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_server, tmp_path):
+    judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
+    judge_server.script += [said('{"claims": []}')]
+    assert judge.score("WSI-Relevance", "What?", "A tumor.", "I cannot tell.") == 0
+    assert judge.score("WSI-Relevance", "What?", "A tumor.", " ") == 0 and len(judge_server.requests) == 1
+
+
+def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    file, route = tmp_path / "judge.jsonl", "/chat/completions?api-version=2024-06-01"
+    sample.Judge(judge_server.url + route, "wise", file).score("WSI-Precision", "What?", "This.", "That.")
+    assert judge_server.requests[0][1] == f"/v1{route}" and "warning" not in capsys.readouterr().err
+    for url in (
+        "http://",
+        "https://a b/v1",
+        "http://host:port/v1",
+        "http://[::1/v1",
+        "https://me@host/v1",
+        "host:1",
+    ):
+        with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
+            sample.Judge(url, "wise", file)
+    sample.Judge("http://judge.example/v1", "wise", file)
+    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(UserError, match="OPENAI_API_KEY: not a key"):
+        sample.Judge(judge_server.url, "wise", file)
+
+
+def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
     asked = []
 
-    def grade(*question):
+    def score(*question):
         asked.append(question)
         time.sleep(0.01)
         raise KeyboardInterrupt
 
-    judge = types.SimpleNamespace(model="wise", replies={}, grade=grade)
-    rows = [{"question": "What?", "answers": {"answer": "This."}, "truth": "That."} for _ in range(200)]
+    judge = sample.Judge("http://localhost", "wise", tmp_path / "judge.jsonl")
+    judge.score = score
+    rows = [{"question": "What?", "truth": "That."}] * 200
     with pytest.raises(KeyboardInterrupt):
-        sample.grade_rows(judge, rows, ["answer"], 2)
+        sample.grade(judge, rows, {"model": ["This."] * 200})
     assert len(asked) < 100
 
 
 # ---- sample.py: the tables -------------------------------------------------------------------------------
 
 
+def evaluated(*paths):
+    sample.main(["--evaluate", *map(str, paths), "--data", str(paths[0].parent)])
+
+
 def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
-    said = ("B)", "squamous cell carcinoma", "Adenocarcinoma", "Who knows")
+    said = ("B)", "squamous cell carcinoma", "<think>B, or A?</think>Adenocarcinoma", "Who knows")
     rows = [("Staging_choice", OPTIONS, "B", answer) for answer in said]
     rows += [("Prognosis_TF_question", "Is it poor?", "No", "no.")]
     rows += [("Report", "Describe it.", "A tumor of grade 2.", "A tumor of grade 2.")]
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
     blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
     path = write_predictions(tmp_path, rows, answer_no_image=blind)
-    sample.main(["--evaluate", str(path), "--data", str(tmp_path)])
+    path.write_text(path.read_text().rstrip("\n"))  # a whole last row is one without its line end
+    evaluated(path)
     printed, table = capsys.readouterr().out, table_of(tmp_path)
-    found = list(table.values())
-    model, blind = (table["Staging_choice", "accuracy", name] for name in ("model", "no slide"))
-    assert (model["questions"], model["missing"], model["unusable"], blind["unusable"]) == (4, 0, 1, 0)
-    assert model["mean"] == 0.5 and model["low"] <= 0.5 <= model["high"] and blind["mean"] == 0.5
-    assert blind["difference"] == 0 and model["difference"] is None
-    assert table["diagnosis", "accuracy", "model"]["published"] == 0.863
-    assert table["treatment", "accuracy", "model"]["mean"] == 1
-    report = table["report", "BLEU-4", "model"]
-    # The suspect row is not shown
-    assert (report["questions"], report["missing"], report["published"]) == (
-        1,
-        1,
-        None,
+    choice, report = table["Staging_choice", "accuracy"], table["report", "BLEU-4"]
+    assert (choice["questions"], choice["model"], choice["no slide"]) == (4, 0.5, 0.5)
+    assert choice["model low"] <= 0.5 <= choice["model high"] and choice["no slide - model"] == 0
+    assert (
+        table["diagnosis", "accuracy"]["published"] == 0.863 and table["treatment", "accuracy"]["model"] == 1
     )
-    assert report["mean"] == pytest.approx(1) and table["report", "BLEU-4", "no slide"]["mean"] == 0
-    graded = table["Grading", "exact match", "model"]
-    assert [graded[name] for name in ("mean", "low", "high")] == [1, 1, 1]
-    if sample.find_meteor() is None:
-        assert "METEOR: n/a" in printed and ("report", "METEOR", "model") not in table
-    assert "7 of 8 questions answered" in printed
-    assert "1 closed answers of model name no choice" in printed and "'Who knows'" in printed
-    kinds = {line["kind"] for line in found}
-    assert [kind for kind in kinds if f"| {kind} " not in printed] == ["cancer type"]
-    assert all(f"| {kind} " in (tmp_path / "evaluation.md").read_text() for kind in kinds)
-    assert {line["system"] for line in found} == {"model", "no slide"}
+    assert (report["questions"], report["model"], report["no slide"]) == (1, pytest.approx(1), 0)
+    graded = table["Grading", "exact match"]
+    assert [graded[name] for name in ("model", "model low", "model high", "no slide - model")] == [
+        1,
+        1,
+        1,
+        -1,
+    ]
+    assert sample.find_meteor() or "METEOR: n/a" in printed
+    for note in (
+        "7 of 8 questions answered by all; the others are in no mean",
+        "model: 1 of 8 questions not answered",
+        "model: 1 closed answer name no option, or several, and count as wrong; the first: 'Who knows'",
+        "no slide: 1 of 8",
+    ):
+        assert note in printed and note in (tmp_path / "evaluation.md").read_text()
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert rows[2:] == ["all", "all", "Grading", "Prognosis_TF_question", "Report", "Staging_choice"]
+    assert {kind for kind, _ in table} >= {"all", "capability", "task", "cancer type", "common", "rare"}
+    (tmp_path / "evaluation.md").write_text("my notes")
+    with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
+        evaluated(path)
 
 
-def test_the_average_is_of_the_nine_figures_of_three_capabilities():
-    rows = []
-    for i, task in enumerate(("Caption", "Grading", "Prognosis")):
-        row = {
-            "slide": f"s{i}",
-            "cancer": "c",
-            "task": task,
-            "question": "Is it?",
-            "grades": {},
-        }
-        row |= {"answers": {"model": "Yes" if i else "No"}, "truth": "Yes", "costs": {}}
-        grades = {"model": {"WSI-Precision": 0.3, "WSI-Relevance": 0.7}}
-        rows += [row | {"scores": {}}, row | {"truth": "Yes, it is.", "grades": grades, "scores": {}}]
-    for row in rows:
-        sample.score_row(row, ["model"], lambda truth, answer: 0.25)
-    table = sample.tabulate(rows, ["model"], {"c": {1, 2, 3}}, sample.parse([]))
-    assert (table[0].metric, table[0].questions, table[0].published) == ("average", 9, 0.754)
-    assert table[0].mean == pytest.approx((2 + 3 * 0.3 + 3 * 0.7) / 9)
-    assert [line.mean for line in table if line.metric == "METEOR" and line.kind == "all"] == [0.25]
+@pytest.mark.parametrize("n", [1, 4, 9, 30])
+def test_one_table_fits_the_screen(tmp_path, capsys, n):
+    """However many systems there are, and however they are called."""
+    rows = [(f"Regional_Structure_Description_{task}", "What?", "This.", "This.") for task in range(3)]
+    first = write_predictions(tmp_path, rows)
+    more = [tmp_path / f"{'long' * 20}_{i}.jsonl" for i in range(n)]
+    for path in more:
+        shutil.copy(first, path)
+    evaluated(first, *more)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 1 + 3 and max(map(len, table)) <= 160
+    assert len([name for name in table_of(tmp_path)["all", "exact match"] if "long_" in name]) == 6 * n
 
 
 def test_intervals_and_rank_correlations():
-    assert sample.spearman(np.array([1, 2, 3, 4.0]), np.array([1, 4, 9, 16.0])) == pytest.approx(1)
-    assert sample.spearman(np.array([1, 2, 2, 3.0]), np.array([3, 2, 2, 1.0])) == pytest.approx(-1)
-    # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert sample.spearman(np.array([1, 2, 3, 4, 5.0]), np.array([2, 1, 4, 3, 5.0])) == pytest.approx(0.8)
+    for x, y, rank in (
+        ([1, 2, 3, 4], [1, 4, 9, 16], 1),
+        ([1, 2, 2, 3], [3, 2, 2, 1], -1),
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
+    ):
+        assert sample.spearman(np.array(x, float), np.array(y, float)) == pytest.approx(rank)
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
     assert mean == pytest.approx(values.mean()) and high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
-    together = sample.interval(np.repeat(values, 4), np.repeat(np.arange(400), 4), 0)
-    # Four questions that a slide decides are no more than one
-    assert together == pytest.approx([mean, low, high])
+    # Four questions that a slide decides are no more than one; what is not a number is left out.
+    repeated = np.append(np.repeat(values, 4), np.nan), np.append(np.repeat(np.arange(400), 4), 400)
+    assert sample.interval(*repeated, 0) == pytest.approx([mean, low, high])
 
 
-def test_truths_and_answers_of_others_are_told_apart(tmp_path, capsys):
-    """By the columns that there are: an "answer" is the truth where another column is what a system said."""
-    for columns in (("truth", "prediction"), ("answer", "prediction"), ("T-answer", "answer")):
-        path = tmp_path / f"{columns[0]}.csv"
-        path.write_text(f"id,slide,question,{columns[0]},{columns[1]}\n1,s,What is it?,A tumor.,A gland.\n")
-        (row,) = sample.read_answers(path)[1]
-        assert (row["truth"], row["answer"]) == ("A tumor.", "A gland.")
-    sample.main(list(map(str, ["--data", tmp_path, "--evaluate", path, tmp_path / "truth.csv"])))
-    assert "1 of 1 questions answered by all" in capsys.readouterr().out
+ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-def test_several_systems_stand_in_one_table(tmp_path, capsys):
-    """Others' files in their own shapes, on the questions that all answered; differences, majority."""
-    rows = [("Staging_choice", f"{OPTIONS} ({n})", "B", "B" if n < 10 else "A") for n in range(14)]
-    path = write_predictions(tmp_path, rows)
-    ours = [json.loads(line) for line in path.read_text().splitlines()][1:]
-    theirs = [{"question_id": row["id"], "text": "It is B." if n == 9 else "A"} for n, row in enumerate(ours)]
-    theirs[13]["question_id"] = "stranger"
-    (tmp_path / "llava.jsonl").write_text("".join(json.dumps(row) + "\n" for row in theirs))
-    facts = [
-        {"question_id": f"x{n}", "image": f"T/{row['slide']}.pt", "question": row["question"]}
-        for n, row in enumerate(ours)
-    ]
-    (tmp_path / "wsi.json").write_text(
-        json.dumps([row | {"T-answer": "A", "Output": "(b)"} for row in facts])
-    )
-    with open(tmp_path / "chat.csv", "w", encoding="utf-8-sig") as file:
-        csv.writer(file, delimiter=";").writerows(
-            [
-                ["Slide", "Question", "Answer", "Output"],
-                *[[r["slide"], r["question"], "A", "=1+1"] for r in ours],
-            ]
+@pytest.mark.parametrize("column", sample.SAID)
+def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
+    """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
+    ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
+    rows = [{"question_id": f"q{n}", "Answer": "Grade 2.", column: "Grade 3."} for n in range(6)]
+    del rows[5][column]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluated(ours, path)
+    line, printed = table_of(tmp_path)["all", "exact match"], capsys.readouterr().out
+    assert (line["questions"], line["predictions"], line["theirs"]) == (5, 1, 0)
+    assert f"took question_id for the id, answer for the truth, {column} for the answer" in printed
+
+
+def as_csv(delimiter, first="", end="\n"):
+    def text(rows):
+        file = io.StringIO()
+        csv.writer(file, delimiter=delimiter, lineterminator=end).writerows(
+            [list(rows[0]), *map(dict.values, rows)]
         )
+        return first + file.getvalue()
+
+    return text
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", as_csv(",")),
+        ("a.csv", as_csv(",", "\ufeff", "\r\n")),
+        ("a.csv", as_csv(";")),
+        ("a.csv", as_csv(",", "sep=,\r\n", "\r\n")),
+        ("a.csv", as_csv("|", "sep=|\n")),
+        ("a.tsv", as_csv("\t")),
+        ("a.txt", as_csv(";")),
+        ("a.json", json.dumps),
+        ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
+        ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
+        ("a.json", lambda rows: json.dumps({row["id"]: row["prediction"] for row in rows})),
+        ("a.json", lambda rows: json.dumps({row["id"]: row["prediction"] for row in rows}, indent=2)),
+    ],
+)
+def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
+    ours, path = write_predictions(tmp_path, ASKED), tmp_path / name
+    said = [{"id": f"q{n}", "prediction": f"Grade {2 + n % 2}.", "seconds": "=1+1"} for n in range(6)]
+    path.write_text(text(said), encoding="utf-8")
+    evaluated(ours, path)
+    assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
+    shown = capsys.readouterr().out
+    assert "6 of 6 questions answered by all" in shown and (
+        "{row" in name or "nothing of seconds" in shown or "id for" in shown
+    )
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
+        ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
+        ("id,answer\nx0,a\nx1,b\n", "a.csv: 2 rows match no question of .*the first: x0 .took id for the id"),
+        ('[{"id": "q0", "answer": ["a"]}]', "a.csv: its answer is no text"),
+        ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
+        ("", "a.csv: empty"),
+    ],
+)
+def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        evaluated(write_predictions(tmp_path, ASKED), tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    "theirs, right, note",
+    [
+        # By id and question, by slide and question, by id alone.
+        (
+            [
+                {"id": "q0", "question": "<image>\nwhich grade,  0?"},
+                {"slide": "T/s1.svs", "question": "Which grade, 2?"},
+            ],
+            [0, 2],
+            "",
+        ),
+        ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
+        # A key that fits several fits nothing; the same row does not answer two questions.
+        ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
+        (
+            [{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}],
+            [0],
+            "2 rows match no",
+        ),
+        ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
+        ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 rows answer a question again; the last counts"),
+    ],
+)
+def test_answers_go_to_the_one_question_that_they_fit(tmp_path, capsys, theirs, right, note):
+    ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
+    path.write_text(json.dumps([row | {"text": "Grade 2."} for row in theirs]))
+    rows, systems, notes = sample.read_systems([ours, path])
+    assert (
+        [row["n"] for row in rows] == right
+        and note in " ".join(notes)
+        and systems["a"] == ["Grade 2."] * len(right)
+    )
+
+
+def test_the_first_files_rows_are_its_own_also_twice(tmp_path):
+    """And a file of the same questions, in whatever order, is matched by their numbers."""
+    ours, other = write_predictions(tmp_path, ASKED[:1] * 4), tmp_path / "other.jsonl"
+    first, *rest = ours.read_text().replace("{}", '{"questions": "abc"}').splitlines()
+    for row in range(4):
+        rest[row] = json.dumps(json.loads(rest[row]) | {"id": "same", "slide": "s"})
+    ours.write_text("\n".join([first, *rest]) + "\n")
+    other.write_text("\n".join([first, *rest[::-1]]) + "\n")
+    rows, systems, _ = sample.read_systems([ours, other])
+    assert len(rows) == 4 and list(systems) == ["predictions", "other"]
+
+
+@pytest.mark.parametrize("name", ["majority", "no slide", "questions", "published", "a - b", "a, no slide"])
+def test_a_file_called_like_a_column_gets_its_path_as_its_name(tmp_path, name):
+    (tmp_path / "x").mkdir()
+    paths = [
+        write_predictions(tmp_path, ASKED),
+        tmp_path / f"{name}.jsonl",
+        tmp_path / "x" / "predictions.jsonl",
+    ]
+    for path in paths[1:]:
+        shutil.copy(paths[0], path)
+    assert list(sample.read_systems(paths)[1]) == list(map(str, paths))
+    with pytest.raises(UserError, match="--evaluate: names a file twice"):
+        sample.read_systems([paths[0], paths[0]])
+
+
+def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
+    """Its answers are training's; a cancer type stands beside its number of training slides."""
+    rows = [("Staging_choice", f"{OPTIONS} ({n})", "B", "B" if n < 10 else "A") for n in range(14)]
+    ours, path = write_predictions(tmp_path, rows), tmp_path / "=1+1.csv"
+    path.write_text("id,answer\n" + "".join(f"q{n},It is B.\n" for n in range(13)))
     (tmp_path / "qa").mkdir()
     talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "B"}]
     train = [
@@ -5006,51 +5181,34 @@ def test_several_systems_stand_in_one_table(tmp_path, capsys):
         for i in range(3)
     ]
     (tmp_path / "qa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
-    files = [path, *(tmp_path / name for name in ("llava.jsonl", "wsi.json", "chat.csv"))]
-    sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
-    printed = capsys.readouterr().out
-    assert (
-        "13 of 14 questions answered by all" in printed and "llava.jsonl: 1 rows match no question" in printed
-    )
-    assert "stranger" in printed and "llava: 1 of 14 questions not answered" in printed
-    result = table_of(tmp_path).values()
-    means = {x["system"]: round(x["mean"], 3) for x in result if x["kind"] == "all"}
-    assert means == {"predictions": 0.769, "llava": 0.077, "wsi": 1.0, "chat": 0.0, "majority": 1.0}
-    llava = table_of(tmp_path)["all", "accuracy", "llava"]
-    assert (llava["questions"], llava["missing"]) == (13, 1)
-    assert llava["difference"] == pytest.approx(-9 / 13) and llava["difference_high"] < 0
-    types = {x["group"]: x["slides"] for x in result if x["kind"] == "cancer type"}
-    assert types == {"common": 0, "rare": 3}
-    (tmp_path / "evaluation.md").write_text("my notes")
-    with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
-        sample.main(list(map(str, ["--data", tmp_path, "--evaluate", *files])))
-    (tmp_path / "evaluation.md").unlink()
-    with pytest.raises(
-        UserError, match="llava.jsonl: lacks questions and true answers, so it cannot come first"
-    ):
-        sample.main(["--evaluate", str(files[1])])
+    evaluated(ours, path)
+    table = table_of(tmp_path)
+    line = table["all", "accuracy"]
+    assert [line[name] for name in ("questions", "predictions", "'=1+1", "majority")] == [
+        13,
+        pytest.approx(10 / 13),
+        1,
+        1,
+    ]
+    assert line["majority - predictions"] == pytest.approx(3 / 13) and line["majority - predictions low"] >= 0
+    assert [table[kind, "accuracy"]["training slides"] for kind in ("common", "rare")] == [0, 3]
 
 
-def test_cells_are_no_formulas():
-    assert (
-        sample.csv_text([["=1+1", "+a", "-b", "@c", -0.5, "fine", None]]) == "'=1+1,'+a,'-b,'@c,-0.5,fine,\n"
-    )
-
-
-def test_bad_files_of_predictions_are_named(tmp_path):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "predictions.jsonl: no such file; expected predictions of sample.py --qa"),
+        ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
+        ('{"settings": {}}\n', "predictions.jsonl: holds no answers yet"),
+        ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers, so it cannot come first"),
+    ],
+)
+def test_bad_files_of_predictions_are_named(tmp_path, text, message):
     path = tmp_path / "predictions.jsonl"
-    with pytest.raises(
-        UserError, match="predictions.jsonl: no such file; expected predictions: of sample.py --qa"
-    ):
-        sample.main(["--evaluate", str(path)])
-    path.write_text('{"settings": {}}\n{oops\n')
-    with pytest.raises(UserError, match="predictions.jsonl: .*not the JSON lines that sample.py writes"):
-        sample.main(["--evaluate", str(path)])
-    write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", None)])
-    with pytest.raises(UserError, match="holds no answers yet"):
-        sample.main(["--evaluate", str(path)])
-    write_predictions(tmp_path, [("Grading", "Which?", "Grade 2.", "Grade 2.")])
-    sample.main(["--evaluate", str(path)])
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        evaluated(path)
 
 
 # ---- sample.py: where the answer comes from --------------------------------------------------------------
@@ -5078,7 +5236,7 @@ def finder(tiny, tokenizer):
     ids, labels = zip(*[tokenizer.encode_chat([asked, answer]) for answer in answers])
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
     for _ in range(150):
-        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1), 9)
+        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1))
         loss = tiny(visual, ids * 12, labels * 12)
         optimizer.zero_grad()
         loss.backward()
@@ -5129,12 +5287,13 @@ def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
 
 
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
-    coords = prepare.tile_grid(tissue_mask(prepare.Slide(toy_slide[0]).thumbnail(32)), 0.25)
+    slide = prepare.Slide(toy_slide[0])
+    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
     relevance = np.linspace(-1, 0.2, len(coords))
     relevance[7] = 2
-    sample.draw_heatmap(tmp_path / "map.png", (toy_slide[0],), coords, relevance, ["Q", "A"])
+    sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
     picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
-    assert picture.shape == (70 + 60 + 560 + 24, 152 + 3 * 560 + 10)
+    assert picture.shape == (70 + 60 + 560 + 24, 3 * 560 + 4 * 24)
     centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
     light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
@@ -5143,7 +5302,7 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
 def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
     slide = prepare.Slide(toy_slide[0], mpp=0.25)
-    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner())
+    sample.save_geojson(tmp_path / "map.geojson", slide, coords, relevance)
     first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
@@ -5151,7 +5310,7 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert second["properties"]["measurements"] == {"relevance": -1.0}
     # As MRXS
     slide.get = {"openslide.bounds-x": "100", "openslide.bounds-y": "12"}.get
-    sample.save_geojson(tmp_path / "map.geojson", coords, relevance, slide.scale, slide.corner())
+    sample.save_geojson(tmp_path / "map.geojson", slide, coords, relevance)
     first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
@@ -5160,20 +5319,22 @@ def test_a_slide_without_a_file_has_no_map(tmp_path, toy_slide):
     (tmp_path / "features").mkdir()
     prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
     tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
-    save_file(tensors, tmp_path / "features" / "s.safetensors", {"wsi_llava": "{}"})
-    with pytest.raises(UserError, match="s: its file is not in .*slides; name its folder with --slides DIR"):
-        sample.find_slide(tmp_path, "s")
     save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 2.0}'})
-    source = sample.find_slide(tmp_path, "toy", toy_slide[0].parent)
-    assert prepare.apart(source[0], sample.slide_place, source) == (2, [0, 0])  # as it was prepared
+    args = types.SimpleNamespace(slide="toy", data=tmp_path)
+    with pytest.raises(UserError, match="toy: its file is not in .*slides; give --slide its path"):
+        sample.find_slide(args, "toy")
+    args.slide = str(toy_slide[0])
+    assert sample.find_slide(args, "toy") == (toy_slide[0], 0.25, 0.5)  # as it was prepared
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
+    (tmp_path / "mine.png").write_bytes(b"my own picture")
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        ([*asked, "--heatmap", tmp_path / "a.jpg"], "ends in .png"),
+        ([*asked, "--heatmap", tmp_path / "a.jpg"], "must end in .png or .geojson"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
+        ([*asked, "--heatmap", tmp_path / "mine.png"], "mine.png: exists, and is no earlier output of this"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([*map(str, flags)])
@@ -5181,31 +5342,23 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
 
 @slow
 def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """The language model in int8: gradients pass. A second time, its own pictures are replaced, and nothing
-    else."""
+    """The language model in int8: gradients pass. A second time, its own pictures are replaced."""
     folder, _ = demo
-    files = ["--heatmap", str(tmp_path / "map.png"), "--heatmap-geojson", str(tmp_path / "map.geojson")]
-    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", *files]
+    files = [str(tmp_path / "map.png"), str(tmp_path / "map.geojson")]
+    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", "--heatmap", *files]
     args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
     wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args, wsi_llava.read_meta(args.data))
-    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
+    model, tokenizer = sample.load_model(args)
+    for path in args.heatmap:
+        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
+        sample.check_output(path, sample.HEATMAP_MARK)
     printed = capsys.readouterr().out
-    gain = float(re.search(r"this one adds (-?[\d.]+) nats", printed)[1])
+    gain = float(re.search(r"this one adds about (-?[\d.]+) nats", printed)[1])
     assert ("no tile made it" in printed) == (gain < 0.1)
-    assert Image.open(args.heatmap).size == (1842, 714)
-    tiles = json.loads(args.heatmap_geojson.read_text())["features"]
+    assert Image.open(args.heatmap[0]).size == (1776, 714)
+    tiles = json.loads(args.heatmap[1].read_text())["features"]
     assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
     assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
-    sample.check_heatmap_flags(args)
-    for flag, path in (
-        ("heatmap", tmp_path / "mine.png"),
-        ("heatmap_geojson", folder / "data" / "meta.json"),
-    ):
-        before = path.read_bytes() if path.exists() else path.write_bytes(b"my own picture")
-        with pytest.raises(UserError, match=f"{path.name}: exists, and is no earlier output of this command"):
-            sample.check_heatmap_flags(argparse.Namespace(**(vars(args) | {flag: path})))
-        assert path.read_bytes() in (before, b"my own picture")
 
 
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
@@ -5215,8 +5368,8 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsy
 def test_demo_runs_end_to_end(demo):
     folder, printed = demo
     for task in ("type", "grade", "position", "focus", "subtype"):
-        assert re.search(rf"\| task +\| {task} +\| exact match +\| 3 ", printed), printed
-    assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\|", printed)
+        assert re.search(rf"\| {task} +\| exact match +\| 3 ", printed), printed
+    assert re.search(r"\| model +\| ROUGE-L +\| no slide +\| other slide +\| majority +\|", printed)
     assert "Alignment of 3 slides and their reports" in printed and "ASSISTANT:" in printed
     assert re.search(
         r"Where the answers come from: on the \d held-out slides .* in \d+% \(random: \d+%\)", printed
@@ -5244,15 +5397,15 @@ def test_demo_runs_end_to_end(demo):
     [
         (train, "--micro-batch 0", "--micro-batch: 0 is less than 1"),
         (train, "--lr nan", "--lr: nan is no number"),
-        (train, "--lr inf", "--lr: inf is no number"),
+        (train, "--lr inf", "--lr: inf is more than 10"),
         (train, "--lr 11", "--lr: 11 is more than 10"),
-        (train, "--epochs inf", "--epochs: inf is no number"),
+        (train, "--epochs inf", "--epochs: inf is more than"),
         (train, "--val 1", "--val: 1 is more than 0.9"),
         (train, "--val -1", "--val: -1 is less than 0"),
         (train, "--clip -1", "--clip: -1 is less than 0"),
         (train, "--lora-dropout 2", "--lora-dropout: 2 is more than 1"),
         (train, "--warmup 2", "--warmup: 2 is more than 1"),
-        (train, f"--seed {10**400}", "is no whole number"),
+        (train, f"--seed {10**400}", "is more than 4294967295"),
         (train, f"--seed {2**70}", "is more than 4294967295"),
         (train, "--llm-steps 0", "--llm-steps: 0 is less than 1"),
         (train, "--lora-rank 0", "--lora-rank: 0 is less than 1"),
@@ -5265,11 +5418,11 @@ def test_demo_runs_end_to_end(demo):
         (prepare, "--slides . --min-tissue 25", "--min-tissue: 25 is more than 1"),
         (prepare, "--seed -1", "--seed: -1 is less than 0"),
         (prepare, "--demo 4", "--demo: 4 is less than 5"),
-        (sample, "--batch-size 0", "--batch-size: 0 is less than 1"),
+        (sample, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
         (
             sample,
-            "--temperature 1e-38",
-            "--temperature: 1e-38 is neither 0 (the most likely token) nor from 0.001 to 100",
+            "--temperature 101",
+            "--temperature: 101 is more than 100",
         ),
         (sample, "--zero-shot \ud83d", "is not UTF-8"),
     ],
@@ -5314,7 +5467,7 @@ def test_the_defaults_that_help_tells_are_the_defaults(script, monkeypatch):
         number = re.search(r"\(default: ([\d.,]*\d)\b", flag.help or "")
         if number:
             told[flag.dest] = float(number[1].replace(",", "")), flag.default
-    assert len(told) >= 5
+    assert len(told) >= 3
     assert all(said == default for said, default in told.values()), told
 
 
@@ -5345,7 +5498,7 @@ def test_bad_input_is_one_line(demo, tmp_path):
             "trains the slide encoder; start with --stage 2",
         ),
         (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
-        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 2 first"),
+        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
         (
             ["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"],
             "run python train.py --stage",
@@ -5431,13 +5584,13 @@ def test_nothing_is_unpickled(tmp_path, name, read, way):
 
 def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeypatch, capsys):
     """Also where the server repeats it, in an error, in a reply or in an address."""
-    monkeypatch.setenv("OPENAI_API_KEY", "password")
-    assert sample.without_key("no password") == "no ***"
-    monkeypatch.setenv("OPENAI_API_KEY", "example")
-    assert sample.without_key("an example") == "an example"  # so short, it may be a word
+    assert sample.read_body(io.BytesIO(b"no password"), "password") == "no ***"
+    assert (
+        sample.read_body(io.BytesIO(b"an example"), "example") == "an example"
+    )  # so short, it may be a word
     monkeypatch.setenv("OPENAI_API_KEY", key := "sk-0123456789abcdef")
     path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", "A tumor. Large")] * 3)
-    argv = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url, "--requests", 1]
+    argv = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url]
     echo = {"choices": [{"message": {"content": json.dumps({"claims": [f"The key is {key}."]})}}]}
     judge_server.script += [(500, {"Retry-After": "0"}, f"{key} is busy"), (200, {}, json.dumps(echo))]
     sample.main(list(map(str, argv)))
@@ -5447,7 +5600,7 @@ def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeyp
             (401, {}, json.dumps({"error": {"message": f"Incorrect API key: {key}"}})),
             "Incorrect API key: ***",
         ),
-        ((302, {"Location": f"https://elsewhere/?key={key}"}, ""), "redirects to https://elsewhere/?key=***"),
+        ((302, {"Location": f"https://elsewhere/?key={key}"}, ""), "HTTP 302: "),
     ):
         judge_server.script += [reply]
         (tmp_path / "judge.jsonl").unlink()
@@ -5539,14 +5692,10 @@ def test_names_and_servers_cannot_steer_the_terminal(judge_server, tmp_path, cap
             ["--evaluate", predictions, "--judge-model", f"wise{steers}", "--judge-url", judge_server.url],
         ),
     ):
-        with (
-            pytest.raises(SystemExit)
-            if program is prepare or "--slide" in argv
-            else contextlib.nullcontext() as end
-        ):
+        with pytest.raises(SystemExit) as end:
             wsi_llava.run(lambda program=program, argv=argv: program.main(list(map(str, argv))))
         said = capsys.readouterr()
-        said = said.out + said.err + (str(end.value.code) if end else "")
+        said = said.out + said.err + str(end.value.code)
         assert said and not odd.search(said), said
 
 
@@ -5581,11 +5730,12 @@ def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
         tmp_path,
         tmp_path / "no" / "file",
     ):
-        for mark in (sample.HEATMAP_MARK, '{"settings"'):
-            with pytest.raises(UserError, match=re.escape(str(path))):
-                sample.check_output(path, mark)
-    with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):
-        sample.open_predictions(tmp_path / "thesis", {})
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            sample.check_output(path, sample.HEATMAP_MARK)
+    for beginning in (b'{"settings"', b'{"key"'):
+        with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):
+            sample.open_lines(tmp_path / "thesis", beginning)
+    assert (tmp_path / "thesis").read_text() == "years of work"
 
 
 # ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ---------

@@ -338,7 +338,8 @@ def slide_encoder_to_train(args, meta):
     check(not both, "--from-scratch, or --slide-encoder: give one of them")
     if args.slide_encoder or (meta["preset"] != "demo" and not args.from_scratch and gigapath.exists()):
         path = args.slide_encoder or gigapath
-        encoder = wsi_llava.load_slide_encoder(path)
+        n = PRESETS[args.preset or meta["preset"]].n_visual_tokens
+        encoder = wsi_llava.load_slide_encoder(path, n)
         wsi_llava.check_tile_encoder(encoder.cfg, meta, path)
         return encoder, encoder.cfg
     missing = "is missing; name it with --slide-encoder, or train --from-scratch"
@@ -1055,11 +1056,14 @@ def export(args):
     say(f"Exporting {args.out}/stage3 to {folder} in {str(args.dtype).removeprefix('torch.')} ...")
     with alone_in(folder):
         unfinished.touch()
-        besides = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
-        for path in [tokenizer.path, *(path for beside in besides for path in base.glob(beside))]:
+        for path in [tokenizer.path, *base.glob("tokenizer*"), base / "special_tokens_map.json"]:
             if path.is_file():
                 with replacing(folder / path.name) as temporary:
                     temporary.write_bytes(path.read_bytes())
+        config = folder / "tokenizer_config.json"
+        if config.exists():  # the base's chat template is not the prompt of training
+            kept = wsi_llava.read_json(config, "copy it again") | {"chat_template": None}
+            write_text(config, json.dumps(kept, indent=2))
         encoder = model.slide_encoder
         if encoder:
             file = folder / "slide_encoder.safetensors"
@@ -1068,7 +1072,8 @@ def export(args):
         unfinished.unlink()
     say(
         f"Done. It answers where --out holds no stage 2 or 3: "
-        f"python sample.py --llm {folder} --slide-encoder {folder}/slide_encoder.safetensors --out new ..."
+        f"python sample.py --llm {folder} --slide-encoder {folder}/slide_encoder.safetensors --out new ...\n"
+        f"It has no chat template; its prompt is {tokenizer.chat.start + tokenizer.chat.human.format('...')!r}"
     )
 
 
@@ -1110,7 +1115,7 @@ def demo(argv, args):
         show(f"stage {stage}", "train.py", "--stage", stage, "--log-every", "20", "--val-rows", "96", *own)
     questions, answers = str(args.data / "qa" / "test.jsonl"), str(args.out / "test.jsonl")
     asked = ("--qa", questions, "--baselines", "--predictions", answers, "--evaluate", answers)
-    show("answers", "sample.py", *asked, "--batch-size", "64", "--max-new-tokens", "96", *where)
+    show("answers", "sample.py", *asked, "--max-new-tokens", "96", *where)
     slide, question = cohort_question(args.data)
     heatmap = ("--heatmap", str(args.out / "heatmap.png"))
     show("heatmap", "sample.py", "--slide", slide, "--ask", question, *heatmap, *where)

@@ -24,21 +24,25 @@ another part), E channels of the space that slides and reports share, W segment 
 """
 
 import argparse
+import ast
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
+import errno
 import functools
 import glob
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
 import re
 import sys
+import textwrap
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +77,6 @@ def check(holds, message):
 
 # ---- Configs and presets -----------------------------------------------------------------------------------
 
-LARGEST = {"depth": 1000, "n_visual_tokens": 100_000}  # of a config's numbers; of the others 2^31
-
 
 class Config:
     """What the config dataclasses share: a JSON round trip, strict in names and types."""
@@ -86,28 +88,27 @@ class Config:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
+    def from_json(cls, text):
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
     def from_dict(cls, values):
         """Raises UserError for a field that there is not, or a value that it cannot have."""
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         given = {}
         for name, value in values.items():
             check(name in types, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            kind = types[name]
+            kind, fits = types[name], isinstance(value, types[name])
             if issubclass(kind, Config):
-                value = kind.from_dict(value)
-            elif kind is tuple:
-                value = tuple(value)
-            for number in value if kind is tuple else [value]:
-                numeric = isinstance(number, (int, float)) and 0 <= number < LARGEST.get(name, 2**31)
-                fits = numeric if kind in (int, float, tuple) else isinstance(value, kind)
-                whole = kind is not int or type(number) is int
-                check(fits and whole, f"{cls.__name__}: {name} cannot be {one_line(value)}")
-            given[name] = value
+                value, fits = kind.from_dict(value), True
+            elif kind in (int, float, tuple):
+                numbers = value if kind is tuple else [value]
+                numeric = (int,) if kind is int else (int, float)
+                most = {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
+                fits = all(type(x) in numeric and 0 <= x < most for x in numbers)
+            check(fits, f"{cls.__name__}: {name} cannot be {one_line(value)}")
+            given[name] = kind(value) if kind is tuple else value
         return cls(**given)
-
-    @classmethod
-    def from_json(cls, text):
-        return cls.from_dict(json.loads(text))
 
 
 def check_heads(cfg):
@@ -183,6 +184,7 @@ class LlamaConfig(Config):
     qk_norm: bool = False  # Qwen3: RMSNorm of queries and keys, head by head, before the rotation
     tied: bool = False  # small models: the embedding is the output matrix too
     family: str = "llama"  # Hugging Face's model_type
+    adapters: str = ""  # fingerprints of the adapters that were merged into the weights
 
     def __post_init__(self):
         self.kv_heads = self.kv_heads or self.heads
@@ -726,25 +728,25 @@ class _TritonDilatedAttention(torch.autograd.Function):
 
 
 def _kernel_refuses(q, segments, dilations):
-    """Why the Triton kernels cannot take this, or None."""
+    """What the Triton kernels cannot take of this, or None."""
+    if triton is None or int(triton.__version__.split(".")[0]) < 3:
+        return 'triton 3 is not installed (Linux only); use impl="torch"'
     B, L, H, D = q.shape
-    if triton is None:
-        return 'triton is not installed (Linux only); use impl="torch"'
-    if int(triton.__version__.split(".")[0]) < 3:
-        return f"triton {triton.__version__} is too old, 3.0 is needed"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the Triton kernels need a GPU, the tensors are on {q.device}"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the Triton kernels take float32, bfloat16 or float16, not {q.dtype}"
-    if not 16 <= D <= 128:
-        return f"the Triton kernels take a head dim from 16 to 128, not {D}"
-    if B * H > 65535:
-        return f"the Triton kernels take at most 65,535 heads in all, not {B * H}"
     longest = min(max(segments), L)
-    if max(L, longest * H * D, 2 * max(dilations)) >= 2**31:
-        return f"a sequence of {L} in segments of {longest} is too long for the Triton kernels"
-    if L > 65535 * min(segments):
-        return f"the Triton kernels take at most 65,535 segments, and {L} has more of {min(segments)}"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for what, fits in (
+        (f"tensors on {q.device} but on a GPU", q.is_cuda or interpreted),
+        (f"{q.dtype} but float32, bfloat16 or float16", q.element_size() < 8 and q.is_floating_point()),
+        (f"a head dim of {D} but from 16 to 128", 16 <= D <= 128),
+        (f"{B * H} heads in all but at most 65,535", B * H <= 65535),
+        (
+            f"so long a sequence, {L} in segments of {longest}",
+            max(L, longest * H * D, 2 * max(dilations)) < 2**31,
+        ),
+        (f"more than 65,535 segments of {min(segments)}", L <= 65535 * min(segments)),
+    ):
+        if not fits:
+            return f"the Triton kernels do not take {what}"
     return None
 
 
@@ -801,6 +803,20 @@ def pool_tokens(tokens, n):
     return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)  # [B,C,N] -> [B,C,n] -> [B,n,C]
 
 
+class Pool(nn.Module):
+    """The tiles of a slide in context -> its visual tokens, [B,N,C] -> [B,n,C]: the one place for another pool.
+
+    What it learns is trained in stage 1, with the slide encoder whose part it is.
+    """
+
+    def __init__(self, cfg, n):
+        super().__init__()
+        self.n = n
+
+    def forward(self, tokens):
+        return pool_tokens(tokens, self.n)
+
+
 class SlideAttention(nn.Module):
     """The projections before and after dilated attention, with LongNet's sub-LN."""
 
@@ -841,48 +857,37 @@ SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attentio
 
 @functools.lru_cache(256)
 @torch.inference_mode(False)  # kept, and then used where gradients are taken too
-def branch_counts(L, H, segments, dilations, pad_keys):
-    """How many branches hold each pair of query and key (m in the derivation above) -> [H,L,L+1]; the last
-    column counts the zero keys of the padding."""
-    counts = torch.zeros(H, L, L + 1)
+def short_bias(L, H, segments, dilations, pad_keys):
+    """log m of each pair of query and key, m the number of branches that hold it (see the derivation):
+    added to a score, it multiplies e^score by m, and dense attention is dilated attention -> [H,L,1+L]. The
+    first key is a zero key, which stands for those of the padding."""
+    counts = torch.zeros(H, L, 1 + L)
     positions = torch.arange(L)[None, :, None].expand(1, L, H)
     for where, padded in _branches(L, H, segments, dilations):
         heads = where[-1]
         for kept in _kept(positions, *where)[0, :, :, 0]:  # of each segment [n], alike for all these heads
-            counts[heads, kept[:, None], kept] += 1
-            counts[heads, kept, L] += padded if pad_keys else 0
-    return counts
-
-
-@functools.lru_cache(2)
-@torch.inference_mode(False)
-def short_bias(lengths, H, segments, dilations, pad_keys):
-    """log m, which makes dense attention over slides padded to one length dilated attention: added to the
-    score of a key, it multiplies e^score by m -> [S,H,L,L+1]. The last key is a zero key."""
-    longest = max(lengths)
-    counts = torch.zeros(len(lengths), H, longest, longest + 1)
-    for slide, L in zip(counts, lengths):
-        slide[:, :L, [*range(L), longest]] = branch_counts(L, H, segments, dilations, pad_keys)
-    # A query that no branch keeps, or that is padding, sees the zero key alone, and gets zeros.
-    counts[..., -1] += counts.sum(-1) == 0
+            counts[heads, kept[:, None], 1 + kept] += 1
+            counts[heads, kept, 0] += padded if pad_keys else 0
+    counts[..., 0] += counts.sum(-1) == 0  # a query that no branch keeps sees the zero key alone: zeros
     return counts.log()
 
 
 def attend_short(q, k, v, lengths, cfg):
-    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> a list of [L,H,D], in one
-    call: branch by branch, so few tokens are all overhead. Slides are padded to the longest, and one zero key
-    stands for those of pad_keys."""
-    L = torch.arange(max(lengths))
-    starts = itertools.accumulate(lengths[:-1], initial=0)
-    index = torch.stack([start + L.clamp(max=n - 1) for start, n in zip(starts, lengths)])  # [S,L]
-    padded = []
-    for x in (q, k, v):
-        rows = x.index_select(0, index.flatten().to(x.device))
-        padded.append(rows.unflatten(0, index.shape).transpose(1, 2))  # [S,H,L,D]
-    q, k, v = padded[0], *(F.pad(x, (0, 0, 0, 1)) for x in padded[1:])  # k, v [S,H,L+1,D]
-    bias = short_bias(tuple(lengths), cfg.heads, cfg.segments, cfg.dilations, cfg.pad_keys)
+    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> the same, in one dense
+    call: branch by branch, so few tokens are all overhead."""
+    longest = max(lengths)
+    bias = torch.full((len(lengths), cfg.heads, longest, 1 + longest), -math.inf)
+    bias[..., 0] = 0  # padding sees the zero key alone
+    for slide, L in zip(bias, lengths):
+        slide[:, :L, : 1 + L] = short_bias(L, cfg.heads, cfg.segments, cfg.dilations, cfg.pad_keys)
+    # Where each slide's tokens lie, padded by the first token's place: [S,L]
+    place = nn.utils.rnn.pad_sequence(torch.arange(len(q)).split(lengths), batch_first=True).to(q.device)
+    q, k, v = (
+        x.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2) for x in (q, k, v)
+    )
+    k, v = (F.pad(x, (0, 0, 1, 0)) for x in (k, v))  # [S,H,1+L,D]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.device, q.dtype))
-    return [slide[:n] for slide, n in zip(attended.transpose(1, 2), lengths)]
+    return torch.cat([slide[:L] for slide, L in zip(attended.transpose(1, 2), lengths)])
 
 
 class SlideLayer(nn.Module):
@@ -907,47 +912,21 @@ class SlideLayer(nn.Module):
             update = update * keep[:, None] / (1 - self.drop_path)
         return x + update
 
-    def in_chunks(self, function, *tensors):
-        """A function of tensors [L,...] that works token by token, a chunk of the sequence at a time.
-
-        On a CPU activations then stay in cache (10% faster); everywhere the FFN's memory is capped. Under
-        autograd, which stores them anyway, and in training, with its dropout, it is done in one piece.
-        """
-        rows = 512 if tensors[0].device.type == "cpu" else 16384
-        if self.training or torch.is_grad_enabled() or len(tensors[0]) <= rows:
-            return function(*tensors)
-        chunks = list(map(function, *(x.split(rows) for x in tensors)))
-        if isinstance(chunks[0], tuple):
-            return tuple(map(torch.cat, zip(*chunks)))
-        return torch.cat(chunks)
-
     def attend(self, q, k, v, lengths):
-        """Dilated attention within each slide, [sum of L,H,D] each -> the same: long slides one by one, all
-        short ones together."""
-        slides, cfg = list(zip(*(x.split(lengths) for x in (q, k, v)))), self.cfg
-        attended = [None] * len(slides)
-        for i, slide in enumerate(slides):
-            if lengths[i] > SHORT:
-                slide = (x[None] for x in slide)  # [1,L,H,D]
-                attended[i] = dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)[0]
-        short = [i for i, L in enumerate(lengths) if L <= SHORT]
-        if short:
-            q, k, v = (torch.cat(parts) for parts in zip(*(slides[i] for i in short)))
-            together = attend_short(q, k, v, [lengths[i] for i in short], cfg)
-            for i, slide in zip(short, together):
-                attended[i] = slide
+        """Dilated attention within each slide, [sum of L,H,D] each -> the same."""
+        cfg, attended = self.cfg, []
+        if max(lengths) <= SHORT:
+            return attend_short(q, k, v, lengths, cfg)
+        for slide in zip(*(x.split(lengths) for x in (q, k, v))):
+            slide = (x[None] for x in slide)  # [1,L,H,D]
+            attended += dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)
         return torch.cat(attended)
 
     def forward(self, x, lengths):
-        def before(x):
-            return self.self_attn.heads(self.self_attn_layer_norm(x))
-
-        def after(x, attended):
-            x = self.residual(x, self.self_attn.merge(attended), lengths)
-            return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
-
-        q, k, v = self.in_chunks(before, x)  # [sum of L,H,D] each
-        return self.in_chunks(after, x, self.attend(q, k, v, lengths))
+        q, k, v = self.self_attn.heads(self.self_attn_layer_norm(x))  # [sum of L,H,D] each
+        attended = self.self_attn.merge(self.attend(q, k, v, lengths))
+        x = self.residual(x, attended, lengths)
+        return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
 
 class SlideEncoder(nn.Module):
@@ -959,7 +938,7 @@ class SlideEncoder(nn.Module):
     results do not depend on its company. Parameter names are those of the published `slide_encoder.pth`.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, n_visual_tokens=576):
         super().__init__()
         self.cfg = cfg
         self.checkpointing = False  # True: recompute the layers in the backward pass, for long slides
@@ -969,6 +948,7 @@ class SlideEncoder(nn.Module):
         rates = [cfg.drop_path * i / max(1, cfg.depth - 1) for i in range(cfg.depth)]
         layers = nn.ModuleList(SlideLayer(cfg, rate) for rate in rates)
         self.encoder = nn.ModuleDict({"layers": layers, "layer_norm": nn.LayerNorm(cfg.width, eps=1e-5)})
+        self.pool = Pool(cfg, n_visual_tokens)
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     def encode(self, features, coords, lengths=None):
@@ -995,10 +975,10 @@ class SlideEncoder(nn.Module):
         tokens = torch.cat([slide[1:] for slide in slides])  # [sum of N,C]
         return cls, tokens if lengths else tokens.view(*coords.shape[:2], -1)
 
-    def visual_tokens(self, features, coords, n, lengths=None):
-        """What the language model sees: the tiles in context, without CLS, pooled, then normed, [S,n,C]."""
+    def visual_tokens(self, features, coords, lengths=None):
+        """What the language model sees: the tiles in context, without CLS, pooled, then normed, [S,V,C]."""
         slides = self.encode(features, coords, lengths)
-        return self.norm(torch.cat([pool_tokens(slide[None, 1:], n) for slide in slides]))
+        return self.norm(torch.cat([self.pool(slide[None, 1:]) for slide in slides]))
 
     @torch.no_grad()
     def standardize_inputs(self, features):
@@ -1048,8 +1028,7 @@ class WSITextAlignment(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.n_visual_tokens = cfg.n_visual_tokens
-        self.slide_encoder = SlideEncoder(cfg.slide_encoder)
+        self.slide_encoder = SlideEncoder(cfg.slide_encoder, cfg.n_visual_tokens)
         self.text_encoder = TextEncoder(cfg.text_encoder)
         self.slide_head = nn.Linear(cfg.slide_encoder.width, cfg.text_encoder.embed_width, bias=False)
         self.text_head = nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
@@ -1058,7 +1037,7 @@ class WSITextAlignment(nn.Module):
     def embed_slides(self, features, coords, lengths):
         """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [S,E] of unit
         length."""
-        tokens = self.slide_encoder.visual_tokens(features, coords, self.n_visual_tokens, lengths)  # [S,V,C]
+        tokens = self.slide_encoder.visual_tokens(features, coords, lengths)  # [S,V,C]
         return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
 
     def embed_texts(self, token_embeds, mask):
@@ -1281,7 +1260,7 @@ CHAT_FORMATS = {
         bos="<s>",
     ),
 }
-TOKENS_OF_A_CHAT = r"<\|\w+\|>|\[/?INST\]"
+SPECIAL_TOKENS = r"<\|\w+\|>|\[/?INST\]"  # of a chat, as the templates name them
 
 
 def without_image(text):
@@ -1297,36 +1276,26 @@ def slide_first(turns, image=True):
     return turns
 
 
-class SentencePieceModel:
-    """A tokenizer.model: Llama's, Vicuna's and Mistral's."""
+def read_pieces(path):
+    """A tokenizer.model (SentencePiece: Llama's, Vicuna's, Mistral's) or tokenizer.json (read by Hugging
+    Face's package: Llama 3's, Qwen's, SmolLM's) -> encode, decode, a special token's id, number of tokens."""
+    if path.suffix != ".json":
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        ids = {model.id_to_piece(i): i for i in range(len(model))}
+        return model.encode, model.decode, ids.get, len(model)
+    try:
+        from tokenizers import Tokenizer as Fast
+    except ImportError:
+        raise UserError(f"{path}: needs another package to be read; pip install tokenizers") from None
+    model = Fast.from_file(str(path))
+    model.encode_special_tokens = True  # "<|im_end|>" in a question is text, and ends nothing
+    model.no_padding()
+    model.no_truncation()
 
-    def __init__(self, path):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.encode, self.decode, self.size = self.model.encode, self.model.decode, self.model.vocab_size()
+    def encode(text):
+        return model.encode(text, add_special_tokens=False).ids
 
-    def id(self, token):
-        """The id of a token, or None."""
-        i = self.model.piece_to_id(token)
-        return None if i == self.model.unk_id() else i
-
-
-class TokenizersModel:
-    """A tokenizer.json, read by Hugging Face's package: Llama 3's, Qwen's, SmolLM's."""
-
-    def __init__(self, path):
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError:
-            raise UserError(f"{path}: needs another package to be read; pip install tokenizers") from None
-        self.model = Fast.from_file(str(path))
-        self.model.encode_special_tokens = True  # "<|im_end|>" in a question is text, and ends nothing
-        self.model.no_padding()
-        self.model.no_truncation()
-        self.decode, self.id = self.model.decode, self.model.token_to_id
-        self.size = self.model.get_vocab_size()
-
-    def encode(self, text):
-        return self.model.encode(text, add_special_tokens=False).ids
+    return encode, model.decode, model.token_to_id, model.get_vocab_size()
 
 
 class Tokenizer:
@@ -1339,11 +1308,16 @@ class Tokenizer:
     def __init__(self, path, chat=None):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
-            self.pieces = (TokenizersModel if self.path.suffix == ".json" else SentencePieceModel)(path)
-        self.encode = self.pieces.encode  # a text -> its ids, a list
-        self.id = self.pieces.id  # a special token -> its id, or None
-        known = [name for name, row in CHAT_FORMATS.items() if self.special_tokens(row.human)]
-        self.chat = CHAT_FORMATS[chat or (known[0] if known else "vicuna")]
+            # encode: a text -> its ids, a list; id: a special token -> its id, or None
+            self.encode, self.decode_ids, self.id, self.size = read_pieces(self.path)
+        lacking = {}
+        for name, row in CHAT_FORMATS.items():
+            tokens = re.findall(SPECIAL_TOKENS, row.start + row.human + row.end)
+            lacking[name] = [token for token in tokens if self.id(token) is None]
+        chat = chat or next(name for name, tokens in lacking.items() if not tokens)  # vicuna has none
+        lacks = f"{path}: lacks {few(lacking[chat])} of --chat-format {chat}; leave it out, or try another"
+        check(not lacking[chat], lacks)
+        self.chat = CHAT_FORMATS[chat]
         self.bos = [self.id(self.chat.bos)] if self.chat.bos and self.id(self.chat.bos) is not None else []
         ends = [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"]
         ends = [self.id(token) for token in ends if self.id(token) is not None]
@@ -1351,15 +1325,11 @@ class Tokenizer:
         self.eos, self.ends = ends[0], {ends[0]}
 
     def __len__(self):
-        return self.pieces.size
-
-    def special_tokens(self, template):
-        """The tokens of a chat that a template names and this tokenizer has."""
-        return [token for token in re.findall(TOKENS_OF_A_CHAT, template) if self.id(token) is not None]
+        return self.size
 
     def decode(self, ids):
         """ids -> text, without images' places and ids that an embedding holds beyond the tokenizer."""
-        return self.pieces.decode([i for i in ids if 0 <= i < len(self)])
+        return self.decode_ids([i for i in ids if 0 <= i < len(self)])
 
     def encode_template(self, template, value):
         """A template of CHAT_FORMATS with a value for its {} -> ids.
@@ -1367,10 +1337,9 @@ class Tokenizer:
         Special tokens are looked up; the text between them, and between <image> placeholders, is encoded
         piece by piece, each as it stands: as in LLaVA, the space before <image> stays.
         """
-        ids, special = [], self.special_tokens(template)
-        pattern = "|".join(map(re.escape, special))
-        for part in re.split(f"({pattern})", template) if special else [template]:
-            if part in special:
+        ids = []
+        for i, part in enumerate(re.split(f"({SPECIAL_TOKENS})", template)):
+            if i % 2:
                 ids.append(self.id(part))
                 continue
             for piece in re.split("(<image>)", part.replace("{}", value)):
@@ -1428,7 +1397,9 @@ class WSILLaVA(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.slide_encoder = None if cfg.no_slide_encoder else SlideEncoder(cfg.slide_encoder)
+        self.slide_encoder = None
+        if not cfg.no_slide_encoder:
+            self.slide_encoder = SlideEncoder(cfg.slide_encoder, cfg.n_visual_tokens)
         self.mm_projector = make_projector(cfg.pad_to, cfg.llama.width)
         self.llama = Llama(cfg.llama)
         if cfg.lora_rank:
@@ -1445,7 +1416,7 @@ class WSILLaVA(nn.Module):
             return F.layer_norm(pooled, pooled.shape[-1:])
         like = self.slide_encoder.cls_token
         features, coords = features.to(like.device, like.dtype), coords.to(like.device)
-        return self.slide_encoder.visual_tokens(features[None], coords[None], self.cfg.n_visual_tokens)[0]
+        return self.slide_encoder.visual_tokens(features[None], coords[None])[0]
 
     def project(self, visual):
         """Visual tokens [...,C] -> [...,C_llm]: zero-padded to the projector's width, then projected."""
@@ -1464,17 +1435,15 @@ class WSILLaVA(nn.Module):
             row = torch.tensor(row, device=self.device)
             label = torch.full_like(row, IGNORE) if labels is None else row.new_tensor(labels[b])
             slide = None if visual is None else visual[b]  # [V,C]
-            marks = int((row == IMAGE_TOKEN).sum())
-            if marks != (slide is not None):
-                raise ValueError(
-                    f"row {b} has {marks} <image> in its text and {int(slide is not None)} slides"
-                )
-            if marks:
+            marks, slides = int((row == IMAGE_TOKEN).sum()), int(slide is not None)
+            if marks != slides:
+                raise ValueError(f"row {b} has {marks} <image> in its text and {slides} slides")
+            if slides:
                 times = torch.where(row == IMAGE_TOKEN, len(slide), 1)  # a place for each visual token
                 row, label = row.repeat_interleave(times), label.repeat_interleave(times)
             places = row == IMAGE_TOKEN
             embeds = self.llama.embed_tokens(row.clamp(min=0))  # [T+V,C_llm]
-            if marks:
+            if slides:
                 embeds[places] = self.project(slide.to(self.device)).to(embeds.dtype)  # [V,C_llm]
             rows.append(embeds)
             row_labels.append(label.masked_fill(places, IGNORE))
@@ -1543,13 +1512,10 @@ if sys.platform == "linux":
 
 
 @torch.no_grad()
-def add_update(linear, a, b, scale, dtype=None):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
-    dtype (None: the weight's own, in its own memory: it is mapped copy-on-write, a 7B takes its size once).
-    """
-    weight = linear.weight.data
-    total = weight.float() + scale * (b.float() @ a.float())
-    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
+def add_update(linear, a, b, scale):
+    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, and kept in
+    its own memory (it is mapped copy-on-write, a 7B takes its size once)."""
+    linear.weight.data.copy_(linear.weight.data.float() + scale * (b.float() @ a.float()))
     return linear
 
 
@@ -1568,34 +1534,34 @@ class LoRALinear(nn.Module):
         update = self.scale * F.linear(self.dropout(x), self.lora_a)  # [...,r]: scaled where it is narrow
         return self.base(x) + F.linear(update, self.lora_b)
 
-    def merged(self):
-        """-> the linear layer with the update added to its weight."""
-        return add_update(self.base, self.lora_a, self.lora_b, self.scale)
+
+def merged(linear):
+    """-> the linear layer itself, a LoRALinear's with the update added to its weight."""
+    if not isinstance(linear, LoRALinear):
+        return linear
+    return add_update(linear.base, linear.lora_a, linear.lora_b, linear.scale)
 
 
-def decoder_linears(llama):
-    """The linear layers of the decoder's blocks -> [(module that holds it, name, layer)]. No lm_head."""
-    linears = []
+def replace_linears(llama, make):
+    """Puts make(layer) in the place of each linear layer of the decoder's blocks (not of the lm_head), one
+    at a time, so that memory never holds the model twice -> the llama."""
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
-            children = part.named_children()
-            linears += [(part, name, child) for name, child in children if name.endswith("_proj")]
-    return linears
+            for name, child in list(part.named_children()):
+                if name.endswith("_proj"):
+                    setattr(part, name, make(child))
+    return llama
 
 
 def add_lora(llama, rank, alpha, dropout=0.0):
-    """Freezes the llama and wraps all linear layers of its blocks, as LLaVA does."""
+    """Freezes the llama and gives all linear layers of its blocks adapters, as LLaVA does -> the llama."""
     llama.requires_grad_(False)
-    for part, name, child in decoder_linears(llama):
-        setattr(part, name, LoRALinear(child, rank, alpha, dropout))
+    return replace_linears(llama, lambda linear: LoRALinear(linear, rank, alpha, dropout))
 
 
 def merge_lora(llama):
     """Puts the sum of weights and adapters in the place of both -> the llama."""
-    for part, name, child in decoder_linears(llama):
-        if isinstance(child, LoRALinear):
-            setattr(part, name, child.merged())
-    return llama
+    return replace_linears(llama, merged)
 
 
 class Int8Linear(nn.Module):
@@ -1636,18 +1602,16 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the decoder's linear layers to int8, adapters merged first, and the lm_head -> the llama.
-
-    Layer by layer, so that memory holds one layer twice and not the model. The embedding stays, since it is
-    only looked up; where the lm_head is tied to it, a rounded copy gives the logits.
+    """Rounds the decoder's linear layers to int8, adapters merged first, and the lm_head -> the llama. The
+    embedding stays, it is only looked up; where the lm_head is tied to it, a rounded copy gives the logits.
     """
     llama.lm_head = Int8Linear(llama.lm_head or llama.embed_tokens)
-    for part, name, child in decoder_linears(llama):
-        setattr(part, name, Int8Linear(child.merged() if isinstance(child, LoRALinear) else child))
-    return llama
+    return replace_linears(llama, lambda linear: Int8Linear(merged(linear)))
 
 
 # ---- Files: read strictly, written whole or not at all -----------------------------------------------------
+
+COPY_AGAIN = "copy or download it again"
 
 
 def printable(text):
@@ -1659,6 +1623,12 @@ def one_line(text, limit=200):
     """Text of a file, a server or an exception, fit to be printed: its first line, nothing that steers."""
     lines = printable(str(text)).strip().splitlines() or [""]
     return lines[0] if len(lines[0]) <= limit else lines[0][:limit] + "..."
+
+
+def few(names, n=3):
+    """The first of many names, for people."""
+    names = list(map(str, names))
+    return one_line(", ".join(names[:n] + ["..."] * (len(names) > n)))
 
 
 def check_regular(path, hint):
@@ -1675,15 +1645,14 @@ def reading(path, hint):
     a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list.
     """
     try:
-        check_regular(path, hint)  # "FILE, line 7" is no file: there this costs one look
+        check_regular(path, hint)
         yield
     except UserError:
         raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {hint}") from None
     except Exception as error:
         reason = one_line(error, 120) or type(error).__name__
         reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
+        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
         raise UserError(f"{path}: {reason}; {hint}") from None
 
 
@@ -1693,16 +1662,11 @@ def writing(path):
     open file name none, and safetensors and torch raise errors of their own."""
     try:
         yield
-    except OSError as error:
-        if error.filename is None or str(error.filename).endswith(".part"):
-            error.filename = str(path)
-        raise
-    except (safetensors.SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's zip writer
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
             raise
-        told = re.search(r"os error (\d+)", str(error))
-        reason = os.strerror(int(told[1])) if told else "cannot be written; is the disk full?"
-        raise OSError(told and int(told[1]), reason, str(path)) from None
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or one_line(error)
+        raise OSError(number or errno.EIO, reason, str(path)) from None
 
 
 DAY = 24 * 3600  # seconds; nothing that is written stands still for so long
@@ -1744,11 +1708,8 @@ def read_json(path, hint):
     """The object in a JSON file. Raises UserError; `hint` says there what to do."""
     with reading(path, hint):
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    check(isinstance(values, dict), f"{path}: holds no JSON object; {hint}")
-    return values
-
-
-COPY_AGAIN = "copy or download it again"
+        check(isinstance(values, dict), f"{path}: holds no JSON object; {hint}")
+        return values
 
 
 def read_metadata(path):
@@ -1759,17 +1720,12 @@ def read_metadata(path):
 
 def read_checkpoint(path, hint=COPY_AGAIN):
     """What a .safetensors or a PyTorch file holds, mapped and not copied. Nothing is ever unpickled."""
-    path = Path(path)
     with reading(path, hint):
-        if path.suffix == ".safetensors":
+        if Path(path).suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # before torch 1.6: not mappable
+        mmap = zipfile.is_zipfile(path)  # PyTorch's format since 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_tensors(path, hint=COPY_AGAIN):
@@ -1788,7 +1744,13 @@ def rename(key, table):
     return key
 
 
-def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
+def on_meta(make, *args):
+    """make(*args), a module whose tensors take no memory until load_strict gives it some."""
+    with torch.device("meta"):
+        return make(*args)
+
+
+def load_strict(module, tensors, source, table=(), only=r".*"):
     """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled.
 
     table: as for rename. only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part
@@ -1801,22 +1763,18 @@ def load_strict(module, tensors, source, table=(), dtype=None, only=r".*"):
         if name is None:
             continue
         if name not in expected or not isinstance(tensor, torch.Tensor):
-            problems["keys that the model lacks"].append(one_line(key))
-            continue
-        if name in given:
+            problems["keys that the model lacks"].append(key)
+        elif name in given:
             problems["two keys of one parameter"].append(key)
         elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
             dtype_too = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            shapes = f"{list(tensor.shape)}{dtype_too}, not {list(expected[name].shape)}"
-            problems["wrong shapes"].append(f"{key} is {shapes}")
-        given[name] = tensor if dtype is None else tensor.to(dtype)
+            wanted = list(expected[name].shape)
+            problems["wrong shapes"].append(f"{key} is {list(tensor.shape)}{dtype_too}, not {wanted}")
+        given[name] = tensor
     missing = [name for name in expected if name not in given]
     if missing:
         problems["missing keys"] = missing
-    texts = []
-    for kind, keys in problems.items():
-        more = ", ..." if len(keys) > 3 else ""
-        texts.append(f"{kind} ({len(keys)}): {', '.join(keys[:3])}{more}")
+    texts = [f"{kind} ({len(keys)}): {few(keys)}" for kind, keys in problems.items()]
     check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
     module.load_state_dict(given, assign=True, strict=False)  # checked above
     return module
@@ -1852,12 +1810,10 @@ def load_tile_encoder(path):
         hidden = tensors["blocks.0.mlp.fc2.weight"].shape[1]
         depth = sum(key.endswith(".norm1.weight") for key in tensors)
         cfg = TileEncoderConfig(side * patch, patch, width, depth, width // 64, hidden)
-        with torch.device("meta"):
-            encoder = TileEncoder(cfg)
-    return load_strict(encoder, tensors, path).eval()
+        return load_strict(on_meta(TileEncoder, cfg), tensors, path).eval()
 
 
-def load_slide_encoder(path):
+def load_slide_encoder(path, n_visual_tokens=576):
     """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off
     the shapes; or save_slide_encoder's file, which holds its own config."""
     tensors = read_tensors(path)
@@ -1869,9 +1825,7 @@ def load_slide_encoder(path):
         cfg = SlideEncoderConfig(in_width, width, depth, mlp_hidden=hidden)
         config = read_metadata(path).get("config") if Path(path).suffix == ".safetensors" else None
         cfg = SlideEncoderConfig.from_json(config) if config else cfg
-        with torch.device("meta"):
-            encoder = SlideEncoder(cfg)
-    return load_strict(encoder, tensors, path).eval()
+        return load_strict(on_meta(SlideEncoder, cfg, n_visual_tokens), tensors, path).eval()
 
 
 def save_slide_encoder(cfg, tensors, path):
@@ -1894,25 +1848,22 @@ LLAMA_KEYS = [
     (r"(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)", r"\1"),
 ]
 
-# config.json of Hugging Face: its names for the fields of LlamaConfig, and what it means where it is silent;
-# of a LLaVA's text_config transformers leaves out the sizes too where they are the default.
+# config.json of Hugging Face: its names for LlamaConfig's fields, and what transformers means where it is
+# silent: of LLaVA's text_config even sizes are left out where they are the default.
 LLAMA_FIELDS = {
-    "vocab_size": "vocab",
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "intermediate_size": "mlp_hidden",
-    "rms_norm_eps": "eps",
-    "rope_theta": "rope_theta",
-    "max_position_embeddings": "context",
-    "head_dim": "head_dim",
-    "tie_word_embeddings": "tied",
+    "vocab_size": ("vocab", 32000),
+    "hidden_size": ("width", 4096),
+    "num_hidden_layers": ("depth", 32),
+    "num_attention_heads": ("heads", 32),
+    "num_key_value_heads": ("kv_heads", 0),
+    "intermediate_size": ("mlp_hidden", 11008),
+    "rms_norm_eps": ("eps", 1e-6),
+    "rope_theta": ("rope_theta", 1e4),
+    "max_position_embeddings": ("context", 2048),
+    "head_dim": ("head_dim", 0),
+    "tie_word_embeddings": ("tied", False),
+    "wsi_llava_adapters": ("adapters", ""),  # our own
 }
-LLAMA_DEFAULTS = {"model_type": "llama", "num_key_value_heads": 0, "rms_norm_eps": 1e-6, "rope_theta": 1e4}
-LLAMA_DEFAULTS |= {"max_position_embeddings": 2048, "head_dim": 0, "tie_word_embeddings": False}
-LLAVA_DEFAULTS = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32}
-LLAVA_DEFAULTS |= {"num_attention_heads": 32, "intermediate_size": 11008}
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # model_type of a config.json -> the family whose decoder it is. LLaVA's own folders put theirs before it.
 FAMILIES = {family: family for family in ("llama", "mistral", "qwen2", "qwen3")}
@@ -1925,11 +1876,12 @@ def read_llama_config(folder):
     hint = f"--llm takes a Hugging Face folder of one of these: {', '.join(FAMILIES)}"
     c = read_json(path, hint)
     with reading(path, hint):
-        c = LLAVA_DEFAULTS | c["text_config"] if "text_config" in c else c
-        c = LLAMA_DEFAULTS | {name: value for name, value in c.items() if value is not None}
-        kind = c["model_type"]
+        c = c.get("text_config", c)
+        kind, values = c.get("model_type", "llama"), {}
         check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported here; {hint}")
-        family, context = FAMILIES[kind], c["max_position_embeddings"]
+        for theirs, (ours, default) in LLAMA_FIELDS.items():
+            values[ours] = default if c.get(theirs) is None else c[theirs]
+        family, context = FAMILIES[kind], values["context"]
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
@@ -1941,74 +1893,50 @@ def read_llama_config(folder):
             ("biases beside those of Qwen2", not (c.get("attention_bias") or c.get("mlp_bias"))),
         ):
             check(supported, f"{path}: {one_line(what)} is not supported here")
-        values = {ours: c[theirs] for theirs, ours in LLAMA_FIELDS.items()}
-        values["rope_theta"] = rope.get("rope_theta") or c["rope_theta"]
+        values["rope_theta"] = rope.get("rope_theta") or values["rope_theta"]
         if rope_type == "llama3":
             values["rope_scaling"] = [rope[name] for name in ROPE_SCALING]
         values |= {"family": family, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
         return LlamaConfig.from_dict(values)
 
 
-def write_llama_config(llama, folder, tokenizer=None):
-    """config.json of a language model as transformers reads it."""
-    cfg = llama.cfg
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    if cfg.rope_scaling:
-        rope |= {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, cfg.rope_scaling))
-    config = {"architectures": [f"{cfg.family.title()}ForCausalLM"], "model_type": cfg.family}
-    config |= {theirs: getattr(cfg, ours) for theirs, ours in LLAMA_FIELDS.items()}
-    config |= {"rope_parameters": rope, "sliding_window": None, "hidden_act": "silu"}
-    config["bos_token_id"] = (tokenizer.bos or [None])[0] if tokenizer else 1
-    config["eos_token_id"] = tokenizer.eos if tokenizer else 2
-    config["torch_dtype"] = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    write_text(folder / "config.json", json.dumps(config, indent=2))
-
-
-def weight_files(folder):
-    """The files that hold the tensors of a Hugging Face, LLaVA or PEFT folder: one, or those of an index."""
-    for stem in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
+def read_folder(folder):
+    """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped. As in transformers, a
+    whole file comes before the shards of an index."""
+    for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
+        whole, index, names = Path(folder) / name, Path(folder) / f"{name}.index.json", [name]
+        if index.is_file() and not whole.is_file():
             with reading(index, COPY_AGAIN):
                 names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
                 inside = names and all(name == Path(name).name for name in names)
-            check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
-            return [folder / name for name in names]
-        if (folder / stem).is_file():
-            # LLaVA's projector, trained without adapters, lies beside them.
-            beside = folder / "non_lora_trainables.bin"
-            return [folder / stem, beside] if "adapter" in stem and beside.is_file() else [folder / stem]
+                check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
+        elif not whole.is_file():
+            continue
+        beside = whole.with_name("non_lora_trainables.bin")  # LLaVA's projector, trained without adapters
+        if "adapter" in name and beside.is_file():
+            names.append(beside.name)
+        tensors = {}
+        for name in names:
+            tensors |= read_tensors(whole.with_name(name))
+        return tensors
     raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
 
 
-def read_folder(folder):
-    """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped."""
-    tensors = {}
-    for file in weight_files(Path(folder)):
-        tensors |= read_tensors(file)
-    return tensors
-
-
-# What adapter_config.json may say: the options of plain LoRA, W + alpha / r B A on weights that are the base's
-# own (PiSSA's start, say, changes them), with any value or with one of these. Of every other option, also of
-# one that did not exist when this was written, only a value that sets nothing.
-LORA_FREE = "r lora_alpha lora_dropout target_modules base_model_name_or_path revision task_type"
-LORA_FREE += " inference_mode peft_version auto_mapping exclude_modules"
-LORA_OPTIONS = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),
-    "megatron_core": ("megatron.core",),  # read where megatron_config is set
-    "qalora_group_size": (16,),  # read with use_qalora
-}
+# What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A on weights that are the
+# base's own (PiSSA's start, say, changes them), anything, or one of a few values. Of every other option, also
+# of one that nobody here has heard of, what sets nothing.
+LORA_FREE = "r lora_alpha lora_dropout target_modules exclude_modules base_model_name_or_path revision"
+LORA_FREE += " task_type inference_mode peft_version auto_mapping"
+LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal"]}
+LORA_VALUES |= {"megatron_core": ["megatron.core"], "qalora_group_size": [16]}  # with others, which are off
 
 
 def read_lora_config(path, hint):
-    """adapter_config.json of a PEFT folder -> its r, alpha. Raises UserError that names what is no plain LoRA."""
+    """adapter_config.json of a PEFT folder -> its rank, alpha. Raises UserError that names what is no plain
+    LoRA."""
     c = read_json(path, hint)
     for name, value in c.items():
-        plain = name in LORA_FREE.split() or value in (None, False, {}, [], "")
-        plain = plain or value in LORA_OPTIONS.get(name, ())
+        plain = name in LORA_FREE.split() or value in [None, False, {}, [], "", *LORA_VALUES.get(name, [])]
         check(plain, f"{path}: {one_line(name)} {one_line(value)} is not supported: plain LoRA only")
     with reading(path, hint):
         rank, alpha = c["r"], float(c["lora_alpha"])
@@ -2016,27 +1944,31 @@ def read_lora_config(path, hint):
         return rank, alpha
 
 
-def merge_adapters(llama, folder, dtype=None):
+def merge_adapters(llama, folder):
     """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update."""
     path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
-    (rank, alpha), tensors = read_lora_config(path, hint), {}
-    for key, tensor in read_folder(folder).items():
-        tensors[rename(key, LLAMA_KEYS)] = tensor
+    rank, alpha = read_lora_config(path, hint)
+    tensors = {rename(key, LLAMA_KEYS): tensor for key, tensor in read_folder(folder).items()}
     tensors.pop(None, None)  # the projector
+    check(tensors, f"{folder}: holds no adapters; {hint}")
     linears = {name: module for name, module in llama.named_modules() if isinstance(module, nn.Linear)}
+    digest = hashlib.sha256(f"{rank} {alpha}".encode())
     with reading(path, hint):
-        check(tensors, f"{folder}: holds no adapters; {hint}")
-        for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
             name = key.removesuffix(".lora_A.weight")
             check(name in linears, f"{folder}: has adapters for {name}, which the language model lacks")
             linear, a, b = linears[name], tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
             fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
-            wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
             shapes = f"{list(a.shape)} and {list(b.shape)}"
+            wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
             check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
-            add_update(linear, a, b, alpha / rank, dtype)
-        others = ", ".join(list(tensors)[:3])
-        check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {others}")
+            add_update(linear, a, b, alpha / rank)
+            digest.update(name.encode() + b.flatten()[:4096].float().numpy().tobytes())
+    check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {few(tensors)}")
+    mark = digest.hexdigest()[:16]
+    twice = f"{folder}: the language model holds these adapters already; leave --lora out"
+    check(mark not in llama.cfg.adapters.split(), twice)
+    llama.cfg.adapters = f"{llama.cfg.adapters} {mark}".strip()
 
 
 def load_llama(folder, dtype=None, lora=None):
@@ -2049,33 +1981,34 @@ def load_llama(folder, dtype=None, lora=None):
     cfg = read_llama_config(folder)
     adapters = (folder / "adapter_config.json").exists()
     check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
-    with torch.device("meta"):
-        llama = Llama(cfg)
-    tied = [(r"(?:.+\.)?lm_head\.weight", None)] if cfg.tied else []  # some store the embedding twice
-    load_strict(llama, read_folder(folder), folder, tied + LLAMA_KEYS)
+    tensors = read_folder(folder)
+    if cfg.tied:  # some store the embedding twice, and some an lm_head of its own, which wins
+        names = {rename(key, LLAMA_KEYS): key for key in tensors}
+        head, embedding = (tensors.get(names.get(name)) for name in ("lm_head.weight", "embed_tokens.weight"))
+        cfg.tied = head is None or torch.equal(head, embedding)
+        if cfg.tied:
+            tensors.pop(names.get("lm_head.weight"), None)
+    llama = load_strict(on_meta(Llama, cfg), tensors, folder, LLAMA_KEYS)
     if lora:
-        merge_adapters(llama, Path(lora), dtype)
+        merge_adapters(llama, Path(lora))
     return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
 
 
-def load_projector(path, dtype=None):
-    """The projector in LLaVA's `mm_projector.bin`, or in a folder -> (Linear, GELU, Linear), sized by its
-    shapes; None where a folder holds none."""
-    path = Path(path)
-    files = [path / "mm_projector.safetensors", path / "mm_projector.bin"]
-    files = [path] if path.is_file() else [file for file in files if file.exists()]
-    tensors = read_tensors(files[0]) if files else read_folder(path)
-    drop_others = [*PROJECTOR_KEYS, (".*", None)]
-    tensors = {key: tensor for key, tensor in tensors.items() if rename(key, drop_others)}
-    if not tensors and not path.is_file():
+def load_projector(folder):
+    """The projector in a folder, in LLaVA's `mm_projector.bin` or its like or among the model's or adapters'
+    tensors -> (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
+    folder, found = Path(folder), {}
+    files = [folder / "mm_projector.safetensors", folder / "mm_projector.bin"]
+    files = [file for file in files if file.exists()]
+    for key, tensor in (read_tensors(files[0]) if files else read_folder(folder)).items():
+        name = rename(key, [*PROJECTOR_KEYS, (".*", None)])
+        if name:
+            found[name] = tensor
+    if not found:
         return None
-    weights = [x for key, x in tensors.items() if rename(key, PROJECTOR_KEYS) == "0.weight"]
-    two_layers = len(weights) == 1 and isinstance(weights[0], torch.Tensor) and weights[0].dim() == 2
-    keys = ", ".join(list(tensors)[:4])
-    check(two_layers, f"{path}: not a projector of two linear layers (mlp2x_gelu): {keys}")
-    with torch.device("meta"):
-        projector = make_projector(*reversed(weights[0].shape))
-    return load_strict(projector, tensors, path, PROJECTOR_KEYS, dtype)
+    with reading(folder, "not a projector of two linear layers (mlp2x_gelu)"):
+        width, in_width = found["0.weight"].shape
+        return load_strict(on_meta(make_projector, in_width, width), found, folder).float()
 
 
 def save_llama(llama, folder, tokenizer=None, projector=None):
@@ -2084,16 +2017,26 @@ def save_llama(llama, folder, tokenizer=None, projector=None):
     The projector goes into `mm_projector.safetensors` beside the model. config.json comes last, without which
     the folder is none.
     """
-    folder = Path(folder)
+    folder, cfg = Path(folder), llama.cfg
     folder.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, p in merge_lora(llama).state_dict().items():
-        state[name if name.startswith("lm_head.") else f"model.{name}"] = p
-    if projector is not None:
-        projection = projector.state_dict(prefix="model.mm_projector.")
-        write_tensors(folder / "mm_projector.safetensors", projection)
+    state = merge_lora(llama).state_dict()
+    state = {name if name.startswith("lm_head.") else f"model.{name}": p for name, p in state.items()}
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    write_llama_config(llama, folder, tokenizer)
+    if projector is not None:
+        state = projector.state_dict(prefix="model.mm_projector.")
+        write_tensors(folder / "mm_projector.safetensors", state)
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    if cfg.rope_scaling:
+        rope |= {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, cfg.rope_scaling))
+    config = {theirs: getattr(cfg, ours) for theirs, (ours, _) in LLAMA_FIELDS.items()}
+    config |= {"architectures": [f"{cfg.family.title()}ForCausalLM"], "model_type": cfg.family}
+    config |= {"rope_parameters": rope, "sliding_window": None, "hidden_act": "silu"}
+    config["torch_dtype"] = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
+    if tokenizer is not None:  # what begins a prompt and ends an answer here, whatever the base model says
+        tokens = {"bos_token_id": (tokenizer.bos or [None])[0], "eos_token_id": sorted(tokenizer.ends)}
+        write_text(folder / "generation_config.json", json.dumps(tokens))
+        config |= tokens
+    write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
 # ---- The data on disk --------------------------------------------------------------------------------------
@@ -2105,19 +2048,17 @@ PREPARE_AGAIN = "prepare the slide again, or import it by prepare.py --features"
 
 def read_meta(data):
     """data/meta.json, as prepare.py wrote it."""
-    path = Path(data) / "meta.json"
+    path, hint = Path(data) / "meta.json", "not what prepare.py writes; prepare the data again"
     check(path.exists(), f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)")
-    hint = "not what prepare.py writes; prepare the data again"
     meta = read_json(path, hint)
     with reading(path, hint):
         version = meta["version"]
         check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
         encoder = meta["encoder"]
-        known = isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
-        for number in (encoder["width"], encoder.get("n_visual_tokens", 1)):
-            known = known and type(number) is int and 0 < number < 2**16
-        fits = known and meta["preset"] in PRESETS and 0 < meta["mpp"] < math.inf
-        check(fits, f"{path}: {hint}")
+        sizes = [encoder["width"], encoder.get("n_visual_tokens", 1)]
+        fits = all(type(size) is int and 0 < size < 2**16 for size in sizes)
+        fits = fits and isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
+        check(fits and meta["preset"] in PRESETS and 0 < meta["mpp"] < math.inf, f"{path}: {hint}")
     return meta
 
 
@@ -2140,16 +2081,6 @@ def slide_file(folder, slide):
 
 def features_file(data, slide):
     return slide_file(Path(data) / "features", slide)
-
-
-def visual_tokens_file(data, slide, cfg):
-    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
-    folder = Path(data) / "visual_tokens"
-    if cfg.no_slide_encoder:
-        folder /= "no-slide-encoder"
-    if cfg.max_tiles:
-        folder /= f"max-tiles-{cfg.max_tiles}"
-    return slide_file(folder, slide)
 
 
 def feature_metadata(path):
@@ -2192,56 +2123,76 @@ def geojson_tile(x, y, scale, origin=(0, 0), **properties):
     return {"type": "Feature", "geometry": geometry, "properties": {"objectType": "tile", **properties}}
 
 
+def visual_tokens_file(data, slide, cfg):
+    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
+    folder = Path(data) / "visual_tokens"
+    if cfg.no_slide_encoder:
+        folder /= "no-slide-encoder"
+    if cfg.max_tiles:
+        folder /= f"max-tiles-{cfg.max_tiles}"
+    return slide_file(folder, slide)
+
+
 def read_visual_tokens(data, slide, cfg):
     """What cache_visual_tokens wrote of one slide, or was imported -> float16 [V,C]."""
     path, hint = visual_tokens_file(data, slide, cfg), "delete it and run again"
     with reading(path, hint):
         tokens = read_tensors(path, hint)["visual_tokens"]
         check(tokens.dim() == 2 and tokens.isfinite().all(), f"{path}: not visual tokens of a slide; {hint}")
-    return tokens
+        return tokens
 
 
 @functools.cache
-def source(*code):
-    """The text of functions and classes."""
-    return "".join(map(inspect.getsource, code))
+def source(*classes):
+    """The text of classes, and of all of ours that they inherit from or name, functions also: whoever changes
+    a line of it gets another text."""
+    texts, waiting = {}, list(classes)
+    while waiting:
+        code = inspect.unwrap(waiting.pop())
+        ours = inspect.isclass(code) or inspect.isfunction(code)
+        if not ours or code in texts or code.__module__.partition(".")[0] in ("builtins", "torch"):
+            continue
+        texts[code] = textwrap.dedent(inspect.getsource(code))
+        names = vars(sys.modules[code.__module__])
+        used = {node.id for node in ast.walk(ast.parse(texts[code])) if isinstance(node, ast.Name)}
+        waiting += [*getattr(code, "__bases__", ()), *(names[name] for name in used & names.keys())]
+    return "".join(sorted(texts.values()))
 
 
 def made_by(model, data, slide):
-    """What a slide's visual tokens follow from, as a text: slide encoder, pool, and the slide's features; of
-    the first two the code also, so that whoever changes it gets new tokens."""
-    path = features_file(data, slide)
+    """What a slide's visual tokens follow from, as a text: its features, and the slide encoder with its pool,
+    their weights and their code, so that whoever changes it gets new tokens."""
+    path, encoder = features_file(data, slide), model.slide_encoder
     with reading(path, PREPARE_AGAIN):
         tensors = read_tensors(path, PREPARE_AGAIN)
         features = tensors["features"]
         digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
         digest.update(tensors["coords"].numpy().tobytes())
         digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
-    digest.update(source(pool_tokens, SlideEncoder, WSILLaVA.encode_slide).encode())
-    encoder = model.cfg.fingerprints.get("slide_encoder", "none")
-    return f"{encoder} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
+    digest.update(
+        source(type(model), *{type(part) for part in encoder.modules()} if encoder else ()).encode()
+    )
+    return (
+        f"{model.cfg.fingerprints.get('slide_encoder')} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
+    )
 
 
 def keep_visual_tokens(model, data, slide):
     """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
     be made from now -> whether it wrote them."""
-    path, mark = visual_tokens_file(data, slide, model.cfg), None
+    path, mark, cfg = visual_tokens_file(data, slide, model.cfg), None, model.cfg
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
-        read_visual_tokens(data, slide, model.cfg)
+        read_visual_tokens(data, slide, cfg)
         mark = read_metadata(path).get("made_by")
-    if mark == IMPORTED_TOKENS:
+    if mark == IMPORTED_TOKENS or mark == made_by(model, data, slide):
         return False
-    mark_now = made_by(model, data, slide)
-    if mark == mark_now:
-        return False
-    encoder = model.slide_encoder
-    width = None if encoder is None else encoder.cfg.in_width
-    features, coords = read_features(data, slide, model.cfg.max_tiles, width)
+    width = None if cfg.no_slide_encoder else cfg.slide_encoder.in_width
+    features, coords = read_features(data, slide, cfg.max_tiles, width)
     check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
     with torch.inference_mode():
         tokens = model.encode_slide(features, coords).half()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {"visual_tokens": tokens}, {"made_by": mark_now})
+    write_tensors(path, {"visual_tokens": tokens}, {"made_by": made_by(model, data, slide)})
     return True
 
 
@@ -2300,7 +2251,12 @@ def pick_llm(args, meta):
     check(folder.is_dir(), f"{folder}: no such folder (--llm)")
     places = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
     files = [place / name for place in places for name in ("tokenizer.model", "tokenizer.json")]
-    path = first(*dict.fromkeys(files), hint="copy it from where the model is from")
+    path = first(*files, hint="copy it from where the model is from")
+    more = path.with_name("tokenizer.json")
+    if path != more and more.exists():  # tokens that were added to a tokenizer.model later are in this one
+        with reading(more, COPY_AGAIN):
+            ids = [token["id"] for token in read_json(more, COPY_AGAIN)["added_tokens"]]
+            path = more if max(ids, default=0) >= len(Tokenizer(path)) else path
     tokenizer = Tokenizer(path, args.chat_format)
     for file in (folder / "generation_config.json", folder / "config.json"):
         ends = read_json(file, COPY_AGAIN).get("eos_token_id") if file.exists() else None
@@ -2319,54 +2275,44 @@ def check_tile_encoder(cfg, meta, source):
         check(takes in ("", given), f"{source}: {what} {takes}, these are {given}: {advice}")
 
 
-def pick_slide_encoder(args, meta):
+def pick_slide_encoder(args, meta, n_visual_tokens):
     """--slide-encoder's, that of out/stage1, or GigaPath's -> SlideEncoder."""
     files = [args.out / "stage1" / "slide_encoder.safetensors"]
     if meta["preset"] != "demo":
         files.append(GIGAPATH / "slide_encoder.pth")
     hint = "run python train.py --stage 1 first, or name one with --slide-encoder"
     path = args.slide_encoder or first(*files, hint=hint)
-    encoder = load_slide_encoder(path)
+    encoder = load_slide_encoder(path, n_visual_tokens)
     check_tile_encoder(encoder.cfg, meta, path)
     return encoder
 
 
-def pick_projector(args, llm, stage):
-    """The published projector, --projector's or that in --lora's or the language model's folder -> (projector
-    or None, where it is from); None where stage 2 is still to train one."""
-    for source in filter(None, (args.projector, args.lora, llm)):
-        projector = load_projector(source, torch.float32)
-        if projector is not None:
-            return projector, source
-    if stage > 1:
-        stage_weights(args, stage)  # what is missing is the stage
-    return None, args.lora or llm
-
-
-def fit_projector(projector, source, width, cfg, required):
-    """The projector if it takes visual tokens of this width (zero-padded to its own) and gives the language
-    model's; else a new one, or a UserError where one is required. Says which."""
-    news = f"a new one, since {source} holds none"
-    if projector is not None:
-        takes, gives = projector[0].in_features, projector[2].out_features
-        misfit = f"does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
-        news = f"that of {source}"
-        if takes < width or gives != cfg.llama.width:
-            check(not required, f"{source}: its projector {misfit}; train one with --stage 2 and 3")
-            projector, news = None, f"a new one, since {news} {misfit}"
+def pick_projector(args, llm, width, cfg, stage):
+    """The projector in --lora's or the language model's folder, if it takes visual tokens of this width
+    (zero-padded to its own) and gives the language model's; before stage 2 else a new one. Says which."""
+    found = None
+    for source in filter(None, (args.lora, llm)):
+        found = load_projector(source)
+        if found is not None:
+            break
+    why = f"{args.lora or llm} holds none"
+    if found is not None:
+        takes, gives = found[0].in_features, found[2].out_features
+        why = f"that of {source} does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
+    fits = found is not None and takes >= width and gives == cfg.llama.width
+    untrained = f"{args.out}/stage{stage} holds no trained model: run python train.py --stage {stage} first"
+    check(fits or stage == 1, f"{untrained}; of published projectors, {why}")
     if os.environ.get("RANK", "0") == "0":  # rank 0 only
-        print(one_line(f"Projector: {news}."), file=sys.stderr)
-    if projector is None:
-        projector = make_projector(max(cfg.pad_to, width), cfg.llama.width)
-    return projector
+        print(f"Projector: {f'that of {source}' if fits else f'a new one, since {why}'}.", file=sys.stderr)
+    return found if fits else make_projector(max(cfg.pad_to, width), cfg.llama.width)
 
 
 def load_trained(model, path):
     """Fills a model from what stage 2 or 3 wrote: projector, adapters, or with --full the language model."""
-    tensors, pattern = read_tensors(path), r"mm_projector\..*"
-    if model.cfg.lora_rank:
+    tensors, pattern, cfg = read_tensors(path), r"mm_projector\..*", model.cfg
+    if cfg.lora_rank:
         with torch.device("meta"):
-            add_lora(model.llama, model.cfg.lora_rank, model.cfg.lora_alpha)
+            add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha)
         pattern += r"|llama\..*\.lora_[ab]"
     elif any(name.startswith("llama.") for name in tensors):
         pattern += r"|llama\..*"
@@ -2386,38 +2332,36 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
     sizes = f"has {len(tokenizer):,} tokens, the language model {llama.cfg.vocab:,}"
     check(len(tokenizer) <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}; use the language model's own")
+
     # What was trained, and its config.
-    trained, cfg = None, WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+    trained, cfg = None, copy.deepcopy(PRESETS[args.preset or meta["preset"]])
     if stage == 1:
         cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
     elif any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3)):
         trained = stage_weights(args, stage)
-        check(not args.projector, f"--projector: {trained.parent} has one of its own; name another --out")
         cfg = load_config(trained.parent)
-    if not trained:
-        projector, source = pick_projector(args, folder, stage)
+
     # The frozen parts. Weights trained beside one of them mean nothing beside another.
-    parts, slide_encoder = {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}, None
+    encoder, parts = None, {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
     if meta["encoder"]["source"] == IMPORTED_TOKENS:  # they have been through a slide encoder
         cfg.n_visual_tokens = meta["encoder"].get("n_visual_tokens", cfg.n_visual_tokens)
     elif not cfg.no_slide_encoder:
-        slide_encoder = pick_slide_encoder(args, meta)
-        cfg.slide_encoder, parts["slide_encoder"] = slide_encoder.cfg, fingerprint(slide_encoder)
+        encoder = pick_slide_encoder(args, meta, cfg.n_visual_tokens)
+        cfg.slide_encoder, parts["slide_encoder"] = encoder.cfg, fingerprint(encoder)
     for part, mark in parts.items():
         old = cfg.fingerprints.get(part, mark)
         other = f"another {part.replace('_', ' ')} ({old}) than the one here ({mark})"
         check(old == mark, f"{trained} was trained with {other}: name that one, or train this stage again")
     cfg.llama, cfg.fingerprints = llama.cfg, parts
+
     # The model, and in it what was trained.
-    with torch.device("meta"):
-        model = WSILLaVA(dataclasses.replace(cfg, lora_rank=0))
-    model.cfg, model.slide_encoder, model.llama = cfg, slide_encoder, llama
+    model = on_meta(WSILLaVA, dataclasses.replace(cfg, lora_rank=0))
+    model.cfg, model.slide_encoder, model.llama = cfg, encoder, llama
     if trained:
         load_trained(model, trained)
     else:
-        width = slide_encoder.cfg.width if slide_encoder else meta["encoder"]["width"]
-        required = stage > 1 or args.projector
-        model.mm_projector = fit_projector(projector, source, width, cfg, required)
+        width = encoder.cfg.width if encoder else meta["encoder"]["width"]
+        model.mm_projector = pick_projector(args, folder, width, cfg, stage)
         cfg.pad_to = model.mm_projector[0].in_features
     if int8:
         quantize_int8(llama)
@@ -2436,10 +2380,8 @@ def load_alignment(args, meta):
     path = stage_weights(args, 1)
     cfg = load_config(path.parent)
     check_tile_encoder(cfg.slide_encoder, meta, path.parent)
-    with torch.device("meta"):
-        model = WSITextAlignment(cfg)
-    model = load_strict(model, read_tensors(path), path).to(args.device).eval()
-    return cfg, model, *token_embeddings(args, meta)
+    model = load_strict(on_meta(WSITextAlignment, cfg), read_tensors(path), path)
+    return cfg, model.to(args.device).eval(), *token_embeddings(args, meta)
 
 
 # ---- Flags, and how a script runs --------------------------------------------------------------------------
@@ -2451,16 +2393,13 @@ def at_least(low, kind=int, high=math.inf):
     def number(text):
         try:
             value = kind(text)
-            finite = math.isfinite(value)
-        except (ValueError, OverflowError):
-            value, finite = math.nan, False
-        for wrong, reason in (
-            (not finite, "is no whole number" if kind is int else "is no number"),
-            (value < low, f"is less than {low}"),
-            (value > high, f"is more than {high}"),
-        ):
-            if wrong:
-                raise argparse.ArgumentTypeError(f"{one_line(text, 40)} {reason}")
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value != math.inf):
+            reason = "is no whole number" if kind is int else "is no number"
+            reason = f"is less than {low}" if value < low else reason
+            reason = f"is more than {high}" if value > high else reason
+            raise argparse.ArgumentTypeError(f"{one_line(text, 40)} {reason}")
         return value
 
     return number
@@ -2471,12 +2410,8 @@ share = at_least(0, float, 1)
 
 def some_text(text):
     """A type for argparse: a text that is not empty, and can be written to a file."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("an empty text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    if not text.strip() or text != text.encode("utf-8", "ignore").decode():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty or is not UTF-8")
     return text
 
 
@@ -2502,32 +2437,14 @@ class Parser(argparse.ArgumentParser):
         return lambda flag, help, **options: add(flag, help=help, **options)
 
 
-def add_weights_flags(parser, tiles=True, rest=True):
-    """The flags of published weights. tiles: of the tile encoder; rest: of what comes after it."""
-    add = parser.group("weights, where they are not where they are looked for")
-    folder = {"metavar": "DIR", "type": some_path}
-    file = folder | {"metavar": "FILE"}
-    if tiles:
-        add("--tile-encoder", f"Prov-GigaPath's (default: {GIGAPATH}/pytorch_model.bin)", **file)
-    if not rest:
-        return
-    slide_encoder = f"Prov-GigaPath's (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
-    add("--slide-encoder", slide_encoder, **file)
-    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
-    add("--llm", llm, **folder)
-    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **folder)
-    projector = "LLaVA's mm_projector.bin or its like (default: what --lora or --llm holds)"
-    add("--projector", projector, **file)
-    chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
-    add("--chat-format", chat, choices=CHAT_FORMATS)
+DIR, FILE = ({"metavar": name, "type": some_path} for name in ("DIR", "FILE"))
 
 
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
     add = parser.group("shared by all scripts")
-    folder = {"metavar": "DIR", "type": some_path}
-    add("--data", "prepared slides and questions (default: data)", **folder, default=Path("data"))
-    add("--out", "what training leaves (default: out)", **folder, default=Path("out"))
+    add("--data", "prepared slides and questions (default: data)", **DIR, default=Path("data"))
+    add("--out", "what training leaves (default: out)", **DIR, default=Path("out"))
     add("--preset", "sizes of the model (default: what the data were prepared with)", choices=PRESETS)
     add("--device", "cuda, mps or cpu (default: the best there is)", default="auto")
     products = "of matrix products (default: bfloat16 on CUDA, else float32)"
@@ -2538,13 +2455,27 @@ def add_shared_flags(parser):
     add("--workers", readers, type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1))
 
 
+def add_weights_flags(parser, tiles=True, rest=True):
+    """The flags of published weights. tiles: of the tile encoder; rest: of what comes after it."""
+    add = parser.group("weights, where they are not where they are looked for")
+    if tiles:
+        add("--tile-encoder", f"Prov-GigaPath's (default: {GIGAPATH}/pytorch_model.bin)", **FILE)
+    if not rest:
+        return
+    slide_encoder = f"Prov-GigaPath's (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
+    add("--slide-encoder", slide_encoder, **FILE)
+    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
+    add("--llm", llm, **DIR)
+    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **DIR)
+    chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
+    add("--chat-format", chat, choices=CHAT_FORMATS)
+
+
 def resolve_device(args):
     """Turns --device and --dtype into what torch takes. Raises UserError for a device that is not there."""
-    if args.device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        args.device = "cuda" if torch.cuda.is_available() else mps
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        args.device = torch.device(args.device)
+        args.device = torch.device(best if args.device == "auto" else args.device)
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {one_line(error)}; use --device cpu") from None
@@ -2612,24 +2543,18 @@ def peak_memory(device=None):
 # ---- python wsi_llava.py: the model's sizes and shapes -----------------------------------------------------
 
 
-def print_sizes():
-    """Parameters of each part, for every preset. Built on the meta device, so it costs nothing."""
-    names = ("tile encoder", "slide encoder", "projector", "language model")
-    print("Parameters  " + "".join(name.rjust(16) for name in names))
-    for preset, cfg in PRESETS.items():
-        with torch.device("meta"):
-            model, tile_encoder = WSILLaVA(cfg), TileEncoder(cfg.tile_encoder)
-        print(f"{preset:12}", end="")
-        for part in (tile_encoder, model.slide_encoder, model.mm_projector, model.llama):
-            print(f"{sum(p.numel() for p in part.parameters()):16,}", end="")
-        print()
-
-
 @torch.no_grad()
-def print_shapes():
-    """One made-up slide of 12 tiles through the demo's model, shape by shape."""
-    model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
+def main():
+    Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
+    for preset, cfg in PRESETS.items():
+        model, tile_encoder = on_meta(WSILLaVA, cfg), on_meta(TileEncoder, cfg.tile_encoder)
+        parts = {"tile encoder": tile_encoder, "slide encoder": model.slide_encoder}
+        parts |= {"projector": model.mm_projector, "language model": model.llama}
+        sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()]
+        print(f"{preset:6}parameters: {', '.join(sizes)}")
+
     print("\nShapes, for a slide of 12 tiles through the demo's model")
+    model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
 
     def show(name, x):
         print(f"{name:32}{list(x.shape)}")
@@ -2638,18 +2563,10 @@ def print_shapes():
     tiles = show("tiles", torch.randint(0, 256, (12, TILE, TILE, 3), dtype=torch.uint8))
     coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * TILE
     features = show("TileEncoder", tile_encoder(show("preprocess_tiles", preprocess_tiles(tiles))))
-    cls, tokens = model.slide_encoder(features[None], coords[None])
-    show("SlideEncoder, CLS", cls)
-    show("SlideEncoder, tokens", tokens)
-    visual = show("pool_tokens, norm", model.encode_slide(features, coords))
+    show("SlideEncoder, CLS", model.slide_encoder(features[None], coords[None])[0])
+    visual = show("SlideEncoder, visual tokens", model.encode_slide(features, coords))
     embeds, _ = model.splice(visual[None], [[1, 10, IMAGE_TOKEN, 11, 12]])
     show("Llama, logits", model.llama(embeds=show("spliced into 4 text tokens", embeds)))
-
-
-def main():
-    Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
-    print_sizes()
-    print_shapes()
 
 
 if __name__ == "__main__":
