@@ -1108,7 +1108,7 @@ def read_foreign(path):
     if path.suffix.lower() in (".h5", ".hdf5"):
         found, about = read_hdf5(path)
     else:
-        found = wsi_llava.read_checkpoint(path)
+        found = wsi_llava.read_tensors(path, named=False)
         found = {"features": found} if isinstance(found, torch.Tensor) else found
         check(isinstance(found, dict), f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict")
         about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}

@@ -131,7 +131,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def tiny(tokenizer):
     """The demo's model, smaller still."""
-    cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS["demo"].to_dict())
+    cfg = copy.deepcopy(PRESETS["demo"])
     cfg.llama = wsi_llava.LlamaConfig(len(tokenizer), 64, 2, 4, 2, 96, context=256)
     cfg.n_visual_tokens = 9
     torch.manual_seed(0)
@@ -616,14 +616,18 @@ def test_a_query_that_no_branch_keeps_gets_zeros(impl):
 def test_kernel_names_its_limits(monkeypatch):
     if wsi_llava.triton is not None:
         for x, W, message in (
-            (torch.empty(1, 4, 1, 8), 4, "a head dim of 8"),
-            (torch.empty(1, 4, 1, 16, dtype=torch.float64), 4, "torch.float64"),
-            (torch.empty(1, 1, 70000, 16, device="meta"), 4, "70000 heads in all"),
-            (torch.empty(1, 2**31, 1, 16, device="meta"), 4, "so long a sequence"),
-            (torch.empty(1, 2**22, 16, 48, device="meta"), 2**22, "in segments of 4194304"),
-            (torch.empty(1, 70000, 1, 16, device="meta"), 1, "more than 65,535 segments"),
+            (torch.empty(1, 4, 1, 8), 4, "head dims from 16 to 128, not torch.float32, 8"),
+            (torch.empty(1, 4, 1, 16, dtype=torch.float64), 4, "not torch.float64, 16"),
+            (torch.empty(1, 1, 70000, 16, device="meta"), 4, "70000 heads in all, .* too many"),
+            (
+                torch.empty(1, 2**31, 1, 16, device="meta"),
+                4,
+                "2147483648 tokens in segments of up to 4: too many",
+            ),
+            (torch.empty(1, 2**22, 16, 48, device="meta"), 2**22, "in segments of up to 4194304: too many"),
+            (torch.empty(1, 70000, 1, 16, device="meta"), 1, "70000 tokens in segments of up to 1: too many"),
         ):
-            with pytest.raises(ValueError, match=f"the Triton kernels do not take .*{message}"):
+            with pytest.raises(ValueError, match=message):
                 wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
     x = torch.randn(1, 4, 1, 16)
     monkeypatch.setattr(wsi_llava, "triton", None)
@@ -849,10 +853,10 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
     cfg = wsi_llava.SlideEncoderConfig(
         64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0
     )
-    encoder, lengths = wsi_llava.SlideEncoder(cfg).double(), [1, 40, 128, 63, 64, 127, 150]
+    encoder, lengths = wsi_llava.SlideEncoder(cfg).double(), [1, 40, 127, 63, 64, 126]
     features, coords = packed(lengths, 64)
     found = []
-    for short in (0, 128):
+    for short in (1, 128):
         monkeypatch.setattr(wsi_llava, "SHORT", short)
         with torch.inference_mode():
             encoder(features.double(), coords, lengths)
@@ -1311,15 +1315,6 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
         path.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
-    old, new, another = (
-        tmp_path / f".{name}.part" for name in ("file.00000000", "file.11111111", "file.a.00000000")
-    )
-    for path in (old, new, another):  # left by kills
-        path.touch()
-    for path in (old, another):  # days ago
-        os.utime(path, (0, 0))
-    wsi_llava.write_text(target, "new")
-    assert not old.exists() and new.exists() and another.exists()
 
 
 def test_who_may_read_a_file_is_the_users_to_say(tmp_path):
@@ -1481,35 +1476,27 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
 
 
 class FirstTokens(torch.nn.Module):
-    """A pool of one's own."""
+    """A pool of one's own, whose text is in another file than the slide encoder's."""
 
     def forward(self, tokens):
-        return keep_first(tokens, 9)
+        return tokens[:, :9]
 
 
-def keep_first(tokens, n):
-    return tokens[:, :n]
-
-
-@pytest.mark.parametrize(
-    "edited", ["class FirstTokens", "def keep_first", "def position_embedding", "class Pool"]
-)
+@pytest.mark.parametrize("edited", [wsi_llava, sys.modules[__name__]])
 def test_visual_tokens_follow_the_code_that_makes_them(tiny, tmp_path, monkeypatch, edited):
-    """Of the encoder's modules, another pool among them, and of the functions that they call."""
+    """An edit of the file of any class of the slide encoder, another pool's among them, makes them anew."""
     (tmp_path / "features").mkdir()
     tensors = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
     save_file(tensors, tmp_path / "features" / "s.safetensors")
 
     def written():
-        wsi_llava.source.cache_clear()  # as a new process
         return wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s"])[0]
 
-    assert written() == 1
-    if "First" in edited or "first" in edited:
-        tiny.slide_encoder.pool = FirstTokens()
-        assert [written() for _ in range(2)] == [1, 0]
+    assert [written() for _ in range(2)] == [1, 0]
+    tiny.slide_encoder.pool = FirstTokens()
+    assert [written() for _ in range(2)] == [1, 0]
     text = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda code: text(code).replace(f"{edited}(", f"{edited}(  "))
+    monkeypatch.setattr(inspect, "getsource", lambda x: text(x) + "# edited" * (x is edited))
     assert [written() for _ in range(2)] == [1, 0]
 
 
@@ -1783,7 +1770,7 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
         ({"layers_to_transform": 3}, "layers_to_transform 3"),
         ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow 0.5"),
         ({"lora_alpha": None}, "adapter_config.json: float.. argument must be"),
-        ({"lora_alpha": math.nan}, "not LoRA's; --lora takes a PEFT or LLaVA LoRA folder"),
+        ({"lora_alpha": math.nan}, "lora: no adapters; --lora takes a PEFT or LLaVA LoRA folder"),
         ({"r": 8}, r"of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], not of rank 8, 112 -> 64"),
     ]:
         path.write_text(json.dumps(good | changes))

@@ -24,15 +24,12 @@ another part), E channels of the space that slides and reports share, W segment 
 """
 
 import argparse
-import ast
 import collections
 import contextlib
 import copy
 import ctypes
 import dataclasses
-import errno
 import functools
-import glob
 import hashlib
 import inspect
 import json
@@ -40,8 +37,6 @@ import math
 import os
 import re
 import sys
-import textwrap
-import time
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -94,20 +89,22 @@ class Config:
     @classmethod
     def from_dict(cls, values):
         """Raises UserError for a field that there is not, or a value that it cannot have."""
-        types = {f.name: f.type for f in dataclasses.fields(cls)}
-        given = {}
+        types, given = {f.name: f.type for f in dataclasses.fields(cls)}, {}
         for name, value in values.items():
-            check(name in types, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            kind, fits = types[name], isinstance(value, types[name])
+            kind = types.get(name)
+            check(kind, f"{cls.__name__} has no field {one_line(name)}: written by another version")
             if issubclass(kind, Config):
-                value, fits = kind.from_dict(value), True
-            elif kind in (int, float, tuple):
-                numbers = value if kind is tuple else [value]
-                numeric = (int,) if kind is int else (int, float)
-                most = {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
-                fits = all(type(x) in numeric and 0 <= x < most for x in numbers)
-            check(fits, f"{cls.__name__}: {name} cannot be {one_line(value)}")
-            given[name] = kind(value) if kind is tuple else value
+                value = kind.from_dict(value)
+            value = tuple(value) if kind is tuple else value
+            most = {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
+            for number in value if kind is tuple else [value] if kind in (int, float) else []:
+                fits = type(number) is int or type(number) is float and kind is not int
+                check(fits and 0 <= number < most, f"{cls.__name__}: {name} cannot be {one_line(value)}")
+            given[name] = value
+            check(
+                isinstance(value, kind) or kind is float,
+                f"{cls.__name__}: {name} cannot be {one_line(value)}",
+            )
         return cls(**given)
 
 
@@ -731,22 +728,14 @@ def _kernel_refuses(q, segments, dilations):
     """What the Triton kernels cannot take of this, or None."""
     if triton is None or int(triton.__version__.split(".")[0]) < 3:
         return 'triton 3 is not installed (Linux only); use impl="torch"'
-    B, L, H, D = q.shape
-    longest = min(max(segments), L)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    for what, fits in (
-        (f"tensors on {q.device} but on a GPU", q.is_cuda or interpreted),
-        (f"{q.dtype} but float32, bfloat16 or float16", q.element_size() < 8 and q.is_floating_point()),
-        (f"a head dim of {D} but from 16 to 128", 16 <= D <= 128),
-        (f"{B * H} heads in all but at most 65,535", B * H <= 65535),
-        (
-            f"so long a sequence, {L} in segments of {longest}",
-            max(L, longest * H * D, 2 * max(dilations)) < 2**31,
-        ),
-        (f"more than 65,535 segments of {min(segments)}", L <= 65535 * min(segments)),
-    ):
-        if not fits:
-            return f"the Triton kernels do not take {what}"
+    (B, L, H, D), longest = q.shape, min(max(segments), q.shape[1])
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the Triton kernels need a GPU, the tensors are on {q.device}"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 16 <= D <= 128:
+        return f"the Triton kernels take float32, bfloat16, float16 and head dims from 16 to 128, not {q.dtype}, {D}"
+    offsets, blocks = max(L, longest * H * D, 2 * max(dilations)), max(B * H, L // min(segments))
+    if offsets >= 2**31 or blocks > 65535:
+        return f"{B * H} heads in all, {L} tokens in segments of up to {longest}: too many for the Triton kernels"
     return None
 
 
@@ -817,28 +806,6 @@ class Pool(nn.Module):
         return pool_tokens(tokens, self.n)
 
 
-class SlideAttention(nn.Module):
-    """The projections before and after dilated attention, with LongNet's sub-LN."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.n_heads = cfg.heads
-        self.q_proj = nn.Linear(cfg.width, cfg.width)
-        self.k_proj = nn.Linear(cfg.width, cfg.width)
-        self.v_proj = nn.Linear(cfg.width, cfg.width)
-        self.inner_attn_ln = nn.LayerNorm(cfg.width, eps=1e-5)  # sub-LN: keeps deep networks stable
-        self.out_proj = nn.Linear(cfg.width, cfg.width)
-
-    def heads(self, x):
-        """[L,C] -> q, k, v, each [L,H,D]."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [L,C] each
-        return tuple(y.unflatten(1, (self.n_heads, -1)) for y in (q, k, v))
-
-    def merge(self, attended):
-        """[L,H,D] -> [L,C]."""
-        return self.out_proj(self.inner_attn_ln(attended.flatten(1)))
-
-
 class SlideFFN(nn.Module):
     """LongNet's feed-forward layer, [L,C] -> [L,C], with the sub-LN between its two matrices."""
 
@@ -873,8 +840,8 @@ def short_bias(L, H, segments, dilations, pad_keys):
 
 
 def attend_short(q, k, v, lengths, cfg):
-    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> the same, in one dense
-    call: branch by branch, so few tokens are all overhead."""
+    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> a list of [L,H,D], in one
+    dense call: branch by branch, so few tokens are all overhead."""
     longest = max(lengths)
     bias = torch.full((len(lengths), cfg.heads, longest, 1 + longest), -math.inf)
     bias[..., 0] = 0  # padding sees the zero key alone
@@ -887,17 +854,41 @@ def attend_short(q, k, v, lengths, cfg):
     )
     k, v = (F.pad(x, (0, 0, 1, 0)) for x in (k, v))  # [S,H,1+L,D]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.device, q.dtype))
-    return torch.cat([slide[:L] for slide, L in zip(attended.transpose(1, 2), lengths)])
+    return [slide[:L] for slide, L in zip(attended.transpose(1, 2), lengths)]
+
+
+class SlideAttention(nn.Module):
+    """Dilated attention within each slide, [sum of L,C] -> the same, with LongNet's sub-LN."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.q_proj = nn.Linear(cfg.width, cfg.width)
+        self.k_proj = nn.Linear(cfg.width, cfg.width)
+        self.v_proj = nn.Linear(cfg.width, cfg.width)
+        self.inner_attn_ln = nn.LayerNorm(cfg.width, eps=1e-5)  # sub-LN: keeps deep networks stable
+        self.out_proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x, lengths):
+        cfg, attended = self.cfg, []
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [sum of L,C] each
+        q, k, v = (y.unflatten(1, (cfg.heads, -1)) for y in (q, k, v))  # [sum of L,H,D]
+        if max(lengths) <= SHORT:
+            attended = attend_short(q, k, v, lengths, cfg)
+        else:
+            for slide in zip(*(y.split(lengths) for y in (q, k, v))):
+                slide = (y[None] for y in slide)  # [1,L,H,D]
+                attended += dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)
+        return self.out_proj(self.inner_attn_ln(torch.cat(attended).flatten(1)))
 
 
 class SlideLayer(nn.Module):
     """A LongNet layer over a packed sequence, [sum of L,C] -> the same: slides one after the other, `lengths`
-    the L of each. All but the attention is done token by token; the attention is done slide by slide."""
+    the L of each. All but the attention is done token by token."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
-        self.cfg, self.drop_path = cfg, drop_path
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.drop_path, self.dropout = drop_path, nn.Dropout(cfg.dropout)
         self.self_attn_layer_norm = nn.LayerNorm(cfg.width, eps=1e-5)
         self.self_attn = SlideAttention(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.width, eps=1e-5)
@@ -912,20 +903,8 @@ class SlideLayer(nn.Module):
             update = update * keep[:, None] / (1 - self.drop_path)
         return x + update
 
-    def attend(self, q, k, v, lengths):
-        """Dilated attention within each slide, [sum of L,H,D] each -> the same."""
-        cfg, attended = self.cfg, []
-        if max(lengths) <= SHORT:
-            return attend_short(q, k, v, lengths, cfg)
-        for slide in zip(*(x.split(lengths) for x in (q, k, v))):
-            slide = (x[None] for x in slide)  # [1,L,H,D]
-            attended += dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)
-        return torch.cat(attended)
-
     def forward(self, x, lengths):
-        q, k, v = self.self_attn.heads(self.self_attn_layer_norm(x))  # [sum of L,H,D] each
-        attended = self.self_attn.merge(self.attend(q, k, v, lengths))
-        x = self.residual(x, attended, lengths)
+        x = self.residual(x, self.self_attn(self.self_attn_layer_norm(x), lengths), lengths)
         return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
 
@@ -973,7 +952,7 @@ class SlideEncoder(nn.Module):
         slides = [self.norm(slide) for slide in self.encode(features, coords, lengths)]  # [1+N,C] each
         cls = torch.stack([slide[0] for slide in slides])  # [S,C]
         tokens = torch.cat([slide[1:] for slide in slides])  # [sum of N,C]
-        return cls, tokens if lengths else tokens.view(*coords.shape[:2], -1)
+        return cls, tokens.view(*coords.shape[:-1], -1)
 
     def visual_tokens(self, features, coords, lengths=None):
         """What the language model sees: the tiles in context, without CLS, pooled, then normed, [S,V,C]."""
@@ -1242,21 +1221,21 @@ CHAT_FORMATS = {
         "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant.<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        end="<|eot_id|>",
+        "<|eot_id|>",
         bos="<|begin_of_text|>",
     ),
     "chatml": ChatFormat(  # Qwen, SmolLM2
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
         "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        end="<|im_end|>",
+        "<|im_end|>",
         between="\n",
     ),
-    "mistral": ChatFormat("", "[INST] {}[/INST]", end="</s>", bos="<s>"),
+    "mistral": ChatFormat("", "[INST] {}[/INST]", "</s>", bos="<s>"),
     "vicuna": ChatFormat(  # LLaVA's vicuna_v1, and any model without special tokens for a chat
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
         "USER: {} ASSISTANT:",
-        end="</s>",
+        "</s>",
         bos="<s>",
     ),
 }
@@ -1535,13 +1514,6 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(update, self.lora_b)
 
 
-def merged(linear):
-    """-> the linear layer itself, a LoRALinear's with the update added to its weight."""
-    if not isinstance(linear, LoRALinear):
-        return linear
-    return add_update(linear.base, linear.lora_a, linear.lora_b, linear.scale)
-
-
 def replace_linears(llama, make):
     """Puts make(layer) in the place of each linear layer of the decoder's blocks (not of the lm_head), one
     at a time, so that memory never holds the model twice -> the llama."""
@@ -1561,6 +1533,12 @@ def add_lora(llama, rank, alpha, dropout=0.0):
 
 def merge_lora(llama):
     """Puts the sum of weights and adapters in the place of both -> the llama."""
+
+    def merged(linear):
+        if not isinstance(linear, LoRALinear):
+            return linear
+        return add_update(linear.base, linear.lora_a, linear.lora_b, linear.scale)
+
     return replace_linears(llama, merged)
 
 
@@ -1606,7 +1584,7 @@ def quantize_int8(llama):
     embedding stays, it is only looked up; where the lm_head is tied to it, a rounded copy gives the logits.
     """
     llama.lm_head = Int8Linear(llama.lm_head or llama.embed_tokens)
-    return replace_linears(llama, lambda linear: Int8Linear(merged(linear)))
+    return replace_linears(merge_lora(llama), Int8Linear)
 
 
 # ---- Files: read strictly, written whole or not at all -----------------------------------------------------
@@ -1658,18 +1636,15 @@ def reading(path, hint):
 
 @contextlib.contextmanager
 def writing(path):
-    """What the system refuses inside, a full disk above all, is an OSError that names the file: those of an
-    open file name none, and safetensors and torch raise errors of their own."""
+    """What the system refuses inside, a full disk above all, is an OSError that names the file: an open
+    file's names none, and safetensors and torch raise errors of their own."""
     try:
         yield
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
             raise
-        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or one_line(error)
-        raise OSError(number or errno.EIO, reason, str(path)) from None
-
-
-DAY = 24 * 3600  # seconds; nothing that is written stands still for so long
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise OSError(getattr(error, "errno", None), reason, str(path)) from None
 
 
 @contextlib.contextmanager
@@ -1678,12 +1653,8 @@ def replacing(path):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
     with writing(path):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.????????.part"):
-            with contextlib.suppress(FileNotFoundError):  # another run was faster
-                if time.time() - left.stat().st_mtime > DAY:  # by a run that was killed
-                    left.unlink()
-        temporary.touch(exist_ok=False)  # follows no link that lies in wait
         try:
+            temporary.touch(exist_ok=False)  # follows no link that lies in wait
             mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
             yield temporary
             temporary.chmod(mode)
@@ -1718,22 +1689,18 @@ def read_metadata(path):
         return file.metadata() or {}
 
 
-def read_checkpoint(path, hint=COPY_AGAIN):
-    """What a .safetensors or a PyTorch file holds, mapped and not copied. Nothing is ever unpickled."""
+def read_tensors(path, hint=COPY_AGAIN, named=True):
+    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied; nothing is ever unpickled.
+    named: whether it must be that, and not whatever else PyTorch wrote. Raises UserError."""
     with reading(path, hint):
         if Path(path).suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         mmap = zipfile.is_zipfile(path)  # PyTorch's format since 1.6
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-def read_tensors(path, hint=COPY_AGAIN):
-    """{name: tensor} of a .safetensors or a PyTorch file. Raises UserError for anything else."""
-    tensors = read_checkpoint(path, hint)
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    check(named, f"{path}: holds no named tensors but a {type(tensors).__name__}; {hint}")
-    return tensors
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        fits = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+        check(fits or not named, f"{path}: holds no named tensors but a {type(found).__name__}; {hint}")
+        return found
 
 
 def rename(key, table):
@@ -1767,14 +1734,13 @@ def load_strict(module, tensors, source, table=(), only=r".*"):
         elif name in given:
             problems["two keys of one parameter"].append(key)
         elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            dtype_too = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            wanted = list(expected[name].shape)
-            problems["wrong shapes"].append(f"{key} is {list(tensor.shape)}{dtype_too}, not {wanted}")
+            of = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
+            shapes = f"{list(tensor.shape)}{of}, not {list(expected[name].shape)}"
+            problems["wrong shapes"].append(f"{key} is {shapes}")
         given[name] = tensor
-    missing = [name for name in expected if name not in given]
-    if missing:
-        problems["missing keys"] = missing
-    texts = [f"{kind} ({len(keys)}): {few(keys)}" for kind, keys in problems.items()]
+    for name in expected.keys() - given:
+        problems["missing keys"].append(name)
+    texts = [f"{kind} ({len(keys)}): {few(sorted(keys))}" for kind, keys in problems.items()]
     check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
     module.load_state_dict(given, assign=True, strict=False)  # checked above
     return module
@@ -1931,44 +1897,34 @@ LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [Tr
 LORA_VALUES |= {"megatron_core": ["megatron.core"], "qalora_group_size": [16]}  # with others, which are off
 
 
-def read_lora_config(path, hint):
-    """adapter_config.json of a PEFT folder -> its rank, alpha. Raises UserError that names what is no plain
-    LoRA."""
+def merge_adapters(llama, folder):
+    """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update, once."""
+    path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
     c = read_json(path, hint)
     for name, value in c.items():
         plain = name in LORA_FREE.split() or value in [None, False, {}, [], "", *LORA_VALUES.get(name, [])]
         check(plain, f"{path}: {one_line(name)} {one_line(value)} is not supported: plain LoRA only")
-    with reading(path, hint):
-        rank, alpha = c["r"], float(c["lora_alpha"])
-        check(c["peft_type"] == "LORA" and math.isfinite(alpha), f"{path}: not LoRA's; {hint}")
-        return rank, alpha
-
-
-def merge_adapters(llama, folder):
-    """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update."""
-    path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
-    rank, alpha = read_lora_config(path, hint)
+    linears = {name: module for name, module in llama.named_modules() if isinstance(module, nn.Linear)}
     tensors = {rename(key, LLAMA_KEYS): tensor for key, tensor in read_folder(folder).items()}
     tensors.pop(None, None)  # the projector
-    check(tensors, f"{folder}: holds no adapters; {hint}")
-    linears = {name: module for name, module in llama.named_modules() if isinstance(module, nn.Linear)}
-    digest = hashlib.sha256(f"{rank} {alpha}".encode())
     with reading(path, hint):
+        rank, alpha = c["r"], float(c["lora_alpha"])
+        check(tensors and c["peft_type"] == "LORA" and math.isfinite(alpha), f"{folder}: no adapters; {hint}")
+        digest = hashlib.sha256(f"{rank} {alpha}".encode())
         for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
             name = key.removesuffix(".lora_A.weight")
             check(name in linears, f"{folder}: has adapters for {name}, which the language model lacks")
             linear, a, b = linears[name], tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
             fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
-            shapes = f"{list(a.shape)} and {list(b.shape)}"
             wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
+            shapes = f"{list(a.shape)} and {list(b.shape)}"
             check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
             add_update(linear, a, b, alpha / rank)
             digest.update(name.encode() + b.flatten()[:4096].float().numpy().tobytes())
     check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {few(tensors)}")
-    mark = digest.hexdigest()[:16]
-    twice = f"{folder}: the language model holds these adapters already; leave --lora out"
-    check(mark not in llama.cfg.adapters.split(), twice)
-    llama.cfg.adapters = f"{llama.cfg.adapters} {mark}".strip()
+    mark, held = digest.hexdigest()[:16], llama.cfg.adapters.split()
+    check(mark not in held, f"{folder}: the language model holds these adapters already; leave --lora out")
+    llama.cfg.adapters = " ".join([*held, mark])
 
 
 def load_llama(folder, dtype=None, lora=None):
@@ -1982,12 +1938,12 @@ def load_llama(folder, dtype=None, lora=None):
     adapters = (folder / "adapter_config.json").exists()
     check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
     tensors = read_folder(folder)
-    if cfg.tied:  # some store the embedding twice, and some an lm_head of its own, which wins
-        names = {rename(key, LLAMA_KEYS): key for key in tensors}
-        head, embedding = (tensors.get(names.get(name)) for name in ("lm_head.weight", "embed_tokens.weight"))
-        cfg.tied = head is None or torch.equal(head, embedding)
+    if cfg.tied:  # some store the embedding twice; an lm_head of its own wins, as in transformers
+        keys = {rename(key, LLAMA_KEYS): key for key in tensors}
+        head, words = (tensors.get(keys.get(name)) for name in ("lm_head.weight", "embed_tokens.weight"))
+        cfg.tied = head is None or words is None or torch.equal(head, words)
         if cfg.tied:
-            tensors.pop(names.get("lm_head.weight"), None)
+            tensors.pop(keys.get("lm_head.weight"), None)
     llama = load_strict(on_meta(Llama, cfg), tensors, folder, LLAMA_KEYS)
     if lora:
         merge_adapters(llama, Path(lora))
@@ -1997,13 +1953,13 @@ def load_llama(folder, dtype=None, lora=None):
 def load_projector(folder):
     """The projector in a folder, in LLaVA's `mm_projector.bin` or its like or among the model's or adapters'
     tensors -> (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
-    folder, found = Path(folder), {}
-    files = [folder / "mm_projector.safetensors", folder / "mm_projector.bin"]
-    files = [file for file in files if file.exists()]
-    for key, tensor in (read_tensors(files[0]) if files else read_folder(folder)).items():
-        name = rename(key, [*PROJECTOR_KEYS, (".*", None)])
-        if name:
-            found[name] = tensor
+    folder = Path(folder)
+    files = [
+        file for file in sorted(folder.glob("mm_projector.*")) if file.suffix in (".bin", ".safetensors")
+    ]
+    tensors = read_tensors(files[-1]) if files else read_folder(folder)
+    others = [*PROJECTOR_KEYS, (".*", None)]
+    found = {rename(key, others): tensor for key, tensor in tensors.items() if rename(key, others)}
     if not found:
         return None
     with reading(folder, "not a projector of two linear layers (mlp2x_gelu)"):
@@ -2125,12 +2081,8 @@ def geojson_tile(x, y, scale, origin=(0, 0), **properties):
 
 def visual_tokens_file(data, slide, cfg):
     """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
-    folder = Path(data) / "visual_tokens"
-    if cfg.no_slide_encoder:
-        folder /= "no-slide-encoder"
-    if cfg.max_tiles:
-        folder /= f"max-tiles-{cfg.max_tiles}"
-    return slide_file(folder, slide)
+    tiles = f"max-tiles-{cfg.max_tiles}" if cfg.max_tiles else ""
+    return slide_file(Path(data, "visual_tokens", "no-slide-encoder" * cfg.no_slide_encoder, tiles), slide)
 
 
 def read_visual_tokens(data, slide, cfg):
@@ -2142,26 +2094,9 @@ def read_visual_tokens(data, slide, cfg):
         return tokens
 
 
-@functools.cache
-def source(*classes):
-    """The text of classes, and of all of ours that they inherit from or name, functions also: whoever changes
-    a line of it gets another text."""
-    texts, waiting = {}, list(classes)
-    while waiting:
-        code = inspect.unwrap(waiting.pop())
-        ours = inspect.isclass(code) or inspect.isfunction(code)
-        if not ours or code in texts or code.__module__.partition(".")[0] in ("builtins", "torch"):
-            continue
-        texts[code] = textwrap.dedent(inspect.getsource(code))
-        names = vars(sys.modules[code.__module__])
-        used = {node.id for node in ast.walk(ast.parse(texts[code])) if isinstance(node, ast.Name)}
-        waiting += [*getattr(code, "__bases__", ()), *(names[name] for name in used & names.keys())]
-    return "".join(sorted(texts.values()))
-
-
 def made_by(model, data, slide):
-    """What a slide's visual tokens follow from, as a text: its features, and the slide encoder with its pool,
-    their weights and their code, so that whoever changes it gets new tokens."""
+    """What a slide's visual tokens follow from, as a text: its features, the slide encoder with its pool, and
+    their code: an edit of any file that holds one of its classes makes new tokens."""
     path, encoder = features_file(data, slide), model.slide_encoder
     with reading(path, PREPARE_AGAIN):
         tensors = read_tensors(path, PREPARE_AGAIN)
@@ -2169,23 +2104,22 @@ def made_by(model, data, slide):
         digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
         digest.update(tensors["coords"].numpy().tobytes())
         digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
-    digest.update(
-        source(type(model), *{type(part) for part in encoder.modules()} if encoder else ()).encode()
-    )
-    return (
-        f"{model.cfg.fingerprints.get('slide_encoder')} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
-    )
+    for name in sorted({type(part).__module__ for part in (encoder or model).modules()}):
+        if not name.startswith("torch."):
+            digest.update(inspect.getsource(sys.modules[name]).encode())
+    mark = model.cfg.fingerprints.get("slide_encoder")
+    return f"{mark} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
 
 
 def keep_visual_tokens(model, data, slide):
     """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
     be made from now -> whether it wrote them."""
-    path, mark, cfg = visual_tokens_file(data, slide, model.cfg), None, model.cfg
+    cfg, path = model.cfg, visual_tokens_file(data, slide, model.cfg)
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, cfg)
         mark = read_metadata(path).get("made_by")
-    if mark == IMPORTED_TOKENS or mark == made_by(model, data, slide):
-        return False
+        if mark == IMPORTED_TOKENS or mark == made_by(model, data, slide):
+            return False
     width = None if cfg.no_slide_encoder else cfg.slide_encoder.in_width
     features, coords = read_features(data, slide, cfg.max_tiles, width)
     check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
@@ -2265,14 +2199,16 @@ def pick_llm(args, meta):
     return folder, tokenizer
 
 
-def check_tile_encoder(cfg, meta, source):
+def check_tile_encoder(cfg, meta, path):
     """A slide encoder reads the features of the tile encoder that it was trained on, and no other's."""
-    for what, takes, given in (
-        ("takes tile features of width", cfg.in_width, meta["encoder"]["width"]),
-        ("was trained on features of the tile encoder", cfg.trained_on, meta["encoder"]["fingerprint"]),
-    ):
-        advice = "prepare the slides with the one that fits, or train stage 1 --from-scratch"
-        check(takes in ("", given), f"{source}: {what} {takes}, these are {given}: {advice}")
+    given, advice = (
+        meta["encoder"],
+        "prepare the slides with the one that fits, or train stage 1 --from-scratch",
+    )
+    what, takes = f"{path}: takes tile features of width {cfg.in_width}", cfg.trained_on
+    check(cfg.in_width == given["width"], f"{what}, these are {given['width']}: {advice}")
+    what = f"{path}: was trained on features of the tile encoder {takes}"
+    check(takes in ("", given["fingerprint"]), f"{what}, these are {given['fingerprint']}: {advice}")
 
 
 def pick_slide_encoder(args, meta, n_visual_tokens):
@@ -2290,29 +2226,27 @@ def pick_slide_encoder(args, meta, n_visual_tokens):
 def pick_projector(args, llm, width, cfg, stage):
     """The projector in --lora's or the language model's folder, if it takes visual tokens of this width
     (zero-padded to its own) and gives the language model's; before stage 2 else a new one. Says which."""
-    found = None
+    found, why = None, f"{args.lora or llm} holds none"
     for source in filter(None, (args.lora, llm)):
         found = load_projector(source)
-        if found is not None:
+        if found:
+            takes, gives = found[0].in_features, found[2].out_features
+            fits = takes >= width and gives == cfg.llama.width
+            why = f"that of {source} does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
             break
-    why = f"{args.lora or llm} holds none"
-    if found is not None:
-        takes, gives = found[0].in_features, found[2].out_features
-        why = f"that of {source} does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
-    fits = found is not None and takes >= width and gives == cfg.llama.width
+    found = found if found and fits else None
     untrained = f"{args.out}/stage{stage} holds no trained model: run python train.py --stage {stage} first"
-    check(fits or stage == 1, f"{untrained}; of published projectors, {why}")
+    check(found or stage == 1, f"{untrained}; of published projectors, {why}")
     if os.environ.get("RANK", "0") == "0":  # rank 0 only
-        print(f"Projector: {f'that of {source}' if fits else f'a new one, since {why}'}.", file=sys.stderr)
-    return found if fits else make_projector(max(cfg.pad_to, width), cfg.llama.width)
+        print(f"Projector: {f'that of {source}' if found else f'a new one, since {why}'}.", file=sys.stderr)
+    return found or make_projector(max(cfg.pad_to, width), cfg.llama.width)
 
 
 def load_trained(model, path):
     """Fills a model from what stage 2 or 3 wrote: projector, adapters, or with --full the language model."""
     tensors, pattern, cfg = read_tensors(path), r"mm_projector\..*", model.cfg
     if cfg.lora_rank:
-        with torch.device("meta"):
-            add_lora(model.llama, cfg.lora_rank, cfg.lora_alpha)
+        on_meta(add_lora, model.llama, cfg.lora_rank, cfg.lora_alpha)
         pattern += r"|llama\..*\.lora_[ab]"
     elif any(name.startswith("llama.") for name in tensors):
         pattern += r"|llama\..*"
@@ -2460,15 +2394,12 @@ def add_weights_flags(parser, tiles=True, rest=True):
     add = parser.group("weights, where they are not where they are looked for")
     if tiles:
         add("--tile-encoder", f"Prov-GigaPath's (default: {GIGAPATH}/pytorch_model.bin)", **FILE)
-    if not rest:
-        return
-    slide_encoder = f"Prov-GigaPath's (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
-    add("--slide-encoder", slide_encoder, **FILE)
-    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
-    add("--llm", llm, **DIR)
-    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **DIR)
-    chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
-    add("--chat-format", chat, choices=CHAT_FORMATS)
+    if rest:
+        add("--slide-encoder", f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)", **FILE)
+        add("--llm", f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})", **DIR)
+        add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **DIR)
+        chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
+        add("--chat-format", chat, choices=CHAT_FORMATS)
 
 
 def resolve_device(args):
@@ -2511,18 +2442,18 @@ def run(main, on_interrupt="interrupted"):
         stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Printable(sys.stdout), Printable(sys.stderr, bars=True)
     try:
-        utf8 = sys.getfilesystemencoding() == "utf-8"
-        check(utf8, "this locale's file names are not UTF-8; set PYTHONUTF8=1, then run the same command")
         main()
         sys.stdout.flush()
-    except UserError as error:
-        sys.exit(f"error: {one_line(error, 2000)}")
     except BrokenPipeError:  # the pipe's reader has left; Python's own last flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("error: the output was closed before all was printed")
     except OSError as error:
-        where = f"{one_line(error.filename, 1000)}: " if error.filename else ""
-        sys.exit(f"error: {where}{one_line(error.strerror or error)}; nothing that was finished is lost")
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(
+            f"error: {one_line(f'{where}{error.strerror or error}', 2000)}; nothing that was finished is lost"
+        )
+    except (UserError, UnicodeError) as error:
+        sys.exit(f"error: {one_line(error, 2000)}")
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
@@ -2547,12 +2478,10 @@ def peak_memory(device=None):
 def main():
     Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
     for preset, cfg in PRESETS.items():
-        model, tile_encoder = on_meta(WSILLaVA, cfg), on_meta(TileEncoder, cfg.tile_encoder)
-        parts = {"tile encoder": tile_encoder, "slide encoder": model.slide_encoder}
-        parts |= {"projector": model.mm_projector, "language model": model.llama}
-        sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()]
-        print(f"{preset:6}parameters: {', '.join(sizes)}")
-
+        model, sizes = on_meta(WSILLaVA, cfg), []
+        for part in (on_meta(TileEncoder, cfg.tile_encoder), *model.children()):
+            sizes.append(f"{type(part).__name__} {sum(p.numel() for p in part.parameters()):,}")
+        print(f"{preset:5} parameters: {', '.join(sizes)}")
     print("\nShapes, for a slide of 12 tiles through the demo's model")
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
 
