@@ -1271,16 +1271,6 @@ def slide_id(value):
     return name
 
 
-def check_row(row):
-    """Raises ValueError, or what Python raises over other types, where a row is not as write_qa writes it."""
-    values = [turn["value"] for turn in row["conversations"]]
-    texts = [row["id"], row["task"], row.get("cancer", ""), row["slide"], *values]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("its id, slide, task or texts are not all texts")
-    if [turn["from"] for turn in row["conversations"]] != ["human", "gpt"] * (len(values) // 2) or not values:
-        raise ValueError("its conversations do not alternate human and gpt")
-
-
 def read_closed(entry, question, answer):
     """A question and its answer with the options of a row, if there are any: a list, an object by letter, or
     columns A, B, C... -> (the question, an option a line; the answer, its letter first)."""
@@ -1406,7 +1396,7 @@ def read_qa(path):
     empty, are left out, and counted. Raises UserError that names the line or the item.
     """
     path, rows, left_out = Path(path), [], collections.defaultdict(list)
-    check(path.is_file(), f"{path}: no such file (--qa)")
+    check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
         entries = read_entries(path)
     for number, (where, entry) in enumerate(entries, 1):
@@ -1456,13 +1446,18 @@ def named_split(path):
     return named.pop() if len(named) == 1 else None
 
 
+def patient_of(slide):
+    """The patient's barcode at the head of a slide's name in TCGA, or None."""
+    barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
+    return barcode[0].upper() if barcode else None
+
+
 def find_leaks(splits, drop):
     """Says what training shares with the other splits {name: rows} -> the rows of training that share
     nothing."""
 
-    def marks(row):  # what must not be on both sides: a slide, and TCGA's patient
-        barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", row["slide"], re.I)
-        return {("slide", row["slide"]), ("patient", barcode[0].upper() if barcode else row["slide"])}
+    def marks(row):  # what must not be on both sides
+        return {("slide", row["slide"]), ("patient", patient_of(row["slide"]) or row["slide"])}
 
     shared = set().union(*map(marks, splits["train"]))
     shared &= set().union(*map(marks, splits["test"] + splits["val"]))
