@@ -25,17 +25,15 @@ import math
 import os
 import re
 import sys
-import textwrap
 import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import prepare
@@ -48,30 +46,18 @@ from wsi_llava import TILE, UserError, check, count, one_line, read_features, re
 def load_model(args):
     """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError."""
     model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3, int8=args.int8)
-    if args.max_tiles:
-        model.cfg.max_tiles = args.max_tiles  # read_features draws them, the same ones for every model
+    model.cfg.max_tiles = (
+        args.max_tiles or model.cfg.max_tiles
+    )  # read_features draws the same for every model
     return model.to(args.device), tokenizer
-
-
-def check_output(path, mark):
-    """Refuses to replace what is not this command's own earlier output, which has the mark near its beginning."""
-    check(path.parent.is_dir(), f"{path}: the folder {path.parent} does not exist; make it first")
-    check(path.is_file() or not path.exists(), f"{path}: not a file; name another")
-    if path.exists():
-        with open(path, "rb") as file:
-            beginning = file.read(400)
-        what = "exists, and is no earlier output of this command; name another file, or move it away"
-        check(not beginning or mark.encode() in beginning, f"{path}: {what}")
 
 
 def prepare_raw(args, name):
     """--slide's file or name -> the name of a slide in data/. A file is prepared first, like any other."""
-    if wsi_llava.is_slide_name(name):
-        imported = args.data / "visual_tokens" / f"{name}.safetensors"
-        if wsi_llava.features_file(args.data, name).exists() or imported.exists():
-            return name
-    none = f"--slide {name}: neither a file nor the name of a slide in {args.data}/features"
-    check(Path(name).exists(), none)
+    folders = [args.data / "features", args.data / "visual_tokens"]
+    if wsi_llava.is_slide_name(name) and any((x / f"{name}.safetensors").exists() for x in folders):
+        return name
+    check(Path(name).exists(), f"--slide {name}: neither a file nor the name of a slide in {folders[0]}")
     raw = prepare.find_slides([name])
     check(len(raw) == 1, f"--slide {name}: holds {len(raw)} slides; name one")
     failures = prepare.prepare_slides(prepare.with_defaults(args), raw)
@@ -81,16 +67,14 @@ def prepare_raw(args, name):
 
 @torch.inference_mode()
 def zero_shot(args, slide, texts):
-    """Prints the probability of each text: softmax of its scaled similarity to the slide, in stage 1's space."""
+    """Prints each text's probability: softmax of its scaled similarity to the slide, in the space of stage 1."""
     cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = read_features(args.data, slide, args.max_tiles or cfg.max_tiles)
     check(len(features), f"--slide {slide}: no tissue was found on it; look at {args.data}/qc/{slide}.jpg")
     features, coords = features.to(args.device, torch.float32), coords.to(args.device)
-    embedded = model.embed_slides(features, coords, [len(features)])
     ids = [tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts]
-    similarity = embedded @ model.embed_words(ids, words).T  # [1,texts]
-    shares = (model.logit_scale.exp().clamp(max=100) * similarity)[0].softmax(-1)
-    print(f"{slide}: model of {args.out}/stage1 on {args.device}.")
+    similarity = model.embed_slides(features, coords, [len(features)]) @ model.embed_words(ids, words).T
+    shares = (model.logit_scale.exp().clamp(max=100) * similarity)[0].softmax(-1)  # [texts]
     for i in shares.argsort(descending=True).tolist():
         print(f"{shares[i]:8.4f}  {texts[i]}")
 
@@ -103,65 +87,55 @@ class Chat:
         like = model.mm_projector[0].weight
         self.cache = wsi_llava.KVCache(model.cfg.llama, 1, model.cfg.llama.context, like.device, like.dtype)
         self.tail = []  # the last reply's tokens that the cache does not hold yet
-        self.tokens, self.answer = 0, ""  # of the last reply
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
         # The first question brings the slide. A later one goes on where the cache ends: after the last answer,
         # less the token or two that generate() yielded and did not read.
-        turn, visual = {"from": "human", "value": question}, None
-        if not self.cache.length:
-            ids, visual = self.tokenizer.encode_chat(wsi_llava.slide_first([turn]))[0], [self.visual]
-        else:
-            question = wsi_llava.without_image(question)
+        turn, visual, ends = {"from": "human", "value": question}, [self.visual], self.tokenizer.ends
+        ids = self.tokenizer.encode_chat(wsi_llava.slide_first([turn]))[0]
+        if self.cache.length:
+            question, visual = wsi_llava.without_image(question), None
             ids = self.tail + self.tokenizer.encode_turn(question, first=False)
-        said, self.tokens, self.answer, ends = [], 0, "", self.tokenizer.ends
+        said, shown, text = [], "", ""
         for (token,) in self.model.generate(visual, [ids], ends=ends, cache=self.cache, **self.options):
-            self.tokens += 1
             self.tail = [self.tokenizer.eos] if token in ends else [token, self.tokenizer.eos]
             said += [] if token in ends else [token]
             text = self.tokenizer.decode(said)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
-                yield text[len(self.answer) :]
-                self.answer = text
-        text = self.tokenizer.decode(said)
-        yield text[len(self.answer) :]
-        self.answer = text
+                yield text[len(shown) :]
+                shown = text
+        yield text[len(shown) :]
 
 
 def questions_of(args):
-    """--ask, or the lines of a person or a pipe until the input ends."""
-    talking = sys.stdin.isatty()
+    """Yields --ask, or the lines of a person or a pipe until the input ends."""
     if args.ask:
         yield args.ask
         return
-    if talking:
+    if sys.stdin.isatty():
         print("Ask about the slide; the end of the input (Ctrl-D) ends the chat.")
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 cost their own line only
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
     with contextlib.suppress(EOFError):
         while True:
-            yield input("> " if talking else "").strip()
+            yield input("> " if sys.stdin.isatty() else "").strip()
 
 
 def talk(args, chat):
-    """Streams the answers to all questions. A line that cannot be answered costs itself, in a chat."""
-    tokens, seconds = 0, 0.0
+    """Streams the answers to all questions -> the last one."""
+    answer = ""
     for question in filter(None, questions_of(args)):
-        started = time.time()
+        started, answer = time.time(), ""
         try:
-            text = question.encode(errors="replace").decode() == question
-            check(text, "the line is not UTF-8; type it again")
             for piece in chat.reply(question):
                 print(piece, end="", flush=True)
-            print()
-            tokens, seconds = tokens + chat.tokens, seconds + time.time() - started
-        except UserError as error:
-            if args.ask:
-                raise
+                answer += piece
+            print(f"\n({time.time() - started:.1f} s)")
+        except UserError as error:  # in a chat a question that cannot be answered costs itself
+            check(not args.ask, str(error))
             print(f"error: {one_line(error)}", file=sys.stderr)
-    peak = wsi_llava.peak_memory(args.device) / 1e9
-    print(f"{tokens} tokens, {tokens / max(seconds, 1e-9):.1f} tokens/s, peak memory {peak:.2f} GB.")
+    return answer
 
 
 def ask_about_slide(args):
@@ -174,63 +148,52 @@ def ask_about_slide(args):
     check(not problems, f"--slide {slide}: {problems.get(slide)}")
     visual = wsi_llava.read_visual_tokens(args.data, slide, model.cfg)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed")}
-    chat = Chat(model, tokenizer, visual, **options)
-    trained, dtype = args.out / "stage3", str(args.dtype).removeprefix("torch.")
-    origin = f"model of {trained}" if trained.exists() else "published model"
-    where = f"{origin} on {args.device} in {dtype}, {time.time() - started:.1f} s"
-    print(f"{slide}: {len(visual)} visual tokens; {where}.")
-    talk(args, chat)
+    print(f"{slide}: {len(visual)} visual tokens, on {args.device}, {time.time() - started:.1f} s.")
+    answer = talk(args, Chat(model, tokenizer, visual, **options))
+    print(f"Peak memory {wsi_llava.peak_memory(args.device) / 1e9:.2f} GB.")
     if args.heatmap:
-        explain(args, model, tokenizer, slide, chat.answer)
+        explain(args, model, tokenizer, slide, answer)
 
 
 # ---- Where the answer comes from ---------------------------------------------------------------------------
 #
-# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the
-# way from a slide on which every tile is the average tile to the real one, the gradient with respect to the tiles'
-# features, through the language model, projector, pool and slide encoder, times the change of the features. The
-# shares of all tiles add up to log p(answer | slide) - log p(answer | average tiles), in nats.
+# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on
+# the way from a slide of average tiles to the real one, the gradient with respect to the tiles' features,
+# through all of the model, times their change. The shares add up to what the slide does for the answer, in nats.
 #
-# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that is
-# read need not be where the evidence lies. On 50 held-out slides of a toy cohort, whose evidence was planted, of the
-# ways tried: how often the hottest tile holds it, and its relevance over the mean tile's.
-#
-#     chance                                                                      3%     1.0
-#     attention; attention times its gradient, rolled out (arXiv 2103.15679)      2%     1.0
-#     gradient times features, at the real slide alone                           48%     4.8
-#     integrated gradients                                                      100%    29.5
+# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that
+# is read need not be where the evidence lies. Tried on 50 toy slides with planted evidence, the hottest tile held
+# it in 3% by chance, 2% by attention, also rolled out with its gradient (arXiv 2103.15679), 48% by gradient times
+# features at the real slide alone, and 100% by integrated gradients.
 
 PASSES = 32  # forward and backward, at the midpoints of as many steps from the average tile to the real ones
 PANEL = 560  # pixels of a panel's longer side
 # Pale to dark, evenly in lightness: read rightly in grey, and by the colour-blind.
 ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 90), (60, 10, 85)])
-HEATMAP_MARK = "wsi-llava heatmap"  # in the written files, so that only these are replaced
 
 
 def tile_relevance(model, tokenizer, features, coords, question, answer):
     """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against).
 
-    features [N,C_tile], coords [N,2] as in data/features. The weights stay frozen and layers are recomputed in the
-    backward pass, so memory is the model's and one layer's.
-    """
+    features [N,C_tile], coords [N,2] as in data/features. The weights stay frozen and layers are recomputed in
+    the backward pass, so memory is the model's and one layer's."""
     check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
     turns = wsi_llava.slide_first([{"from": "human", "value": question}])
     ids, labels = tokenizer.encode_chat([*turns, {"from": "gpt", "value": answer}])
     labels[-1] = wsi_llava.IGNORE  # the </s> after the answer
     room = model.llama.cfg.context - model.cfg.n_visual_tokens + 1  # an answer may have filled the context
-    ids, labels = ids[:room], labels[:room]
     model.requires_grad_(False)
-    for part in (model.llama, model.slide_encoder):
-        if part is not None:
-            part.checkpointing = True
+    for part in filter(None, (model.llama, model.slide_encoder)):
+        part.checkpointing = True
     features = features.to(model.device, torch.float32)
     average = features.mean(0).expand_as(features)
 
     def logp(tiles):
-        return -model(model.encode_slide(tiles, coords)[None], [ids], [labels], "sum")
+        visual = model.encode_slide(tiles, coords)[None]
+        return -model(visual, [ids[:room]], [labels[:room]], "sum")
 
-    # A model that is sure of itself changes its mind within a hundredth of the way. So log p is looked at first, and
-    # again ever closer up: half of the steps then lie where it changes.
+    # A model that is sure of itself changes its mind within a hundredth of the way. So log p is looked at first,
+    # and again ever closer up: half of the steps then lie where it changes.
     even = ends = np.linspace(0, 1, PASSES + 1)
     for _ in range(3):
         with torch.no_grad():
@@ -252,46 +215,14 @@ def colours(relevance):
     return np.stack([np.interp(shares, stops, channel) for channel in ANCHORS.T], -1).astype(np.uint8)
 
 
-def find_slide(args, name):
-    """The file of a prepared slide -> what prepare.Slide takes to open it as it was prepared."""
-    place = Path(args.slide) if Path(args.slide).exists() else args.data / "slides"
-    file = prepare.find_slides([place]).get(name) if place.exists() else None
-    check(file, f"{name}: its file is not in {place}; give --slide its path")
-    scale = wsi_llava.feature_metadata(wsi_llava.features_file(args.data, name))["scale"]
-    target = wsi_llava.read_meta(args.data)["mpp"]
-    return file, target / scale, target
-
-
-def write_heatmaps(paths, source, coords, relevance, title):
-    """--heatmap's files. Stands in a process of its own: a damaged slide may kill who opens it."""
-    slide = prepare.Slide(*source)
-    for path in paths:
-        if path.suffix == ".png":
-            draw_heatmap(path, slide, coords, relevance, title)
-        else:
-            save_geojson(path, slide, coords, relevance)
-
-
 def draw_heatmap(path, slide, coords, relevance, title):
-    """One picture: the slide's tiles, the tiles coloured by their relevance, and the nine most relevant ones.
-
-    slide: a prepare.Slide, or its like. coords [N,2], relevance [N]: numpy. title: lines.
-    """
-    pixel = max(slide.width, slide.height) / PANEL  # tiled pixels per pixel of the picture
-    picture, shades = slide.thumbnail(pixel), colours(relevance)
-    large, small, cell = ImageFont.load_default(22), ImageFont.load_default(15), PANEL // 3
-    title = [part for line in title for part in textwrap.wrap(line, 150, max_lines=3, placeholder=" ...")]
-    top, width = 70 + 30 * len(title), 3 * PANEL + 4 * 24
-    canvas = Image.new("RGB", (width, top + PANEL + 24), "white")
+    """A picture: a prepare.Slide with its tiles, these coloured by their relevance, and the nine most relevant.
+    coords [N,2], relevance [N]: numpy. title: lines."""
+    pixel, cell = max(slide.width, slide.height) / PANEL, PANEL // 3  # tiled pixels per pixel of the picture
+    picture, shades, font, top = slide.thumbnail(pixel), colours(relevance), ImageFont.load_default(18), 90
+    canvas = Image.new("RGB", (3 * PANEL + 96, top + PANEL + 24), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(title):
-        draw.text((24, 20 + 30 * i), line, "black", large)
-    panels = (
-        f"the slide and its {len(coords):,} tiles",
-        f"relevance to the answer, dark: {relevance.max():.2g} nats",
-    )
-    for i, words in enumerate((*panels, "the most relevant tiles, in nats")):
-        draw.text((24 + i * (PANEL + 24), top - 10), words, (90, 90, 90), small, "ls")
+    draw.text((24, 16), "\n".join(one_line(line, 150) for line in title), "black", font, spacing=10)
     # The tissue shows through the colours.
     faded = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.3)
     outlined, filled = ImageDraw.Draw(picture, "RGBA"), ImageDraw.Draw(faded, "RGBA")
@@ -307,36 +238,46 @@ def draw_heatmap(path, slide, coords, relevance, title):
         tile = Image.fromarray(slide.tile(*coords[n].tolist())).convert("RGB")
         canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
-        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} at {at}", (90, 90, 90), small)
-    made_by = PngImagePlugin.PngInfo()
-    made_by.add_text("Software", HEATMAP_MARK)
+        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} nats at {at}", "black", ImageFont.load_default(14))
     with wsi_llava.replacing(path) as temporary:
-        canvas.save(temporary, "PNG", pnginfo=made_by)
+        canvas.save(temporary, "PNG")
 
 
 def save_geojson(path, slide, coords, relevance):
-    """The tiles for QuPath: squares in level-0 pixels of the slide, the relevance as a measurement (Measure > Show
-    measurement maps)."""
+    """The tiles for QuPath, the relevance as a measurement (Measure > Show measurement maps)."""
     tiles = []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), colours(relevance).tolist()):
         facts = {"color": shade, "measurements": {"relevance": value}}
         tiles.append(wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **facts))
-    write_text(path, json.dumps({"type": "FeatureCollection", "made_by": HEATMAP_MARK, "features": tiles}))
+    write_text(path, json.dumps({"type": "FeatureCollection", "features": tiles}))
+
+
+def write_heatmaps(paths, source, coords, relevance, title):
+    """--heatmap's files. source: what prepare.Slide takes."""
+    slide = prepare.Slide(*source)
+    for path in paths:
+        if path.suffix == ".png":
+            draw_heatmap(path, slide, coords, relevance, title)
+        else:
+            save_geojson(path, slide, coords, relevance)
 
 
 def explain(args, model, tokenizer, name, answer):
     """--heatmap: which tiles of the slide made the model answer --ask so."""
-    source = find_slide(args, name)
+    place = Path(args.slide) if Path(args.slide).exists() else args.data / "slides"
+    file = prepare.find_slides([place]).get(name) if place.exists() else None
+    check(file, f"{name}: its file is not in {place}; give --slide its path")
+    scale = wsi_llava.feature_metadata(wsi_llava.features_file(args.data, name))["scale"]
+    target = wsi_llava.read_meta(args.data)["mpp"]
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer).numpy()
-    print(
-        f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer; of its "
-        f"{count(len(coords), 'tile')} the one that adds most adds {relevance.max():.2f}."
-    )
+    print(f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer.")
     if relevance.sum() < 0.1:
         print("So little means that average tiles get this answer too: no tile made it what it is.")
     title = [f"{name}: {args.ask}", f"Answer: {answer}"]
-    prepare.apart(source[0], write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
+    source = file, target / scale, target  # the um/px that it was prepared with
+    # In a process of its own: a damaged slide may kill who opens it.
+    prepare.apart(file, write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
     print(f"Wrote {' and '.join(map(str, args.heatmap))}")
 
 
@@ -362,8 +303,7 @@ STYLES = {
 
 
 def choices(question):
-    """The options of a question: "... A) Adenocarcinoma B. Sarcoma" -> {"A": "Adenocarcinoma", "B":
-    "Sarcoma"}."""
+    """The options of a question: "Which? A) Glands B. Sheets" -> {"A": "Glands", "B": "Sheets"}."""
     for labels, pattern in STYLES.items():
         marks = []  # A, B, C, ... in this order; a stray "protein B." inside an option is passed over
         for match in re.finditer(rf"(?<![!-~]){pattern}", question):
@@ -430,21 +370,12 @@ def parse_yes_no(text):
 
 
 @functools.lru_cache(1 << 16)  # asked for each system's answer
-def closed_options(question, truth):
-    """The options of a closed question, {label: text}; those of yes/no are "yes" and "no". {} for an open
-    one."""
-    options = choices(question)
-    if options and parse_choice(truth, options):
-        return options
-    return {"yes": "Yes", "no": "No"} if re.fullmatch(r"\W*(yes|no|true|false)\W*", truth, re.I) else {}
-
-
 def closed_parser(question, truth):
     """For a closed question, the function that reads its answers; None for an open one."""
-    options = closed_options(question, truth)
-    if "yes" in options:
-        return parse_yes_no
-    return functools.partial(parse_choice, options=options) if options else None
+    options = choices(question)
+    if options and parse_choice(truth, options):
+        return functools.partial(parse_choice, options=options)
+    return parse_yes_no if re.fullmatch(r"\W*(yes|no|true|false)\W*", truth, re.I) else None
 
 
 # ---- Many questions ----------------------------------------------------------------------------------------
@@ -454,39 +385,30 @@ FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "
 ROOM = 4e9  # bytes of keys and values, of all questions that are answered at once
 
 
-def read_lines(path, mark):
-    """A JSON lines file of ours, if there is one -> (its objects, their bytes). Half a last line, which a kill
-    left, is none; a whole one without its end is one. mark: how such a file begins."""
+def read_lines(path):
+    """A JSON lines file of ours, if there is one -> its objects. Half a last line, which a kill left, is none."""
     with reading(path, "not what sample.py writes; name another, or move it away"):
-        data = path.read_bytes() if path.exists() else b""
-        what = "exists, and is no earlier output of this command; name another file, or move it away"
-        check(data.startswith(mark[: len(data)]), f"{path}: {what}")
-        lines = data.splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            try:
-                json.loads(lines[-1])
-            except ValueError:
-                lines.pop()
-        return [json.loads(line) for line in lines], sum(map(len, lines))
+        *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
+        with contextlib.suppress(ValueError):  # whole, without its line end
+            lines += [last] if json.loads(last) else []
+        objects = [json.loads(line) for line in lines]
+        check(objects or last[:2] in (b"", b'{"'), f"{path}: no earlier output of sample.py; move it away")
+        return objects
 
 
-def open_lines(path, mark):
-    """-> (read_lines' objects, the file to append to)."""
+def open_lines(path):
+    """-> (read_lines' objects, the file to append to, without half a line)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    objects, size = read_lines(path, mark)
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    os.truncate(path, size)
-    if size and not path.read_bytes().endswith(b"\n"):
-        file.write("\n")
-    return objects, file
+    objects = read_lines(path)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in objects))
+    return objects, open(path, "a", encoding="utf-8")
 
 
 def read_predictions(path):
-    """-> (settings, {n: row}). Of a question that was missing first and answered later, the later row counts."""
-    lines, _ = read_lines(path, b'{"settings"')
-    check(lines, f"{path}: holds no predictions; sample.py --qa FILE makes them")
+    """-> (settings, {n: row})."""
     with reading(path, "not what sample.py --qa writes; name another"):
-        return lines[0]["settings"], {row["n"]: row for row in lines[1:]}
+        first, *lines = read_lines(path)
+        return first["settings"], {row["n"]: row for row in lines}
 
 
 def read_questions(files, data=None):
@@ -497,8 +419,10 @@ def read_questions(files, data=None):
         kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
     check(kept, f"{', '.join(map(str, files))}: only questions for training; name a file of test questions")
     if data:
-        paths = itertools.chain(data.glob("features/*.safetensors"), data.glob("visual_tokens/*.safetensors"))
-        kept = prepare.match_slides(kept, {path.stem for path in paths})
+        names = {
+            path.stem for folder in ("features", "visual_tokens") for path in (data / folder).glob("*.*")
+        }
+        kept = prepare.match_slides(kept, names)
     for row in kept:
         turns = row["conversations"]
         for k in range(0, len(turns), 2):
@@ -517,18 +441,17 @@ def by_length(prompts, at_once):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, group in itertools.groupby(order, lambda i: len(prompts[i])):
         group = list(group)
-        for start in range(0, len(group), at_once):
-            yield group[start : start + at_once]
+        yield from (group[start : start + at_once] for start in range(0, len(group), at_once))
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
-    """Answers to the last question of each row of the dataset, in the rows' order. visual: {slide: visual tokens
-    [V,C]}, or None to ask without the slide."""
+    """Answers to the last question of each row, in the rows' order. visual: {slide: visual tokens [V,C]}, or None to
+    ask without the slide."""
     prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
     cfg, answers = model.cfg.llama, [None] * len(rows)
     positions = max(map(len, prompts)) + max_new_tokens + model.cfg.n_visual_tokens
-    position = 2 * cfg.depth * cfg.kv_heads * cfg.head_dim * model.mm_projector[0].weight.element_size()
-    for group in by_length(prompts, max(1, min(64, int(ROOM / position / positions)))):
+    bytes_each = 2 * cfg.depth * cfg.kv_heads * cfg.head_dim * model.mm_projector[0].weight.element_size()
+    for group in by_length(prompts, max(1, min(64, int(ROOM / bytes_each / positions)))):
         slides = visual and [visual[rows[i]["slide"]] for i in group]
         steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, ends=tokenizer.ends)
         for i, ids in zip(group, zip(*steps)):
@@ -541,76 +464,58 @@ def answer_file(args):
     again. Of a dialogue every question is asked, after the true earlier answers."""
     check(not args.temperature, "--temperature: --qa answers greedily, so that its table can be made again")
     rows, (model, tokenizer), path = read_questions(args.qa, args.data), load_model(args), args.predictions
-    settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "seed": args.seed}
+    settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "asked": len(rows)}
     settings |= {"model": wsi_llava.fingerprint(model), "dtype": str(args.dtype), "baselines": args.baselines}
-    settings |= {"max_new_tokens": args.max_new_tokens, "max_tiles": model.cfg.max_tiles}
-    lines, file = open_lines(path, b'{"settings"')
+    settings |= {"max_new_tokens": args.max_new_tokens, "max_tiles": model.cfg.max_tiles, "seed": args.seed}
+    lines, file = open_lines(path)
     if not lines:
-        lines = [{"settings": settings}]
-        print(json.dumps(lines[0]), file=file, flush=True)
+        print(json.dumps({"settings": settings}), file=file, flush=True)
+    old, done = read_predictions(path)
     for name, value in settings.items():
-        made = f"{path} was made with {name} {lines[0]['settings'].get(name)}, not {value}"
-        check(lines[0]["settings"].get(name) == value, f"{made}; name another --predictions")
+        made = f"{path} was made with {name} {old.get(name)}, not {value}"
+        check(old.get(name) == value, f"{made}; name another --predictions")
     slides = list(dict.fromkeys(row["slide"] for row in rows))
     bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides, bar)
-    # {field: {slide: the one to show in its place}, or None}: many questions tell their answer without the slide.
     good = [slide for slide in slides if slide not in problems]
-    views = {"answer": dict(zip(good, good))}
-    if args.baselines:  # everyone gets another's slide, unless there is only one
-        order = np.random.default_rng(args.seed).permutation(good).tolist()
+    # {field: {slide: the one to show in its place}, or None}; everyone gets another's, unless there is only one
+    views, order = (
+        {"answer": dict(zip(good, good))},
+        np.random.default_rng(args.seed).permutation(good).tolist(),
+    )
+    if args.baselines:
         views |= {"answer_no_image": None, "answer_shuffled": dict(zip(order, order[1:] + order[:1]))}
-    answered = {row["n"]: row["answer"] is not None for row in lines[1:]}
-    todo = [row for row in rows if not answered.get(row["n"])]
-    print(
-        f"{len(rows):,} questions about {len(slides):,} slides, {len(rows) - len(todo):,} answered. Asks into {path}."
-    )
-    prompts, why, room = (
-        [prompt_ids(tokenizer, row) for row in todo],
-        collections.Counter(),
-        model.llama.cfg.context,
-    )
+    prompts, room = [prompt_ids(tokenizer, row) for row in rows], model.llama.cfg.context
+    long = {n for n, ids in enumerate(prompts) if len(ids) + model.cfg.n_visual_tokens > room}
+    todo = [row for row in rows if row["n"] not in done.keys() | long and row["slide"] not in problems]
+    print(f"{len(rows):,} questions about {len(slides):,} slides, {len(todo):,} to ask, into {path}.")
     with wsi_llava.writing(path), file, tqdm(total=len(todo), unit="question") as bar:
-        for group in by_length(prompts, 64):
-            long, group = len(prompts[group[0]]) + model.cfg.n_visual_tokens > room, [todo[i] for i in group]
-            for row in group:
-                row["missing"] = "the prompt is too long" if long else problems.get(row["slide"])
-            here = [row for row in group if not row["missing"]]
-            for field, instead in views.items() if here else ():
-                names = {row["slide"]: instead[row["slide"]] for row in here} if instead else {}
-                visual = {
-                    x: wsi_llava.read_visual_tokens(args.data, y, model.cfg) for x, y in names.items()
-                } or None
-                for row, answer in zip(
-                    here, answer_rows(model, tokenizer, here, visual, args.max_new_tokens)
-                ):
-                    row[field] = answer
-            for row in group:
+        for group in by_length([prompts[row["n"]] for row in todo], 64):
+            group, answers = [todo[i] for i in group], {}
+            for field, instead in views.items():
+                names = {row["slide"]: instead[row["slide"]] for row in group} if instead else {}
+                visual = {x: wsi_llava.read_visual_tokens(args.data, y, model.cfg) for x, y in names.items()}
+                answers[field] = answer_rows(model, tokenizer, group, visual or None, args.max_new_tokens)
+            for row, *found in zip(group, *answers.values()):
+                row = row | dict(zip(answers, found))
                 del row["conversations"]
-                if row["missing"] is None or row["n"] not in answered:
-                    print(json.dumps({"answer": None} | row, ensure_ascii=False), file=file, flush=True)
-                why[row["missing"]] += 1
+                print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
             bar.update(len(group))
-    for reason, n in why.most_common(5):
-        print(
-            f"{count(n, 'question')} not answered: {reason}"
-            if reason
-            else f"Answered {count(n, 'question')}."
-        )
+    print(f"Answered {count(len(todo), 'question')}; {len(long)} are too long.")
+    for slide, why in list(problems.items())[:5]:
+        print(f"No answers about {slide}: {why}")
 
 
 # ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers --------
 
 
 def tokenize(text):
-    """Words and punctuation, in their own case: what nltk.word_tokenize makes of 99.5% of WSI-Bench's
-    answers."""
+    """Words and punctuation: what nltk.word_tokenize makes of 99.5% of WSI-Bench's answers."""
     return re.findall(r"\w+(?:[-./+=,]+\w+)*\+?|'\w+|[^\w\s]", text)
 
 
 def bleu(reference, candidate):
-    """Tokens -> [BLEU-1, ..., BLEU-4] of one sentence with nltk's smoothing method 4 (Chen and Cherry
-    2014)."""
+    """Tokens -> [BLEU-1, ..., BLEU-4] of a sentence, smoothed by nltk's method 4 (Chen and Cherry 2014)."""
 
     def ngrams(tokens, n):
         return collections.Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
@@ -631,27 +536,17 @@ def bleu(reference, candidate):
 
 def common_words(x, y):
     """The words of a longest common subsequence of x and y."""
-    table = [[0] * (len(y) + 1)]
+    above = [()] * (len(y) + 1)
     for a in x:
-        above, row = table[-1], [0]
+        row = [()]
         for j, b in enumerate(y):
-            row.append(above[j] + 1 if a == b else max(above[j + 1], row[j]))
-        table.append(row)
-    words, i, j = set(), len(x), len(y)
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            i, j = i - 1, j - 1
-            words.add(x[i])
-        elif table[i - 1][j] > table[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return words
+            row.append((*above[j], a) if a == b else max(row[j], above[j + 1], key=len))
+        above = row
+    return set(above[-1])
 
 
 def rouge_l(reference, candidate):
-    """Tokens -> ROUGE-L's F as the `rouge` package has it: over sets of words, all sentences' subsequences
-    united."""
+    """Tokens -> ROUGE-L's F as the `rouge` package has it: of sets of words, all sentences' united."""
     sides = []
     for tokens in (reference, candidate):
         sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
@@ -715,39 +610,19 @@ def last_json(text, read):
         try:
             return read(json.JSONDecoder().raw_decode(text, start)[0])
         except UNUSABLE as error:
-            if problem is None or isinstance(problem, json.JSONDecodeError):
-                problem = error
+            problem = error if problem is None or isinstance(problem, json.JSONDecodeError) else problem
     raise problem or ValueError("holds no JSON")
-
-
-def read_claims(reply, least):
-    """{"claims": [...]} -> its texts, at least so many. Raises what is UNUSABLE for another form."""
-    claims = reply["claims"]
-    if not isinstance(claims, list) or len(claims) < least or not all(re.search(r"\w", x) for x in claims):
-        raise ValueError(f'"claims" must be a list of {least} texts or more')
-    return claims
-
-
-def read_scores(reply, n, silence=False):
-    """{"scores": [...]} -> the n of them, also out of texts. silence: null is one. Raises as read_claims."""
-    scores = [score if score is None else float(score) for score in reply["scores"]]
-    if len(scores) != n:
-        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
-    for given, score in zip(reply["scores"], scores):
-        if isinstance(given, bool) or score not in (1, 0.7, 0.3, 0, *[None] * silence):
-            raise ValueError(f"{given} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-    return scores
 
 
 def spoken(choice):
     """A reply -> (its text, what is wrong). Reasoning is no part of it; what was cut or refused is none."""
-    message, end = choice["message"], str(choice.get("finish_reason") or "")
-    text = message.get("content") or ""
+    message, end = choice["message"], str(choice.get("finish_reason") or "stop")
+    text, refusal = message.get("content") or "", message.get("refusal") or ""
     if isinstance(text, list):
         text = "".join(part["text"] for part in text if part.get("type") == "text")
-    whole = re.match("stop|eos|end|complete|$", end.lower()) and not message.get("refusal")
-    text, cut = without_thoughts(text), one_line(f"finish_reason {end} {message.get('refusal') or ''}")
-    return text, "" if whole and text else "an empty reply" if whole else f"no whole reply ({cut})"
+    if refusal or not re.match("stop|eos|end|complete", end.lower()):
+        return text, one_line(f"no whole reply (finish_reason {end}) {refusal}")
+    return without_thoughts(text), "" if without_thoughts(text) else "an empty reply"
 
 
 def read_body(response, key):
@@ -770,11 +645,6 @@ def retry_after(headers, otherwise):
     return otherwise
 
 
-def page_words(text):
-    """What a server says in place of an answer, in one line, less the tags of a page."""
-    return one_line(" ".join(re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", text).split()))
-
-
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: followed, it would take the API key to another host."""
 
@@ -788,20 +658,17 @@ class Judge:
 
     def __init__(self, url, model, path, protocol="ours"):
         self.where, self.model, self.protocol = f"--judge-url {url}", model, protocol
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        known = re.fullmatch(r"https?://[^/?#@\s]+(/[!-~]*)?", url)
+        check(known, f"{self.where}: not a URL like https://api.openai.com/v1")
+        self.url, self.key = (
+            f"{url.rstrip('/')}/chat/completions",
+            os.environ.get("OPENAI_API_KEY", "").strip(),
+        )
         check(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
-        with reading(self.where, "not a URL like https://api.openai.com/v1"):
-            parts = urllib.parse.urlsplit(url)
-            if not re.fullmatch("https?://[!-?A-~]+", url) or not parts.hostname or parts.port == 0:
-                raise ValueError("cannot be asked")  # spaces, user@
-        if self.key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-            print(f"warning: {self.where}: OPENAI_API_KEY goes there unencrypted; use https", file=sys.stderr)
-        route = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.url = urllib.parse.urlunsplit(parts._replace(path=route, fragment=""))
-        lines, self.file = open_lines(path, b'{"key"')
+        lines, self.file = open_lines(path)
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
-            self.replies = {line["key"]: str(line["reply"]) for line in lines}
-        self.options, self.lock, self.over = SENT, threading.Lock(), threading.Event()
+            self.replies = {line["key"]: line["reply"] for line in lines}
+        self.sent, self.lock, self.over = SENT, threading.Lock(), threading.Event()
         self.problems, self.in_a_row, self.answered = collections.Counter(), 0, 0
 
     def stop(self, problem):
@@ -809,29 +676,29 @@ class Judge:
         self.over.set()
         raise UserError(f"{self.where}: {problem}")
 
-    def refused(self, error, sent, wait):
-        """An HTTP error that may pass -> (what it says, seconds to wait). OSError: this prompt is refused."""
+    def refused(self, error, sent):
+        """An HTTP error that may pass -> what it says. OSError: this prompt is refused."""
         text = ""
         with contextlib.suppress(OSError, http.client.HTTPException):
             text = read_body(error, self.key)
-        problem = f"HTTP {error.code}: {page_words(text)}"
+        problem = f"HTTP {error.code}: {one_line(' '.join(text.split()))}"
         if 300 <= error.code < 400 or error.code in (401, 402, 403, 404):
             self.stop(f"{problem}; check it, --judge-model and OPENAI_API_KEY")
         unwanted = [name for name in sent if re.search(REFUSED[name], text, re.I)]
         if error.code in (400, 422) and unwanted:
-            self.options = {name: value for name, value in self.options.items() if name not in unwanted}
-            return problem, 0
-        if error.code not in (408, 409, 425, 429) and error.code < 500:
+            self.sent = {name: value for name, value in self.sent.items() if name not in unwanted}
+        elif error.code not in (408, 409, 425, 429) and error.code < 500:
             raise OSError(problem)
-        return problem, retry_after(error.headers, wait)
+        return problem
 
     def post(self, messages):
         """A reply, as spoken reads it. What may pass is tried again, when the server says, or ever later."""
-        headers, until = {"Content-Type": "application/json"}, time.monotonic() + LONGEST_WAIT
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        )
         for attempt in range(ATTEMPTS):
             # Others ask at the same time: a refusal is compared with what this request sent.
-            sent, wait, text = self.options, BACKOFF * 2**attempt, ""
+            sent, wait, text = self.sent, BACKOFF * 2**attempt, ""
             body = json.dumps({"model": self.model, "messages": messages, **sent}).encode()
             request = urllib.request.Request(self.url, body, headers)
             try:
@@ -839,12 +706,12 @@ class Judge:
                     text = read_body(response, self.key)
                 return spoken(json.loads(text)["choices"][0])
             except urllib.error.HTTPError as error:
-                problem, wait = self.refused(error, sent, wait)
+                problem = self.refused(error, sent)
+                wait = 0 if error.code in (400, 422) else retry_after(error.headers, wait)
             except (OSError, http.client.HTTPException, *UNUSABLE) as error:
-                said = page_words(text) or one_line(getattr(error, "reason", error))
+                said = one_line(" ".join(text.split()) or getattr(error, "reason", error))
                 problem = f"no answer ({type(error).__name__}): {said}"
-            last = attempt == ATTEMPTS - 1 or time.monotonic() + wait > until
-            if last or self.over.wait(wait):
+            if attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT or self.over.wait(wait):
                 self.stop(f"{problem}; run the same command again, in {wait:,.0f} s or later: it goes on")
 
     def ask(self, prompt, content, read):
@@ -854,15 +721,16 @@ class Judge:
         key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
         with contextlib.suppress(*UNUSABLE):
             return last_json(self.replies.get(key, ""), read)
-        found, left, reply = None, 4, None
-        while found is None and left > 0:
+        left, found, reply = 4, None, ""
+        while left and found is None:
             try:
                 reply, problem = self.post(messages)
-                found, left = (None, min(left - 1, 1)) if problem else (last_json(reply, read), left)
-            except OSError as error:  # not this prompt
-                reply, problem, left = None, str(error), 0
+                left = min(left - 1, 1) if problem else left - 1  # of what was cut or refused, once more
+                found = None if problem else last_json(reply, read)
+            except OSError as error:
+                problem, left, reply = str(error), 0, None
             except UNUSABLE as error:
-                problem, left = f"unusable ({type(error).__name__}: {one_line(error)})", left - 1
+                problem = f"unusable ({type(error).__name__}: {one_line(error)})"
             again = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
             messages = [
                 *messages,
@@ -885,16 +753,35 @@ class Judge:
         claimed, text = (truth, answer) if precision else (answer, truth)
         if not claimed.strip() or not text.strip():
             return 0.0
+
+        def read_claims(reply):  # an answer may claim nothing
+            claims = reply["claims"]
+            if (
+                not isinstance(claims, list)
+                or len(claims) < precision
+                or not all(re.search(r"\w", x) for x in claims)
+            ):
+                raise ValueError('"claims" must be a list of texts')
+            return claims
+
+        def read_scores(reply):
+            given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * (authors and not precision))
+            scores = [x if x is None or isinstance(x, bool) else float(x) for x in given]
+            if len(scores) != len(claims) or any(isinstance(x, bool) for x in scores):
+                raise ValueError(f'"scores" must be a list of {len(claims)} numbers, one for each claim')
+            if off := [x for x in scores if x not in scale]:
+                raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
+            return scores
+
         # The authors split the truth by itself, and leave out what it does not address.
         content = {"answer": claimed} if authors and precision else {"question": question, "answer": claimed}
         prompts = PROMPTS[self.protocol]
-        claims = self.ask(prompts[0], content, functools.partial(read_claims, least=int(precision)))
+        claims = self.ask(prompts[0], content, read_claims)
         if not claims:
-            return None if claims is None else 0.0  # an answer may claim nothing
-        read = functools.partial(read_scores, n=len(claims), silence=authors and not precision)
+            return None if claims is None else 0.0
         content = {"question": question, "claims": claims, "text": text}
-        scores = self.ask(prompts[1 if precision else 2], content, read)
-        scores = [score for score in scores or () if score is not None]
+        scores = self.ask(prompts[2 - precision], content, read_scores)
+        scores = [x for x in scores or () if x is not None]
         return float(np.mean(scores)) if scores else None
 
 
@@ -902,7 +789,7 @@ def grade(judge, rows, systems):
     """Asks the judge about all open questions -> ({system: {metric: values [n]}}, a note). What is lacking
     counts as 0, by the authors' protocol as nothing."""
     asked = [i for i, row in enumerate(rows) if not closed_parser(row["question"], row["truth"])]
-    todo = list(itertools.product(systems, JUDGED, asked))
+    todo, found = list(itertools.product(systems, JUDGED, asked)), []
     calls = (
         f"at most {2 * len(todo):,} calls of {judge.model}; {len(judge.replies):,} of its replies are kept"
     )
@@ -914,19 +801,22 @@ def grade(judge, rows, systems):
 
     pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
     try:
-        found = list(tqdm(pool.map(work, todo), total=len(todo), desc="judge", unit="grade"))
+        found += tqdm(pool.map(work, todo), total=len(todo), desc="judge", unit="grade")
     finally:  # Ctrl-C: what was asked is kept, what waits is not asked
         judge.over.set()
         pool.shutdown(cancel_futures=True)
-    lacking, reasons = found.count(None), [f"{n} times: {what}" for what, n in judge.problems.most_common(3)]
+    lacking = found.count(None)
+    why = "".join(f"; {n} times: {what}" for what, n in judge.problems.most_common(3))
     if lacking and lacking == len(todo):
-        judge.stop(f"no grade came back; {'; '.join(reasons)}")
+        judge.stop(f"no grade came back{why}")
     zero, rule = (math.nan, "are left out") if judge.protocol == "authors" else (0.0, "count as 0")
     grades = {system: {metric: np.full(len(rows), np.nan) for metric in JUDGED} for system in systems}
     for (system, metric, i), value in zip(todo, found):
         grades[system][metric][i] = zero if value is None else value
-    note = "; ".join([f"{lacking:,} grades stayed unusable and {rule}", *reasons])
-    return grades, f"Judge: {judge.model}, protocol {judge.protocol}. {note}."
+    return (
+        grades,
+        f"Judge: {judge.model}, protocol {judge.protocol}. {lacking} grades stayed unusable and {rule}{why}.",
+    )
 
 
 # ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
@@ -949,55 +839,43 @@ RESERVED = {
 }
 
 
+def text_of(value):
+    """A cell of anybody's table -> a text, or None."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return None if value is None else prepare.words(value, "id, slide, question or answer")
+
+
 def read_answers(path):
-    """A file of predictions -> (its rows under our names; of a file not ours, what was taken for what)."""
+    """A file of predictions -> (its rows under our names, a note: of a file not ours, what was taken for what)."""
     with reading(
         path, "expected predictions of sample.py --qa, JSON lines, a JSON list, {id: answer} or CSV"
     ):
         if path.read_bytes().startswith(b'{"settings"'):
             settings, rows = read_predictions(path)
-            return [row | {"number": (settings.get("questions"), n)} for n, row in sorted(rows.items())], ""
-        whole = None
-        with contextlib.suppress(ValueError):
-            whole = json.loads(path.read_bytes())
-        if (
-            isinstance(whole, dict)
-            and all(isinstance(x, str) for x in whole.values())
-            and "answer" not in whole
-        ):
-            table = [{"id": name, "answer": answer} for name, answer in whole.items()]
-        else:
-            table = [entry for _, entry in prepare.read_entries(path)]
+            some = f"answers {len(rows):,} of {settings['asked']:,} questions" if "asked" in settings else ""
+            return [row | {"number": (settings.get("questions"), n)} for n, row in sorted(rows.items())], some
+        table = [entry for _, entry in prepare.read_entries(path)]
         table = [{name.strip().lower(): value for name, value in row.items()} for row in table]
-        columns = list(dict.fromkeys(name for row in table for name in row))
+        columns = list(dict.fromkeys(itertools.chain(*table)))
         taken = {
             name: next((x for x in names.split() if x in columns), None) for name, names in THEIRS.items()
         }
         taken["answer"] = next((name for name in (*SAID, "answer") if name in columns), None)
         if taken["answer"] != "answer" and "answer" in columns:
             taken["truth"] = taken["truth"] or "answer"
-        note = ", ".join(f"{column} for the {name}" for name, column in taken.items() if column)
-        unknown = ", ".join(name for name in columns if name not in taken.values())
-        note = f"took {note}" + f"; knows nothing of {unknown}" * bool(unknown)
         check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
-        return [read_row(row, taken) for row in table], note
-
-
-def read_row(entry, taken):
-    """A row of anybody's -> the same under our names. taken: {our name: their column, or None}."""
-    row = {name: entry.get(column) for name, column in taken.items()}
-    slide = row.pop("slide") or ""
-    slide = slide[0] if isinstance(slide, list) and len(slide) == 1 else slide
-    for name, value in row.items():
-        none = None if name in ("answer", "truth") else ""
-        row[name] = none if value is None else prepare.words(value, name)
-    folder = "/".join(re.split(r"[/\\]", slide)[:-1])  # slides of a cancer type often have one of their own
-    row |= {"slide": slide and prepare.slide_id(slide), "cancer": row["cancer"] or folder}
-    return row | {"question": wsi_llava.without_image(row["question"])}
+        rows = [{name: text_of(row.get(column)) for name, column in taken.items()} for row in table]
+        for row in rows:
+            row |= {name: row[name] or "" for name in ("id", "task", "cancer")}
+            row["question"] = wsi_llava.without_image(row["question"] or "")
+            row["slide"] = row["slide"] and prepare.slide_id(row["slide"]) or ""
+        note = "took " + ", ".join(f"{column} for the {name}" for name, column in taken.items() if column)
+        unknown = ", ".join(name for name in columns if name not in taken.values())
+        return rows, note + f"; knows nothing of {unknown}" * bool(unknown)
 
 
 def keys_of(row):
-    """What a question can be known by, the surest first; None where the row lacks a part of it."""
+    """What a question can be known by, the surest first; None or "" where the row lacks a part of it."""
     question, slide, own = plain(row["question"]), row["slide"], row["id"]
     return (
         row.get("number"),
@@ -1012,31 +890,21 @@ def match(rows, theirs):
     here or there, fits nothing."""
     found, used = [None] * len(rows), set()
     for ours, others in zip(zip(*map(keys_of, rows)), zip(*map(keys_of, theirs))):
-        times, theirs_by_key = collections.Counter(ours), collections.defaultdict(list)
-        for j, key in enumerate(others):
-            theirs_by_key[key].append(j)
+        times, place = (
+            collections.Counter(ours) + collections.Counter(others),
+            dict(zip(others, range(len(others)))),
+        )
         for i, key in enumerate(ours):
-            fits = theirs_by_key[key] if key and times[key] == 1 else []
-            if found[i] is None and len(fits) == 1 and fits[0] not in used:
-                found[i] = theirs[fits[0]]
-                used.add(fits[0])
+            if found[i] is None and key and times[key] == 2 and key in place and place[key] not in used:
+                found[i] = theirs[place[key]]
+                used.add(place[key])
     return found
-
-
-def name_of(path, paths):
-    """A file's system: what the file is called, or its path where that could mean something else."""
-    several = [other.stem for other in paths].count(path.stem) > 1
-    return (
-        os.path.join(".", path)
-        if several or path.stem in RESERVED or re.search(" - |, ", path.stem)
-        else path.stem
-    )
 
 
 def read_systems(paths):
     """Files of predictions -> (rows, {system: its answers [n]}, notes). The first file's questions count, and of
     these the ones that all systems answered. A system is a file's answers, or those of one of its baselines."""
-    rows, systems, notes = [], {}, []
+    rows, systems, notes, stems = [], {}, [], [path.stem for path in paths]
     check(len(set(paths)) == len(paths), "--evaluate: names a file twice")
     for path in paths:
         theirs, note = read_answers(path)
@@ -1044,27 +912,34 @@ def read_systems(paths):
         if path == paths[0]:
             rows = found = theirs
             what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
-            check(all(row["question"] and row.get("truth") for row in rows), f"{path}: {what}")
+            check(all(row["question"] and row["truth"] for row in rows), f"{path}: {what}")
         else:
-            once = {(*keys_of(row), row["slide"]): row for row in theirs}
-            again, found = len(theirs) - len(once), match(rows, list(once.values()))
+            once = list({(*keys_of(row), row["slide"]): row for row in theirs}.values())
+            found, again = match(rows, once), len(theirs) - len(once)
             notes += (
                 [f"{path}: {count(again, 'row')} answer a question again; the last counts."] if again else []
             )
-            lost = [row for row in once.values() if id(row) not in set(map(id, found))]
-            if lost:
-                first = "; ".join(filter(None, (lost[0][name] for name in ("id", "slide", "question"))))
-                what = f"{count(len(lost), 'row')} match no question of {paths[0]}, or several; the first: {first}"
-                check(len(lost) < len(once), f"{path}: {what} ({note})")
-                notes.append(f"{path}: {what}.")
+            lost = [row for row in once if id(row) not in set(map(id, found))]
+            first = (
+                "; ".join(filter(None, (lost[0][name] for name in ("id", "slide", "question"))))
+                if lost
+                else ""
+            )
+            what = f"{path}: {count(len(lost), 'row')} match no question of {paths[0]}, or several; the first: {first}"
+            check(len(lost) < len(once), f"{what} ({note})")
+            notes += [f"{what}."] if lost else []
+        # A name that could mean something else gives way to the path.
+        odd = stems.count(path.stem) > 1 or path.stem in RESERVED or re.search(" - |, ", path.stem)
         for field, column in FIELDS.items():
-            answers = [row and row.get(field) for row in found]
-            absent = answers.count(None)
-            if absent < len(rows):
-                name = name_of(path, paths)
-                system = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
-                systems[system] = [None if answer is None else without_thoughts(answer) for answer in answers]
-                notes += [f"{system}: {absent:,} of {len(rows):,} questions not answered."] if absent else []
+            answers, name = (
+                [row and row.get(field) for row in found],
+                os.path.join(".", path) if odd else path.stem,
+            )
+            if any(answer is not None for answer in answers):
+                name = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
+                systems[name] = [answer and without_thoughts(answer) for answer in answers]
+                absent = answers.count(None)
+                notes += [f"{name}: {absent:,} of {len(rows):,} questions not answered."] if absent else []
     all_ = [
         i for i in range(len(rows)) if systems and None not in [answers[i] for answers in systems.values()]
     ]
@@ -1105,16 +980,19 @@ def score(rows, answers, meteor):
     several: they are wrong). A value is not a number where a metric says nothing of a question."""
     scores, unread = {metric: np.full(len(rows), np.nan) for metric in METRICS[2:]}, []
     for i, (row, answer) in enumerate(zip(rows, answers)):
-        if answer is None:
-            continue
-        if parser := closed_parser(row["question"], row["truth"]):
+        parser = closed_parser(row["question"], row["truth"])
+        if parser and answer is not None:
             scores["accuracy"][i] = parser(answer) == parser(row["truth"])
             unread += [answer] if parser(answer) is None else []
-            continue
-        truth, tokens = tokenize(row["truth"]), tokenize(answer)
-        values = [*bleu(truth, tokens), rouge_l(truth, tokens), meteor(truth, tokens) if meteor else np.nan]
-        for metric, value in zip(TEXTUAL, [*values, plain(answer) == plain(row["truth"])]):
-            scores[metric][i] = value
+        elif answer is not None:
+            truth, tokens = tokenize(row["truth"]), tokenize(answer)
+            values = [
+                *bleu(truth, tokens),
+                rouge_l(truth, tokens),
+                meteor(truth, tokens) if meteor else np.nan,
+            ]
+            for metric, value in zip(TEXTUAL, [*values, plain(answer) == plain(row["truth"])]):
+                scores[metric][i] = value
     return scores, unread
 
 
@@ -1144,9 +1022,8 @@ def groups(rows):
     kinds = {"all": ["all"] * len(rows), "capability": capability}
     kinds |= {"task": [row["task"] for row in rows], "cancer type": [row["cancer"] for row in rows]}
     for kind, names in kinds.items():
-        several = np.unique(names)
-        for name in several if kind == "all" or len(several) > 1 else ():
-            yield kind, str(name), np.array(names) == name
+        for name in sorted(set(names)) if kind == "all" or len(set(names)) > 1 else ():
+            yield kind, name, np.array(names) == name
 
 
 def tabulate(rows, scores, trained_on, seed):
@@ -1154,19 +1031,18 @@ def tabulate(rows, scores, trained_on, seed):
     ...}; also the paired difference of every system from the first. trained_on: {cancer type: slides}."""
     slides, lines, first = np.array([row["slide"] for row in rows]), [], next(iter(scores))
     for (kind, group, inside), (i, metric) in itertools.product(groups(rows), enumerate(METRICS)):
-        line, cells = {"kind": kind, "group": group, "metric": metric}, {}
         values = {
             system: np.where(inside, found.get(metric, np.nan), np.nan) for system, found in scores.items()
         }
-        for system, x in values.items():
-            cells[system] = interval(x, slides, seed)
-            if system != first:
-                cells[f"{system} - {first}"] = interval(x - values[first], slides, seed)
+        line = {"kind": kind, "group": group, "metric": metric}
         line["questions"] = max(int((~np.isnan(x)).sum()) for x in values.values())
         line["training slides"] = trained_on.get(group, 0) if kind == "cancer type" and trained_on else None
         line["published"] = dict(enumerate(PUBLISHED.get(group, ()))).get(i) if kind == "capability" else None
-        if line["questions"]:
-            lines.append(line | cells)
+        for system, x in values.items():
+            line[system] = interval(x, slides, seed)
+        for system in list(values)[1:]:
+            line[f"{system} - {first}"] = interval(values[system] - values[first], slides, seed)
+        lines += [line] if line["questions"] else []
     return lines
 
 
@@ -1177,12 +1053,12 @@ def spearman(x, y):
         _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (counts.cumsum() - (counts - 1) / 2)[index]
 
-    x, y = (r - r.mean() for r in map(ranks, (x, y)))
-    return float((x @ y) / math.sqrt((x @ x) * (y @ y))) if x.any() and y.any() else math.nan
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 def correlations(scores):
-    """Whether the text metrics tell what the judge tells: rank correlations over all graded answers."""
+    """Yields whether the text metrics tell what the judge tells: rank correlations over all graded answers."""
     graded = [found for found in scores.values() if JUDGED[0] in found]
     for target, metric in itertools.product(JUDGED, TEXTUAL) if graded else ():
         x, y = (np.concatenate([found[name] for found in graded]) for name in (metric, target))
@@ -1191,104 +1067,94 @@ def correlations(scores):
             yield f"{metric} with {target} {spearman(x[known], y[known]):.2f} ({known.sum()})"
 
 
-def markdown(lines, cell="{:.3f} [{:.3f}, {:.3f}]"):
-    """Lines -> a Markdown table whose columns are aligned, to be read as it is; less those that hold nothing."""
-    header = list(dict.fromkeys(key for line in lines for key, value in line.items() if value is not None))
-    table = [header]
-    for line in lines:
-        values = ["" if line.get(key) is None else line[key] for key in header]
-        table.append([cell.format(*value) if isinstance(value, tuple) else str(value) for value in values])
-    table = [[one_line(text).replace("|", "\\|") for text in row] for row in table]
+def shown(cell, interval=True):
+    """A cell of a line -> a text."""
+    if isinstance(cell, tuple):
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*cell) if interval else f"{cell[0]:.3f}"
+    return "" if cell is None else one_line(cell).replace("|", "\\|")
+
+
+def markdown(table):
+    """Lines of texts, a header first -> a Markdown table whose columns are aligned, to be read as it is."""
     widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
+    table = [table[0], ["-" * width for width in widths], *table[1:]]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
 def on_screen(lines, systems):
-    """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and behind
-    the first system's its other means. Where there is no room, intervals are left out, and the last systems."""
-    shown, means = [], {}
-    names = [f"{i}: ...{x[-18:]}" if len(x) > 24 else x for i, x in enumerate(systems)]
+    """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and then
+    the first system's other means. With many systems intervals are left out, with more the last ones."""
+    more = [metric for metric in ("ROUGE-L", *JUDGED) if any(line["metric"] == metric for line in lines)]
+    means = {(line["kind"], line["group"], line["metric"]): line[systems[0]] for line in lines}
+    whole = len(systems) < 5 and len(more) < 2
+    systems = systems if whole else systems[:4]
+    table = [["task", "metric", "n", *(shown(name)[-20 if whole else -12 :] for name in systems), *more]]
     for line in lines:
-        kind, group, metric = line["kind"], line["group"], line["metric"]
-        means[kind, group, metric] = line[systems[0]] and f"{line[systems[0]][0]:.3f}"
-        if kind in ("all", "task") and metric in ("accuracy", "exact match"):
-            cells = {name: line[system] for name, system in zip(names, systems)}
-            row = {"task": group[:30], "metric": metric, "n": line["questions"], names[0]: cells[names[0]]}
-            for other in ("ROUGE-L", *JUDGED) if metric == "exact match" else ():
-                row[other] = means.get((kind, group, other))
-            shown.append(row | cells)
-    for cell, most in (("{:.3f} [{:.3f}, {:.3f}]", 99), ("{:.3f}", 99), ("{:.3f}", 8)):
-        text = markdown([dict(list(row.items())[:most]) for row in shown], cell)
-        if len(text.partition("\n")[0]) <= 160:
-            break
-    return text
+        if line["kind"] in ("all", "task") and line["metric"] in ("accuracy", "exact match"):
+            rest = [means.get((line["kind"], line["group"], metric)) for metric in more]
+            cells = [shown(line["group"])[:28], line["metric"], shown(line["questions"])]
+            cells += [shown(line[name], whole) for name in systems]
+            table.append(cells + [shown(x if line["metric"] == "exact match" else None, False) for x in rest])
+    return markdown(table)
 
 
 def csv_text(lines):
     """Lines -> a CSV with a number a cell. A text that a spreadsheet would take for a formula gets an apostrophe."""
-    flat, file = [], io.StringIO()
+    rows, file = [], io.StringIO()
     for line in lines:
-        flat.append({})
+        rows.append({})
         for key, value in line.items():
-            flat[-1] |= dict(
+            rows[-1].update(
                 zip((key, f"{key} low", f"{key} high"), value if isinstance(value, tuple) else [value])
             )
-    header = list(dict.fromkeys(key for line in flat for key in line))
-    writer = csv.writer(file, lineterminator="\n")
-    for cells in (header, *([line.get(key) for key in header] for line in flat)):
-        formula = [isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) for cell in cells]
-        writer.writerow(["'" + cell if evil else cell for cell, evil in zip(cells, formula)])
+    header = list(dict.fromkeys(itertools.chain(*rows)))
+    for cells in (header, *([row.get(key) for key in header] for row in rows)):
+        cells = [f"'{x}" if str(x)[:1] in "=+-@\t\r" and isinstance(x, str) else x for x in cells]
+        csv.writer(file, lineterminator="\n").writerow(cells)
     return file.getvalue()
-
-
-def read_training(path):
-    """data/qa/train.jsonl -> ({cancer type: its slides}, {task: its most frequent answer}), empty without it."""
-    slides, answers = collections.defaultdict(set), collections.defaultdict(collections.Counter)
-    with reading(path, "prepare.py --qa writes it again"):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for row in map(json.loads, text.splitlines()):
-            slides[row.get("cancer") or ""].add(row["slide"])
-            answers[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
-    most = {task: found.most_common(1)[0][0] for task, found in answers.items() if found}
-    return {cancer: len(names) for cancer, names in slides.items()}, most
 
 
 def evaluate(args, paths):
     """--evaluate: files of predictions -> a table on the screen, and whole in evaluation.md and .csv beside the
     first of them."""
-    rows, systems, notes = read_systems(paths)
-    written = [paths[0].with_name(f"evaluation.{ending}") for ending in ("md", "csv")]
-    for path, mark in zip(written, ("# Evaluation", "kind,group")):
-        check_output(path, mark)
-    scores, grades = {}, {}
+    (rows, systems, notes), scores, grades = read_systems(paths), {}, {}
     if args.judge_model:
         where = args.judge_url, args.judge_model, paths[0].with_name("judge.jsonl")
         grades, note = grade(Judge(*where, args.judge_protocol), rows, systems)
         notes.append(note)
-    trained_on, most = read_training(args.data / "qa" / "train.jsonl")
-    if any(row["task"] in most for row in rows):
+    # The answer that is most frequent in training is one more system.
+    train, told = args.data / "qa" / "train.jsonl", collections.defaultdict(collections.Counter)
+    trained = prepare.read_qa(train) if train.exists() else []
+    for row in trained:
+        told[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
+    if any(row["task"] in told for row in rows):
+        most = {task: answers.most_common(1)[0][0] for task, answers in told.items()}
         systems["majority"] = [most.get(row["task"]) for row in rows]
-        notes.append(
-            f"majority: a task's most frequent answer in {args.data}/qa/train.jsonl, whatever the slide."
-        )
+        notes.append(f"majority: a task's most frequent answer in {train}, whatever the slide.")
+    trained_on = collections.Counter(
+        cancer for cancer, _ in {(row["cancer"], row["slide"]) for row in trained}
+    )
     meteor = find_meteor()
     if not meteor:
         notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
-    for system, answers in tqdm(systems.items(), desc="metrics", unit="system", leave=False):
+    for system, answers in systems.items():
         found, unread = score(rows, answers, meteor)
         scores[system] = found | grades.get(system, {})
         if unread:
             what = f"{count(len(unread), 'closed answer')} name no option, or several, and count as wrong"
             notes.append(f"{system}: {what}; the first: {one_line(unread[0], 60)!r}.")
-    if ranks := list(correlations(scores)):
-        notes.append(f"Rank correlations over answers: {', '.join(ranks)}.")
+    if ranks := ", ".join(correlations(scores)):
+        notes.append(f"Rank correlations over answers: {ranks}.")
     lines = tabulate(rows, scores, trained_on, args.seed)
+    header = [key for key in lines[0] if any(line[key] is not None for line in lines)]  # what holds something
+    table = markdown(
+        [[shown(key) for key in header], *([shown(line[key]) for key in header] for line in lines)]
+    )
     notes = "".join(f"- {one_line(note, 2000)}\n" for note in notes)
-    write_text(written[0], f"# Evaluation\n\n{notes}\n{markdown(lines)}\n")
-    write_text(written[1], csv_text(lines))
+    write_text(paths[0].with_name("evaluation.md"), f"# Evaluation\n\n{notes}\n{table}\n")
+    write_text(paths[0].with_name("evaluation.csv"), csv_text(lines))
     print(
-        f"\n{on_screen(lines, list(systems))}\n\n{notes}- All metrics, and each cancer type: {written[0]} (and .csv)"
+        f"\n{on_screen(lines, list(systems))}\n\n{notes}- All of it: {paths[0].with_name('evaluation.md')} (and .csv)"
     )
 
 
@@ -1298,19 +1164,20 @@ def evaluate(args, paths):
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     text, file = {"type": wsi_llava.some_text}, {"type": wsi_llava.some_path, "metavar": "FILE"}
-    number, share = wsi_llava.at_least(0), wsi_llava.at_least(0, float, 100)
+    number, positive = wsi_llava.at_least(0), wsi_llava.at_least(1)
     add = parser.group("one slide")
     add("--slide", "a slide file, or the name of a prepared slide", metavar="S", **text)
     add("--ask", "one question; without it, a chat", metavar="Q", **text)
     add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", nargs="+", **text)
     why = "with --ask: which tiles made the answer; a picture (.png), squares for QuPath (.geojson)"
-    add("--heatmap", why, nargs="+", **file)
+    add("--heatmap", why, nargs="+", default=[], **file)
     mpp = "um per pixel at level 0, for a raw slide whose metadata lack it"
     add("--mpp", mpp, type=wsi_llava.at_least(0.05, float, 20))
     add = parser.group("how it answers")
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
-    add("--max-new-tokens", "longest answer (default: 512)", type=wsi_llava.at_least(1), default=512)
-    add("--temperature", "0 (default): the most likely token; above: sampled", type=share, default=0.0)
+    add("--max-new-tokens", "longest answer (default: 512)", type=positive, default=512)
+    sampled = wsi_llava.at_least(0, float, 100)
+    add("--temperature", "0 (default): the most likely token; above: sampled", type=sampled, default=0.0)
     tiles = "from so many of a slide's tiles, drawn at random, always the same ones (default: 0, all)"
     add("--max-tiles", tiles, type=number, default=0)
     add = parser.group("many questions")
@@ -1327,20 +1194,19 @@ def parse(argv=None):
     add("--judge-protocol", rules, choices=PROMPTS, default="ours")
     wsi_llava.add_weights_flags(parser)
     wsi_llava.add_shared_flags(parser)
-    args = parser.parse_args(argv)
-    args.predictions = args.predictions or args.out / "predictions.jsonl"
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
+    args.predictions = args.predictions or args.out / "predictions.jsonl"
     wsi_llava.resolve_device(args)
     todo = args.slide or args.qa or args.evaluate is not None
     check(todo, "nothing to do: give --slide, --qa or --evaluate (--help explains)")
-    for path in args.heatmap or ():
+    for path in args.heatmap:
         check(args.slide and args.ask, "--heatmap explains one answer: it needs --slide and --ask")
         check(path.suffix in (".png", ".geojson"), f"--heatmap {path}: its name must end in .png or .geojson")
-        check_output(path, HEATMAP_MARK)
+        check(path.parent.is_dir(), f"--heatmap {path}: its folder does not exist; make it first")
     if args.qa:
         answer_file(args)
     if args.evaluate is not None:

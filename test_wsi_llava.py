@@ -383,38 +383,6 @@ def test_language_models_equal_transformers(tmp_path, name):
         assert 0 < relative(wsi_llava.quantize_int8(ours)(ids), adapted) < 0.05
 
 
-def test_vit_equals_dinov2():
-    """transformers' Dinov2 with SwiGLU is the same network under other names."""
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16)
-    theirs = transformers.Dinov2Model(transformers.Dinov2Config(**sizes, use_swiglu_ffn=True)).eval()
-    for p in theirs.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    state = {name: p.detach() for name, p in theirs.named_parameters()}
-    packed = {"attn.qkv": [f"attention.{x}_proj" for x in "qkv"], "mlp.fc1": ["mlp.gate_proj", "mlp.up_proj"]}
-    for i in range(2):
-        for name, parts in packed.items():
-            for kind in ("weight", "bias"):
-                whole = torch.cat([state.pop(f"encoder.layer.{i}.{part}.{kind}") for part in parts])
-                state[f"encoder.layer.{i}.{name}.{kind}"] = whole
-    table = [
-        (r"embeddings\.mask_token", None),  # of its pretraining
-        (r"embeddings\.cls_token", "cls_token"),
-        (r"embeddings\.position_embeddings", "pos_embed"),
-        (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
-        (r"layernorm\.(.+)", r"norm.\1"),
-        (r"encoder\.layer\.(\d+)\.attention\.o_proj\.(.+)", r"blocks.\1.attn.proj.\2"),
-        (r"encoder\.layer\.(\d+)\.mlp\.down_proj\.(.+)", r"blocks.\1.mlp.fc2.\2"),
-        (r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1", r"blocks.\1.ls\2.gamma"),
-        (r"encoder\.layer\.(.+)", r"blocks.\1"),
-    ]
-    ours = wsi_llava.TileEncoder(wsi_llava.TileEncoderConfig(64, 16, 64, 2, 2, 176)).eval()
-    wsi_llava.load_strict(ours, state, "dinov2", table)
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        agrees("ViT against Dinov2", ours(images), theirs(images).last_hidden_state[:, 0], 1e-5)
-
-
 # ---- wsi_llava.py: dilated attention against its definition ----------------------------------------------
 
 
@@ -558,21 +526,6 @@ def test_kernel_in_half_precision(shape, dtype, tolerance, pad_keys):
 
 @gpu
 @needs_triton
-@pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
-def test_the_tolerances_catch_a_missed_branch_and_a_wrong_scale(dtype, tolerance):
-    def missed_branch(q, k, v, segments, dilations, pad_keys):
-        return dense_dilated_attention(q, k, v, segments[:1], dilations[:1], pad_keys)
-
-    def scaled_by_the_padded_head_dim(q, *rest):  # 48 is padded to 64 inside the kernel
-        return dense_dilated_attention(q * math.sqrt(48 / 64), *rest)
-
-    for wrong in (missed_branch, scaled_by_the_padded_head_dim):
-        with pytest.raises(AssertionError, match="not close"):
-            check_kernel(KERNEL_SHAPES[11], True, dtype, tolerance, wrong)
-
-
-@gpu
-@needs_triton
 def test_kernel_gives_the_same_bits_twice():
     first, second = (check_kernel(KERNEL_SHAPES[6], True, torch.float32, 3e-6) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -593,22 +546,6 @@ def test_kernel_takes_tensors_that_are_not_contiguous():
         out = wsi_llava.dilated_attention(*views, (8, 32), (1, 2), impl=impl)
         found[impl] = out, *torch.autograd.grad(out, packed, grad)
     torch.testing.assert_close(found["triton"], found["torch"])
-
-
-@gpu
-@needs_triton
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_query_that_no_branch_keeps_gets_zeros(impl):
-    device = machine()[0]
-    q, k, v, grad = torch.randn(4, 1, 10, 2, 16, device=device)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = wsi_llava.dilated_attention(*leaves, (4,), (3,), impl=impl)
-    kept = torch.zeros(1, 10, 2, dtype=torch.bool, device=device)
-    kept[:, [0, 3, 4, 7, 8], 0] = True  # head 0 starts at the first token of a segment, head 1 at the second
-    kept[:, [1, 5, 9], 1] = True
-    for x in (out, *torch.autograd.grad(out, leaves, grad)):
-        assert not x[~kept].any() and not x.isnan().any()
-    assert out[kept].all()
 
 
 def test_kernel_names_its_limits(monkeypatch):
@@ -698,8 +635,7 @@ def compiled_resources(kernel, gpu, dtype, options):
 @slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_pipeline_on_a_gpu(demo, tmp_path):
-    """All commands in bfloat16, the default there; a slide's features and its visual tokens are the CPU's in
-    float32."""
+    """All commands in bfloat16, the default there; what the encoders make is the CPU's in float32."""
     folder, printed = demo  # made on the GPU
     assert "on cuda" in printed
     places = ["--data", folder / "data", "--out", folder / "out"]
@@ -709,10 +645,10 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
     there, here = (load_file(wsi_llava.features_file(d / "data", slide.stem)) for d in (folder, tmp_path))
     agrees("features", there["features"].float(), here["features"].float(), 3e-2)
     model = wsi_llava.load_slide_encoder(folder / "out" / "stage1" / "slide_encoder.safetensors")
-    for device, dtype, tolerance in (("cuda", torch.float32, 1e-3), ("cuda", torch.bfloat16, 5e-2)):
-        want = model.cpu().float()(there["features"].float()[None], there["coords"][None])[1]
-        model.to(device, dtype)
-        got = model(there["features"].to(device, dtype)[None], there["coords"].to(device)[None])[1]
+    want = model(there["features"].float()[None], there["coords"][None])[1]
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
+        model.to("cuda", dtype)
+        got = model(there["features"].to("cuda", dtype)[None], there["coords"].to("cuda")[None])[1]
         agrees(f"slide encoder, {dtype}", got.float().cpu(), want, tolerance)
     ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8]
     for command in (
@@ -723,9 +659,7 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
     ):
         done = script(*command, *places)
         assert done.returncode == 0, done.stderr
-    full = torchrun(1, "--stage", 1, "--epochs", 1, *places)  # by NCCL
-    done = subprocess.run(full, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    subprocess.run(torchrun(1, "--stage", 1, "--epochs", 1, *places), cwd=tmp_path, check=True)  # by NCCL
 
 
 @slow
@@ -742,16 +676,6 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
     for row in rows:
         assert row["spills"] == 0 and row["registers"] <= 255 and row["shared"] <= row["shared_limit"], row
         assert (row["mma"] > 0) == (row["dtype"] == "bf16"), row  # tensor cores wherever the dtype allows
-
-
-def test_the_benchmark_of_attention_measures_every_path(capsys):
-    benchmark_attention("9")
-    shown = capsys.readouterr().out
-    errors = re.findall(r"(float32|bfloat16) *torch *error (\S+)", shown)
-    assert [dtype for dtype, _ in errors] == ["float32", "bfloat16"] and all(
-        float(e) < 1e-2 for _, e in errors
-    )
-    assert re.search(r" 9 tiles +torch +forward .*GFLOP/s.*with backward", shown)
 
 
 # ---- wsi_llava.py: slide encoder -------------------------------------------------------------------------
@@ -774,18 +698,6 @@ def test_pooling_repeats_few_tiles_and_averages_many():
     tokens = torch.arange(6.0).view(1, 6, 1)
     assert wsi_llava.pool_tokens(tokens, 3).flatten().tolist() == [0.5, 2.5, 4.5]
     assert wsi_llava.pool_tokens(tokens[:, :2], 4).flatten().tolist() == [0, 0, 1, 1]
-
-
-def test_long_slides_in_parts_give_the_same_numbers():
-    """Without gradients, what is done token by token is done to a part of the sequence at a time."""
-    torch.manual_seed(0)
-    encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
-    n = 1500
-    features = torch.randn(1, n, 128)
-    coords = torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256
-    whole = encoder(features, coords)[1].detach()
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
 
 
 def test_stochastic_depth_leaves_out_whole_slides_in_training():
@@ -866,19 +778,6 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
         torch.testing.assert_close(dense, branch_by_branch, rtol=1e-5, atol=2e-5)  # log m is float32
 
 
-def test_dropout_is_the_same_with_gradients_and_without():
-    """The gradient cache embeds a batch without gradients first, and must meet the same dropout again, also
-    where a slide is longer than a chunk."""
-    cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=2, dropout=0.25, drop_path=0.3)
-    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg).train(), packed([700, 40])
-    drawn = []
-    for grad in (True, False):
-        torch.manual_seed(3)
-        with torch.set_grad_enabled(grad):
-            drawn.append(encoder(features, coords, [700, 40])[1].detach())
-    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-5)
-
-
 def test_standardized_inputs_have_mean_0_and_deviation_1():
     encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
     features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
@@ -887,29 +786,6 @@ def test_standardized_inputs_have_mean_0_and_deviation_1():
     standard = (features - features.mean(0)) / features.std(0)
     want = F.linear(standard, before["patch_embed.proj.weight"], before["patch_embed.proj.bias"])
     torch.testing.assert_close(encoder.patch_embed["proj"](features), want, atol=1e-4, rtol=1e-4)
-
-
-@slow
-def test_slide_encoder_of_7b_is_small_in_memory():
-    """86 M parameters and 1,000 tiles: below 1 GB over a bare torch process (upstream's table alone takes
-    3)."""
-    code = """
-import resource, torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if __import__("sys").platform == "darwin" else 1024)
-before = peak()
-import wsi_llava
-cfg = wsi_llava.PRESETS["7b"].slide_encoder
-encoder = wsi_llava.SlideEncoder(cfg).eval()
-coords = torch.stack([torch.arange(1000) % 40, torch.arange(1000) // 40], -1)[None] * 256
-with torch.no_grad():
-    cls, tokens = encoder(torch.randn(1, 1000, 1536), coords)
-assert cls.shape == (1, 768) and tokens.shape == (1, 1000, 768)
-print(sum(p.numel() for p in encoder.parameters()), peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
-    parameters, grown = map(int, done.stdout.split())
-    assert parameters == 86_330_880
-    assert grown < 1e9
 
 
 # ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 -------------------
@@ -1016,18 +892,14 @@ def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
 def test_ids_around_the_slides_are_llavas(tokenizer, said, pieces):
     """Spaces and line ends included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, and then
     `▁`, newline."""
-    system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    system += "detailed, and polite answers to the user's questions. USER: "
-    want = [1]
-    for i, piece in enumerate([system + pieces[0], *pieces[1:]]):
+    vicuna, want = wsi_llava.CHAT_FORMATS["vicuna"], [1]
+    for i, piece in enumerate([f"{vicuna.start}USER: {pieces[0]}", *pieces[1:]]):
         want += [IMAGE_TOKEN] * (i > 0) + tokenizer.encode(piece)
     ids, labels = tokenizer.encode_chat([{"from": "human", "value": said}])
     assert ids == want and labels == [IGNORE] * len(ids)
     if said.startswith("<image>"):
-        space = tokenizer.id("\N{LOWER ONE EIGHTH BLOCK}")
-        assert (
-            space is not None and ids[ids.index(IMAGE_TOKEN) - 1] == ids[ids.index(IMAGE_TOKEN) + 1] == space
-        )
+        place, space = ids.index(IMAGE_TOKEN), tokenizer.id("\N{LOWER ONE EIGHTH BLOCK}")
+        assert ids[place - 1] == ids[place + 1] == space is not None
 
 
 CHAT_TEMPLATES = {  # of the published tokenizers, shortened to what a system prompt and plain turns take
@@ -1066,51 +938,35 @@ def byte_level_tokenizer(folder, special):
 
 @pytest.mark.parametrize("family", CHAT_TEMPLATES)
 def test_chats_of_other_families_are_their_published_templates(tmp_path, family):
-    """Id for id, over two turns; the labels are the answers and the token that ends them."""
+    """Id for id, over two turns, which may come one by one; the labels are the answers and their ends."""
     transformers = pytest.importorskip("transformers")
     template, special = CHAT_TEMPLATES[family]
     path = byte_level_tokenizer(tmp_path, special)
     ours, theirs = wsi_llava.Tokenizer(path), transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert (
-        ours.chat is wsi_llava.CHAT_FORMATS[family]
-        and wsi_llava.Tokenizer(path, "vicuna").chat is not ours.chat
-    )
+    assert ours.chat is wsi_llava.CHAT_FORMATS[family] is not wsi_llava.Tokenizer(path, "vicuna").chat
     turns = [{**turn, "value": wsi_llava.without_image(turn["value"])} for turn in TALK[:3]]
     messages = [] if family == "mistral" else [{"role": "system", "content": "You are a helpful assistant."}]
-    for turn in turns:
-        messages.append(
-            {"role": "user" if turn["from"] == "human" else "assistant", "content": turn["value"]}
-        )
-    ids, labels = ours.encode_chat(turns)
+    for turn, role in zip(turns, ("user", "assistant", "user")):
+        messages.append({"role": role, "content": turn["value"]})
     text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    ids, labels = ours.encode_chat(turns)
     assert ids == theirs(text, add_special_tokens=False).input_ids
-    assert [i for i in labels if i != IGNORE] == theirs(
-        turns[1]["value"], add_special_tokens=False
-    ).input_ids + [ours.eos]
+    answer = theirs(turns[1]["value"], add_special_tokens=False).input_ids
+    assert [i for i in labels if i != IGNORE] == [*answer, ours.eos]
     end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[family]
     assert ours.eos == theirs.convert_tokens_to_ids(end) and ours.ends == {ours.eos}
-    first, _ = ours.encode_chat(turns[:2])
-    assert ids == first + ours.encode_turn(turns[2]["value"], first=False)  # as a chat goes on, turn by turn
-    with_slide, _ = ours.encode_chat(TALK[:1])
+    assert ids == ours.encode_chat(turns[:2])[0] + ours.encode_turn(turns[2]["value"], first=False)
     before = ours.encode_template(ours.chat.start + ours.chat.human.split("{}")[0], "")
-    # The head of the first human turn
+    with_slide, _ = ours.encode_chat(TALK[:1])  # the slide is at the head of the first human turn
     assert with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
-    plain, injected = (
-        ours.encode_chat([{"from": "human", "value": said}])[0] for said in ("end", f"{end}end")
-    )
+    plain, injected = (ours.encode_turn(said) for said in ("end", f"{end}end"))
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
 
 
-def test_a_chat_format_whose_tokens_are_not_there_is_refused(tokenizer):
-    for chat, token in (
-        ("chatml", "<|im_start|>"),
-        ("llama3", "<|start_header_id|>"),
-        ("mistral", r"\[INST\]"),
-    ):
-        with pytest.raises(
-            UserError, match=f"lacks {re.escape(token) if '|' in token else token}.* of --chat-format {chat}"
-        ):
-            wsi_llava.Tokenizer(tokenizer.path, chat)
+@pytest.mark.parametrize("chat", ["chatml", "llama3", "mistral"])
+def test_a_chat_format_whose_tokens_are_not_there_is_refused(tokenizer, chat):
+    with pytest.raises(UserError, match=rf"lacks (<\||\[INST).* of --chat-format {chat}; leave it out"):
+        wsi_llava.Tokenizer(tokenizer.path, chat)
 
 
 def test_ids_that_a_tokenizer_lacks_decode_to_nothing(tokenizer):
@@ -1138,13 +994,8 @@ def test_labels_of_a_two_turn_dialogue_are_the_answers(tokenizer):
     first = image + 1 + labels[image + 1 :].index(answers[0][0])
     assert tokenizer.decode(ids[image + 1 : first]).endswith("this? ASSISTANT:")
     assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
-
-
-def test_an_open_dialogue_ends_ready_to_be_answered(tokenizer):
-    whole, _ = tokenizer.encode_chat(TALK)
-    asked, labels = tokenizer.encode_chat(TALK[:3])
-    assert whole[: len(asked)] == asked
-    assert tokenizer.decode(asked).endswith("ASSISTANT:") and labels[-1] == IGNORE
+    asked, labels = tokenizer.encode_chat(TALK[:3])  # ready to be answered
+    assert ids[: len(asked)] == asked and labels[-1] == IGNORE
 
 
 @pytest.mark.parametrize("asked", ["<image>\nWhat is its grade?", "What is its grade?\n<image>"])
@@ -1181,8 +1032,6 @@ def test_heads_that_cannot_share_a_width_are_refused(heads):
 def test_configs_survive_json():
     for cfg in PRESETS.values():
         assert wsi_llava.WSILLaVAConfig.from_json(cfg.to_json()) == cfg
-    with pytest.raises(UserError, match="no field wide"):
-        wsi_llava.LlamaConfig.from_dict({"wide": 3})
 
 
 def stand_in(data):
@@ -1197,38 +1046,17 @@ def stand_in(data):
         (wsi_llava.read_meta, "meta.json", "\xff", "not what prepare.py writes"),
         (wsi_llava.read_meta, "meta.json", '{"version": 0}', "made by version 0 of this project, not"),
         (wsi_llava.load_config, "config.json", None, "no such file; .* holds no trained model"),
-        (wsi_llava.load_config, "config.json", "[]", "holds no trained model that can be read"),
         (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
-        (
-            wsi_llava.read_folder,
-            "model.safetensors.index.json",
-            "{}",
-            "lacks 'weight_map'; copy or download it again",
-        ),
+        (wsi_llava.read_folder, "model.safetensors.index.json", "{}", "lacks 'weight_map'; copy or download"),
         (
             stand_in,
             "llm",
             None,
             "no such file; run python train.py --stage 1 first, or name a language model",
         ),
-        (
-            lambda folder: wsi_llava.Tokenizer(folder / "t.model"),
-            "t.model",
-            "?",
-            "copy the language model's tokenizer.model",
-        ),
-        (
-            lambda folder: prepare.read_qa(folder / "q.jsonl"),
-            "q.jsonl",
-            None,
-            "no such file; python prepare.py",
-        ),
-        (
-            lambda folder: prepare.read_qa(folder / "q.jsonl"),
-            "q.jsonl",
-            '{"a": 1}\n',
-            r"line 1: its fields \(a\) are of no kind",
-        ),
+        (lambda d: wsi_llava.Tokenizer(d / "t.model"), "t.model", "?", "copy the language model's tokenizer"),
+        (lambda d: prepare.read_qa(d / "q.jsonl"), "q.jsonl", None, "no such file; python prepare.py"),
+        (lambda d: prepare.read_qa(d / "q.jsonl"), "q.jsonl", '{"a": 1}\n', r"line 1: its fields \(a\) are"),
     ],
 )
 def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, name, content, message):
@@ -1239,23 +1067,22 @@ def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, nam
         read(tmp_path)
 
 
-ODD_JSON = ["null", "3", '"text"', "[]", "[" * 200_000, '{"llama": null}', '{"n_visual_tokens": 1e9}']
-ODD_JSON += [
-    '{"pad_to": -1}',
-    '{"slide_encoder": {"heads": 0}}',
-    '{"llama": {"depth": 100000000}}',
+ODD_CONFIGS = [
+    "null",
+    "3",
+    '"text"',
+    "[]",
+    "[" * 200_000,
+    '{"llama": null}',
+    '{"n_visual_tokens": 1e9}',
     "\xff",
-    "",
 ]
-ODD_JSON += [
-    '{"lora_alpha": NaN}',
-    '{"tile_encoder": []}',
-    '{"llama": {"rope_scaling": ["a"]}}',
-    '{"max_tiles": true}',
-]
+ODD_CONFIGS += ['{"pad_to": -1}', '{"slide_encoder": {"heads": 0}}', '{"llama": {"depth": 100000000}}', ""]
+ODD_CONFIGS += ['{"lora_alpha": NaN}', '{"tile_encoder": []}', '{"llama": {"rope_scaling": ["a"]}}']
+ODD_CONFIGS += ['{"max_tiles": true}', '{"wide": 3}']
 
 
-@pytest.mark.parametrize("text", ODD_JSON)
+@pytest.mark.parametrize("text", ODD_CONFIGS)
 def test_configs_of_any_content_are_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError) as caught:
@@ -1271,9 +1098,8 @@ def test_damaged_bytes_are_one_line(tmp_path, tokenizer, ending):
         (torch.save if ending == "bin" else save_file)({"a": torch.randn(9, 9), "b": torch.randn(4)}, path)
         read = wsi_llava.read_tensors
     else:
-        byte_level_tokenizer(tmp_path, ["</s>"]).rename(path) if ending == "json" else shutil.copy(
-            tokenizer.path, path
-        )
+        made = byte_level_tokenizer(tmp_path, ["</s>"]) if ending == "json" else tokenizer.path
+        shutil.copy(made, path)
         read = wsi_llava.Tokenizer
     good, refused = path.read_bytes(), 0
     for case in range(120):
@@ -1297,13 +1123,6 @@ def test_control_characters_never_reach_the_terminal(capsys):
     print("a\x1b[31mred\x07\tb\r\n\u202egnp.exe\x9b", file=out, flush=True)
     assert capsys.readouterr().out == "a[31mred\tb\ngnp.exe\n"
 
-    def main():
-        raise UserError("bad \x1b]0;title\x07 name\nand more")
-
-    with pytest.raises(SystemExit) as caught:
-        wsi_llava.run(main)
-    assert caught.value.code == "error: bad ]0;title name"
-
 
 def test_nothing_half_written_under_a_final_name(tmp_path):
     target = tmp_path / "file"
@@ -1314,17 +1133,13 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
 
 
-def test_who_may_read_a_file_is_the_users_to_say(tmp_path):
-    """By the umask, for each way of writing: safetensors on its own makes files that their owner alone can
-    read."""
-    wsi_llava.write_text(tmp_path / "text", "a")
-    wsi_llava.write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
-    (tmp_path / "plain").touch()
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
-
-
 @pytest.mark.parametrize(
-    "error, status, said", [(UserError("no"), "error: no", ""), (KeyboardInterrupt, 130, "bye\n")]
+    "error, status, said",
+    [
+        (UserError("bad \x1b]0;title\x07 name\nand more"), "error: bad ]0;title name", ""),
+        (OSError(28, "No space left", "x"), "error: x: No space left; nothing that was finished is lost", ""),
+        (KeyboardInterrupt, 130, "bye\n"),
+    ],
 )
 def test_a_script_ends_in_one_line(capsys, error, status, said):
     def main():
@@ -1348,9 +1163,7 @@ def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
     projected = tiny.mm_projector(F.pad(visual, (0, 160 - 128)))
     torch.testing.assert_close(embeds[0, place : place + 9], projected[0])
     torch.testing.assert_close(embeds[0, place + 9], tiny.llama.embed_tokens.weight[ids[place + 1]])
-    assert [label for label in spliced[0].tolist() if label != IGNORE] == [
-        label for label in labels if label != IGNORE
-    ]
+    assert spliced[0][spliced[0] != IGNORE].tolist() == [label for label in labels if label != IGNORE]
     assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
     for wrong, row in ((None, ids), (visual, ids[:place]), (visual, [IMAGE_TOKEN, *ids])):
         with pytest.raises(ValueError, match="row 0 has . <image> in its text and . slides"):
@@ -1377,20 +1190,6 @@ def test_loss_is_that_of_all_logits_at_the_labelled_positions(tiny, tokenizer):
     got = tiny(visual, ids, labels, reduction="sum")
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
-
-
-def test_one_batch_can_be_overfitted(tiny, tokenizer):
-    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
-    visual = torch.randn(2, 9, 128)
-    optimizer = torch.optim.AdamW(tiny.parameters(), lr=3e-3, weight_decay=0)
-    for _ in range(60):
-        loss = tiny(visual, ids, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.05
-    answer = [t for (t,) in tiny.generate(visual[:1], [tokenizer.encode_chat(TALK[:1])[0]], 20)]
-    assert tokenizer.decode([t for t in answer if t != tokenizer.eos]) == TALK[1]["value"]
 
 
 def test_tokens_are_drawn_from_the_likeliest():
@@ -1420,12 +1219,8 @@ def test_sampling_is_seeded_and_cut(tiny):
 
 @pytest.mark.parametrize("name", ["../s", "a/b", "/etc/passwd", "..", ".", "", "a\\b", "a\0b", 7, None])
 def test_a_name_of_a_slide_cannot_leave_its_folder(tmp_path, name):
-    for file in (
-        wsi_llava.features_file,
-        lambda *place: wsi_llava.visual_tokens_file(*place, PRESETS["demo"]),
-    ):
-        with pytest.raises(UserError, match="not the name of a slide"):
-            file(tmp_path, name)
+    with pytest.raises(UserError, match="not the name of a slide"):
+        wsi_llava.slide_file(tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -1452,26 +1247,6 @@ def test_features_are_checked_when_they_are_read(tiny, tmp_path, change, message
     assert written == 1 and list(problems) == ["bad"] and re.search(message, problems["bad"])
 
 
-def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, monkeypatch):
-    (tmp_path / "features").mkdir()
-    tensors = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
-    save_file(tensors, tmp_path / "features" / "s.safetensors")
-
-    def written():
-        count, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s", "absent"])
-        assert list(problems) == ["absent"] and "no such file" in problems["absent"]
-        return count
-
-    assert [written() for _ in range(2)] == [1, 0]
-    tiny.cfg.fingerprints["slide_encoder"] = "another"
-    assert [written() for _ in range(2)] == [1, 0]
-    # Other tiles
-    save_file(tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors")
-    assert [written() for _ in range(2)] == [1, 0]
-    cut(tmp_path / "visual_tokens" / "s.safetensors")
-    assert [written() for _ in range(2)] == [1, 0]
-
-
 class FirstTokens(torch.nn.Module):
     """A pool of one's own, whose text is in another file than the slide encoder's."""
 
@@ -1479,29 +1254,33 @@ class FirstTokens(torch.nn.Module):
         return tokens[:, :9]
 
 
-@pytest.mark.parametrize("edited", [wsi_llava, sys.modules[__name__]])
-def test_visual_tokens_follow_the_code_that_makes_them(tiny, tmp_path, monkeypatch, edited):
-    """An edit of the file of any class of the slide encoder, another pool's among them, makes them anew."""
+def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, monkeypatch):
+    """The slide's tiles, the encoder, or the text of any file that holds one of its classes, a pool's too."""
     (tmp_path / "features").mkdir()
     tensors = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
-    save_file(tensors, tmp_path / "features" / "s.safetensors")
-
-    def written():
-        return wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s"])[0]
-
-    assert [written() for _ in range(2)] == [1, 0]
-    tiny.slide_encoder.pool = FirstTokens()
-    assert [written() for _ in range(2)] == [1, 0]
-    text = inspect.getsource
-    monkeypatch.setattr(inspect, "getsource", lambda x: text(x) + "# edited" * (x is edited))
-    assert [written() for _ in range(2)] == [1, 0]
+    edited, text = [], inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda file: text(file) + "# edited" * (file in edited))
+    for change in (
+        lambda: save_file(tensors, tmp_path / "features" / "s.safetensors"),
+        lambda: save_file(
+            tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors"
+        ),
+        lambda: tiny.cfg.fingerprints.update(slide_encoder="another"),
+        lambda: cut(tmp_path / "visual_tokens" / "s.safetensors"),
+        lambda: edited.append(wsi_llava),
+        lambda: setattr(tiny.slide_encoder, "pool", FirstTokens()),
+        lambda: edited.append(sys.modules[__name__]),
+    ):
+        change()
+        for written in (1, 0):
+            found, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["s", "absent"])
+            assert found == written and "no such file" in problems["absent"]
 
 
 def test_arguments_that_do_not_fit_together_are_refused(tiny):
     x, ids = torch.randn(1, 4, 1, 16), torch.ones(1, 3, dtype=torch.long)
     cache = wsi_llava.KVCache(tiny.cfg.llama, 1, 2, "cpu", torch.float32)
     for call, message in [
-        (lambda: wsi_llava.preprocess_tiles(torch.zeros(1, 8, 8, 3)), "tiles must be uint8"),
         (lambda: wsi_llava.dilated_attention(x, x, x, (4, 8), (1,)), "segments as many as dilations"),
         (lambda: wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="flash"), "impl must be"),
         (lambda: tiny.llama(ids, cache=cache), "the cache holds 2 positions, 3 are needed"),
@@ -1515,31 +1294,21 @@ def test_arguments_that_do_not_fit_together_are_refused(tiny):
 
 
 def test_loaders_are_strict_both_ways(tmp_path):
-    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
-    path, good = tmp_path / "slide_encoder.pth", encoder.state_dict()
+    path, good = tmp_path / "encoder.pth", wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder).state_dict()
     torch.save({"model": good}, path)
     wsi_llava.load_slide_encoder(path)
-
-    def refused(tensors, message):
-        torch.save(tensors, path)
+    for tensors, message in (
+        ({k: v for k, v in good.items() if k != "norm.bias"}, r"missing keys \(1\): norm.bias"),
+        (good | {"decoder.weight": torch.zeros(1)}, r"keys that the model lacks \(1\): decoder.weight"),
+        (good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]"),
+        ({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder"),
+        ({"model": {"norm.bias": object()}}, "copy or download it again"),  # a foreign class, never unpickled
+        (None, "no such file; copy or download it again"),
+    ):
+        path.unlink() if tensors is None else torch.save(tensors, path)
         with pytest.raises(UserError, match=message) as caught:
             wsi_llava.load_slide_encoder(path)
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-
-    refused({k: v for k, v in good.items() if k != "norm.bias"}, r"missing keys \(1\): norm.bias")
-    refused(good | {"decoder.weight": torch.zeros(1)}, r"keys that the model lacks \(1\): decoder.weight")
-    refused(good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]")
-    refused({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder")
-    # Would need unpickling of a foreign class
-    refused({"model": {"norm.bias": object()}}, "copy or download it again")
-    path.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(UserError, match="copy or download it again"):
-        wsi_llava.load_slide_encoder(path)
-    with pytest.raises(UserError, match="no such file; copy or download it again"):
-        wsi_llava.load_tile_encoder(tmp_path / "missing.bin")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    with pytest.raises(UserError, match="copy or download it again"):
-        wsi_llava.load_tile_encoder(tmp_path / "cut.safetensors")
 
 
 def test_llama_loader_names_what_is_wrong(tmp_path):
@@ -1552,15 +1321,12 @@ def test_llama_loader_names_what_is_wrong(tmp_path):
     for changes, message in [
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-            "rope scaling .*linear.* is not supported here",
+            "rope scaling .*linear.* is not supported",
         ),
         ({"model_type": "gpt2"}, "model_type gpt2 is not supported here"),
         ({"attention_bias": True}, "biases beside those of Qwen2 is not supported here"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported here"),
-        (
-            {"model_type": "mistral", "sliding_window": 100},
-            "a sliding window of 100 below the context of 4096",
-        ),
+        ({"model_type": "mistral", "sliding_window": 100}, "window of 100 below the context of 4096"),
         ({"head_dim": 8}, "wrong shapes"),
         ({"num_attention_heads": 5}, "5 query heads cannot share 2 key heads"),
         ({"num_hidden_layers": 10**9}, "depth cannot be 1000000000"),
@@ -1624,10 +1390,8 @@ def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensor
     for name, module in merged.named_modules():
         if name.split(".")[-1] in targets:
             a, b = torch.randn(r, module.in_features) / 8, torch.randn(module.out_features, r) / 8
-            adapters |= {
-                f"base_model.model.{name}.lora_A.weight": a,
-                f"base_model.model.{name}.lora_B.weight": b,
-            }
+            for letter, x in (("A", a), ("B", b)):
+                adapters[f"base_model.model.{name}.lora_{letter}.weight"] = x
             module.weight.data += alpha / r * b @ a
     config = PEFTS_DEFAULTS | {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none"}
     config |= {"target_modules": targets} | changes
@@ -1645,15 +1409,10 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
     with torch.no_grad():
         agrees(f"a folder laid out as {layout}", ours(ids), theirs(ids).logits, 1e-5)
     found = wsi_llava.load_projector(tmp_path)
-    if projector is None:
-        assert found is None
-    else:
-        assert all(torch.equal(a, b) for a, b in zip(found.parameters(), projector.parameters(), strict=True))
-
-
-def test_a_projector_of_another_shape_is_refused(tmp_path):
-    save_file({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")  # LLaVA-1.0's
-    with pytest.raises(UserError, match=r"lacks '0.weight'; not a projector of two linear layers"):
+    assert (found is None) == (projector is None)
+    assert projector is None or torch.equal(found[0].weight, projector[0].weight)
+    torch.save({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "mm_projector.bin")  # LLaVA-1.0's
+    with pytest.raises(UserError, match="lacks '0.weight'; not a projector of two linear layers"):
         wsi_llava.load_projector(tmp_path)
 
 
@@ -1698,21 +1457,15 @@ def test_the_tokenizer_with_more_tokens_is_read(tmp_path, tokenizer):
     for special, found in (([], "tokenizer.model"), (["<|im_start|>", "<|im_end|>"], "tokenizer.json")):
         path = byte_level_tokenizer(tmp_path, ["</s>"])
         fast = json.loads(path.read_text())
-        fast["added_tokens"] += [
-            fast["added_tokens"][0] | {"id": 5000 + i, "content": text} for i, text in enumerate(special)
-        ]
+        for i, text in enumerate(special):
+            fast["added_tokens"].append(fast["added_tokens"][0] | {"id": 5000 + i, "content": text})
         path.write_text(json.dumps(fast))
         assert wsi_llava.pick_llm(args, {"preset": "7b"})[1].path.name == found
 
 
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     """As in llava-1.5-7b-hf, whose text_config does not give the sizes."""
-    text = {
-        "model_type": "llama",
-        "vocab_size": 32064,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-    }
+    text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
     assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
 
@@ -1798,9 +1551,9 @@ def test_damaged_shards_are_named(tmp_path, ending):
         (state, cut, f"{second.name}: .*; copy or download it again"),
         (state, Path.unlink, f"{second.name}: no such file; copy"),
         (
-            state | {"model.extra.weight": torch.zeros(3)},
+            state | {"model.x.weight": torch.zeros(3)},
             None,
-            r"keys that the model lacks \(1\): model.extra.weight",
+            r"keys that the model lacks \(1\): model.x.weight",
         ),
         (state | {norm: torch.zeros(3)}, None, r"wrong shapes \(1\): model.norm.weight is \[3\], not \[64\]"),
         ({k: v for k, v in state.items() if k != norm}, None, r"missing keys \(1\): norm.weight"),
@@ -1871,9 +1624,8 @@ def test_stage_1_starts_from_gigapaths_slide_encoder(published):
     def start(*flags):
         args = train.parse(["--stage", "1", *flags])
         wsi_llava.resolve_device(args)
-        return train.Alignment(
-            1, args, train.RECIPES["7b"][1], wsi_llava.read_meta(args.data)
-        ).model.slide_encoder
+        task = train.Alignment(1, args, train.RECIPES["7b"][1], wsi_llava.read_meta(args.data))
+        return task.model.slide_encoder
 
     path = Path("weights/gigapath/slide_encoder.pth")
     theirs = torch.load(path)["model"]
@@ -1910,37 +1662,25 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
 
 
-def test_a_tokenizer_larger_than_its_model_is_refused(published):
-    path = Path("weights/vicuna-7b-v1.5/config.json")
-    config, folder = json.loads(path.read_text()), path.parent
-    small = wsi_llava.Llama(
-        wsi_llava.LlamaConfig(vocab=90, width=64, depth=1, heads=4, kv_heads=4, mlp_hidden=112)
-    )
+def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
+    def refused(message, *flags):
+        with pytest.raises(UserError, match=message):
+            assembled(3, *flags)
+
+    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
+    misfit = r"that of narrow does not fit \(100 -> 64, not 128 -> 64\)"
+    refused(f"run python train.py --stage 3 first; of published projectors, {misfit}", "--lora", "narrow")
+    folder = Path("weights/vicuna-7b-v1.5")
     for file in folder.glob("pytorch_model*"):
         file.unlink()
-    wsi_llava.save_llama(small, folder)
-    with pytest.raises(UserError, match="tokens, the language model 90; use the language model's own"):
-        assembled(1)
-    assert config["vocab_size"] > 90
-
-
-def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
-    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
-    with pytest.raises(
-        UserError,
-        match=r"stage 3 first; of published projectors, that of narrow does not fit \(100 -> 64, not 128 -> 64\)",
-    ):
-        assembled(3, "--lora", "narrow")
-    shutil.rmtree("weights/vicuna-7b-v1.5")
-    with pytest.raises(
-        UserError,
-        match="weights/vicuna-7b-v1.5 or weights/llava-v1.5-7b: no such file; name a language model",
-    ):
-        assembled(3)
+    small = wsi_llava.LlamaConfig(vocab=90, width=64, depth=1, heads=4, kv_heads=4, mlp_hidden=112)
+    wsi_llava.save_llama(wsi_llava.Llama(small), folder)
+    refused("tokens, the language model 90; use the language model's own")
+    shutil.rmtree(folder)
+    refused(f"{folder} or weights/llava-v1.5-7b: no such file; name a language model")
     shutil.rmtree("weights/gigapath")
-    with pytest.raises(
-        UserError, match="--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
-    ):
+    needed = "--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
+    with pytest.raises(UserError, match=needed):
         wsi_llava.pick_tile_encoder(prepare.parse(["--preset", "7b", "--demo"]))
 
 
@@ -1955,16 +1695,14 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
         prepare.main([*places, "--tile-encoder", str(tmp_path / "other.safetensors")])
     args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
     wsi_llava.resolve_device(args)
-    meta = wsi_llava.read_meta(args.data)
-    meta["encoder"]["fingerprint"] = "0123456789abcdef"
-    with pytest.raises(
-        UserError, match="stage1.* was trained on features of the tile encoder .*, these are 0123456789abcdef"
+    for name, value, message in (
+        ("fingerprint", "0123", "stage1.* was trained on features of the tile encoder .*, these are 0123"),
+        ("width", 1536, "takes tile features of width 128, these are 1536"),
     ):
-        wsi_llava.load_model(args, meta, 3)
-    meta = wsi_llava.read_meta(args.data)
-    meta["encoder"]["width"] = 1536
-    with pytest.raises(UserError, match="takes tile features of width 128, these are 1536"):
-        wsi_llava.load_model(args, meta, 3)
+        meta = wsi_llava.read_meta(args.data)
+        meta["encoder"][name] = value
+        with pytest.raises(UserError, match=message):
+            wsi_llava.load_model(args, meta, 3)
 
 
 # ---- train.py: what is trained on ------------------------------------------------------------------------
@@ -4126,15 +3864,14 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
 def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
-    """From a person, who is told how, or a pipe; a line that does not fit, or is no text, costs itself."""
-    lines = ["What is its grade?", "", "word " * 400, "half \ud83d", "What is its grade?"]
+    """From a person, who is told how, or a pipe; a line that does not fit costs itself."""
+    lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    sample.talk(types.SimpleNamespace(ask=None, device=torch.device("cpu")), chat)
+    said = sample.talk(types.SimpleNamespace(ask=None), chat)
     out, err = capsys.readouterr()
-    assert out.count("> ") == (6 if before else 0) and ("Ctrl-D" in out) == bool(before)
-    assert "10 tokens, " in out
-    assert "the prompt is too long" in err and "the line is not UTF-8" in err
+    assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
+    assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
 
 
 @slow
@@ -4611,7 +4348,7 @@ EXAMPLE = '{"scores": [1, 0.3]}'
         (said(sample.SILENT), 4, "unusable"),
         (said('{"scores": [1]}'), 4, '"scores" must be a list of 2 numbers, one for each claim'),
         (said('{"scores": [0.5, 1]}'), 4, "0.5 is not on the scale; only 1, 0.7, 0.3 and 0 are"),
-        (said('{"scores": [true, 1]}'), 4, "True is not on the scale"),
+        (said('{"scores": [true, 1]}'), 4, "one for each claim"),
         (said('{"scores": [null, 1]}'), 4, "None is not on the scale"),
         (said('{"scores": [NaN, 1]}'), 4, "nan is not on the scale"),
         (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
@@ -4650,7 +4387,7 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
         ),
         (
             (503, {}, "<style>p {}</style><p>Down for repairs"),
-            "HTTP 503: Down for repairs; run the same command again",
+            "HTTP 503: .*Down for repairs; run the same command again",
         ),
         ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
         (
@@ -4661,7 +4398,10 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
         ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
         ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
         ((422, {}, "no"), "HTTP 422: no"),
-        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): Log in first; run the same"),
+        (
+            (200, {}, "<html><p>Log in first"),
+            r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same",
+        ),
         ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
         ((200, {}, "[" * 100_000), "no answer .RecursionError"),
         (said(None, reasoning_content=EXAMPLE), "an empty reply"),
@@ -4762,26 +4502,14 @@ def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_s
     assert judge.score("WSI-Relevance", "What?", "A tumor.", " ") == 0 and len(judge_server.requests) == 1
 
 
-def test_urls_are_checked_once_and_keep_their_query(judge_server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    file, route = tmp_path / "judge.jsonl", "/chat/completions?api-version=2024-06-01"
-    sample.Judge(judge_server.url + route, "wise", file).score("WSI-Precision", "What?", "This.", "That.")
-    assert judge_server.requests[0][1] == f"/v1{route}" and "warning" not in capsys.readouterr().err
-    for url in (
-        "http://",
-        "https://a b/v1",
-        "http://host:port/v1",
-        "http://[::1/v1",
-        "https://me@host/v1",
-        "host:1",
-    ):
+def test_urls_and_keys_are_checked_before_anything_is_sent(tmp_path, monkeypatch):
+    file = tmp_path / "judge.jsonl"
+    for url in ("http://", "https://a b/v1", "https://me@host/v1", "host:1", "file:///etc/passwd"):
         with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
             sample.Judge(url, "wise", file)
-    sample.Judge("http://judge.example/v1", "wise", file)
-    assert "OPENAI_API_KEY goes there unencrypted" in capsys.readouterr().err
     monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
     with pytest.raises(UserError, match="OPENAI_API_KEY: not a key"):
-        sample.Judge(judge_server.url, "wise", file)
+        sample.Judge("https://judge.example/v1", "wise", file)
 
 
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
@@ -4843,9 +4571,6 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
     assert rows[2:] == ["all", "all", "Grading", "Prognosis_TF_question", "Report", "Staging_choice"]
     assert {kind for kind, _ in table} >= {"all", "capability", "task", "cancer type", "common", "rare"}
-    (tmp_path / "evaluation.md").write_text("my notes")
-    with pytest.raises(UserError, match="evaluation.md: exists, and is no earlier output"):
-        evaluated(path)
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 30])
@@ -4918,8 +4643,6 @@ def as_csv(delimiter, first="", end="\n"):
         ("a.json", json.dumps),
         ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
         ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
-        ("a.json", lambda rows: json.dumps({row["id"]: row["prediction"] for row in rows})),
-        ("a.json", lambda rows: json.dumps({row["id"]: row["prediction"] for row in rows}, indent=2)),
     ],
 )
 def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
@@ -4940,8 +4663,9 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
         ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
         ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
         ("id,answer\nx0,a\nx1,b\n", "a.csv: 2 rows match no question of .*the first: x0 .took id for the id"),
-        ('[{"id": "q0", "answer": ["a"]}]', "a.csv: its answer is no text"),
+        ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its id, slide, question or answer is no text"),
         ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
+        ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
         ("", "a.csv: empty"),
     ],
 )
@@ -5137,8 +4861,8 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     relevance[7] = 2
     sample.draw_heatmap(tmp_path / "map.png", slide, coords, relevance, ["Q", "A"])
     picture = np.asarray(Image.open(tmp_path / "map.png").convert("L")).astype(int)
-    assert picture.shape == (70 + 60 + 560 + 24, 3 * 560 + 4 * 24)
-    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 70 + 60)
+    assert picture.shape == (90 + 560 + 24, 3 * 560 + 4 * 24)
+    centres = ((coords + 128) * 560 / 2048).astype(int) + (48 + 560, 90)
     light = [picture[y - 20 : y + 20, x - 20 : x + 20].mean() for x, y in centres]
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
 
@@ -5159,26 +4883,18 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
     assert first["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
-def test_a_slide_without_a_file_has_no_map(tmp_path, toy_slide):
-    (tmp_path / "features").mkdir()
-    prepare.write_meta(tmp_path, "demo", 0.5, {"source": "untrained", "fingerprint": "", "width": 8})
-    tensors = {"features": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
-    save_file(tensors, tmp_path / "features" / "toy.safetensors", {"wsi_llava": '{"scale": 2.0}'})
+def test_a_slide_without_a_file_has_no_map(tmp_path):
     args = types.SimpleNamespace(slide="toy", data=tmp_path)
     with pytest.raises(UserError, match="toy: its file is not in .*slides; give --slide its path"):
-        sample.find_slide(args, "toy")
-    args.slide = str(toy_slide[0])
-    assert sample.find_slide(args, "toy") == (toy_slide[0], 0.25, 0.5)  # as it was prepared
+        sample.explain(args, None, None, "toy", "A tumor.")
 
 
 def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     asked = ["--slide", "s", "--ask", "?"]
-    (tmp_path / "mine.png").write_bytes(b"my own picture")
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "must end in .png or .geojson"),
         ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
-        ([*asked, "--heatmap", tmp_path / "mine.png"], "mine.png: exists, and is no earlier output of this"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([*map(str, flags)])
@@ -5186,20 +4902,18 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
 
 @slow
 def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """The language model in int8: gradients pass. A second time, its own pictures are replaced."""
+    """The language model in int8: gradients pass."""
     folder, _ = demo
     files = [str(tmp_path / "map.png"), str(tmp_path / "map.geojson")]
     asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", "--heatmap", *files]
     args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
     wsi_llava.resolve_device(args)
     model, tokenizer = sample.load_model(args)
-    for path in args.heatmap:
-        sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
-        sample.check_output(path, sample.HEATMAP_MARK)
+    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
     printed = capsys.readouterr().out
     gain = float(re.search(r"this one adds about (-?[\d.]+) nats", printed)[1])
     assert ("no tile made it" in printed) == (gain < 0.1)
-    assert Image.open(args.heatmap[0]).size == (1776, 714)
+    assert Image.open(args.heatmap[0]).size == (1776, 674)
     tiles = json.loads(args.heatmap[1].read_text())["features"]
     assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
     assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
@@ -5568,18 +5282,9 @@ def test_a_link_that_lies_in_wait_is_not_followed(tmp_path, monkeypatch):
 def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
     (tmp_path / "thesis").write_text("years of work")
     os.mkfifo(tmp_path / "pipe")
-    for path in (
-        tmp_path / "thesis",
-        tmp_path / "pipe",
-        Path(os.devnull),
-        tmp_path,
-        tmp_path / "no" / "file",
-    ):
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            sample.check_output(path, sample.HEATMAP_MARK)
-    for beginning in (b'{"settings"', b'{"key"'):
-        with pytest.raises(UserError, match="thesis: exists, and is no earlier output"):
-            sample.open_lines(tmp_path / "thesis", beginning)
+    for name in ("thesis", "pipe", "."):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
+            sample.open_lines(tmp_path / name)
     assert (tmp_path / "thesis").read_text() == "years of work"
 
 
