@@ -24,7 +24,6 @@ import csv
 import datetime
 import errno
 import functools
-import glob
 import hashlib
 import html
 import io
@@ -104,7 +103,6 @@ class Slide:
         except Exception as error:  # what OpenSlide and Pillow raise over a damaged file is no short list
             reason = wsi_llava.one_line(error)
             raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
-        self.get = self.file.properties.get
         claimed = number(self.get("openslide.level[0].tile-width"))
         check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
         self.mpp, self.source = (mpp, "given") if mpp else self.own_mpp(path, fallback)
@@ -127,6 +125,7 @@ class Slide:
     def open(self):
         """Opens the file, also anew: OpenSlide refuses everything after an error."""
         self.file = openslide.open_slide(self.path)
+        self.get = self.file.properties.get
 
     def hash(self):
         """What tells this slide from others, wherever it lies: OpenSlide's hash; of a picture, its bytes'."""
@@ -176,17 +175,14 @@ class Slide:
         if re.search(r'<Image .*<Image |Size[ZT]="([2-9]|\d\d)', text, re.DOTALL):
             self.notes.append("of several scenes or focal planes, the first is read")
         if not found:
-            check(
-                fallback, f"{path}: {says}; give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
-            )
+            check(fallback, f"{path}: {says}; give it with --mpp (0.25 is 40x, 0.5 is 20x) or --mpp-csv")
             return fallback, "--mpp"
         source, (wide, high) = next(iter(found.items()))
         oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
         check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
-        if max(found.values()) > tuple(1.5 * side for side in min(found.values())):
-            self.notes.append(
-                f"um/px of {' and '.join(found)} differ by more than 1.5 times, the first taken"
-            )
+        sizes = [wide for wide, _ in found.values()]
+        if max(sizes) > 1.5 * min(sizes):
+            self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
         return (wide + high) / 2, source
 
     def level_scale(self, level):
@@ -401,9 +397,8 @@ def read_mpp_csv(path, slides):
             check(table.setdefault(slide, number(mpp)) == number(mpp), again)
     given, used = {}, set()
     for name, file in slides.items():
-        rows = [
-            key for key in (name, file.stem, file.name, str(file), os.path.realpath(file)) if key in table
-        ]
+        names = name, file.stem, file.name, str(file), os.path.realpath(file)
+        rows = [key for key in names if key in table]
         if rows:
             given[name] = table[rows[0]]
         used.update(rows)
@@ -539,18 +534,15 @@ def given_mask(path, slide, size):
         check(abs(stretched - 1) < 0.02 + 1 / min(picture.size), wrong)
         if picture.mode[0] in "IF":  # labels of more than 8 bits
             picture = Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
-        plain = all(low == high for low, high in picture.convert("RGB").getextrema())
-        if plain and "A" in picture.getbands():
+        if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
         # A photograph would exchange glass and tissue: it has colour, or greys of all kinds.
-        small = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        small = picture.resize(size, Image.Resampling.NEAREST).convert("RGB")
         coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean()
         greys = np.bincount(np.asarray(small.convert("L").filter(ImageFilter.MedianFilter(5))).ravel() // 8)
         kinds = (greys > 0.001 * greys.sum()).sum()
-        check(
-            coloured <= 0.001 and kinds <= 8,
-            f"{path}: a picture of the slide, not a mask of few greys; {hint}",
-        )
+        seen = f"{path}: a picture of the slide, not a mask of few greys; {hint}"
+        check(coloured <= 0.001 and kinds <= 8, seen)
         grey = picture.convert("L")
         marked = 127 if grey.getextrema()[1] > 127 else 0  # labels 0, 1, 2... are masks too
         grey = grey.point([0] * (marked + 1) + [255] * (255 - marked))
@@ -582,9 +574,8 @@ def drawn_mask(path, slide, size):
         value = 0 if ignored else 255
         part = Image.new("L", size) if holes else mask
         for ring, colour in ((outer, 255 if holes else value), *((hole, 0) for hole in holes)):
-            corners = (
-                np.array(ring, float)[:, :2] + slide.corner
-            ) / scale - 0.5  # Pillow's are pixel centres
+            # Pillow counts from pixel centres
+            corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5
             ImageDraw.Draw(part).polygon(corners.ravel().tolist(), colour)
         if holes:
             mask.paste(value, mask=part)
@@ -659,6 +650,7 @@ def write_geojson(path, slide, coords):
         file.write("]}\n")
 
 
+# a page's head, and a slide on it
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px sans-serif }}
 figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px; overflow-wrap: anywhere }}
@@ -724,10 +716,13 @@ def claim(claims, name):
 
 
 def read_failures(data):
-    """data/failures -> {slide: {"slide", "path", "message"}}."""
-    files, hint = sorted((data / "failures").glob("*.json")), "not what prepare.py writes; delete it"
-    entries = [wsi_llava.read_json(file, hint) for file in files]
-    return {str(entry.get("slide")): {k: str(v) for k, v in entry.items()} for entry in entries}
+    """data/failures -> {slide: {"path", "message"}}."""
+    failures, hint = {}, "not what prepare.py writes; delete it"
+    for path in sorted((data / "failures").glob("*.json")):
+        entry = wsi_llava.read_json(path, hint)
+        with reading(path, hint):
+            failures[str(entry["slide"])] = {"path": str(entry["path"]), "message": str(entry["message"])}
+    return failures
 
 
 def note_failure(data, name, path, message=None):
@@ -816,12 +811,10 @@ def apart(path, function, *arguments):
             raise UserError(f"{path}: {DIED}") from None
 
 
-def slide_job(args, name, path, given, encoder):
-    """One slide of a run -> dict: its files, and the parameters that its features depend on. given: its um/px
-    by --mpp-csv, or None."""
-    mask, digest, pictures = None, None, [args.data / "qc" / f"{name}.jpg"]
-    if args.mask:
-        mask = min(args.mask.glob(f"{glob.escape(name)}.*"), default=None)
+def slide_job(args, name, path, given, mask, encoder):
+    """One slide of a run -> dict: its files, and the parameters that its features depend on. given, mask: its
+    um/px by --mpp-csv and its file of --mask, or None."""
+    digest, pictures = None, [args.data / "qc" / f"{name}.jpg"]
     if mask:
         with reading(mask, "a mask of --mask"):
             digest = hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
@@ -952,9 +945,8 @@ def prepare_slide(args, encoder, readers, memory, job, plan, bar):
         lost += len(numbers) - len(kept)
         if lost > DROPPED * len(coords):
             concurrent.futures.wait(ahead)  # or they write to the memory when the next slide is there
-            raise UserError(
-                f"{path}: over {DROPPED:.0%} of its {len(coords)} tiles cannot be decoded ({error})"
-            )
+            many = f"over {DROPPED:.0%} of its {len(coords)} tiles cannot be decoded ({error})"
+            raise UserError(f"{path}: {many}")
         if kept:
             features.append(encode(encoder, tiles[place : place + len(kept)], args.device))
         read += numbers[kept].tolist()
@@ -1021,8 +1013,9 @@ def prepare_slides(args, slides, number=0, shares=1):
     started, claims = time.time(), None
     table = read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
     (meta, encoder), slides = open_data(args), list(slides.items())[number::shares]
-    made_by = meta["encoder"]["fingerprint"]
-    jobs = [slide_job(args, name, path, table.get(name), made_by) for name, path in slides]
+    masks = {file.stem: file for file in sorted(args.mask.iterdir())} if args.mask else {}
+    facts = [(name, path, table.get(name), masks.get(name)) for name, path in slides]
+    jobs = [slide_job(args, *fact, meta["encoder"]["fingerprint"]) for fact in facts]
     todo = {job["name"]: job for job in jobs if not is_done(args, job)}
     if meta["encoder"]["source"] == "untrained":
         print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
@@ -1069,10 +1062,8 @@ def find_features(inputs):
                 continue
             for path in files:
                 other = found.setdefault(path.stem, path)
-                same = (
-                    f"{other} and {path} have the same name; rename one, the slide's id, or name one folder"
-                )
-                check(other == path, same)
+                same = f"{other} and {path} have the same name"
+                check(other == path, f"{same}; rename one, the slide's id, or name one folder")
     check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
     return dict(sorted(found.items()))
 
@@ -1108,10 +1099,8 @@ def read_foreign(path):
         else:
             found = wsi_llava.read_tensors(path, named=False)
             found = {"features": found} if isinstance(found, torch.Tensor) else found
-            check(
-                isinstance(found, dict),
-                f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict",
-            )
+            kind = f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict"
+            check(isinstance(found, dict), kind)
             about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
         name = next((name for name in MAKERS if name in found), None)
         check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
@@ -1148,10 +1137,8 @@ def tiled_coords(path, coords, about, given, args):
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
         tile, pixels = (float(about.get(name, 0)) for name in ("patch_size_level0", "patch_size"))
         zoom, magnification = tile / (pixels or 1), float(about.get("target_magnification", 0))
-        step, scale = (
-            tile - zoom * float(about.get("overlap", 0)),
-            TARGET_MPP / (given or args.mpp or math.inf),
-        )
+        step = tile - zoom * float(about.get("overlap", 0))
+        scale = TARGET_MPP / (given or args.mpp or math.inf)
         if "tile_size_um" in about or about.get("unit") == "um":  # STAMP's coordinates are in um
             scale, step = TARGET_MPP, float(about.get("tile_size_um", 0))
         elif zoom > 0 and magnification > 0 and not given:  # 20x is 0.5 um/px there
@@ -1257,7 +1244,7 @@ FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 def words(value, what):
     """A text, or a number that stands for one; pandas writes nan for an empty one. (A None that became "None"
     would be taught as the truth.)"""
-    value = str(value) if type(value) in (int, float) else value
+    value = str(value) if type(value) in (int, float) and abs(value) != math.inf else value
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
     return "" if value.strip().lower() == "nan" else value
@@ -1307,7 +1294,8 @@ def read_turns(entry, question, answer):
         raise ValueError("is malformed: conversations must alternate human and gpt")
     for asked, said in zip(turns[::2], turns[1::2]):
         letter = re.fullmatch(r"\(?([A-Z])[).]*", said["value"].strip())
-        if question and letter and not re.search(rf"\b{letter[1]} *[).:]", asked["value"]):
+        closed = letter and question not in (None, "conversations")
+        if closed and not re.search(rf"\b{letter[1]} *[).:]", asked["value"]):
             raise ValueError(f"its answer is {said['value']!r}, and it has no such option")
     return turns
 
@@ -1426,12 +1414,11 @@ def match_slides(rows, have):
         for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
             beginnings[name[: word.end()].lower()].append(name)
     for row in rows:
-        matches = (
-            [row["slide"]] if row["slide"] in have else beginnings.get(row["slide"].lower(), [row["slide"]])
-        )
+        name = row["slide"]
+        matches = [name] if name in have else beginnings.get(name.lower(), [name])
         found.append(row | {"slide": matches[0]})
         if len(matches) > 1:
-            several[row["slide"]] = matches
+            several[name] = matches
     for name, matches in several.items():
         print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}", file=sys.stderr)
     return found
@@ -1580,10 +1567,10 @@ def draw_tumour(rng, draw, kind, tumour):
                 draw.ellipse((x - size, y - size, x + size, y + size), (240 - shade, 104 + shade, 128))
 
 
-def draw_slide(case):
+def draw_slide(case, path=None):
     """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is
-    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, the corners of the tiles that
-    hold the pigment)."""
+    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a
+    path, its um/px as dpi; the corners of the tiles that hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1617,15 +1604,12 @@ def draw_slide(case):
             planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     table = [round(255 * (i / 255) ** stain) for i in range(256)]
-    return picture.point(table * 3), planted
-
-
-def draw_case(case, path):
-    """One process's share of the drawing -> the tiles of the pigment. The picture's dpi say its um/px."""
-    picture, planted = draw_slide(case)
+    picture = picture.point(table * 3)
+    if not path:
+        return picture, planted
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
-    return planted
+    return None, planted
 
 
 def invent_cases(n_train, n_test, seed):
@@ -1702,8 +1686,8 @@ def draw_cohort(args, cases, folder):
     paths = [folder / f"{case['slide']}.jpg" for case in cases]
     spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        drawn = tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
-        for case, planted in zip(cases, drawn):
+        drawn = tqdm(pool.map(draw_slide, cases, paths, chunksize=4), total=len(cases), unit="slide")
+        for case, (_, planted) in zip(cases, drawn):
             case["planted"] = planted
     for split in ("train", "test"):
         about = [case for case in cases if case["split"] == split]
@@ -1720,13 +1704,9 @@ def prepare_demo(args):
     check(not own, f"{args.data} holds data of your own; give the demo a folder of its own with --data")
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     if path.exists():
-        hint = "not what --demo writes; delete the folder, or name another --data"
-        cohort = wsi_llava.read_json(path, hint)
-        other = f"{args.data} holds another demo cohort ({cohort.get('recipe')}, not {recipe})"
-        check(cohort.get("recipe") == recipe, f"{other}; name another --data")
-        with reading(path, hint):
-            told = [{k: v for k, v in case.items() if k != "planted"} for case in cohort["cases"]]
-            check(told == json.loads(json.dumps(cases)), f"{path}: other slides than its recipe's; {hint}")
+        old = wsi_llava.read_json(path, "delete the folder, or name another --data").get("recipe")
+        other = f"{args.data} holds another demo cohort ({old}, not {recipe})"
+        check(old == recipe, f"{other}; name another --data")
     else:
         draw_cohort(args, cases, folder)
         wsi_llava.write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))

@@ -2832,20 +2832,16 @@ def contents(data):
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
 
 
-def prepare_one(slides, data, *flags):
-    """Prepares the smallest slide of the archive, few tiles of it."""
-    prepare.main(
-        ["--slides", str(slides / "s4.tif"), "--data", str(data), "--max-tiles", "2", *map(str, flags)]
-    )
+def prepare_all(slides, data, *flags):
+    prepare.main(["--slides", str(slides), "--data", str(data), *map(str, flags)])
 
 
 def test_shards_and_workers_do_not_change_a_byte(archive, tmp_path):
     slides, whole = archive
-    common = ["--slides", str(slides), "--data", str(tmp_path / "data"), "--workers", "1", *FEW]
-    prepare.main([*common, "--shard", "2/2"])
-    assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s1", "s3"}
-    prepare.main([*common, "--shard", "1/2"])
-    assert contents(tmp_path / "data") == contents(whole)
+    prepare_all(slides, tmp_path, "--workers", 1, "--shard", "2/2", *FEW)
+    assert {path.stem for path in (tmp_path / "features").iterdir()} == {"s1", "s3"}
+    prepare_all(slides, tmp_path, "--workers", 3, "--shard", "1/2", *FEW)
+    assert contents(tmp_path) == contents(whole)
 
 
 LOCK = """
@@ -2876,55 +2872,44 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
     command = [sys.executable, "-c", LOCK, HERE, data, "s4"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE)
     assert holder.stdout.readline() == "True\n"
-    prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
+    prepare_all(slides, data, *FEW)
     left = [path.name for path in data.rglob(".*.part")]  # those of s4 alone: it is in another's hands
     assert ".s4.safetensors.1.part" in left and all(name.startswith(".s4.") for name in left)
     assert not (data / "features" / "s4.safetensors").exists()
     holder.kill()
     holder.wait()
-    prepare.main(["--slides", str(slides), "--data", str(data), *FEW])
+    prepare_all(slides, data, *FEW)
     assert contents(data) == contents(whole)
 
 
 @slow
 def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     slides, whole = archive
-    command = [
-        sys.executable,
-        HERE / "prepare.py",
-        "--slides",
-        slides,
-        "--data",
-        tmp_path,
-        "--workers",
-        "1",
-        *FEW,
-    ]
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for _ in range(2)
-    ]
+    command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", tmp_path, *FEW]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(int(re.search(r"tiles? of (\d) slides? to", text)[1]) for text in printed) == 5, printed
     assert contents(tmp_path) == contents(whole)
 
 
-def test_other_parameters_stop_and_name_both_values(archive, tmp_path):
-    slides, whole = archive
-    csv = str(tmp_path / "mpp.csv")
-    Path(csv).write_text("s1,0.4\n")
-    for flags, message in [
+@pytest.mark.parametrize(
+    "flags, message",
+    [
         (["--min-tissue", "0.5"], "min_tissue 0.1, not 0.5; --overwrite makes it again"),
         (["--step", "128"], "step 256, not 128"),
         (["--seed", "3"], "seed 0, not 3"),
-        (["--mpp-csv", csv], "mpp 0.5, not 0.4"),
+        (["--mpp-csv", "mpp.csv"], "mpp 0.5, not 0.4"),
         (["--max-tiles", "9"], "max_tiles 12, not 9"),
-    ]:
-        with pytest.raises(UserError, match=re.escape(message)):
-            prepare.main(["--slides", str(slides), "--data", str(whole), *FEW, *flags])
-    with pytest.raises(UserError, match="--shard 3/2: I/N"):
-        prepare.main(["--slides", str(slides), "--data", str(whole), "--shard", "3/2"])
+        (["--shard", "3/2"], "--shard 3/2: I/N"),
+    ],
+)
+def test_other_parameters_stop_and_name_both_values(archive, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("mpp.csv").write_text("s1,0.4\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        prepare_all(*archive, *FEW, *flags)
 
 
 def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, capsys):
@@ -2933,34 +2918,33 @@ def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, c
     for folder in "ab":
         (tmp_path / folder).mkdir()
         shutil.copy(slides / "s4.tif", tmp_path / folder / "s4.tif")
-    common = ["--data", str(data), "--max-tiles", "2"]
-    prepare.main(["--slides", str(tmp_path / "a"), *common])
+    prepare_all(tmp_path / "a", data, "--max-tiles", 2)
     before = contents(data)
-    prepare.main(["--slides", str(tmp_path / "b"), *common])
+    prepare_all(tmp_path / "b", data, "--max-tiles", 2)
     assert "Wrote 0 tiles of 0 slides" in capsys.readouterr().out and contents(data) == before
     shutil.copy(slides / "s0.tif", tmp_path / "b" / "s4.tif")  # siteB/case1.tif, or a rescan
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main(["--slides", str(tmp_path / "b"), *common])
+        prepare_all(tmp_path / "b", data, "--max-tiles", 2)
     message = prepare.read_failures(data)["s4"]["message"]
     assert "features of another slide of this name; --overwrite replaces them" in message
-    prepare.main(["--slides", str(tmp_path / "b"), *common, "--overwrite"])
+    prepare_all(tmp_path / "b", data, "--max-tiles", 2, "--overwrite")
     assert contents(data)["features/s4.safetensors"] != before["features/s4.safetensors"]
     assert not prepare.read_failures(data)
 
 
 def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
-    """--geojson on finished slides, a picture that was deleted, features that are damaged; what is there is
-    not touched."""
-    data, path = tmp_path / "data", tmp_path / "data" / "features" / "s4.safetensors"
-    prepare_one(archive[0], data)
-    before, made = contents(data), path.stat().st_mtime_ns
-    (data / "qc" / "s4.jpg").unlink()
-    prepare_one(archive[0], data, "--geojson")
-    assert (data / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
-    (data / "qc" / "s4.geojson").unlink()
+    """--geojson on finished slides, a picture that was deleted, features that are damaged; features that are
+    whole are not touched."""
+    slide, path = archive[0] / "s4.tif", tmp_path / "features" / "s4.safetensors"
+    prepare_all(slide, tmp_path, "--max-tiles", 2)
+    before, made = contents(tmp_path), path.stat().st_mtime_ns
+    (tmp_path / "qc" / "s4.jpg").unlink()
+    prepare_all(slide, tmp_path, "--max-tiles", 2, "--geojson")
+    assert (tmp_path / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
+    (tmp_path / "qc" / "s4.geojson").unlink()
     path.write_bytes(before["features/s4.safetensors"][:-9])
-    prepare_one(archive[0], data)
-    assert contents(data) == before
+    prepare_all(slide, tmp_path, "--max-tiles", 2)
+    assert contents(tmp_path) == before
 
 
 def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch, capsys):
@@ -2968,32 +2952,17 @@ def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, mon
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(prepare.fcntl, "lockf", refused)
-    prepare.main(["--slides", str(archive[0]), "--data", str(tmp_path), *FEW])
+    prepare_all(archive[0], tmp_path, *FEW)
     assert contents(tmp_path) == contents(archive[1])
     assert capsys.readouterr().err.count("its file system has no locks (No locks available)") == 1
 
 
-def test_what_cannot_be_decoded_of_a_thumbnail_stays_white(toy_slide, tmp_path):
-    """One tile of 256 of the level that it is made of; a third of them fail the slide."""
-    large = Image.new("RGB", (4096, 4096))
-    for corner in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
-        large.paste(toy_slide[1], corner)
-    for name, tiles in (("one", [100]), ("many", range(16, 96))):
-        write_tiff(tmp_path / f"{name}.tif", large, downsamples=(1,))
-        damage(tmp_path / f"{name}.tif", tiles)
-    slide = prepare.Slide(tmp_path / "one.tif")
-    pixels = np.asarray(slide.thumbnail(32))
-    assert slide.lost == 8 * 8 and (pixels[48:56, 32:40] == 255).all()
-    with pytest.raises(UserError, match="over 1% of its area cannot be decoded"):
-        prepare.Slide(tmp_path / "many.tif").thumbnail(32)
-
-
 def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
-    other = wsi_llava.untrained_tile_encoder(seed=1)
+    other, slide = wsi_llava.untrained_tile_encoder(seed=1), archive[0] / "s4.tif"
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
+    prepare_all(slide, tmp_path / "data", "--max-tiles", 2, "--tile-encoder", tmp_path / "other.safetensors")
     before = contents(tmp_path / "data")
-    prepare_one(archive[0], tmp_path / "data", "--overwrite")
+    prepare_all(slide, tmp_path / "data", "--max-tiles", 2, "--overwrite")
     assert contents(tmp_path / "data") == before
     assert wsi_llava.read_meta(tmp_path / "data")["encoder"]["fingerprint"] == wsi_llava.fingerprint(other)
 
@@ -3007,83 +2976,92 @@ def damage(path, tiles):
     path.write_bytes(body)
 
 
+@pytest.fixture(scope="session")
+def large(toy_slide):
+    """A picture of four toy slides."""
+    picture = Image.new("RGB", (4096, 4096))
+    for corner in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
+        picture.paste(toy_slide[1], corner)
+    return picture
+
+
+def test_what_cannot_be_decoded_of_a_thumbnail_stays_white(large, tmp_path):
+    """One tile of 256 of the level that it is made of; a third of them fail the slide."""
+    for name, tiles in (("one", [100]), ("many", range(16, 96))):
+        write_tiff(tmp_path / f"{name}.tif", large, downsamples=(1,))
+        damage(tmp_path / f"{name}.tif", tiles)
+    slide = prepare.Slide(tmp_path / "one.tif")
+    pixels = np.asarray(slide.thumbnail(32))
+    assert slide.lost == 8 * 8 and (pixels[48:56, 32:40] == 255).all()
+    with pytest.raises(UserError, match="over 1% of its area cannot be decoded"):
+        prepare.Slide(tmp_path / "many.tif").thumbnail(32)
+
+
 @slow
-def test_damaged_tiles_are_dropped_or_fail_their_slide(toy_slide, tmp_path, capsys):
+def test_damaged_tiles_are_dropped_or_fail_their_slide(large, tmp_path, capsys):
     """One tile of two hundred is left out and counted; three are too many. The others go on; a mended slide
     leaves the record."""
-    _, image, _ = toy_slide
-    (tmp_path / "slides").mkdir()
-    large = Image.new("RGB", (4096, 4096))
-    for x, y in ((0, 0), (2048, 0), (0, 2048), (2048, 2048)):
-        large.paste(image, (x, y))
-    for name in ("one", "three"):
-        write_tiff(tmp_path / "slides" / f"{name}.tif", large)
-    damage(tmp_path / "slides" / "one.tif", [16 * 4 + 4])
-    damage(tmp_path / "slides" / "three.tif", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])
-    (tmp_path / "slides" / "bad.svs").write_bytes(b"not a slide")
-    common, data = ["--slides", str(tmp_path / "slides"), "--data", str(tmp_path / "data")], tmp_path / "data"
+    slides, data = tmp_path / "slides", tmp_path / "data"
+    slides.mkdir()
+    for name, tiles in (("one", [16 * 4 + 4]), ("three", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])):
+        write_tiff(slides / f"{name}.tif", large)
+        damage(slides / f"{name}.tif", tiles)
+    (slides / "bad.svs").write_bytes(b"not a slide")
     with pytest.raises(UserError, match="2 slides could not be prepared"):
-        prepare.main(common)
+        prepare_all(slides, data)
     assert "1 slide, some tiles (under 1%) left out that cannot be decoded: one" in capsys.readouterr().out
-    about = wsi_llava.feature_metadata(data / "features" / "one.safetensors")
     features, coords = wsi_llava.read_features(data, "one")
-    assert (
-        about["dropped"] == 1 and len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
-    )
+    assert wsi_llava.feature_metadata(data / "features" / "one.safetensors")["dropped"] == 1
+    assert len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
     failures = prepare.read_failures(data)
-    assert set(failures) == {"bad", "three"}
-    assert "cannot be decoded" in failures["three"]["message"]
-    write_tiff(tmp_path / "slides" / "three.tif", large)
+    assert set(failures) == {"bad", "three"} and "cannot be decoded" in failures["three"]["message"]
+    page = (data / "qc" / "index.html").read_text()
+    assert page.index("FAILED: ") < page.index("<b>one</b>") and "3 slides, 2 failed" in page
+    write_tiff(slides / "three.tif", large)
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main(common)
+        prepare_all(slides, data)
     assert set(prepare.read_failures(data)) == {"bad"} and (data / "features" / "three.safetensors").exists()
 
 
-def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["own_mpp", "thumbnail", "tile"])
+def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypatch, method):
     slides, whole = archive
-    thumbnail = prepare.Slide.thumbnail
+    lives = getattr(prepare.Slide, method)
 
-    def deadly(slide, pixel):
+    def deadly(slide, *given):
         if "s2" in str(slide.path):
             os.kill(os.getpid(), signal.SIGKILL)
-        return thumbnail(slide, pixel)
+        return lives(slide, *given)
 
-    monkeypatch.setattr(prepare.Slide, "thumbnail", deadly)  # the readers are forked, and have it too
+    monkeypatch.setattr(prepare.Slide, method, deadly)  # the readers are forked, and have it too
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
-    assert {path.stem for path in (tmp_path / "data" / "features").iterdir()} == {"s0", "s1", "s3", "s4"}
-    assert "the process that read it died" in prepare.read_failures(tmp_path / "data")["s2"]["message"]
+        prepare_all(slides, tmp_path, *FEW)
+    made, want = contents(tmp_path), contents(whole)
+    features = [name for name in want if name.startswith("features/")]
+    assert [name for name in features if made.get(name) != want[name]] == ["features/s2.safetensors"]
+    assert "the process that read it died" in prepare.read_failures(tmp_path)["s2"]["message"]
+    with pytest.raises(UserError, match="s2.tif: the process that read it died"):
+        prepare.apart(slides / "s2.tif", die)
 
 
-def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsys):
-    """A dry run and a heatmap survive what a run survives: files that kill their process, absurd sizes."""
-    for name in ("deadly", "good", "absurd"):
-        shutil.copy(archive[0] / "s4.tif", tmp_path / f"{name}.tif")
-    absurd = (tmp_path / "absurd.tif").read_bytes()
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
+    """Also beside a file of absurd size."""
+    shutil.copy(archive[0] / "s4.tif", tmp_path / "good.tif")
+    absurd = (tmp_path / "good.tif").read_bytes()
     for side in (322, 323):
-        absurd = absurd.replace(
-            struct.pack("<HHII", side, 4, 1, 256), struct.pack("<HHII", side, 4, 1, 2**31)
-        )
+        tags = (struct.pack("<HHII", side, 4, 1, n) for n in (256, 2**31))
+        absurd = absurd.replace(*tags)
     (tmp_path / "absurd.tif").write_bytes(absurd)
-    own_mpp = prepare.Slide.own_mpp
-
-    def deadly(slide, path, fallback):
-        if "deadly" in str(path):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return own_mpp(slide, path, fallback)
-
-    monkeypatch.setattr(prepare.Slide, "own_mpp", deadly)  # the readers are forked, and have it too
-    with pytest.raises(UserError, match="2 slides could not be prepared .listed above.$"):
-        prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--dry-run"])
+    with pytest.raises(UserError, match="1 slide could not be prepared .listed above.$"):
+        prepare_all(tmp_path, tmp_path / "data", "--dry-run")
     printed = capsys.readouterr()
-    assert (
-        "\ngood: " in printed.out and "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
-    )
-    assert "deadly.tif: the process that read it died" in printed.err
-    for name in ("deadly.tif", "good.tif"):
-        ends = "deadly.tif: the process that read it died"
-        with pytest.raises(UserError, match=ends) if name == "deadly.tif" else contextlib.nullcontext():
-            prepare.apart(tmp_path / name, sample.write_heatmaps, [], (tmp_path / name,), None, None, [])
+    assert "\ngood: 1024 x 1024 px, 0.5 um/px (metadata), level 0, 12 tiles\n" in printed.out
+    assert "absurd.tif: says that its tiles are 2147483648 px wide" in printed.err
+    assert not (tmp_path / "data").exists()
 
 
 def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
@@ -3091,8 +3069,8 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     torch.nn.init.constant_(encoder.norm.bias, math.nan)
     save_file(encoder.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare_one(archive[0], tmp_path / "data", "--tile-encoder", tmp_path / "other.safetensors")
-    message = prepare.read_failures(tmp_path / "data")["s4"]["message"]
+        prepare_all(archive[0] / "s4.tif", tmp_path, "--tile-encoder", tmp_path / "other.safetensors")
+    message = prepare.read_failures(tmp_path)["s4"]["message"]
     assert "its features are not finite; try --dtype float32" in message
 
 
@@ -3102,7 +3080,7 @@ def test_a_batch_too_large_for_the_memory_stops_with_what_to_do(archive, tmp_pat
 
     monkeypatch.setattr(prepare, "encode", full)
     with pytest.raises(UserError, match="64 tiles at once do not fit cpu's memory; try --device cpu"):
-        prepare_one(archive[0], tmp_path / "data")
+        prepare_all(archive[0], tmp_path)
 
 
 def test_a_full_disk_stops_with_what_to_do(archive, tmp_path, monkeypatch):
@@ -3120,359 +3098,268 @@ def test_a_full_disk_stops_with_what_to_do(archive, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(prepare, "encode", full)
             with pytest.raises(OSError, match="File too large.*s0.safetensors"):
-                prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
+                prepare_all(slides, tmp_path, *FEW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert not list((tmp_path / "data" / "features").iterdir())
-    (tmp_path / "data" / "qc" / "s0.jpg").unlink()
-    (tmp_path / "data" / "qc" / "s0.jpg").mkdir()  # nothing can be written there
+    assert not list((tmp_path / "features").iterdir())
+    (tmp_path / "qc" / "s0.jpg").unlink()
+    (tmp_path / "qc" / "s0.jpg").mkdir()  # nothing can be written there
     with pytest.raises(OSError, match="directory.*s0.jpg"):
-        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
-    (tmp_path / "data" / "qc" / "s0.jpg").rmdir()
-    prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), *FEW])
-    assert contents(tmp_path / "data") == contents(whole)
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="Not a directory"):
-        prepare.main(["--slides", str(slides), "--data", str(tmp_path / "file" / "data")])
+        prepare_all(slides, tmp_path, *FEW)
+    (tmp_path / "qc" / "s0.jpg").rmdir()
+    prepare_all(slides, tmp_path, *FEW)
+    assert contents(tmp_path) == contents(whole)
 
 
-def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
-    slides, _ = archive
-    prepare.main(["--slides", str(slides), "--data", str(tmp_path / "data"), "--dry-run"])
-    assert "\ns4: 1024 x 1024 px, 0.5 um/px (metadata), level 0, 12 tiles\n" in capsys.readouterr().out
-    assert not (tmp_path / "data").exists()
-
-
-def test_the_picture_of_a_huge_slide_is_small(tmp_path):
-    """Made of what its tissue was looked for on: a slide without small levels is read once."""
-    Image.new("RGB", (25600, 256), PINK).save(tmp_path / "wide.png")
-    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path), "--mpp", "0.5"])
-    assert len(wsi_llava.read_features(tmp_path, "wide")[1]) == 100
+def test_pictures_and_geojson_of_a_slide(tmp_path):
+    """The picture of a huge slide is small; QuPath's tiles are in level-0 pixels."""
+    Image.new("RGB", (51200, 512), PINK).save(tmp_path / "wide.png")
+    prepare_all(tmp_path / "wide.png", tmp_path, "--mpp", 0.25, "--geojson")
     assert Image.open(tmp_path / "qc" / "wide.jpg").size == (768, 8)
-
-
-def test_a_slide_without_tissue_is_recorded_as_such(tmp_path, capsys):
-    Image.new("RGB", (600, 600), (245, 245, 245)).save(tmp_path / "glass.png")
-    prepare.main(["--slides", str(tmp_path / "glass.png"), "--data", str(tmp_path / "data"), "--mpp", "0.5"])
-    features, coords = wsi_llava.read_features(tmp_path / "data", "glass")
-    assert features.shape == (0, 128) and coords.shape == (0, 2)
-    assert "no tissue found: glass" in capsys.readouterr().out
-
-
-def test_geojson_is_in_level_0_pixels(archive, toy_slide, tmp_path):
-    _, image, _ = toy_slide
-    scan = image.resize((4096, 4096))
-    scan.save(tmp_path / "fine.png")
-    prepare.main(
-        ["--slides", str(tmp_path / "fine.png"), "--data", str(tmp_path / "data"), "--mpp", "0.25", *FEW]
-    )
-    found = json.loads((tmp_path / "data" / "qc" / "fine.geojson").read_text())
-    assert found["type"] == "FeatureCollection"
-    coords = (wsi_llava.read_features(tmp_path / "data", "fine")[1] * 2).tolist()
-    for (x, y), feature in zip(coords, found["features"], strict=True):
+    found = json.loads((tmp_path / "qc" / "wide.geojson").read_text())["features"]
+    coords = (wsi_llava.read_features(tmp_path, "wide")[1] * 2).tolist()
+    for (x, y), feature in zip(coords, found, strict=True):
         square = [[x, y], [x + 512, y], [x + 512, y + 512], [x, y + 512], [x, y]]
         assert feature["geometry"] == {"type": "Polygon", "coordinates": [square]}
         assert feature["properties"]["objectType"] == "tile"
+    assert len(found) == 100
 
 
-def test_the_page_of_all_slides_shows_each_and_what_failed_first(archive, tmp_path):
+def test_the_page_of_all_slides_is_safe_to_open(archive, tmp_path):
     data = shutil.copytree(archive[1], tmp_path / "data")
     prepare.note_failure(data, "l<o>st", "a/l<o>st.svs", "no & nothing")
     prepare.write_index(data)
     page = (data / "qc" / "index.html").read_text(encoding="utf-8")
     cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b>\n<br>(.*?)</figure>', page)
     assert cards[0] == ("failed", "l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED: no &amp; nothing")
-    assert [card[:3] for card in cards[1:]] == [("", f"s{i}.jpg", f"s{i}") for i in range(5)]
-    assert cards[1][3] == "12 tiles" and "6 slides, 1 failed" in page
+    assert cards[1:] == [("", f"s{i}.jpg", f"s{i}", "12 tiles") for i in range(5)]
 
 
 @slow
 @pytest.mark.skipif(not (SHARED / "slides").exists(), reason="needs the slides in ../shared/slides")
 def test_real_slide_beside_a_broken_one(tmp_path):
-    done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path / "data")
-    assert done.returncode == 1
+    done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
     lines = done.stderr.replace("\r", "\n").splitlines()
-    assert [line for line in lines if line.startswith("failed:")] == [
-        line for line in lines if "broken.svs" in line
-    ]
-    assert sum("broken.svs" in line for line in lines) == 1 and "Traceback" not in done.stderr
-    features, coords = wsi_llava.read_features(tmp_path / "data", "cmu-1-small-region")
-    assert features.shape == (len(coords), 128) and 45 < len(coords) < 60 and features.isfinite().all()
-    assert (
-        coords.max() < 2967 and (tmp_path / "data" / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
-    )
+    failed = [line for line in lines if line.startswith("failed:")]
+    assert failed == [line for line in lines if "broken.svs" in line] and len(failed) == 1
+    features, coords = wsi_llava.read_features(tmp_path, "cmu-1-small-region")
+    assert features.shape == (len(coords), 128) and 45 < len(coords) < 80 and features.isfinite().all()
+    assert coords.max() < 2967 and (tmp_path / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
 
 
 # ---- prepare.py: features that were made elsewhere -------------------------------------------------------
 
+CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
+IN_ORDER = CELLS[np.lexsort(CELLS.T)]
+TRIDENT = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
 
-def test_features_of_others_are_imported(tmp_path):
-    """GigaPath's dict, TRIDENT's and CLAM's h5: level-0 coordinates become pixels at the target, in raster
-    order."""
-    h5py = pytest.importorskip("h5py")
-    rng = np.random.default_rng(0)
-    features = rng.standard_normal((6, 32)).astype(np.float32)
-    cells = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
-    order = np.lexsort(cells.T)
-    tensors = {"tile_embeds": torch.from_numpy(features), "coords": torch.from_numpy(cells * 512).float()}
-    torch.save(tensors, tmp_path / "giga.pt")
-    trident = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20}
-    for name, attributes in (("trident.h5", trident), ("clam.h5", {})):
-        with h5py.File(tmp_path / name, "w") as file:
-            file["features"], file["coords"] = features[None], cells * 512
+
+def write_foreign(path, tensors, **attributes):
+    """A .pt, or an .h5 with attributes of its coords (`of_file`: its own)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        torch.save(tensors, path)
+        return
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        file.attrs.update(attributes.pop("of_file", {}))
+        for key, value in tensors.items():
+            file[key] = value
+        if attributes:
             file["coords"].attrs.update(attributes)
-
-    def load(name, *flags):
-        data = tmp_path / f"data-{name}"
-        prepare.main(["--features", str(tmp_path / name), "--data", str(data), *flags])
-        return wsi_llava.read_features(data, name.split(".")[0]), wsi_llava.read_meta(data)["encoder"]
-
-    for name, *flags in (("giga.pt", "--mpp", "0.25"), ("trident.h5",), ("clam.h5", "--mpp", "0.25")):
-        (got, coords), encoder = load(name, *flags)
-        assert coords.tolist() == (cells[order] * 256).tolist() and coords.dtype == torch.int32
-        assert torch.equal(got, torch.from_numpy(features[order]).half())
-        assert encoder["width"] == 32 and encoder["source"].startswith("imported: ")
-    (tmp_path / "text.h5").write_text("?")
-    for name, flags, message in [
-        ("text.h5", [], "not an HDF5 file with datasets features and coords"),
-        ("clam.h5", [], "does not say the um/px of its coordinates"),
-        ("giga.pt", ["--mpp", "0.5"], "lie 512 px apart at 0.5 um/px, not 256: the wrong --mpp"),
-    ]:
-        data = tmp_path / "refused"
-        with pytest.raises(UserError, match="1 slide could not be prepared"):
-            prepare.main(["--features", str(tmp_path / name), "--data", str(data), *flags])
-        assert message in prepare.read_failures(data)[name.split(".")[0]]["message"]
-    with pytest.raises(UserError):  # two encoders in one folder
-        clam = ["--features", str(tmp_path / "clam.h5"), "--mpp", "0.25"]
-        prepare.main([*clam, "--data", str(tmp_path / "data-giga.pt")])
-    assert "another tile encoder" in prepare.read_failures(tmp_path / "data-giga.pt")["clam"]["message"]
-
-
-def test_imported_features_can_name_their_encoder_and_are_not_overwritten_by_others(tmp_path):
-    encoder = wsi_llava.untrained_tile_encoder()
-    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
-    tensors = {"tile_embeds": torch.zeros(2, 128), "coords": torch.tensor([[0, 0], [512, 0]])}
-    torch.save(tensors, tmp_path / "s.pt")
-    flags = [
-        "--features",
-        tmp_path / "s.pt",
-        "--tile-encoder",
-        tmp_path / "encoder.safetensors",
-        "--data",
-        tmp_path,
-    ]
-    for _ in range(2):
-        prepare.main([*map(str, flags), "--mpp", "0.25"])
-    assert wsi_llava.read_meta(tmp_path)["encoder"]["fingerprint"] == wsi_llava.fingerprint(encoder)
-    with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main([*map(str, flags), "--mpp", "0.252"])
-    assert (
-        "mpp 0.25, not 0.252; --overwrite makes it again" in prepare.read_failures(tmp_path)["s"]["message"]
-    )
-
-
-def test_imports_are_validated(tmp_path):
-    good = {"tile_embeds": torch.zeros(2, 8), "coords": torch.zeros(2, 2)}
-    for tensors, message in [
-        ({"x": torch.zeros(1)}, r"keys \['x'\], neither"),
-        ([torch.zeros(2, 8)], "holds a list, neither a tensor nor a dict"),
-        (None, "holds a NoneType, neither"),
-        (7, "holds a int, neither"),
-        (torch.zeros(5, 8).to_sparse(), "no plain tensor of numbers"),
-        (good | {"tile_embeds": [1, 2]}, "no plain tensor of numbers"),
-        (good | {"coords": "0 0"}, "no plain tensor of numbers"),
-        (torch.zeros(7, 8), r"features \[7, 8\] of tiles without coordinates; import the .h5"),
-        (torch.zeros(0, 8), r"features \[0, 8\] of tiles without coordinates"),
-        (torch.zeros(2, 3, 8), r"features \[2, 3, 8\] of tiles without coordinates"),
-        (good | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and 3 coords are not"),
-        (good | {"tile_embeds": torch.full((2, 8), 1e6)}, "not finite in half precision"),
-        (good | {"coords": torch.full((2, 2), torch.nan)}, "not finite"),
-    ]:
-        torch.save(tensors, tmp_path / "x.pt")
-        with pytest.raises(UserError, match=message):
-            prepare.read_foreign(tmp_path / "x.pt")
-    args = prepare.parse(["--mpp", "0.25"])
-    for coords, message in [
-        ([[-512, 0], [-1024, 0]], "negative"),
-        ([[0, 0], [512, 512_000]], "outside the grid"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            prepare.tiled_coords("x.pt", torch.tensor(coords).double(), {}, None, args)
 
 
 def imported(folder, tensors, *flags, name="s.pt", **attributes):
-    """Imports one file, a .pt or an .h5 of tensors with attributes of its coords (`of_file`: its own)
-    -> (its folder of data, what --features wrote of it, its metadata)."""
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".pt"):
-        torch.save(tensors, folder / name)
-    else:
-        with pytest.importorskip("h5py").File(folder / name, "w") as file:
-            file.attrs.update(attributes.pop("of_file", {}))
-            for key, value in tensors.items():
-                file[key] = value
-            if attributes:
-                file["coords"].attrs.update(attributes)
+    """Imports one file -> (its folder of data, what --features wrote of it)."""
+    write_foreign(folder / name, tensors, **attributes)
     data = folder / f"data-{name.replace('/', '-')}"
     prepare.main(["--features", str(folder / name), "--data", str(data), *flags])
     (file,) = [*data.glob("features/*"), *data.glob("visual_tokens/*")]
-    metadata = wsi_llava.feature_metadata(file) if file.parent.name == "features" else {}
-    return data, load_file(file), metadata
+    return data, load_file(file)
 
 
-CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
-
-
-def test_features_and_coordinates_of_any_type_of_number_are_read(tmp_path):
-    order = np.lexsort(CELLS.T)
+@pytest.mark.parametrize(
+    "name, names, attributes, flags",
+    [
+        ("giga.pt", ("tile_embeds", "coords"), {}, ["--mpp", "0.25"]),
+        ("clam.h5", ("features", "coords"), {}, ["--mpp", "0.25"]),
+        ("trident.h5", ("features", "coords"), TRIDENT, []),
+        ("stamp.h5", ("feats", "coords"), {"of_file": {"unit": "um", "tile_size_um": 128.0}}, []),
+        *(
+            (f"{dtype[1:]}.h5", ("features", dtype), TRIDENT, [])
+            for dtype in ("<u2", "<u4", "<u8", ">i4", ">f8")
+        ),
+    ],
+)
+def test_features_of_others_are_imported(tmp_path, name, names, attributes, flags):
+    """Coordinates of any kind of number become pixels at the target, in raster order."""
     features = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
-    tensors = {"features": torch.from_numpy(features), "coords": torch.from_numpy(CELLS * 512)}
-    found = [imported(tmp_path, tensors, "--mpp", "0.25")]
-    for dtype in ("<u2", "<u4", "<u8", ">i4", ">f8"):
-        attributes = {"patch_size": [256], "patch_size_level0": np.array([512]), "target_magnification": [20]}
-        both = {"features": features.astype(">f4"), "coords": (CELLS * 512).astype(dtype)}
-        found.append(imported(tmp_path, both, name=f"{dtype[1:]}.h5", **attributes))
-    for _, got, _ in found:
-        assert torch.equal(got["features"], torch.from_numpy(features[order]).half())
-        assert got["coords"].tolist() == (CELLS[order] * 256).tolist()
+    coords = CELLS * (128.0 if name == "stamp.h5" else 512)
+    if names[1] != "coords":
+        features, coords = features.astype(">f4"), coords.astype(names[1])
+    both = {names[0]: features[None] if name == "clam.h5" else features, "coords": coords}
+    both = {key: torch.from_numpy(x).float() for key, x in both.items()} if name == "giga.pt" else both
+    data, got = imported(tmp_path, both, *flags, name=name, **attributes)
+    want = torch.from_numpy(features.astype(np.float32)[np.lexsort(CELLS.T)]).half()
+    assert torch.equal(got["features"], want)
+    assert got["coords"].tolist() == (IN_ORDER * 256).tolist() and got["coords"].dtype == torch.int32
+    encoder = wsi_llava.read_meta(data)["encoder"]
+    assert encoder["width"] == 32 and encoder["source"].startswith("imported: ")
+
+
+GOOD_FOREIGN = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [512, 0]])}
+REFUSED = [
+    ({"x": torch.zeros(1)}, r"keys \['x'\], neither"),
+    ([torch.zeros(2, 8)], "holds a list, neither a tensor nor a dict"),
+    (None, "holds a NoneType, neither"),
+    (torch.zeros(5, 8).to_sparse(), "no plain tensor of numbers"),
+    (GOOD_FOREIGN | {"tile_embeds": [1, 2]}, "no plain tensor of numbers"),
+    (GOOD_FOREIGN | {"coords": "0 0"}, "no plain tensor of numbers"),
+    (torch.zeros(7, 8), r"features \[7, 8\] of tiles without coordinates; import the .h5"),
+    (torch.zeros(2, 3, 8), r"features \[2, 3, 8\] of tiles without coordinates"),
+    (GOOD_FOREIGN | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and 3 coords are not"),
+    (GOOD_FOREIGN | {"tile_embeds": torch.full((2, 8), 1e6)}, "not finite in half precision"),
+    (GOOD_FOREIGN | {"coords": torch.full((2, 2), torch.nan)}, "not finite"),
+    (GOOD_FOREIGN | {"coords": torch.tensor([[-512, 0], [-1024, 0]])}, "negative"),
+    (GOOD_FOREIGN | {"coords": torch.tensor([[0, 0], [512, 512_000]])}, "outside the grid"),
+    (
+        GOOD_FOREIGN | {"coords": torch.tensor([[0, 0], [1024, 0]])},
+        "lie 512 px apart at 0.5 um/px, not 256: the wrong",
+    ),
+]
+
+
+@pytest.mark.parametrize("tensors, message", REFUSED)
+def test_imports_are_validated(tmp_path, tensors, message):
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare.main(["--features", str(tmp_path / "x.pt"), "--mpp", "0.25", "--data", str(tmp_path)])
+    assert re.search(message, prepare.read_failures(tmp_path)["x"]["message"])
+
+
+def test_imported_features_name_their_encoder_and_are_not_overwritten_by_others(tmp_path):
+    encoder, data = wsi_llava.untrained_tile_encoder(), tmp_path / "data"
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
+    torch.save(GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 128)}, tmp_path / "s.pt")
+    torch.save(GOOD_FOREIGN, tmp_path / "narrow.pt")
+    flags = ["--tile-encoder", str(tmp_path / "encoder.safetensors"), "--data", str(data), "--features"]
+    for _ in range(2):
+        prepare.main([*flags, str(tmp_path / "s.pt"), "--mpp", "0.25"])
+    assert wsi_llava.read_meta(data)["encoder"]["fingerprint"] == wsi_llava.fingerprint(encoder)
+    for name, mpp, message in (
+        ("s", "0.252", "mpp 0.25, not 0.252; --overwrite makes it again"),
+        ("narrow", "0.25", "8 wide, and --tile-encoder makes 128"),
+    ):
+        with pytest.raises(UserError, match="1 slide could not be prepared"):
+            prepare.main([*flags, str(tmp_path / f"{name}.pt"), "--mpp", mpp])
+        assert message in prepare.read_failures(data)[name]["message"]
+    with pytest.raises(UserError, match="1 slide could not be prepared"):  # two encoders in one folder
+        prepare.main([*flags[2:], str(tmp_path / "narrow.pt"), "--mpp", "0.25"])
+    assert "another tile encoder" in prepare.read_failures(data)["narrow"]["message"]
 
 
 def test_coordinates_in_the_padding_of_gigapath_move_as_one(tmp_path):
     """GigaPath pads a slide on all sides to whole tiles, so that its first tile lies outside."""
     coords = torch.tensor([[-200, -40], [312, -40], [312, 472]])
     tensors = {"tile_embeds": torch.zeros(1, 3, 8), "coords": coords[None].float()}
-    _, got, _ = imported(tmp_path, tensors, "--mpp", "0.25")
+    _, got = imported(tmp_path, tensors, "--mpp", "0.25")
     assert got["coords"].tolist() == [[0, 0], [256, 0], [256, 256]]
 
 
 def test_the_step_is_what_the_file_says(tmp_path):
     """A sparse bag of TRIDENT, its tiles rarely neighbours; overlapping tiles; tiles of another size."""
-    trident = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
     sparse = {"features": np.zeros((3, 8)), "coords": np.array([[0, 0], [1024, 0], [2048, 0]])}
-    _, got, _ = imported(tmp_path, sparse, name="sparse.h5", **trident)
-    assert got["coords"].tolist() == [[0, 0], [512, 0], [1024, 0]]
-    wide = trident | {"patch_size": 512, "patch_size_level0": 1024}
-    _, got, _ = imported(tmp_path, sparse, "--step", "512", name="wide.h5", **wide)
-    assert got["coords"].tolist() == [[0, 0], [512, 0], [1024, 0]]
-    imported(tmp_path, sparse, name="half.h5", **wide | {"overlap": 256})
+    wide = TRIDENT | {"patch_size": 512, "patch_size_level0": 1024}
+    for name, flags, about in (
+        ("sparse.h5", [], TRIDENT),
+        ("wide.h5", ["--step", "512"], wide),
+        ("half.h5", [], wide | {"overlap": 256}),
+    ):
+        _, got = imported(tmp_path, sparse, *flags, name=name, **about)
+        assert got["coords"].tolist() == [[0, 0], [512, 0], [1024, 0]]
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         imported(tmp_path, sparse, name="refused.h5", **wide)
 
 
-def test_stamps_coordinates_are_in_micrometres(tmp_path):
-    cells = CELLS[np.lexsort(CELLS.T)]
-    tensors = {"feats": np.ones((6, 8), np.float16), "coords": (cells * 256).astype(np.float32)}
-    about = {
-        "unit": "um",
-        "tile_size_um": 256.0,
-        "tile_size_px": 224,
-        "feat_type": "tile",
-        "extractor": "uni",
-    }
-    _, got, _ = imported(tmp_path, tensors, "--step", "512", name="s.h5", of_file=about)
-    assert got["coords"].tolist() == (cells * 512).tolist() and got["features"].shape == (6, 8)
-    about |= {"tile_size_um": 128.0}
-    _, got, _ = imported(tmp_path, tensors | {"coords": cells * 128.0}, name="t.h5", of_file=about)
-    assert got["coords"].tolist() == (cells * 256).tolist()
+def test_a_slide_without_tiles_is_one_without_tissue(tmp_path):
+    """As TRIDENT writes it; the first one of a folder has to say how wide it is."""
+    for i, features in enumerate((np.zeros((0, 8), np.float32), np.zeros(0, np.float32))):
+        empty = {"features": features, "coords": np.zeros((0, 2), int)}
+        write_foreign(tmp_path / "in" / f"{i}.h5", empty, **TRIDENT)
+    prepare.main(["--features", str(tmp_path / "in"), "--data", str(tmp_path)])
+    for name in "01":
+        features, coords = wsi_llava.read_features(tmp_path, name)
+        assert features.shape == (0, 8) and coords.shape == (0, 2)
 
 
-def test_one_vector_a_slide_is_one_visual_token(tmp_path):
-    """TRIDENT's slide features, whose coords are those of their tiles; TITAN's and STAMP's."""
+def test_visual_tokens_and_vectors(tmp_path):
+    """TRIDENT's slide features, whose coords are those of their tiles; TITAN's, STAMP's; and the authors'."""
     vector = np.random.default_rng(0).standard_normal(768).astype(np.float32)
-    trident = {"patch_size": 512, "patch_size_level0": 1024, "target_magnification": 20}
+    wide = TRIDENT | {"patch_size": 512, "patch_size_level0": 1024}
     both = {"features": vector, "coords": CELLS * 1024}
-    found = [imported(tmp_path, both, name="slide_features_titan/s.h5", **trident)]
+    found = [imported(tmp_path, both, name="slide_features_titan/s.h5", **wide)]
     found += [imported(tmp_path, torch.from_numpy(x), name=f"{x.ndim}.pt") for x in (vector, vector[None])]
     found += [imported(tmp_path, {"feats": vector[None]}, name="s.h5", of_file={"feat_type": "slide"})]
-    for data, got, _ in found:
-        assert torch.equal(got["visual_tokens"], torch.from_numpy(vector[None]).half())
+    tokens = torch.randn(576, 1024)
+    for data, got, want in (
+        *((*pair, torch.from_numpy(vector[None])) for pair in found),
+        (*imported(tmp_path, tokens), tokens),
+    ):
+        assert torch.equal(got["visual_tokens"], want.half())
         encoder = wsi_llava.read_meta(data)["encoder"]
         assert encoder["source"] == wsi_llava.IMPORTED_TOKENS
-        assert (encoder["n_visual_tokens"], encoder["width"]) == (1, 768)
-
-
-def test_visual_tokens_of_any_width(tmp_path):
-    for n, width in ((576, 1024), (576, 768)):
-        data, got, _ = imported(tmp_path, torch.ones(n, width), name=f"{width}.pt")
-        assert got["visual_tokens"].shape == (n, width)
-        assert wsi_llava.read_meta(data)["encoder"]["n_visual_tokens"] == n
-    for name, tokens, message in (
-        ("one.pt", torch.ones(768), "1 visual tokens, but"),
-        ("pt_files/bag.pt", torch.ones(576, 768), "of tiles without coordinates"),  # CLAM's
+        assert [encoder["n_visual_tokens"], encoder["width"]] == list(want.shape)
+    for name, tensor, message in (
+        ("one.pt", torch.ones(1024), "1 visual tokens, but"),
+        ("pt_files/bag.pt", tokens, "of tiles without coordinates"),  # CLAM's
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        torch.save(tokens, tmp_path / name)
+        write_foreign(tmp_path / name, tensor)
         with pytest.raises(UserError, match="1 slide could not"):
             prepare.main(["--features", str(tmp_path / name), "--data", str(data)])
         assert message in prepare.read_failures(data)[Path(name).stem]["message"]
 
 
-def test_folders_of_clam_and_trident_are_taken_as_they_are(tmp_path, capsys):
-    h5py = pytest.importorskip("h5py")
-
-    def write(path, attributes=None, **tensors):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(tmp_path / path, "w") as file:
-            for name, value in tensors.items():
-                file[name] = value
-            file["coords"].attrs.update(attributes or {})
-
+def test_folders_of_clam_and_trident_are_taken_as_they_are(tmp_path, capsys, monkeypatch):
     places, features = {"coords": CELLS * 512}, {"features": np.ones((6, 8), np.float32)}
-    write("clam/patches/a.h5", {"patch_size": 512, "patch_level": 0}, **places)
-    write("clam/feat/h5_files/a.h5", **places, **features)
-    (tmp_path / "clam/feat/pt_files").mkdir()
-    torch.save(torch.ones(6, 8), tmp_path / "clam/feat/pt_files/a.pt")
-    trident = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
-    job = "trident/20x_256px_0px_overlap"
-    write(f"{job}/patches/a_patches.h5", trident, **places)
-    write(f"{job}/features_conch_v15/a.h5", trident, **places, **features)
-    write(f"{job}/slide_features_titan/a.h5", trident, **places, features=np.ones(768, np.float32))
+    job = tmp_path / "trident/20x_256px_0px_overlap"
+    write_foreign(tmp_path / "clam/patches/a.h5", places, patch_size=512, patch_level=0)
+    write_foreign(tmp_path / "clam/feat/h5_files/a.h5", places | features)
+    write_foreign(tmp_path / "clam/feat/pt_files/a.pt", torch.ones(6, 8))
+    write_foreign(job / "patches/a_patches.h5", places, **TRIDENT)
+    write_foreign(job / "features_conch_v15/a.h5", places | features, **TRIDENT)
+    write_foreign(
+        job / "slide_features_titan/a.h5", places | {"features": np.ones(768, np.float32)}, **TRIDENT
+    )
     for tool, flags, left_out in (
         ("clam", ["--mpp", "0.25"], "pt_files"),
         ("trident", [], "slide_features_titan"),
     ):
         data = tmp_path / f"data-{tool}"
         prepare.main(["--features", str(tmp_path / tool), "--data", str(data), *flags])
-        out = capsys.readouterr().out
-        assert "Found 1 file" in out and re.search(rf"Left out .*{left_out}: ", out)
-        assert wsi_llava.read_features(data, "a")[1].tolist() == (CELLS[np.lexsort(CELLS.T)] * 256).tolist()
-    write(f"{job}/features_uni_v1/a.h5", trident, **places, **features)
-    with pytest.raises(
-        UserError, match="conch_v15/a.h5 and .*uni_v1/a.h5 have the same name; .* or name one folder"
-    ):
+        printed = capsys.readouterr().out
+        assert "of 1 file" in printed and re.search(rf"Left out .*{left_out}: ", printed)
+        assert wsi_llava.read_features(data, "a")[1].tolist() == (IN_ORDER * 256).tolist()
+    write_foreign(job / "features_uni_v1/a.h5", places | features, **TRIDENT)
+    with pytest.raises(UserError, match="conch_v15/a.h5 and .*uni_v1/a.h5 have the same name; .* one folder"):
         prepare.find_features([tmp_path / "trident"])
+    with pytest.raises(UserError, match=r"no .pt or .h5 files below"):
+        prepare.find_features([job / "slide_features_titan"][:0])
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UserError, match="a.h5: reading it needs h5py: pip install h5py"):
+        prepare.read_foreign(job / "features_uni_v1/a.h5")
 
 
-def test_one_bad_file_of_features_fails_alone(tmp_path, capsys):
-    good = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [256, 0]])}
-    for name, tensors in (("a", good), ("b", [1]), ("c", good)):
+def test_one_bad_file_of_features_fails_alone(tmp_path):
+    for name, tensors in (("a", GOOD_FOREIGN), ("b", [1]), ("c", GOOD_FOREIGN), ("x" * 230, GOOD_FOREIGN)):
         torch.save(tensors, tmp_path / f"{name}.pt")
-    flags = ["--features", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.5"]
-    with pytest.raises(UserError, match="1 slide could not be prepared"):
+    flags = ["--features", str(tmp_path), "--mpp", "0.25", "--data", str(tmp_path / "data")]
+    with pytest.raises(UserError, match="2 slides could not be prepared"):
         prepare.main([*flags, "--dry-run"])
     assert not (tmp_path / "data").exists()
-    with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main(flags)
+    with pytest.raises(UserError, match="2 slides could not be prepared"):
+        prepare.main([*flags, "--shard", "2/2"])
+    prepare.main([*flags, "--shard", "1/2"])
     assert [path.stem for path in sorted((tmp_path / "data" / "features").iterdir())] == ["a", "c"]
-    (tmp_path / "b.pt").unlink()
-    prepare.main([*flags, "--data", str(tmp_path / "half"), "--shard", "2/2"])
-    assert [path.stem for path in (tmp_path / "half" / "features").iterdir()] == ["c"]
-    torch.save(good, tmp_path / f"{'x' * 230}.pt")
-    with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main([*flags, "--overwrite"])
-
-
-def test_features_are_found_as_slides_are(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=r"no .pt or .h5 files below"):
-        prepare.find_features([tmp_path])
-    for name in ("x.h5", "a/x.pt"):
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match="x.h5 and .*x.pt have the same name; rename one"):
-        prepare.find_features([tmp_path])
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match="x.h5: reading it needs h5py: pip install h5py"):
-        prepare.read_foreign(tmp_path / "x.h5")
 
 
 # ---- prepare.py: questions, the toy cohort ---------------------------------------------------------------
