@@ -91,20 +91,15 @@ class Config:
         """Raises UserError for a field that there is not, or a value that it cannot have."""
         types, given = {f.name: f.type for f in dataclasses.fields(cls)}, {}
         for name, value in values.items():
-            kind = types.get(name)
+            kind, most = types.get(name), {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
             check(kind, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            if issubclass(kind, Config):
-                value = kind.from_dict(value)
-            value = tuple(value) if kind is tuple else value
-            most = {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
-            for number in value if kind is tuple else [value] if kind in (int, float) else []:
-                fits = type(number) is int or type(number) is float and kind is not int
-                check(fits and 0 <= number < most, f"{cls.__name__}: {name} cannot be {one_line(value)}")
-            given[name] = value
-            check(
-                isinstance(value, kind) or kind is float,
-                f"{cls.__name__}: {name} cannot be {one_line(value)}",
-            )
+            value = kind.from_dict(value) if issubclass(kind, Config) else value
+            numbers = value if kind is tuple else [value] if kind in (int, float) else []
+            numeric = (int,) if kind is int else (int, float)
+            fits = all(type(number) in numeric and 0 <= number < most for number in numbers)
+            fits = fits and (kind in (float, tuple) or isinstance(value, kind))
+            check(fits, f"{cls.__name__}: {name} cannot be {one_line(value)}")
+            given[name] = tuple(value) if kind is tuple else value
         return cls(**given)
 
 
@@ -1303,12 +1298,12 @@ class Tokenizer:
         check(ends, f"{path}: has no {self.chat.end} to end an answer with; try another --chat-format")
         self.eos, self.ends = ends[0], {ends[0]}
 
-    def __len__(self):
-        return self.size
-
     def decode(self, ids):
         """ids -> text, without images' places and ids that an embedding holds beyond the tokenizer."""
-        return self.decode_ids([i for i in ids if 0 <= i < len(self)])
+        return self.decode_ids([i for i in ids if 0 <= i < self.size])
+
+    def __len__(self):
+        return self.size
 
     def encode_template(self, template, value):
         """A template of CHAT_FORMATS with a value for its {} -> ids.
@@ -1411,21 +1406,19 @@ class WSILLaVA(nn.Module):
         """
         rows, row_labels = [], []
         for b, row in enumerate(ids):
-            row = torch.tensor(row, device=self.device)
-            label = torch.full_like(row, IGNORE) if labels is None else row.new_tensor(labels[b])
+            label = [IGNORE] * len(row) if labels is None else labels[b]
             slide = None if visual is None else visual[b]  # [V,C]
-            marks, slides = int((row == IMAGE_TOKEN).sum()), int(slide is not None)
+            marks, slides = row.count(IMAGE_TOKEN), int(slide is not None)
             if marks != slides:
                 raise ValueError(f"row {b} has {marks} <image> in its text and {slides} slides")
+            text = torch.tensor([i for i in row if i != IMAGE_TOKEN], dtype=torch.long, device=self.device)
+            embeds = self.llama.embed_tokens(text)  # [T,C_llm]
             if slides:
-                times = torch.where(row == IMAGE_TOKEN, len(slide), 1)  # a place for each visual token
-                row, label = row.repeat_interleave(times), label.repeat_interleave(times)
-            places = row == IMAGE_TOKEN
-            embeds = self.llama.embed_tokens(row.clamp(min=0))  # [T+V,C_llm]
-            if slides:
-                embeds[places] = self.project(slide.to(self.device)).to(embeds.dtype)  # [V,C_llm]
+                at, projected = row.index(IMAGE_TOKEN), self.project(slide.to(self.device))  # [V,C_llm]
+                embeds = torch.cat([embeds[:at], projected.to(embeds.dtype), embeds[at:]])  # [T+V,C_llm]
+                label = [*label[:at], *[IGNORE] * len(slide), *label[at + 1 :]]
             rows.append(embeds)
-            row_labels.append(label.masked_fill(places, IGNORE))
+            row_labels.append(torch.tensor(label, device=self.device))
         # Padding on the right needs no mask: attention is causal, and IGNORE keeps it out of the loss.
         pad = nn.utils.rnn.pad_sequence
         labels = pad(row_labels, batch_first=True, padding_value=IGNORE)  # [B,T]
@@ -1491,10 +1484,12 @@ if sys.platform == "linux":
 
 
 @torch.no_grad()
-def add_update(linear, a, b, scale):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, and kept in
-    its own memory (it is mapped copy-on-write, a 7B takes its size once)."""
-    linear.weight.data.copy_(linear.weight.data.float() + scale * (b.float() @ a.float()))
+def add_update(linear, a, b, scale, dtype=None):
+    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
+    dtype (None: the weight's own, in its own memory: it is mapped copy-on-write, a 7B takes its size once)."""
+    weight = linear.weight.data
+    total = weight.float() + scale * (b.float() @ a.float())
+    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
     return linear
 
 
@@ -1897,7 +1892,7 @@ LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [Tr
 LORA_VALUES |= {"megatron_core": ["megatron.core"], "qalora_group_size": [16]}  # with others, which are off
 
 
-def merge_adapters(llama, folder):
+def merge_adapters(llama, folder, dtype=None):
     """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update, once."""
     path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
     c = read_json(path, hint)
@@ -1919,7 +1914,7 @@ def merge_adapters(llama, folder):
             wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
             shapes = f"{list(a.shape)} and {list(b.shape)}"
             check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
-            add_update(linear, a, b, alpha / rank)
+            add_update(linear, a, b, alpha / rank, dtype)
             digest.update(name.encode() + b.flatten()[:4096].float().numpy().tobytes())
     check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {few(tensors)}")
     mark, held = digest.hexdigest()[:16], llama.cfg.adapters.split()
@@ -1946,18 +1941,16 @@ def load_llama(folder, dtype=None, lora=None):
             tensors.pop(keys.get("lm_head.weight"), None)
     llama = load_strict(on_meta(Llama, cfg), tensors, folder, LLAMA_KEYS)
     if lora:
-        merge_adapters(llama, Path(lora))
+        merge_adapters(llama, Path(lora), dtype)
     return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
 
 
 def load_projector(folder):
     """The projector in a folder, in LLaVA's `mm_projector.bin` or its like or among the model's or adapters'
     tensors -> (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
-    folder = Path(folder)
-    files = [
-        file for file in sorted(folder.glob("mm_projector.*")) if file.suffix in (".bin", ".safetensors")
-    ]
-    tensors = read_tensors(files[-1]) if files else read_folder(folder)
+    files = [Path(folder) / f"mm_projector.{ending}" for ending in ("safetensors", "bin")]
+    files = [file for file in files if file.exists()]
+    tensors = read_tensors(files[0]) if files else read_folder(folder)
     others = [*PROJECTOR_KEYS, (".*", None)]
     found = {rename(key, others): tensor for key, tensor in tensors.items() if rename(key, others)}
     if not found:
@@ -2097,14 +2090,13 @@ def read_visual_tokens(data, slide, cfg):
 def made_by(model, data, slide):
     """What a slide's visual tokens follow from, as a text: its features, the slide encoder with its pool, and
     their code: an edit of any file that holds one of its classes makes new tokens."""
-    path, encoder = features_file(data, slide), model.slide_encoder
+    path = features_file(data, slide)
     with reading(path, PREPARE_AGAIN):
         tensors = read_tensors(path, PREPARE_AGAIN)
-        features = tensors["features"]
         digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
-        digest.update(tensors["coords"].numpy().tobytes())
-        digest.update(features[:: 1 + len(features) // 64].numpy().tobytes())  # some rows: the file is mapped
-    for name in sorted({type(part).__module__ for part in (encoder or model).modules()}):
+        some = tensors["features"][:: 1 + len(tensors["coords"]) // 64]  # of the rows: the file is mapped
+        digest.update(tensors["coords"].numpy().tobytes() + some.numpy().tobytes())
+    for name in sorted({type(part).__module__ for part in (model.slide_encoder or model).modules()}):
         if not name.startswith("torch."):
             digest.update(inspect.getsource(sys.modules[name]).encode())
     mark = model.cfg.fingerprints.get("slide_encoder")
@@ -2114,19 +2106,20 @@ def made_by(model, data, slide):
 def keep_visual_tokens(model, data, slide):
     """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
     be made from now -> whether it wrote them."""
-    cfg, path = model.cfg, visual_tokens_file(data, slide, model.cfg)
+    cfg, path, mark = model.cfg, visual_tokens_file(data, slide, model.cfg), None
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, cfg)
         mark = read_metadata(path).get("made_by")
-        if mark == IMPORTED_TOKENS or mark == made_by(model, data, slide):
-            return False
+    now = None if mark == IMPORTED_TOKENS else made_by(model, data, slide)
+    if mark in (IMPORTED_TOKENS, now):
+        return False
     width = None if cfg.no_slide_encoder else cfg.slide_encoder.in_width
     features, coords = read_features(data, slide, cfg.max_tiles, width)
     check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
     with torch.inference_mode():
         tokens = model.encode_slide(features, coords).half()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {"visual_tokens": tokens}, {"made_by": made_by(model, data, slide)})
+    write_tensors(path, {"visual_tokens": tokens}, {"made_by": now})
     return True
 
 
@@ -2242,17 +2235,6 @@ def pick_projector(args, llm, width, cfg, stage):
     return found or make_projector(max(cfg.pad_to, width), cfg.llama.width)
 
 
-def load_trained(model, path):
-    """Fills a model from what stage 2 or 3 wrote: projector, adapters, or with --full the language model."""
-    tensors, pattern, cfg = read_tensors(path), r"mm_projector\..*", model.cfg
-    if cfg.lora_rank:
-        on_meta(add_lora, model.llama, cfg.lora_rank, cfg.lora_alpha)
-        pattern += r"|llama\..*\.lora_[ab]"
-    elif any(name.startswith("llama.") for name in tensors):
-        pattern += r"|llama\..*"
-    load_strict(model, tensors, path, only=pattern)
-
-
 def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer).
 
@@ -2291,8 +2273,14 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     # The model, and in it what was trained.
     model = on_meta(WSILLaVA, dataclasses.replace(cfg, lora_rank=0))
     model.cfg, model.slide_encoder, model.llama = cfg, encoder, llama
-    if trained:
-        load_trained(model, trained)
+    if trained:  # projector, adapters, or with --full the language model
+        tensors, only = read_tensors(trained), r"mm_projector\..*"
+        if cfg.lora_rank:
+            on_meta(add_lora, llama, cfg.lora_rank, cfg.lora_alpha)
+            only += r"|llama\..*\.lora_[ab]"
+        elif any(name.startswith("llama.") for name in tensors):
+            only += r"|llama\..*"
+        load_strict(model, tensors, trained, only=only)
     else:
         width = encoder.cfg.width if encoder else meta["encoder"]["width"]
         model.mm_projector = pick_projector(args, folder, width, cfg, stage)
