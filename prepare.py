@@ -1728,7 +1728,7 @@ def parse(argv=None):
     add("--slides", "slides, folders of slides, .txt lists of paths", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or their folders", **paths)
     add("--qa", f"question files; {WHAT_IS_READ}", **paths)
-    drawn = "draw the toy cohort, N slides to train on (default: 500) and a fifth more, and prepare it"
+    drawn = "draw the toy cohort, N slides to train on (500 if not said) and a fifth more, and prepare it"
     add("--demo", drawn, nargs="?", metavar="N", type=at_least(5), const=500)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
     again = "make features again that are there already; begin anew the splits that --qa writes"
