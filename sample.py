@@ -479,11 +479,9 @@ def answer_file(args):
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides, bar)
     good = [slide for slide in slides if slide not in problems]
     # {field: {slide: the one to show in its place}, or None}; everyone gets another's, unless there is only one
-    views, order = (
-        {"answer": dict(zip(good, good))},
-        np.random.default_rng(args.seed).permutation(good).tolist(),
-    )
+    views = {"answer": dict(zip(good, good))}
     if args.baselines:
+        order = np.random.default_rng(args.seed).permutation(good).tolist()
         views |= {"answer_no_image": None, "answer_shuffled": dict(zip(order, order[1:] + order[:1]))}
     prompts, room = [prompt_ids(tokenizer, row) for row in rows], model.llama.cfg.context
     long = {n for n, ids in enumerate(prompts) if len(ids) + model.cfg.n_visual_tokens > room}
@@ -562,14 +560,14 @@ def rouge_l(reference, candidate):
 
 
 def find_meteor():
-    """METEOR of (reference, candidate) tokens, where nltk and its WordNet are installed; else None."""
+    """METEOR of (reference, candidate) tokens; not a number without nltk and its WordNet."""
     try:
         from nltk.corpus import wordnet
         from nltk.translate.meteor_score import single_meteor_score
 
         wordnet.ensure_loaded()
     except (ImportError, LookupError):
-        return None
+        return lambda reference, candidate: math.nan
     return single_meteor_score
 
 
@@ -693,9 +691,7 @@ class Judge:
 
     def post(self, messages):
         """A reply, as spoken reads it. What may pass is tried again, when the server says, or ever later."""
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        )
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for attempt in range(ATTEMPTS):
             # Others ask at the same time: a refusal is compared with what this request sent.
             sent, wait, text = self.sent, BACKOFF * 2**attempt, ""
@@ -732,11 +728,7 @@ class Judge:
             except UNUSABLE as error:
                 problem = f"unusable ({type(error).__name__}: {one_line(error)})"
             again = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
-            messages = [
-                *messages,
-                {"role": "assistant", "content": reply},
-                {"role": "user", "content": again},
-            ]
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
         with self.lock, wsi_llava.writing(self.file.name):
             if found is not None:
                 print(json.dumps({"key": key, "reply": reply}), file=self.file, flush=True)
@@ -756,11 +748,8 @@ class Judge:
 
         def read_claims(reply):  # an answer may claim nothing
             claims = reply["claims"]
-            if (
-                not isinstance(claims, list)
-                or len(claims) < precision
-                or not all(re.search(r"\w", x) for x in claims)
-            ):
+            good = isinstance(claims, list) and all(re.search(r"\w", claim) for claim in claims)
+            if not good or len(claims) < precision:
                 raise ValueError('"claims" must be a list of texts')
             return claims
 
@@ -790,9 +779,7 @@ def grade(judge, rows, systems):
     counts as 0, by the authors' protocol as nothing."""
     asked = [i for i, row in enumerate(rows) if not closed_parser(row["question"], row["truth"])]
     todo, found = list(itertools.product(systems, JUDGED, asked)), []
-    calls = (
-        f"at most {2 * len(todo):,} calls of {judge.model}; {len(judge.replies):,} of its replies are kept"
-    )
+    calls = f"at most {2 * len(todo):,} calls of {judge.model}; {len(judge.replies):,} replies are kept"
     print(f"{count(len(asked), 'open question')}, {count(len(systems), 'system')}: {calls}.")
 
     def work(item):
@@ -813,10 +800,8 @@ def grade(judge, rows, systems):
     grades = {system: {metric: np.full(len(rows), np.nan) for metric in JUDGED} for system in systems}
     for (system, metric, i), value in zip(todo, found):
         grades[system][metric][i] = zero if value is None else value
-    return (
-        grades,
-        f"Judge: {judge.model}, protocol {judge.protocol}. {lacking} grades stayed unusable and {rule}{why}.",
-    )
+    why = f"{lacking} grades stayed unusable and {rule}{why}"
+    return grades, f"Judge: {judge.model}, protocol {judge.protocol}. {why}."
 
 
 # ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
@@ -827,16 +812,7 @@ THEIRS |= {"task": "task metadata", "cancer": "cancer tumor"}
 THEIRS["truth"] = "truth t-answer ground_truth groundtruth gt gt_answer correct_answer reference label target"
 SAID = """prediction pred predicted predicted_answer pred_answer model_answer model_output model_response output
 response generated_text generated_answer generated generation completion reply text""".split()
-RESERVED = {
-    *FIELDS.values(),
-    "majority",
-    "kind",
-    "group",
-    "metric",
-    "questions",
-    "training slides",
-    "published",
-}
+RESERVED = [*FIELDS.values(), "majority", "training slides", *"kind group metric questions published".split()]
 
 
 def text_of(value):
@@ -847,9 +823,7 @@ def text_of(value):
 
 def read_answers(path):
     """A file of predictions -> (its rows under our names, a note: of a file not ours, what was taken for what)."""
-    with reading(
-        path, "expected predictions of sample.py --qa, JSON lines, a JSON list, {id: answer} or CSV"
-    ):
+    with reading(path, "expected predictions of sample.py --qa, JSON lines, a JSON list or CSV"):
         if path.read_bytes().startswith(b'{"settings"'):
             settings, rows = read_predictions(path)
             some = f"answers {len(rows):,} of {settings['asked']:,} questions" if "asked" in settings else ""
@@ -857,10 +831,8 @@ def read_answers(path):
         table = [entry for _, entry in prepare.read_entries(path)]
         table = [{name.strip().lower(): value for name, value in row.items()} for row in table]
         columns = list(dict.fromkeys(itertools.chain(*table)))
-        taken = {
-            name: next((x for x in names.split() if x in columns), None) for name, names in THEIRS.items()
-        }
-        taken["answer"] = next((name for name in (*SAID, "answer") if name in columns), None)
+        known = THEIRS | {"answer": " ".join([*SAID, "answer"])}
+        taken = {name: next((x for x in known[name].split() if x in columns), None) for name in known}
         if taken["answer"] != "answer" and "answer" in columns:
             taken["truth"] = taken["truth"] or "answer"
         check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
@@ -877,12 +849,8 @@ def read_answers(path):
 def keys_of(row):
     """What a question can be known by, the surest first; None or "" where the row lacks a part of it."""
     question, slide, own = plain(row["question"]), row["slide"], row["id"]
-    return (
-        row.get("number"),
-        own and question and (own, question),
-        slide and question and (slide, question),
-        own,
-    )
+    keys = own and question and (own, question), slide and question and (slide, question), own
+    return row.get("number"), *keys
 
 
 def match(rows, theirs):
@@ -890,10 +858,7 @@ def match(rows, theirs):
     here or there, fits nothing."""
     found, used = [None] * len(rows), set()
     for ours, others in zip(zip(*map(keys_of, rows)), zip(*map(keys_of, theirs))):
-        times, place = (
-            collections.Counter(ours) + collections.Counter(others),
-            dict(zip(others, range(len(others)))),
-        )
+        times, place = collections.Counter(ours + others), {key: j for j, key in enumerate(others)}
         for i, key in enumerate(ours):
             if found[i] is None and key and times[key] == 2 and key in place and place[key] not in used:
                 found[i] = theirs[place[key]]
@@ -916,46 +881,31 @@ def read_systems(paths):
         else:
             once = list({(*keys_of(row), row["slide"]): row for row in theirs}.values())
             found, again = match(rows, once), len(theirs) - len(once)
-            notes += (
-                [f"{path}: {count(again, 'row')} answer a question again; the last counts."] if again else []
-            )
-            lost = [row for row in once if id(row) not in set(map(id, found))]
-            first = (
-                "; ".join(filter(None, (lost[0][name] for name in ("id", "slide", "question"))))
-                if lost
-                else ""
-            )
-            what = f"{path}: {count(len(lost), 'row')} match no question of {paths[0]}, or several; the first: {first}"
-            check(len(lost) < len(once), f"{what} ({note})")
-            notes += [f"{what}."] if lost else []
+            if again:
+                notes.append(f"{path}: {count(again, 'row')} answer a question again; the last counts.")
+            matched = set(map(id, found))
+            lost = [row for row in once if id(row) not in matched] or [{}]
+            first = "; ".join(lost[0][name] for name in ("id", "slide", "question") if lost[0].get(name))
+            lost = len(once) - len(matched - {id(None)})
+            what = f"{count(lost, 'row')} match no question of {paths[0]}, or several; the first: {first}"
+            check(lost < len(once), f"{path}: {what} ({note})")
+            notes += [f"{path}: {what}."] if lost else []
         # A name that could mean something else gives way to the path.
         odd = stems.count(path.stem) > 1 or path.stem in RESERVED or re.search(" - |, ", path.stem)
         for field, column in FIELDS.items():
-            answers, name = (
-                [row and row.get(field) for row in found],
-                os.path.join(".", path) if odd else path.stem,
-            )
+            answers = [row and row.get(field) for row in found]
+            name = os.path.join(".", path) if odd else path.stem
             if any(answer is not None for answer in answers):
                 name = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
                 systems[name] = [answer and without_thoughts(answer) for answer in answers]
                 absent = answers.count(None)
                 notes += [f"{name}: {absent:,} of {len(rows):,} questions not answered."] if absent else []
-    all_ = [
-        i for i in range(len(rows)) if systems and None not in [answers[i] for answers in systems.values()]
-    ]
-    none = (
-        "no question is answered by all"
-        if paths[1:]
-        else "holds no answers yet; sample.py --qa goes on with it"
-    )
-    check(all_, f"{', '.join(map(str, paths))}: {none}")
-    answered = f"{len(all_):,} of {len(rows):,} questions answered by all; the others are in no mean"
-    notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
-    return (
-        [rows[i] for i in all_],
-        {name: [answers[i] for i in all_] for name, answers in systems.items()},
-        notes,
-    )
+    asked, everyone = len(rows), list(zip(*systems.values()))
+    here = [i for i, answers in enumerate(everyone) if None not in answers]
+    check(here, f"{', '.join(map(str, paths))}: no question is answered by all; sample.py --qa answers them")
+    rows, systems = [rows[i] for i in here], {x: [systems[x][i] for i in here] for x in systems}
+    answered = f"{len(rows):,} of {asked:,} questions answered by all; the others are in no mean"
+    return rows, systems, [f"{answered}. In brackets: 95% bootstrap intervals over slides.", *notes]
 
 
 # ---- Scores and tables: a score is an array with a number a question, a group of questions a mask ----------
@@ -968,6 +918,7 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
     "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
+CAPABILITY["report"] = "report"
 TEXTUAL = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR", "exact match")  # of open questions
 METRICS = (*JUDGED, "accuracy", *TEXTUAL)
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS.
@@ -986,11 +937,7 @@ def score(rows, answers, meteor):
             unread += [answer] if parser(answer) is None else []
         elif answer is not None:
             truth, tokens = tokenize(row["truth"]), tokenize(answer)
-            values = [
-                *bleu(truth, tokens),
-                rouge_l(truth, tokens),
-                meteor(truth, tokens) if meteor else np.nan,
-            ]
+            values = *bleu(truth, tokens), rouge_l(truth, tokens), meteor(truth, tokens)
             for metric, value in zip(TEXTUAL, [*values, plain(answer) == plain(row["truth"])]):
                 scores[metric][i] = value
     return scores, unread
@@ -1016,10 +963,8 @@ def interval(values, slides, seed):
 
 def groups(rows):
     """Yields (kind, name, mask [n]) of the questions that the tables have lines for."""
-    capability = [
-        "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other") for row in rows
-    ]
-    kinds = {"all": ["all"] * len(rows), "capability": capability}
+    tasks = ["report" if wsi_llava.is_report(row) else row["task"] for row in rows]
+    kinds = {"all": ["all" for _ in rows], "capability": [CAPABILITY.get(task, "other") for task in tasks]}
     kinds |= {"task": [row["task"] for row in rows], "cancer type": [row["cancer"] for row in rows]}
     for kind, names in kinds.items():
         for name in sorted(set(names)) if kind == "all" or len(set(names)) > 1 else ():
@@ -1031,9 +976,7 @@ def tabulate(rows, scores, trained_on, seed):
     ...}; also the paired difference of every system from the first. trained_on: {cancer type: slides}."""
     slides, lines, first = np.array([row["slide"] for row in rows]), [], next(iter(scores))
     for (kind, group, inside), (i, metric) in itertools.product(groups(rows), enumerate(METRICS)):
-        values = {
-            system: np.where(inside, found.get(metric, np.nan), np.nan) for system, found in scores.items()
-        }
+        values = {x: np.where(inside, scores[x].get(metric, np.nan), np.nan) for x in scores}
         line = {"kind": kind, "group": group, "metric": metric}
         line["questions"] = max(int((~np.isnan(x)).sum()) for x in values.values())
         line["training slides"] = trained_on.get(group, 0) if kind == "cancer type" and trained_on else None
@@ -1104,9 +1047,8 @@ def csv_text(lines):
     for line in lines:
         rows.append({})
         for key, value in line.items():
-            rows[-1].update(
-                zip((key, f"{key} low", f"{key} high"), value if isinstance(value, tuple) else [value])
-            )
+            value = value if isinstance(value, tuple) else [value]
+            rows[-1].update(zip((key, f"{key} low", f"{key} high"), value))
     header = list(dict.fromkeys(itertools.chain(*rows)))
     for cells in (header, *([row.get(key) for key in header] for row in rows)):
         cells = [f"'{x}" if str(x)[:1] in "=+-@\t\r" and isinstance(x, str) else x for x in cells]
@@ -1135,8 +1077,6 @@ def evaluate(args, paths):
         cancer for cancer, _ in {(row["cancer"], row["slide"]) for row in trained}
     )
     meteor = find_meteor()
-    if not meteor:
-        notes.append("METEOR: n/a; it needs nltk and its WordNet (python -m nltk.downloader wordnet).")
     for system, answers in systems.items():
         found, unread = score(rows, answers, meteor)
         scores[system] = found | grades.get(system, {})
@@ -1147,15 +1087,12 @@ def evaluate(args, paths):
         notes.append(f"Rank correlations over answers: {ranks}.")
     lines = tabulate(rows, scores, trained_on, args.seed)
     header = [key for key in lines[0] if any(line[key] is not None for line in lines)]  # what holds something
-    table = markdown(
-        [[shown(key) for key in header], *([shown(line[key]) for key in header] for line in lines)]
-    )
+    table = markdown([[*map(shown, header)], *([shown(line[key]) for key in header] for line in lines)])
     notes = "".join(f"- {one_line(note, 2000)}\n" for note in notes)
-    write_text(paths[0].with_name("evaluation.md"), f"# Evaluation\n\n{notes}\n{table}\n")
-    write_text(paths[0].with_name("evaluation.csv"), csv_text(lines))
-    print(
-        f"\n{on_screen(lines, list(systems))}\n\n{notes}- All of it: {paths[0].with_name('evaluation.md')} (and .csv)"
-    )
+    path = paths[0].with_name("evaluation.md")
+    write_text(path, f"# Evaluation\n\n{notes}\n{table}\n")
+    write_text(path.with_suffix(".csv"), csv_text(lines))
+    print(f"\n{on_screen(lines, list(systems))}\n\n{notes}- All of it: {path} (and .csv)")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------

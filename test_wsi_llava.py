@@ -3769,7 +3769,7 @@ def test_a_raw_slide_is_prepared_first(demo, toy_slide, tmp_path, capsys):
     flags = ["--llm", demo[0] / "data" / "llm", "--max-new-tokens", 3, "--heatmap", tmp_path / "map.png"]
     sample_with(demo, "--slide", toy_slide[0], "--ask", "Which type?\n<image>", *flags, data=tmp_path / "new")
     printed = capsys.readouterr().out
-    assert "toy: 36 visual tokens" in printed and "3 tokens, " in printed
+    assert "toy: 36 visual tokens" in printed and "Wrote " in printed
     assert Image.open(tmp_path / "map.png").width > 1000
 
 
@@ -3815,32 +3815,38 @@ def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
     )
 
 
+def asking(demo, data, *flags):
+    """The flags that answer qa.jsonl beside `data`, and its model -> (flags, predictions, model, tokenizer)."""
+    path = data.parent / "predictions.jsonl"
+    flags = ["--qa", data.parent / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, *flags]
+    args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out"), *map(str, flags)])
+    wsi_llava.resolve_device(args)
+    return flags, path, *sample.load_model(args)
+
+
 @slow
 def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
-    """Grouped, with baselines, cut short by a kill and resumed; a slide that is not there is reported, then
-    answered."""
-    folder, _ = demo
-    rows = prepare.read_qa(folder / "data" / "qa" / "test.jsonl")
+    """Grouped, with baselines, cut short by a kill and resumed; a slide that is damaged or not there costs its own
+    questions, which are answered when it is."""
+    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
+    rows = prepare.read_qa(data / "qa" / "test.jsonl")
     far = {"id": "far-1", "slide": "far", "task": "Grading", "cancer": "demo", "conversations": TALK[:2]}
     long = {**rows[0], "id": "long", "conversations": [{"from": "human", "value": "word " * 600}, TALK[1]]}
-    prepare.write_qa(tmp_path / "qa.jsonl", rows + [far, long])
-    data, path = tmp_path / "data", tmp_path / "predictions.jsonl"
-    shutil.copytree(folder / "data", data)
-    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--baselines"]
-    flags += ["--max-new-tokens", 6]
+    prepare.write_qa(tmp_path / "qa.jsonl", [*rows, far, far | {"slide": "cut"}, long])
+    (data / "features" / "cut.safetensors").write_bytes(b"half")
+    flags, path, model, tokenizer = asking(demo, data, "--baselines")
     sample_with(demo, *flags, data=data)
     printed = capsys.readouterr().out
-    assert "29 questions about 4 slides, 0 answered" in printed and "Answered 27 questions." in printed
     assert (
-        "1 question not answered: the prompt is too long" in printed and "far.safetensors: no such" in printed
+        "30 questions about 5 slides, 27 to ask" in printed
+        and "Answered 27 questions; 1 are too long" in printed
+    )
+    assert (
+        "about far: " in printed and "far.safetensors: no such" in printed and "cut.safetensors: " in printed
     )
     _, answers = sample.read_predictions(path)
-    assert sorted(answers) == list(range(29)) and answers[27]["answer"] is None
-    assert answers[28]["answer"] is None and answers[28]["missing"] == "the prompt is too long"
+    assert sorted(answers) == list(range(27))
 
-    args = sample.parse(["--data", str(data), "--out", str(folder / "out")])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args)
     slides = sorted({row["slide"] for row in rows})
     visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
     questions = sample.read_questions([tmp_path / "qa.jsonl"])
@@ -3856,70 +3862,39 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a line
     shutil.copy(data / "features" / "demo_0000.safetensors", data / "features" / "far.safetensors")
-    sample_with(demo, *flags, data=data)
+    sample_with(demo, *flags, "--evaluate", data=data)
     _, again = sample.read_predictions(path)
-    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers if n != 27) and again[27]["answer"]
+    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers) and sorted(again) == list(
+        range(28)
+    )
+    assert "answers 28 of 30 questions" in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with max_new_tokens 6, not 7; name another --predictions"):
         sample_with(demo, *flags, "--max-new-tokens", 7, data=data)
     with pytest.raises(UserError, match="--temperature: --qa answers greedily"):
         sample_with(demo, *flags, "--temperature", 1, data=data)
-
-
-@slow
-def test_a_damaged_slide_costs_its_own_questions_only(demo, tmp_path, capsys):
-    folder, _ = demo
-    shutil.copytree(folder / "data", tmp_path / "data")
-    rows = []
-    for slide in ("demo_0000", "demo_0001", "demo_0002"):
-        talks = [
-            ("choice", "Which? A) glands B) sheets", "B"),
-            ("tf", "Is it?", "No"),
-            ("open", "What?", "This."),
-        ]
-        for task, question, truth in talks:
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": truth}]
-            rows.append(
-                {"id": f"{slide}-{task}", "slide": slide, "task": task, "cancer": "", "conversations": turns}
-            )
-    prepare.write_qa(tmp_path / "qa.jsonl", rows)
-    (tmp_path / "data" / "features" / "demo_0001.safetensors").write_bytes(b"half")
-    path = tmp_path / "predictions.jsonl"
-    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 4]
-    sample_with(demo, *flags, "--evaluate", data=tmp_path / "data")
-    printed = capsys.readouterr().out
-    assert "Answered 6 questions" in printed
-    assert "3 questions not answered: " in printed and "demo_0001.safetensors: " in printed
-    _, answers = sample.read_predictions(path)
-    assert "demo_0001.safetensors" in answers[3]["missing"] and answers[0]["answer"] is not None
-    (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
-    with pytest.raises(UserError, match="mine.jsonl: exists, and is no earlier output of this command"):
-        sample_with(demo, *flags[:2], "--predictions", tmp_path / "mine.jsonl", data=tmp_path / "data")
-    rows[0]["conversations"][0]["value"] = "half \ud83d"
-    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="qa.jsonl, line 1: .*is no text"):
-        sample_with(demo, *flags, data=tmp_path / "data")
+    path.write_text('{"my": "data"}\n')
+    with pytest.raises(
+        UserError, match="predictions.jsonl: lacks 'settings'; not what sample.py --qa writes"
+    ):
+        sample_with(demo, *flags, data=data)
 
 
 @slow
 def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo, tmp_path):
     """The answers of a model that sees so many tiles as one trained with as many draws them."""
-    folder, _ = demo
-    path = tmp_path / "few.jsonl"
-    flags = ["--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", path, "--max-new-tokens", 6]
-    sample_with(demo, *flags, "--max-tiles", 4)
+    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
+    shutil.copy(data / "qa" / "test.jsonl", tmp_path / "qa.jsonl")
+    flags, path, model, tokenizer = asking(demo, data)
+    sample_with(demo, *flags, "--max-tiles", 4, data=data)
     settings, rows = sample.read_predictions(path)
-    assert settings["max_tiles"] == 4
-    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), "--max-tiles", "4"])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args)
-    features, coords = wsi_llava.read_features(args.data, rows[0]["slide"], 4)
+    features, coords = wsi_llava.read_features(data, rows[0]["slide"], 4)
     with torch.no_grad():
         visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
-    questions = sample.read_questions([folder / "data" / "qa" / "test.jsonl"])
-    assert len(features) == 4
+    questions = sample.read_questions([tmp_path / "qa.jsonl"])
+    assert len(features) == settings["max_tiles"] == 4
     assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
     with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
-        sample_with(demo, *flags)
+        sample_with(demo, *flags, data=data)
 
 
 # ---- sample.py: closed answers and text metrics ----------------------------------------------------------
@@ -4186,7 +4161,7 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     judged(judge_server, path)
     printed = capsys.readouterr().out
     assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
-    assert "8 open questions, 1 system: at most 32 calls of wise; 0 of its replies are kept." in printed
+    assert "8 open questions, 1 system: at most 32 calls of wise; 0 replies are kept." in printed
     assert len(judge_server.requests) == 32 + 6
     complaints = [
         body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
@@ -4656,7 +4631,10 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
     [
         (None, "predictions.jsonl: no such file; expected predictions of sample.py --qa"),
         ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
-        ('{"settings": {}}\n', "predictions.jsonl: holds no answers yet"),
+        (
+            '{"settings": {}}\n',
+            "predictions.jsonl: no question is answered by all; sample.py --qa answers them",
+        ),
         ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers, so it cannot come first"),
     ],
 )
@@ -4816,7 +4794,7 @@ def test_demo_runs_end_to_end(demo):
     folder, printed = demo
     for task in ("type", "grade", "position", "focus", "subtype"):
         assert re.search(rf"\| {task} +\| exact match +\| 3 ", printed), printed
-    assert re.search(r"\| model +\| ROUGE-L +\| no slide +\| other slide +\| majority +\|", printed)
+    assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\| ROUGE-L +\|", printed)
     commands = re.findall(r"^\$ python (\w+\.py .*)", printed, re.M)
     assert [command.split()[0] for command in commands] == [
         "prepare.py",

@@ -819,9 +819,9 @@ def demo(args, given):
     for stage in (1, 2, 3):
         took[f"stage {stage}"] = show("train.py", "--stage", stage, "--log-every", 20, *given)
     answers = args.out / "test.jsonl"
-    questions, sizes = args.data / "qa" / "test.jsonl", ("--batch-size", 64, "--max-new-tokens", 96)
+    questions = args.data / "qa" / "test.jsonl"
     asked = ("--qa", questions, "--baselines", "--predictions", answers, "--evaluate", answers)
-    took["answers"] = show("sample.py", *asked, *sizes, *where)
+    took["answers"] = show("sample.py", *asked, "--max-new-tokens", 96, *where)
     focus = [row for row in prepare.read_qa(questions) if row["task"] == "focus"]
     row = next(row for row in focus if row["conversations"][1]["value"].startswith("Yes"))
     question = wsi_llava.without_image(row["conversations"][0]["value"])
