@@ -5085,7 +5085,7 @@ def test_questions_cannot_name_a_slide_outside(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match="not the name of a slide"):
         train.load_rows(train.parse([]))
     (tmp_path / "test.json").write_text(
-        json.dumps([{"slide": f"{name}.svs", "question": "Q?", "answer": "A"}])
+        json.dumps([{"slide": f"{name}.svs", "question": "Q?", "answer": "None"}])
     )
     assert "/" not in prepare.read_qa("test.json")[0]["slide"]
     with pytest.raises(UserError, match="meta.json|neither|no such|not a slide|no slides"):
