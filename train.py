@@ -797,7 +797,7 @@ def export(args):
         wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
     wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector)  # its config.json comes last
     flags = f"--llm {folder} --slide-encoder {file}"
-    say(f"Done. Where --out holds no stage 2 or 3, it answers: python sample.py {flags} --out new ...")
+    say(f"Done, without a chat template. To ask it: python sample.py {flags} --out new ...")
 
 
 def show(script, *flags):
