@@ -4585,9 +4585,7 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     path.write_text(text(said), encoding="utf-8")
     evaluated(ours, path)
     assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
-    assert (
-        "took id for the id, prediction for the answer; knows nothing of seconds" in capsys.readouterr().out
-    )
+    assert "took id for the id, prediction for the answer; knows nothing of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
