@@ -3078,7 +3078,15 @@ def test_slides_are_opened_in_readers_only(archive, tmp_path, monkeypatch, capsy
     for name in ("deadly.tif", "good.tif"):
         ends = "deadly.tif: the process that read it died"
         with pytest.raises(UserError, match=ends) if name == "deadly.tif" else contextlib.nullcontext():
-            prepare.apart(tmp_path / name, sample.write_heatmaps, [], (tmp_path / name,), None, None, [])
+            prepare.apart(
+                tmp_path / name,
+                sample.write_heatmaps,
+                [],
+                (tmp_path / name,),
+                np.zeros((1, 2)),
+                np.ones(1),
+                [],
+            )
 
 
 def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
@@ -4770,20 +4778,17 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
 
 
-def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide):
-    coords, relevance = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0])
-    slide = prepare.Slide(toy_slide[0], mpp=0.25)
-    sample.save_geojson(tmp_path / "map.geojson", slide, coords, relevance)
-    first, second = json.loads((tmp_path / "map.geojson").read_text())["features"]
+def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide, monkeypatch):
+    coords, relevance, path = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0]), tmp_path / "map.geojson"
+    sample.write_heatmaps([path], (toy_slide[0], 0.25), coords, relevance, [])
+    first, second = json.loads(path.read_text())["features"]
     assert first["geometry"]["coordinates"] == [[[0, 512], [512, 512], [512, 1024], [0, 1024], [0, 512]]]
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
-    # As MRXS
-    slide.file = types.SimpleNamespace(properties={"openslide.bounds-x": "100", "openslide.bounds-y": "12"})
-    sample.save_geojson(tmp_path / "map.geojson", slide, coords, relevance)
-    first, _ = json.loads((tmp_path / "map.geojson").read_text())["features"]
-    assert first["geometry"]["coordinates"][0][0] == [-100, 500]
+    monkeypatch.setattr(prepare.Slide, "corner", [100, 12])  # as of MRXS
+    sample.write_heatmaps([path], (toy_slide[0], 0.25), coords, relevance, [])
+    assert json.loads(path.read_text())["features"][0]["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
 def test_a_slide_without_a_file_has_no_map(tmp_path):
