@@ -46,7 +46,7 @@ rate = at_least(0, float, 10)  # a type for argparse; one step of a larger learn
 
 
 def setting(help, kind=None, **default):
-    """A field of Recipe. help: what --help says of its flag; kind: its type for argparse, if special."""
+    """A field of Recipe, with its flag's help and, if special, its type for argparse."""
     return dataclasses.field(metadata={"help": help, "kind": kind}, **default)
 
 
@@ -96,14 +96,14 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def all_sum(x):
-    """The sum of a tensor over all processes, in place."""
+    """The sum over all processes, in place."""
     if WORLD > 1:
         dist.all_reduce(x)
     return x
 
 
 def gather(x):
-    """-> a list of what each process gave, on every process; so all wait for the last."""
+    """-> a list of what each process gave; all wait for the last."""
     found = [x]
     if WORLD > 1:
         found = [None] * WORLD
@@ -123,7 +123,7 @@ def join_processes(args):
 
 
 def say(text):
-    """Prints above the progress bar; rank 0 only."""
+    """Prints above the progress bar, once."""
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()  # line by line also into a file or a pipe
@@ -155,8 +155,8 @@ def shard(model, dtype):
 
 
 def load_rows(args, tokens=False):
-    """The rows to learn from, with "tiles", the number of their slide's; tokens: visual tokens will do.
-    Raises UserError where slides have no features, unless --skip-missing leaves their rows out."""
+    """The rows to learn from, with "tiles", their slide's number; tokens: visual tokens will do. Raises
+    UserError where slides have no features, unless --skip-missing leaves them out."""
     path, tiles = args.data / "qa" / "train.jsonl", {}
     rows = prepare.read_qa(path)
     for slide in slides_in(rows):
@@ -165,10 +165,8 @@ def load_rows(args, tokens=False):
         tiles[slide] = wsi_llava.feature_metadata(features)["tiles"] if features.exists() else int(imported)
     lacking = [slide for slide, n in tiles.items() if not n]  # without tissue there is nothing to learn
     what = f"{path} names {len(lacking)} slides without features, the first: {min(lacking, default='')}"
-    check(args.skip_missing or not lacking, f"{what}; prepare them, or leave them out with --skip-missing")
-    rows = [row | {"tiles": tiles[row["slide"]]} for row in rows if tiles[row["slide"]]]
-    check(rows, f"{path}: no question is about a slide that has features")
-    return rows
+    check(args.skip_missing or not lacking, f"{what}; prepare them, or --skip-missing")
+    return [row | {"tiles": tiles[row["slide"]]} for row in rows if tiles[row["slide"]]]
 
 
 def slides_in(rows):
@@ -193,7 +191,7 @@ def size_of_run(stage, recipe, n):
     batches = math.ceil(n / recipe.batch_size)
     few = f"a batch of {n // batches} is too small for stage {stage} in {WORLD} processes"
     least = max(WORLD, 2 if stage == 1 else 1)  # stage 1 contrasts the slides of a batch
-    check(n // batches >= least, f"{few}; raise --batch-size, start fewer, or train on more slides")
+    check(n // batches >= least, f"{few}; raise --batch-size or train on more slides")
     return batches, max(int(recipe.epochs > 0), round(recipe.epochs * batches))
 
 
@@ -208,7 +206,7 @@ def batch_of(step, n, batches, seed):
 
 
 def train_tokenizer(path, texts):
-    """SentencePiece with Llama's conventions: the stand-in and Vicuna share every line of code."""
+    """SentencePiece with Llama's conventions: the stand-in and Vicuna share all code."""
     model, lines = io.BytesIO(), [line for text in texts for line in text.split("\n")]
     options = {"model_type": "bpe", "vocab_size": 1024, "normalization_rule_name": "identity"}
     options |= {"hard_vocab_limit": False, "remove_extra_whitespaces": False}  # few texts have fewer pieces
@@ -296,15 +294,14 @@ class Task:
                 yield k, samples
 
 
-def slide_encoder_to_train(args, meta):
+def slide_encoder_to_train(args, meta, preset):
     """What stage 1 starts from -> (SlideEncoder, or None for a new one; its config)."""
     path = args.slide_encoder or wsi_llava.GIGAPATH / "slide_encoder.pth"
     check(not (args.from_scratch and args.slide_encoder), "--from-scratch or --slide-encoder: not both")
     if args.from_scratch or (meta["preset"] == "demo" and not args.slide_encoder):
-        cfg = PRESETS[args.preset or meta["preset"]].slide_encoder
-        return None, dataclasses.replace(cfg, in_width=meta["encoder"]["width"])
+        return None, dataclasses.replace(preset.slide_encoder, in_width=meta["encoder"]["width"])
     check(path.exists(), f"{path}: no such file; name one with --slide-encoder, or train --from-scratch")
-    encoder = wsi_llava.load_slide_encoder(path, PRESETS[args.preset or meta["preset"]].n_visual_tokens)
+    encoder = wsi_llava.load_slide_encoder(path, preset.n_visual_tokens)
     wsi_llava.check_tile_encoder(encoder.cfg, meta, path)
     return encoder, encoder.cfg
 
@@ -330,8 +327,8 @@ class Alignment(Task):
         check(not args.no_slide_encoder, "--no-slide-encoder: stage 1 trains it; start with --stage 2")
         self.args = args
         self.words, self.tokenizer = wsi_llava.token_embeddings(args, meta)  # [vocab,C_llm], frozen
-        encoder, encoder_cfg = slide_encoder_to_train(args, meta)
         cfg = self.cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+        encoder, encoder_cfg = slide_encoder_to_train(args, meta, cfg)
         cfg.slide_encoder = dataclasses.replace(encoder_cfg, trained_on=meta["encoder"]["fingerprint"])
         cfg.text_encoder.in_width, cfg.max_tiles = self.words.shape[1], args.max_tiles
         self.model = wsi_llava.WSITextAlignment(cfg)
@@ -356,7 +353,7 @@ class Alignment(Task):
         return {"features": features, "coords": coords, "ids": ids}
 
     def embed(self, samples):
-        """What read() gave -> embeddings of the slides and of the reports, [n,E] each."""
+        """What read() gave -> embeddings of slides and reports, [n,E] each."""
         features = torch.cat([s["features"] for s in samples]).to(self.words)  # [sum of N,C_tile]
         coords = torch.cat([s["coords"] for s in samples]).to(self.words.device)
         lengths = [len(s["coords"]) for s in samples]
@@ -381,7 +378,7 @@ class Alignment(Task):
         return parts
 
     def embed_parts(self, parts, seed):
-        """Yields, of each of this process's micro-batches, (its place in the batch, slides, texts [n,E])."""
+        """Yields, of each micro-batch of this process, (its place in the batch, slides, texts [n,E])."""
         ends = np.cumsum([len(part) for part in parts]).tolist()
         for k, samples in self.passes(parts, seed):
             yield slice(ends[k] - len(parts[k]), ends[k]), *self.embed(samples)
@@ -412,7 +409,7 @@ class Alignment(Task):
         loss.backward()
         if RANK:
             self.model.logit_scale.grad.zero_()  # all of it on every process; the sum is to hold it once
-        # Second pass: read and embedded again, with activations, and that gradient carried into the weights.
+        # Second pass: embedded again, with activations, and that gradient carried into the weights.
         for place, *embedded in self.embed_parts(parts, seed):
             torch.autograd.backward(embedded, (slides.grad[place], texts.grad[place]))
         sum_gradients(self.groups, 1)
@@ -570,7 +567,7 @@ class Conversation(Task):
 
 
 def pick_recipe(stage, args, meta):
-    """The preset's recipe for the stage, with the user's flags on top."""
+    """The preset's recipe, with the user's flags on top."""
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe)}
     given = {name: value for name, value in flags.items() if value is not None}
     if stage in args.skip_stage:
@@ -609,7 +606,7 @@ def stop_signals():
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Refuses a second run in a stage's folder; sweeps up what a killed one had half written. Rank 0 only."""
+    """Refuses a second run in a folder; sweeps up what a killed one had half written. Rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
     wsi_llava.check_regular(folder / ".claims", "delete it")
     with open(folder / ".claims", "ab") as claims:
@@ -672,7 +669,7 @@ def draw_curves(path, log, width=520, height=300):
 
     line = " ".join(at(entry, entry["loss"]) for entry in log)
     dots = "".join(f"M{at(entry, entry['val_loss'])}h0" for entry in log if "val_loss" in entry)
-    told = f"loss, from 0 to {top:.2f}, in {steps} steps: training (line), validation (dots)"
+    told = f"loss, 0 to {top:.2f}, in {steps} steps: training (line), validation (dots)"
     svg = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="12">
         <rect width="100%" height="100%" fill="white"/> <text x="90" y="16">{told}</text>
         <polyline points="{line}" fill="none" stroke="#1f5fb4"/>
@@ -742,13 +739,15 @@ def run_stage(stage, args, folder, stop):
                 task.model.eval()
                 entry |= {f"val_{name}": round(value, 5) for name, value in task.validate().items()}
                 task.model.train()
-            ruined = f"stage {stage}: {entry} is not finite; try a lower --lr or --dtype float32"
             ids = ", ".join(task.train[i]["id"] for i in batch)
-            check(all(map(math.isfinite, entry.values())), f"{ruined}; the batch: {ids}")
+            ruined = f"stage {stage}: {entry} is not finite; try a lower --lr; the batch: {ids}"
+            check(all(map(math.isfinite, entry.values())), ruined)
             log.append(entry)
             if RANK == 0:
                 with open(folder / "log.jsonl", "a") as file:
                     file.write(json.dumps(entry) + "\n")
+            if due and RANK == 0:
+                draw_curves(folder / "loss.svg", log)
             if due or step % args.log_every == 0:
                 left = tqdm.format_interval((time.time() - began) / (step - first) * (steps - step))
                 told = " ".join(f"{name} {value:.5g}" for name, value in entry.items() if name != "step")
@@ -758,16 +757,12 @@ def run_stage(stage, args, folder, stop):
             stopping = all_sum(torch.tensor(float(bool(stop)), device=args.device)) > 0
             if (due or stopping) and step < steps:
                 save(folder, run, task, step, optimizer, log)
-            stopped = f"interrupted after step {step} of {steps}, saved; --resume goes on from there"
-            check(step == steps or not stopping, stopped)
+            check(step == steps or not stopping, f"interrupted after step {step} of {steps}; see --resume")
     if not finished:
         save(folder, run, task, step, optimizer, log)
-    if log and RANK == 0:
-        draw_curves(folder / "loss.svg", log)
     if task.cut:
-        say(f"{task.cut:,} rows were longer than --max-length and lost the end of their answers.")
+        say(f"{task.cut:,} rows were longer than --max-length, and cut.")
     say(f"Stage {stage} is done: {folder}/model.safetensors; losses in {folder}/log.jsonl and loss.svg.")
-    gather(None)  # nobody goes on before the files are there
 
 
 # ---- Out again, and the demo -------------------------------------------------------------------------------
@@ -797,15 +792,15 @@ def export(args):
         wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
     wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector)  # its config.json comes last
     flags = f"--llm {folder} --slide-encoder {file}"
-    say(f"Done. Where --out holds no stage 2 or 3, it answers: python sample.py {flags} --out new ...")
+    say(f"Done, without a chat template. It answers by: python sample.py {flags} --out new ...")
 
 
 def show(script, *flags):
     """Prints a command as a user types it and runs it, in a process of its own -> the seconds it took."""
     began, flags = time.time(), list(map(str, flags))
     say(f"\n$ python {script} {shlex.join(flags)}")
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *flags])
-    check(done.returncode == 0, f"{script} ended with status {done.returncode}; see above")
+    status = subprocess.call([sys.executable, str(Path(__file__).with_name(script)), *flags])
+    check(status == 0, f"{script} ended with status {status}; see above")
     return time.time() - began
 
 
@@ -857,25 +852,21 @@ def parse(argv=None):
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
     add("--demo", "draw toy slides, train all stages, answer held-out questions", **yes)
-    exported = "write out/stage3 as a Hugging Face folder"
-    add("--export", exported, metavar="DIR", type=wsi_llava.some_path)
+    add("--export", "write out/stage3 for transformers", metavar="DIR", type=wsi_llava.some_path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
     add("--full", "stage 3 trains the whole language model, no adapters; with --lr 2e-5", **yes)
     add("--from-scratch", "stage 1 starts from a random slide encoder", **yes)
     add("--skip-missing", "leave out questions about slides without features", **yes)
-    held_out = "share of the training slides to validate on (default: 0.05)"
-    add("--val", held_out, type=at_least(0, float, 0.9), default=0.05)
+    add("--val", "share of slides to validate on (default: 0.05)", type=at_least(0, float, 0.9), default=0.05)
     add("--log-every", "steps between lines on the screen (default: 1)", type=count, default=1)
     often = "steps between validations, and states to resume from (default: an eighth of all)"
     add("--eval-every", often, type=count)
     about = "What is a piece worth? Train without it, with another --out; then sample.py --evaluate."
     add = parser.group("ablations", about)
-    stages = {"type": int, "choices": [1, 2], "nargs": "*", "default": []}
-    add("--skip-stage", "leave these stages' weights as they start", **stages)
+    add("--skip-stage", "do not train these", type=int, choices=[1, 2], nargs="*", default=[])
     add("--no-slide-encoder", "tile features go straight to the pool (stages 2 and 3)", **yes)
-    tiles = "at most so many tiles of a slide, drawn at random (default: all)"
-    add("--max-tiles", tiles, type=at_least(0), default=0)
+    add("--max-tiles", "so many of a slide's tiles, at random (0: all)", type=at_least(0), default=0)
     add("--no-image", "stage 3: questions without the slide", **yes)
     add_recipe_flags(parser)
     wsi_llava.add_weights_flags(parser, tiles=False)
