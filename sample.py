@@ -541,15 +541,11 @@ def rouge_l(reference, candidate):
     """Tokens -> ROUGE-L's F as the `rouge` package has it: of sets of words, all sentences' united."""
     sides = []
     for tokens in (reference, candidate):
-        sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
-        sides.append((sentences, set(itertools.chain(*sentences))))
-    (references, all_reference), (candidates, all_candidate) = sides
-    if not candidates or not references:
+        sides.append([" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s])
+    if not all(sides):
         return 0.0
-    common = set()
-    for r, c in itertools.product(references, candidates):
-        common |= common_words(r, c)
-    recall, precision = len(common) / len(all_reference), len(common) / len(all_candidate)
+    common = set().union(*itertools.starmap(common_words, itertools.product(*sides)))
+    recall, precision = (len(common) / len(set(itertools.chain(*sentences))) for sentences in sides)
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
@@ -1021,12 +1017,13 @@ def markdown(table):
 
 def on_screen(lines, systems):
     """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and at
-    the end the first system's other means. Of many systems the first four, without intervals."""
+    the end the first system's other means. Of more than four systems the first six, without intervals."""
     more = [metric for metric in ("ROUGE-L", *JUDGED) if any(line["metric"] == metric for line in lines)]
     means = {(line["kind"], line["group"], line["metric"]): line[systems[0]] for line in lines}
     whole = len(systems) < 5 and len(more) < 2
-    systems = systems if whole else systems[:4]
-    table = [["task", "metric", "n", *(shown(name)[-20 if whole else -12 :] for name in systems), *more]]
+    systems = systems[: 6 if len(more) < 2 else 4]
+    names = [re.sub(r"(/predictions)?\.jsonl$", "", shown(name))[-20 if whole else -12 :] for name in systems]
+    table = [["task", "metric", "n", *names, *more]]
     for line in lines:
         if line["kind"] in ("all", "task") and line["metric"] in ("accuracy", "exact match"):
             rest = [means.get((line["kind"], line["group"], metric)) for metric in more]
@@ -1086,7 +1083,8 @@ def evaluate(args, paths):
     path = paths[0].with_name("evaluation.md")
     write_text(path, f"# Evaluation\n\n{notes}\n{table}\n")
     write_text(path.with_suffix(".csv"), csv_text(lines))
-    print(f"\n{on_screen(lines, list(systems))}\n\n{notes}- All of it: {path} (and .csv)")
+    seen = [x for x in systems if not x.endswith((", no slide", ", other slide"))]  # of several files
+    print(f"\n{on_screen(lines, seen)}\n\n{notes}- All of it: {path} (and .csv)")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------
