@@ -603,6 +603,25 @@ def last_json(text, read):
     raise problem or ValueError("holds no JSON")
 
 
+def read_claims(reply, least):
+    """{"claims": [...]} -> its texts, at least so many. Raises what is UNUSABLE for another form."""
+    claims = reply["claims"]
+    if not isinstance(claims, list) or len(claims) < least or not all(re.search(r"\w", x) for x in claims):
+        raise ValueError(f'"claims" must be a list of {least} texts or more')
+    return claims
+
+
+def read_scores(reply, n, silence):
+    """{"scores": [...]} -> the n of them, also out of texts. silence: null is one. Raises as read_claims."""
+    given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * silence)
+    if len(given) != n or any(isinstance(x, bool) for x in given):
+        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
+    scores = [x if x is None else float(x) for x in given]
+    if off := [x for x in scores if x not in scale]:
+        raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
+    return scores
+
+
 def spoken(choice):
     """A reply -> (its text, what is wrong). Reasoning is no part of it; what was cut or refused is none."""
     message, end = choice["message"], str(choice.get("finish_reason") or "stop")
@@ -736,31 +755,15 @@ class Judge:
         claimed, text = (truth, answer) if precision else (answer, truth)
         if not claimed.strip() or not text.strip():
             return 0.0
-
-        def read_claims(reply):  # an answer may claim nothing
-            claims = reply["claims"]
-            good = isinstance(claims, list) and all(re.search(r"\w", claim) for claim in claims)
-            if not good or len(claims) < precision:
-                raise ValueError('"claims" must be a list of texts')
-            return claims
-
-        def read_scores(reply):
-            given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * (authors and not precision))
-            scores = [x if x is None or isinstance(x, bool) else float(x) for x in given]
-            if len(scores) != len(claims) or any(isinstance(x, bool) for x in scores):
-                raise ValueError(f'"scores" must be a list of {len(claims)} numbers, one for each claim')
-            if off := [x for x in scores if x not in scale]:
-                raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-            return scores
-
         # The authors split the truth by itself, and leave out what it does not address.
         content = {"answer": claimed} if authors and precision else {"question": question, "answer": claimed}
         prompts = PROMPTS[self.protocol]
-        claims = self.ask(prompts[0], content, read_claims)
+        claims = self.ask(prompts[0], content, functools.partial(read_claims, least=int(precision)))
         if not claims:
-            return None if claims is None else 0.0
+            return None if claims is None else 0.0  # an answer may claim nothing
         content = {"question": question, "claims": claims, "text": text}
-        scores = self.ask(prompts[2 - precision], content, read_scores)
+        read = functools.partial(read_scores, n=len(claims), silence=authors and not precision)
+        scores = self.ask(prompts[2 - precision], content, read)
         scores = [x for x in scores or () if x is not None]
         return float(np.mean(scores)) if scores else None
 
