@@ -4410,6 +4410,8 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
     evaluated(first, *more)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + 3 and max(map(len, table)) <= 160
+    names = [name for name in table[0].split("|") if "long" in name]
+    assert len(set(names)) == len(names) == min(n, 5)
     assert len([name for name in table_of(tmp_path)["all", "exact match"] if "long_" in name]) == 6 * n
 
 
