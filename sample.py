@@ -67,7 +67,7 @@ def prepare_raw(args, name):
 
 @torch.inference_mode()
 def zero_shot(args, slide, texts):
-    """Prints each text's probability: softmax of its scaled similarity to the slide, in the space of stage 1."""
+    """Prints each text's probability: softmax of its scaled similarity to the slide, in stage 1's space."""
     cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = read_features(args.data, slide, args.max_tiles or cfg.max_tiles)
     check(len(features), f"--slide {slide}: no tissue was found on it; look at {args.data}/qc/{slide}.jpg")
@@ -90,8 +90,8 @@ class Chat:
 
     def reply(self, question):
         """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
-        # The first question brings the slide. A later one goes on where the cache ends: after the last answer,
-        # less the token or two that generate() yielded and did not read.
+        # The first question brings the slide. A later one goes on where the cache ends: after the last
+        # answer, less the token or two that generate() yielded and did not read.
         turn, visual, ends = {"from": "human", "value": question}, [self.visual], self.tokenizer.ends
         ids = self.tokenizer.encode_chat(wsi_llava.slide_first([turn]))[0]
         if self.cache.length:
@@ -157,14 +157,13 @@ def ask_about_slide(args):
 
 # ---- Where the answer comes from ---------------------------------------------------------------------------
 #
-# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on
-# the way from a slide of average tiles to the real one, the gradient with respect to the tiles' features,
-# through all of the model, times their change. The shares add up to what the slide does for the answer, in nats.
+# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365):
+# on the way from a slide of average tiles to the real one, the gradient with respect to the tiles' features,
+# through all of the model, times their change. The shares add up to what the slide does for the answer.
 #
-# Why not the language model's attention: the slide encoder has mixed the tiles before, so the visual token that
-# is read need not be where the evidence lies. Tried on 50 toy slides with planted evidence, the hottest tile held
-# it in 3% by chance, 2% by attention, also rolled out with its gradient (arXiv 2103.15679), 48% by gradient times
-# features at the real slide alone, and 100% by integrated gradients.
+# Why not the language model's attention: the slide encoder has mixed the tiles before. On 50 toy slides whose
+# evidence was planted the hottest tile held it in 3% by chance, 2% by attention (also rolled out with its
+# gradient, arXiv 2103.15679), 48% by gradient times features alone, and 100% by integrated gradients.
 
 PASSES = 32  # forward and backward, at the midpoints of as many steps from the average tile to the real ones
 PANEL = 560  # pixels of a panel's longer side
@@ -175,7 +174,7 @@ ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 9
 def tile_relevance(model, tokenizer, features, coords, question, answer):
     """What each tile adds to log p(answer) -> float32 [N], in nats (negative: evidence against).
 
-    features [N,C_tile], coords [N,2] as in data/features. The weights stay frozen and layers are recomputed in
+    features [N,C_tile], coords [N,2] as in data/features. Weights stay frozen and layers are recomputed in
     the backward pass, so memory is the model's and one layer's."""
     check(tokenizer.encode(answer), "--heatmap: the answer is empty, so there is nothing to explain")
     turns = wsi_llava.slide_first([{"from": "human", "value": question}])
@@ -192,8 +191,8 @@ def tile_relevance(model, tokenizer, features, coords, question, answer):
         visual = model.encode_slide(tiles, coords)[None]
         return -model(visual, [ids[:room]], [labels[:room]], "sum")
 
-    # A model that is sure of itself changes its mind within a hundredth of the way. So log p is looked at first,
-    # and again ever closer up: half of the steps then lie where it changes.
+    # A model that is sure of itself changes its mind within a hundredth of the way. So log p is looked at
+    # first, and again ever closer up: half of the steps then lie where it changes.
     even = ends = np.linspace(0, 1, PASSES + 1)
     for _ in range(3):
         with torch.no_grad():
@@ -216,7 +215,7 @@ def colours(relevance):
 
 
 def draw_heatmap(path, slide, coords, relevance, title):
-    """A picture: a prepare.Slide with its tiles, these coloured by their relevance, and the nine most relevant.
+    """A picture: a prepare.Slide and its tiles, these coloured by their relevance, the nine most relevant.
     coords [N,2], relevance [N]: numpy. title: lines."""
     pixel, cell = max(slide.width, slide.height) / PANEL, PANEL // 3  # tiled pixels per pixel of the picture
     picture, shades, font, top = slide.thumbnail(pixel), colours(relevance), ImageFont.load_default(18), 90
@@ -243,23 +242,18 @@ def draw_heatmap(path, slide, coords, relevance, title):
         canvas.save(temporary, "PNG")
 
 
-def save_geojson(path, slide, coords, relevance):
-    """The tiles for QuPath, the relevance as a measurement (Measure > Show measurement maps)."""
-    tiles = []
+def write_heatmaps(paths, source, coords, relevance, title):
+    """--heatmap's files: pictures, and tiles for QuPath, whose measurement is the relevance (Measure > Show
+    measurement maps). source: what prepare.Slide takes."""
+    slide, tiles = prepare.Slide(*source), []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), colours(relevance).tolist()):
         facts = {"color": shade, "measurements": {"relevance": value}}
         tiles.append(wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **facts))
-    write_text(path, json.dumps({"type": "FeatureCollection", "features": tiles}))
-
-
-def write_heatmaps(paths, source, coords, relevance, title):
-    """--heatmap's files. source: what prepare.Slide takes."""
-    slide = prepare.Slide(*source)
     for path in paths:
         if path.suffix == ".png":
             draw_heatmap(path, slide, coords, relevance, title)
         else:
-            save_geojson(path, slide, coords, relevance)
+            write_text(path, json.dumps({"type": "FeatureCollection", "features": tiles}))
 
 
 def explain(args, model, tokenizer, name, answer):
@@ -289,7 +283,7 @@ def plain(text):
 
 
 def without_thoughts(text):
-    """What a model says, less what it thinks aloud: <think>...</think>, also where one of the two is missing."""
+    """What a model says, less what it thinks aloud: <think>...</think>, also where one of them is missing."""
     text = re.sub(r"<(think|thinking|reasoning)>.*?(</\1>|$)", "", text, flags=re.I | re.S)
     return re.sub(r"^.*</(think|thinking|reasoning)>", "", text, flags=re.I | re.S).strip()
 
@@ -386,7 +380,7 @@ ROOM = 4e9  # bytes of keys and values, of all questions that are answered at on
 
 
 def read_lines(path):
-    """A JSON lines file of ours, if there is one -> its objects. Half a last line, which a kill left, is none."""
+    """A JSON lines file of ours, or none -> its objects. Half a last line, which a kill left, is none."""
     with reading(path, "not what sample.py writes; name another, or move it away"):
         *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
         with contextlib.suppress(ValueError):  # whole, without its line end
@@ -412,8 +406,8 @@ def read_predictions(path):
 
 
 def read_questions(files, data=None):
-    """Question files in any shape that prepare.read_qa takes -> one row for each human turn, numbered by "n", less
-    what a file says is for training. data: slides there are found by the beginnings of their names."""
+    """Question files as prepare.read_qa takes them -> a row for each human turn, numbered by "n", less what
+    is for training. data: slides there are found by the beginnings of their names."""
     kept, rows = [], []
     for file in files:
         kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
@@ -432,12 +426,12 @@ def read_questions(files, data=None):
 
 
 def prompt_ids(tokenizer, row, image=True):
-    """The prompt of a row's last question, after the true earlier turns; its slide comes first, or not at all."""
+    """The prompt of a row's last question, after the true earlier turns, its slide first or not at all."""
     return tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], image))[0]
 
 
 def by_length(prompts, at_once):
-    """Indices of prompts in groups of one length: no batch holds padding, every answer is what it is alone."""
+    """Indices of prompts in groups of one length: without padding every answer is what it is alone."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, group in itertools.groupby(order, lambda i: len(prompts[i])):
         group = list(group)
@@ -445,8 +439,8 @@ def by_length(prompts, at_once):
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
-    """Answers to the last question of each row, in the rows' order. visual: {slide: visual tokens [V,C]}, or None to
-    ask without the slide."""
+    """Answers to the last question of each row, in the rows' order. visual: {slide: visual tokens [V,C]}, or
+    None to ask without the slide."""
     prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
     cfg, answers = model.cfg.llama, [None] * len(rows)
     positions = max(map(len, prompts)) + max_new_tokens + model.cfg.n_visual_tokens
@@ -460,8 +454,8 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
 
 
 def answer_file(args):
-    """--qa: every question of the files -> --predictions; resumes by itself. Greedy, so that a table can be made
-    again. Of a dialogue every question is asked, after the true earlier answers."""
+    """--qa: every question of the files -> --predictions; resumes by itself. Of a dialogue every question is
+    asked, after the true earlier answers."""
     check(not args.temperature, "--temperature: --qa answers greedily, so that its table can be made again")
     rows, (model, tokenizer), path = read_questions(args.qa, args.data), load_model(args), args.predictions
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "asked": len(rows)}
@@ -478,7 +472,7 @@ def answer_file(args):
     bar = functools.partial(tqdm, desc="visual tokens", unit="slide")
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides, bar)
     good = [slide for slide in slides if slide not in problems]
-    # {field: {slide: the one to show in its place}, or None}; everyone gets another's, unless there is only one
+    # {field: {slide: the one to show in its place}, or None}; all get another's, unless there is only one
     views = {"answer": dict(zip(good, good))}
     if args.baselines:
         order = np.random.default_rng(args.seed).permutation(good).tolist()
@@ -547,15 +541,11 @@ def rouge_l(reference, candidate):
     """Tokens -> ROUGE-L's F as the `rouge` package has it: of sets of words, all sentences' united."""
     sides = []
     for tokens in (reference, candidate):
-        sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
-        sides.append((sentences, set(itertools.chain(*sentences))))
-    (references, all_reference), (candidates, all_candidate) = sides
-    if not candidates or not references:
+        sides.append([" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s])
+    if not all(sides):
         return 0.0
-    common = set()
-    for r, c in itertools.product(references, candidates):
-        common |= common_words(r, c)
-    recall, precision = len(common) / len(all_reference), len(common) / len(all_candidate)
+    common = set().union(*itertools.starmap(common_words, itertools.product(*sides)))
+    recall, precision = (len(common) / len(set(itertools.chain(*sentences))) for sentences in sides)
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
@@ -578,14 +568,15 @@ def find_meteor():
 # that a reply that only repeats them grades nothing.
 
 JUDGED = ("WSI-Precision", "WSI-Relevance")
-CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the given \
-answer into claims. {scope}One finding or fact a claim, but keep together what only makes sense together; leave \
-nothing out, repeat nothing, add nothing. Reply with strict JSON alone: {{"claims": [a text for each claim]}}"""
+CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the \
+given answer into claims. {scope}One finding or fact a claim, but keep together what only makes sense together; \
+leave nothing out, repeat nothing, add nothing. Reply with strict JSON alone: \
+{{"claims": [a text for each claim]}}"""
 SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same \
 question. Give each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or \
-deviation. 0.3: the text mentions it, but with an error in its core, such as the grade, the type or whether it is \
-malignant. 0: the text says something else{silent} Reply with strict JSON alone, one score a claim, in the claims' \
-order: {{"scores": [a number for each claim]}}"""
+deviation. 0.3: the text mentions it, but with an error in its core, such as the grade, the type or whether it \
+is malignant. 0: the text says something else{silent} Reply with strict JSON alone, one score a claim, in the \
+claims' order: {{"scores": [a number for each claim]}}"""
 SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
 PROMPTS = {  # of --judge-protocol: for claims, precision, relevance. Judge.score has what else differs
@@ -610,6 +601,25 @@ def last_json(text, read):
         except UNUSABLE as error:
             problem = error if problem is None or isinstance(problem, json.JSONDecodeError) else problem
     raise problem or ValueError("holds no JSON")
+
+
+def read_claims(reply, least):
+    """{"claims": [...]} -> its texts, at least so many. Raises what is UNUSABLE for another form."""
+    claims = reply["claims"]
+    if not isinstance(claims, list) or len(claims) < least or not all(re.search(r"\w", x) for x in claims):
+        raise ValueError(f'"claims" must be a list of {least} texts or more')
+    return claims
+
+
+def read_scores(reply, n, silence):
+    """{"scores": [...]} -> the n of them, also out of texts. silence: null is one. Raises as read_claims."""
+    given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * silence)
+    if len(given) != n or any(isinstance(x, bool) for x in given):
+        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
+    scores = [x if x is None else float(x) for x in given]
+    if off := [x for x in scores if x not in scale]:
+        raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
+    return scores
 
 
 def spoken(choice):
@@ -745,31 +755,15 @@ class Judge:
         claimed, text = (truth, answer) if precision else (answer, truth)
         if not claimed.strip() or not text.strip():
             return 0.0
-
-        def read_claims(reply):  # an answer may claim nothing
-            claims = reply["claims"]
-            good = isinstance(claims, list) and all(re.search(r"\w", claim) for claim in claims)
-            if not good or len(claims) < precision:
-                raise ValueError('"claims" must be a list of texts')
-            return claims
-
-        def read_scores(reply):
-            given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * (authors and not precision))
-            scores = [x if x is None or isinstance(x, bool) else float(x) for x in given]
-            if len(scores) != len(claims) or any(isinstance(x, bool) for x in scores):
-                raise ValueError(f'"scores" must be a list of {len(claims)} numbers, one for each claim')
-            if off := [x for x in scores if x not in scale]:
-                raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-            return scores
-
         # The authors split the truth by itself, and leave out what it does not address.
         content = {"answer": claimed} if authors and precision else {"question": question, "answer": claimed}
         prompts = PROMPTS[self.protocol]
-        claims = self.ask(prompts[0], content, read_claims)
+        claims = self.ask(prompts[0], content, functools.partial(read_claims, least=int(precision)))
         if not claims:
-            return None if claims is None else 0.0
+            return None if claims is None else 0.0  # an answer may claim nothing
         content = {"question": question, "claims": claims, "text": text}
-        scores = self.ask(prompts[2 - precision], content, read_scores)
+        read = functools.partial(read_scores, n=len(claims), silence=authors and not precision)
+        scores = self.ask(prompts[2 - precision], content, read)
         scores = [x for x in scores or () if x is not None]
         return float(np.mean(scores)) if scores else None
 
@@ -806,12 +800,12 @@ def grade(judge, rows, systems):
 
 # ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
 
-# What others call what we call so, the surest first. "answer" is the truth where a column of SAID is there too.
+# What others call what we call so, the surest first. "answer" is the truth where a column of SAID is there.
 THEIRS = {"id": "id question_id qid", "slide": "slide slide_id image", "question": "question prompt"}
 THEIRS |= {"task": "task metadata", "cancer": "cancer tumor"}
 THEIRS["truth"] = "truth t-answer ground_truth groundtruth gt gt_answer correct_answer reference label target"
-SAID = """prediction pred predicted predicted_answer pred_answer model_answer model_output model_response output
-response generated_text generated_answer generated generation completion reply text""".split()
+SAID = """prediction pred predicted predicted_answer pred_answer model_answer model_output model_response
+output response generated_text generated_answer generated generation completion reply text""".split()
 RESERVED = [*FIELDS.values(), "majority", "training slides", *"kind group metric questions published".split()]
 
 
@@ -822,7 +816,7 @@ def text_of(value):
 
 
 def read_answers(path):
-    """A file of predictions -> (its rows under our names, a note: of a file not ours, what was taken for what)."""
+    """A file of predictions -> (its rows under our names, a note of what was taken for what)."""
     with reading(path, "expected predictions of sample.py --qa, JSON lines, a JSON list or CSV"):
         if path.read_bytes().startswith(b'{"settings"'):
             settings, rows = read_predictions(path)
@@ -854,8 +848,8 @@ def keys_of(row):
 
 
 def match(rows, theirs):
-    """Which of `theirs` answers each row's question -> a list, None where nothing fits. A key that fits several,
-    here or there, fits nothing."""
+    """Which of `theirs` answers each row's question -> a list, None where nothing fits. A key that fits
+    several, here or there, fits nothing."""
     found, used = [None] * len(rows), set()
     for ours, others in zip(zip(*map(keys_of, rows)), zip(*map(keys_of, theirs))):
         times, place = collections.Counter(ours + others), {key: j for j, key in enumerate(others)}
@@ -867,8 +861,8 @@ def match(rows, theirs):
 
 
 def read_systems(paths):
-    """Files of predictions -> (rows, {system: its answers [n]}, notes). The first file's questions count, and of
-    these the ones that all systems answered. A system is a file's answers, or those of one of its baselines."""
+    """Files of predictions -> (rows, {system: its answers [n]}, notes). The first file's questions count, and
+    of these the ones that all systems answered. A system is a file, or one of its baselines."""
     rows, systems, notes, stems = [], {}, [], [path.stem for path in paths]
     check(len(set(paths)) == len(paths), "--evaluate: names a file twice")
     for path in paths:
@@ -972,8 +966,8 @@ def groups(rows):
 
 
 def tabulate(rows, scores, trained_on, seed):
-    """Rows and {system: {metric: values [n]}} -> lines {kind, group, metric, questions, system: (mean, low, high),
-    ...}; also the paired difference of every system from the first. trained_on: {cancer type: slides}."""
+    """Rows and {system: {metric: values [n]}} -> lines {kind, group, metric, questions, system: (mean, low,
+    high), ...}; also each system's paired difference from the first. trained_on: {cancer type: slides}."""
     slides, lines, first = np.array([row["slide"] for row in rows]), [], next(iter(scores))
     for (kind, group, inside), (i, metric) in itertools.product(groups(rows), enumerate(METRICS)):
         values = {x: np.where(inside, scores[x].get(metric, np.nan), np.nan) for x in scores}
@@ -1001,7 +995,7 @@ def spearman(x, y):
 
 
 def correlations(scores):
-    """Yields whether the text metrics tell what the judge tells: rank correlations over all graded answers."""
+    """Yields whether text metrics tell what the judge tells: rank correlations over all graded answers."""
     graded = [found for found in scores.values() if JUDGED[0] in found]
     for target, metric in itertools.product(JUDGED, TEXTUAL) if graded else ():
         x, y = (np.concatenate([found[name] for found in graded]) for name in (metric, target))
@@ -1025,13 +1019,14 @@ def markdown(table):
 
 
 def on_screen(lines, systems):
-    """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and then
-    the first system's other means. With many systems intervals are left out, with more the last ones."""
+    """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and at
+    the end the first system's other means. Of more than four systems the first six, without intervals."""
     more = [metric for metric in ("ROUGE-L", *JUDGED) if any(line["metric"] == metric for line in lines)]
     means = {(line["kind"], line["group"], line["metric"]): line[systems[0]] for line in lines}
     whole = len(systems) < 5 and len(more) < 2
-    systems = systems if whole else systems[:4]
-    table = [["task", "metric", "n", *(shown(name)[-20 if whole else -12 :] for name in systems), *more]]
+    systems = systems[: 6 if len(more) < 2 else 4]
+    names = [re.sub(r"(/predictions)?\.jsonl$", "", shown(name))[-20 if whole else -12 :] for name in systems]
+    table = [["task", "metric", "n", *names, *more]]
     for line in lines:
         if line["kind"] in ("all", "task") and line["metric"] in ("accuracy", "exact match"):
             rest = [means.get((line["kind"], line["group"], metric)) for metric in more]
@@ -1042,7 +1037,7 @@ def on_screen(lines, systems):
 
 
 def csv_text(lines):
-    """Lines -> a CSV with a number a cell. A text that a spreadsheet would take for a formula gets an apostrophe."""
+    """Lines -> a CSV, a number a cell. What a spreadsheet would take for a formula gets an apostrophe."""
     rows, file = [], io.StringIO()
     for line in lines:
         rows.append({})
@@ -1057,8 +1052,7 @@ def csv_text(lines):
 
 
 def evaluate(args, paths):
-    """--evaluate: files of predictions -> a table on the screen, and whole in evaluation.md and .csv beside the
-    first of them."""
+    """--evaluate: files of predictions -> a table on the screen, whole in evaluation.md, .csv beside them."""
     (rows, systems, notes), scores, grades = read_systems(paths), {}, {}
     if args.judge_model:
         where = args.judge_url, args.judge_model, paths[0].with_name("judge.jsonl")
@@ -1092,7 +1086,8 @@ def evaluate(args, paths):
     path = paths[0].with_name("evaluation.md")
     write_text(path, f"# Evaluation\n\n{notes}\n{table}\n")
     write_text(path.with_suffix(".csv"), csv_text(lines))
-    print(f"\n{on_screen(lines, list(systems))}\n\n{notes}- All of it: {path} (and .csv)")
+    seen = [x for x in systems if not x.endswith((", no slide", ", other slide"))]  # of several files
+    print(f"\n{on_screen(lines, seen)}\n\n{notes}- All of it: {path} (and .csv)")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------

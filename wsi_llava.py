@@ -2346,12 +2346,11 @@ def at_least(low, kind=int, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and value != math.inf):
-            reason = "is no whole number" if kind is int else "is no number"
-            reason = f"is less than {low}" if value < low else reason
-            reason = f"is more than {high}" if value > high else reason
-            raise argparse.ArgumentTypeError(f"{one_line(text, 40)} {reason}")
-        return value
+        if low <= value <= high and value != math.inf:
+            return value
+        reason = "no whole number" if kind is int else "no number"
+        reason = f"less than {low}" if value < low else f"more than {high}" if value > high else reason
+        raise argparse.ArgumentTypeError(f"{one_line(text, 40)} is {reason}")
 
     return number
 
