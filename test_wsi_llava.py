@@ -4765,7 +4765,7 @@ def test_the_readme_shows_what_the_demo_prints(demo):
 def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
     """All that need no download, no judge and no shell: on the demo's data, and on two slides of one's own."""
     for name in ("data", "out"):
-        shutil.copytree(demo[0] / name, tmp_path / name, ignore=shutil.ignore_patterns("slides"))
+        shutil.copytree(demo[0] / name, tmp_path / name)
     (tmp_path / "slides").mkdir()
     for name in "ab":
         shutil.copy(toy_slide[0], tmp_path / "slides" / f"{name}.svs")
@@ -4776,7 +4776,7 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
     ran = 0
     for block in readme_blocks():
-        for line in block:
+        for line in block if "done" not in block else ():  # a loop of the shell
             if line.startswith("python ") and not re.search("--demo|--judge|--lora|test_wsi", line):
                 _, script, *flags = shlex.split(line.replace("demo_0500", "demo_0015"), comments=True)
                 {"prepare.py": prepare, "train.py": train, "sample.py": sample}[script].main(flags)
