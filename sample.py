@@ -541,15 +541,11 @@ def rouge_l(reference, candidate):
     """Tokens -> ROUGE-L's F as the `rouge` package has it: of sets of words, all sentences' united."""
     sides = []
     for tokens in (reference, candidate):
-        sentences = [" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s]
-        sides.append((sentences, set(itertools.chain(*sentences))))
-    (references, all_reference), (candidates, all_candidate) = sides
-    if not candidates or not references:
+        sides.append([" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s])
+    if not all(sides):
         return 0.0
-    common = set()
-    for r, c in itertools.product(references, candidates):
-        common |= common_words(r, c)
-    recall, precision = len(common) / len(all_reference), len(common) / len(all_candidate)
+    common = set().union(*itertools.starmap(common_words, itertools.product(*sides)))
+    recall, precision = (len(common) / len(set(itertools.chain(*sentences))) for sentences in sides)
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
@@ -605,6 +601,25 @@ def last_json(text, read):
         except UNUSABLE as error:
             problem = error if problem is None or isinstance(problem, json.JSONDecodeError) else problem
     raise problem or ValueError("holds no JSON")
+
+
+def read_claims(reply, least):
+    """{"claims": [...]} -> its texts, at least so many. Raises what is UNUSABLE for another form."""
+    claims = reply["claims"]
+    if not isinstance(claims, list) or len(claims) < least or not all(re.search(r"\w", x) for x in claims):
+        raise ValueError(f'"claims" must be a list of {least} texts or more')
+    return claims
+
+
+def read_scores(reply, n, silence):
+    """{"scores": [...]} -> the n of them, also out of texts. silence: null is one. Raises as read_claims."""
+    given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * silence)
+    if len(given) != n or any(isinstance(x, bool) for x in given):
+        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
+    scores = [x if x is None else float(x) for x in given]
+    if off := [x for x in scores if x not in scale]:
+        raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
+    return scores
 
 
 def spoken(choice):
@@ -740,31 +755,15 @@ class Judge:
         claimed, text = (truth, answer) if precision else (answer, truth)
         if not claimed.strip() or not text.strip():
             return 0.0
-
-        def read_claims(reply):  # an answer may claim nothing
-            claims = reply["claims"]
-            good = isinstance(claims, list) and all(re.search(r"\w", claim) for claim in claims)
-            if not good or len(claims) < precision:
-                raise ValueError('"claims" must be a list of texts')
-            return claims
-
-        def read_scores(reply):
-            given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * (authors and not precision))
-            scores = [x if x is None or isinstance(x, bool) else float(x) for x in given]
-            if len(scores) != len(claims) or any(isinstance(x, bool) for x in scores):
-                raise ValueError(f'"scores" must be a list of {len(claims)} numbers, one for each claim')
-            if off := [x for x in scores if x not in scale]:
-                raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-            return scores
-
         # The authors split the truth by itself, and leave out what it does not address.
         content = {"answer": claimed} if authors and precision else {"question": question, "answer": claimed}
         prompts = PROMPTS[self.protocol]
-        claims = self.ask(prompts[0], content, read_claims)
+        claims = self.ask(prompts[0], content, functools.partial(read_claims, least=int(precision)))
         if not claims:
-            return None if claims is None else 0.0
+            return None if claims is None else 0.0  # an answer may claim nothing
         content = {"question": question, "claims": claims, "text": text}
-        scores = self.ask(prompts[2 - precision], content, read_scores)
+        read = functools.partial(read_scores, n=len(claims), silence=authors and not precision)
+        scores = self.ask(prompts[2 - precision], content, read)
         scores = [x for x in scores or () if x is not None]
         return float(np.mean(scores)) if scores else None
 
@@ -1021,12 +1020,13 @@ def markdown(table):
 
 def on_screen(lines, systems):
     """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and at
-    the end the first system's other means. Of many systems the first four, without intervals."""
+    the end the first system's other means. Of more than four systems the first six, without intervals."""
     more = [metric for metric in ("ROUGE-L", *JUDGED) if any(line["metric"] == metric for line in lines)]
     means = {(line["kind"], line["group"], line["metric"]): line[systems[0]] for line in lines}
     whole = len(systems) < 5 and len(more) < 2
-    systems = systems if whole else systems[:4]
-    table = [["task", "metric", "n", *(shown(name)[-20 if whole else -12 :] for name in systems), *more]]
+    systems = systems[: 6 if len(more) < 2 else 4]
+    names = [re.sub(r"(/predictions)?\.jsonl$", "", shown(name))[-20 if whole else -12 :] for name in systems]
+    table = [["task", "metric", "n", *names, *more]]
     for line in lines:
         if line["kind"] in ("all", "task") and line["metric"] in ("accuracy", "exact match"):
             rest = [means.get((line["kind"], line["group"], metric)) for metric in more]
@@ -1086,7 +1086,8 @@ def evaluate(args, paths):
     path = paths[0].with_name("evaluation.md")
     write_text(path, f"# Evaluation\n\n{notes}\n{table}\n")
     write_text(path.with_suffix(".csv"), csv_text(lines))
-    print(f"\n{on_screen(lines, list(systems))}\n\n{notes}- All of it: {path} (and .csv)")
+    seen = [x for x in systems if not x.endswith((", no slide", ", other slide"))]  # of several files
+    print(f"\n{on_screen(lines, seen)}\n\n{notes}- All of it: {path} (and .csv)")
 
 
 # ---- Flags, and what they start ----------------------------------------------------------------------------
