@@ -17,7 +17,6 @@ works on a slide holds a lock that dies with the process.
 """
 
 import argparse
-import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -35,14 +34,14 @@ import multiprocessing
 import os
 import re
 import signal
+import string
 import struct
 import sys
 import threading
 import time
 import urllib.parse
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 try:
@@ -58,18 +57,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import (
-    TILE,
-    UserError,
-    at_least,
-    check,
-    count,
-    feature_metadata,
-    reading,
-    replacing,
-    share,
-    some_path,
-)
+from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, reading, replacing, some_path
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -78,13 +66,10 @@ GRID = 1000  # tiles along a side for which the slide encoder has positions
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
 BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
 PICTURE = 768  # pixels along the longer side of the picture to look at
-PART = 1024  # level pixels along each side of what a thumbnail is made of at a time
+BATCH = 64  # tiles that pass the encoder together
 DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
 MICRONS = {"inch": 25400, "centimeter": 10000, "cm": 10000, "mm": 1000, "micron": 1, "um": 1, "nm": 0.001}
-# What OpenSlide and Pillow raise over a damaged file (SyntaxError: Pillow's, of a PNG).
-BAD_SLIDE = (openslide.OpenSlideError, OSError, ValueError, LookupError, TypeError, AttributeError)
-BAD_SLIDE += (ArithmeticError, RuntimeError, EOFError, MemoryError, SyntaxError)
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
 
 
@@ -100,133 +85,135 @@ def number(text):
     return value if math.isfinite(value) else 0
 
 
-def written_mpp(text, x, y):
-    """(source, um/px in x, in y) by a TIFF's description: OME's XML, or ImageJ's unit with pixels per unit
-    x and y."""
-
-    def microns(unit):  # the sign for micro is written in several ways
-        return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
-
-    ome = {key: value for key, value in re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]*)"', text)[:4]}
-    if "X" in ome:
-        sizes = [number(ome.get(axis)) * microns(ome.get(f"{axis}Unit", "um")) for axis in "XY"]
-        return "OME-XML", *sizes
-    unit = re.search(r"^unit=(.+)$", text, re.MULTILINE)
-    if text.startswith("ImageJ=") and unit:
-        return "ImageJ", *(microns(unit[1]) / (number(side) or math.inf) for side in (x, y))
-    return "OME-XML", 0, 0
-
-
 class Slide:
     """A slide seen as one image at the tiled resolution.
 
     width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from.
-    scale: level-0 pixels per tiled pixel, exactly target / mpp. The argument mpp wins over what the file
-    says; fallback: those of a file that says nothing. Raises UserError where the file is no slide or its
-    um/px are unknown.
+    scale: level-0 pixels per tiled pixel, exactly target / mpp. notes: what a person should know of it. The
+    argument mpp wins over what the file says; fallback: those of a file that says nothing. Raises UserError
+    where the file is no slide or its um/px are unknown.
     """
 
     def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
         # The folder of an MRXS or DICOM slide lies beside the file, not beside a link to it.
         real = os.path.realpath(path)
-        self.path = path if Path(real).suffix != Path(path).suffix else real
+        self.path, self.notes = path if Path(real).suffix != Path(path).suffix else real, []
         try:
             self.open()
-        except BAD_SLIDE as error:
+        except Exception as error:  # what OpenSlide and Pillow raise over a damaged file is no short list
             reason = wsi_llava.one_line(error)
             raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
-        claimed = number(self.file.properties.get("openslide.level[0].tile-width"))
+        claimed = number(self.get("openslide.level[0].tile-width"))
         check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
-        self.mpp, self.source = (mpp, "given") if mpp else self._own_mpp(path, fallback)
+        self.mpp, self.source = (mpp, "given") if mpp else self.own_mpp(path, fallback)
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
-        check(
-            max(self.width, self.height) <= GRID * TILE,
-            f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles, "
-            f"for which the slide encoder has no positions; a damaged file, or its um/px are not "
-            f"{self.mpp:g} ({self.source}): --mpp-csv gives others",
-        )
-        # The coarsest level that is at least as fine as the target; the finest there is where none is.
+        large = f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles"
+        wrong = f"a damaged file, or its um/px are not {self.mpp:g} ({self.source}): --mpp-csv gives others"
+        check(max(self.width, self.height) <= GRID * TILE, f"{large}; {wrong}")
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
-        fine = [level for level, d in enumerate(self.downsamples) if d <= self.scale * (1 + NATIVE)]
-        self.level = fine[-1] if fine else 0
-        self.zoom = self.scale / self.downsamples[self.level]  # level pixels per tiled pixel
+        self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
+        self.level = self.level_at(self.scale)
+        self.zoom = self.scale / self.scales[self.level]  # level pixels per tiled pixel
         whole = max(1, round(self.zoom))
         self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # the same, if a whole number
+        if self.source in ("objective power", "--mpp", "given"):
+            self.notes.append(f"um/px taken from {self.source.replace('given', '--mpp-csv')}")
+        if self.scale < 1 - NATIVE:
+            self.notes.append("coarser than the target, enlarged")
 
     def open(self):
         """Opens the file, also anew: OpenSlide refuses everything after an error."""
         self.file = openslide.open_slide(self.path)
-        self.flat = isinstance(self.file, openslide.ImageSlide)  # a picture that Pillow reads, whole
+        self.get = self.file.properties.get
 
-    @property
     def hash(self):
-        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a plain picture, its
-        bytes'."""
-        quick = self.file.properties.get("openslide.quickhash-1")
-        if quick:
+        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a picture, its bytes'."""
+        if quick := self.get("openslide.quickhash-1"):
             return quick
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def corner(self):
-        """Level-0 (x, y) where the scanned area begins, for formats that tell (MRXS): QuPath counts from
-        there."""
-        return [int(self.file.properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
+        """Level-0 (x, y) where the scanned area begins, as MRXS tells it: QuPath counts from there."""
+        return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
-    @property
-    def power(self):
-        return number(self.file.properties.get("openslide.objective-power"))
-
-    @property
-    def contradicts(self):
-        """Whether um/px and objective power cannot both be right: 10x means about 1 um/px, 40x about 0.25."""
-        return self.power > 0 and abs(math.log2(self.mpp * self.power / 10)) > 0.5
-
-    @property
-    def notes(self):
-        """What a person should know of it -> {text: whether it holds}."""
-        named = {"objective power": "the objective power", "given": "--mpp-csv"}.get(self.source, self.source)
-        return {
-            f"um/px taken from {named}": self.source in ("objective power", "--mpp", "given"),
-            "um/px and objective power contradict each other": self.contradicts,
-            "coarser than the target, enlarged": self.scale < 1 - NATIVE,
-        }
-
-    def _own_mpp(self, path, fallback):
-        """What the file says of its um/px, the most trusted first, or else the fallback -> (um/px,
-        source)."""
-        get, written = self.file.properties.get, "TIFF tags"
-        text, unit = get("tiff.ImageDescription") or "", get("tiff.ResolutionUnit")
-        x, y = get("tiff.XResolution"), get("tiff.YResolution")  # pixels per unit
-        if self.flat:
+    def own_mpp(self, path, fallback):
+        """What the file says of its um/px, the most trusted first, or the fallback -> (um/px, source)."""
+        text, unit = self.get("tiff.ImageDescription") or "", self.get("tiff.ResolutionUnit")
+        per_unit, written = [self.get("tiff.XResolution"), self.get("tiff.YResolution")], "TIFF tags"
+        if isinstance(self.file, openslide.ImageSlide):  # a plain picture, which Pillow reads
             with Image.open(self.path) as image:
                 tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow makes up the other side's dpi
-                text, x, y = str(tags.get(270, "")), tags.get(282), tags.get(283)
+                text, per_unit = str(tags.get(270, "")), [tags.get(282), tags.get(283)]
                 unit = {2: "inch", 3: "centimeter"}.get(tags.get(296))
                 if not tags and "dpi" in image.info:
-                    (x, y), unit, written = image.info["dpi"], "inch", "dpi"
-        tagged = (MICRONS.get(unit, 0) / (number(side) or math.inf) for side in (x, y))
-        power = 10 / (self.power or math.inf)
-        for source, wide, high in (
-            written_mpp(text, x, y),
-            ("metadata", number(get("openslide.mpp-x")), number(get("openslide.mpp-y"))),
-            (written, *tagged),
-            ("objective power", power, power),
-        ):
+                    per_unit, unit, written = image.info["dpi"], "inch", "dpi"
+        per_unit = [number(side) or math.inf for side in per_unit]
+
+        def microns(unit):  # the sign for micro is written in several ways
+            return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
+
+        ome = dict(re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]*)"', text)[:4])
+        imagej = re.search(r"^unit=(.+)$", text, re.MULTILINE) if text.startswith("ImageJ=") else None
+        power = 10 / (number(self.get("openslide.objective-power")) or math.inf)  # 40x is about 0.25 um/px
+        sources = {
+            "OME-XML": [number(ome.get(side)) * microns(ome.get(f"{side}Unit", "um")) for side in "XY"],
+            "ImageJ": [microns(imagej[1]) / side if imagej else 0 for side in per_unit],
+            "metadata": [number(self.get("openslide.mpp-x")), number(self.get("openslide.mpp-y"))],
+            written: [MICRONS.get(unit, 0) / side for side in per_unit],
+            "objective power": [power, power],
+        }
+        found, says = {}, "its metadata has no um/px"
+        for source, (wide, high) in sources.items():
             wide, high = wide or high, high or wide
             if MPP_RANGE[0] <= min(wide, high) and max(wide, high) <= MPP_RANGE[1]:
-                oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
-                check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
-                return (wide + high) / 2, source
-        hint = "give it with --mpp, for example --mpp 0.25 for 40x, or --mpp-csv"
-        check(fallback, f"{path}: its metadata has no um/px; {hint}")
-        return fallback, "--mpp"
+                found[source] = wide, high
+            elif wide and source not in (written, "objective power"):
+                says = f"its um/px are {wide:g} ({source}), not from 0.05 to 20"
+        if re.search(r'<Image .*<Image |Size[ZT]="([2-9]|\d\d)', text, re.DOTALL):
+            self.notes.append("of several scenes or focal planes, the first is read")
+        if not found:
+            check(fallback, f"{path}: {says}; give it with --mpp (0.25 is 40x, 0.5 is 20x) or --mpp-csv")
+            return fallback, "--mpp"
+        source, (wide, high) = next(iter(found.items()))
+        oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
+        check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
+        sizes = [wide for wide, _ in found.values()]
+        if max(sizes) > 1.5 * min(sizes):
+            self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
+        return (wide + high) / 2, source
+
+    def level_scale(self, level):
+        """Level-0 pixels per pixel of a level, one number for both sides; None where it cannot be told.
+
+        OpenSlide's own is the mean of both sides' ratios: on a long strip it drifts, and where levels are
+        padded to whole tiles (Philips' slides, and what is saved anew from them) it is of other places.
+        """
+        sides, size = self.file.dimensions, self.file.level_dimensions[level]
+        tile = number(self.get(f"openslide.level[{level}].tile-width"))
+
+        def padding(scale):
+            return [part - whole / scale for part, whole in zip(size, sides)]
+
+        longer = max(whole / part for part, whole in zip(size, sides) if whole == max(sides))
+        if max(map(abs, padding(max(1, round(longer))))) <= 1:
+            return longer
+        if tile and size[0] % tile == size[1] % tile == 0:  # padded; a level of one tile may fit several
+            fits = [s for s in (2**n for n in range(16)) if -1 <= min(padding(s)) and max(padding(s)) < tile]
+            return fits[0] if len(fits) == 1 else None
+        return longer if max(map(abs, padding(longer))) <= 1 else None
+
+    def level_at(self, scale):
+        """The coarsest level that is at least as fine; the finest there is where none is."""
+        fine = [level for level, own in enumerate(self.scales) if own and own <= scale * (1 + NATIVE)]
+        return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
         """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what
         lies beyond the slide, or was not scanned, is white."""
+        # Corners are in level-0 pixels, by OpenSlide's own number for the level.
         corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
         region = self.file.read_region(corner, level, (width, height))
         pixels = np.asarray(region)
@@ -260,34 +247,26 @@ class Slide:
         return [max(1, round(side / pixel)) for side in (self.width, self.height)]
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. Read part by part: a slide without small levels
+        """The whole slide, `pixel` tiled pixels a pixel. Read square by square: a slide without small levels
         takes time then, and not memory. What cannot be decoded stays white, up to 1%."""
         picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
-        self._paint(picture, pixel, (0, 0, *picture.size), PART)
-        return picture
-
-    def _paint(self, picture, pixel, box, side):
-        """Pastes a box of the thumbnail, read in squares of `side` level pixels."""
-        level = self.file.get_best_level_for_downsample(self.scale * pixel)
-        zoom = self.scale * pixel / self.downsamples[level]  # level pixels per pixel
-        step = max(1, int(side / zoom))
-        for y, x in itertools.product(range(box[1], box[3], step), range(box[0], box[2], step)):
-            right, bottom = min(box[2], x + step), min(box[3], y + step)
-            corner = left, top = math.floor(x * zoom), math.floor(y * zoom)
+        level = self.level_at(self.scale * pixel)
+        zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
+        step = max(1, int(TILE / zoom))
+        for y, x in itertools.product(range(0, picture.height, step), range(0, picture.width, step)):
+            right, bottom = min(picture.width, x + step), min(picture.height, y + step)
+            left, top = math.floor(x * zoom), math.floor(y * zoom)
             inside = [x * zoom - left, y * zoom - top, right * zoom - left, bottom * zoom - top]
             try:
-                part = self.region(level, *corner, *map(math.ceil, inside[2:]))
-            except openslide.OpenSlideError as error:  # not Pillow's: it reads a picture whole or not at all
+                part = Image.fromarray(self.region(level, left, top, *map(math.ceil, inside[2:])))
+                part = part.convert("RGB").resize((right - x, bottom - y), Image.Resampling.BOX, inside)
+                picture.paste(part, (x, y))
+            except openslide.OpenSlideError as error:
                 self.open()
-                if side > TILE:  # only the parts of it that are damaged are lost
-                    self._paint(picture, pixel, (x, y, right, bottom), TILE)
-                    continue
                 self.lost += (right - x) * (bottom - y)
                 much = self.lost > DROPPED * picture.width * picture.height
                 check(not much, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
-                continue
-            part = Image.fromarray(part).convert("RGB")
-            picture.paste(part.resize((right - x, bottom - y), Image.Resampling.BOX, inside), (x, y))
+        return picture
 
 
 # ---- Finding slides, and what they are called --------------------------------------------------------------
@@ -301,36 +280,12 @@ def walk(top):
 
     seen = set()
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
         ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
+        twice, seen = os.path.realpath(folder) in seen, seen | {os.path.realpath(folder)}
         # hidden: .snapshot, .Trash-1000
-        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith("."))
-        files = [Path(folder, file) for file in sorted(files) if not file.startswith(".")]
-        yield Path(folder), [path for path in files if path.is_file() or not path.exists()]  # no pipes
-
-
-def listed(inputs, flag, source="", seen=()):
-    """The files and folders that are named, also in .txt lists -> paths. Raises UserError for one that is
-    not there."""
-    for text in inputs:
-        entry = Path(text)
-        check(entry.is_file() or entry.is_dir(), f"{source}{entry}: no such file or folder ({flag})")
-        if not (entry.is_file() and entry.suffix.lower() == ".txt"):
-            yield entry
-            continue
-        real = os.path.realpath(entry)
-        check(real not in seen, f"{source}{entry}: this list names itself; take it out")
-        lines = entry.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-        for line, raw in enumerate(lines, 1):
-            name = os.fsdecode(raw.strip())  # as ls writes it
-            if not os.path.exists(name) and os.path.exists(raw.decode("latin-1").strip()):
-                name = raw.decode("latin-1").strip()
-            if name:
-                yield from listed([name], flag, f"{entry}, line {line}: ", (*seen, real))
+        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith(".") and not twice)
+        paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".") and not twice]
+        yield Path(folder), [path for path in paths if path.is_file() or not path.exists()]  # no pipes
 
 
 def dicom_tags(path):
@@ -362,37 +317,18 @@ def dicom_tags(path):
 def dicom_slides(folder, files):
     """The slides of a folder's .dcm files -> [(name, path)]. A slide is a series: a file for each of its
     levels, perhaps label and macro too. Annotations and segmentations are series as well, and no slides."""
-    slides, others = {}, []
-    for path in files:
-        tags = dicom_tags(path)
+    slides, tags_of = {}, {path: dicom_tags(path) for path in files}
+    for path, tags in tags_of.items():
         if tags.get("kind", "").endswith(".77.1.6"):  # VL Whole Slide Microscopy Image Storage
             label = "VOLUME" not in tags.get("type", "")
-            slides.setdefault(tags.get("series"), []).append((label, path, tags))
-        elif not tags:
-            others.append(path)
-    if not slides and others:  # no slide that can be told: its reader will say so
-        return [(folder.name, others[0])]
-    firsts = [min(series, key=lambda item: item[:2]) for series in slides.values()]
-    if len(firsts) == 1:
-        return [(folder.name, firsts[0][1])]
-    labels = [tags.get("container") or tags.get("series", "") for _, _, tags in firsts]
-    if len(set(labels)) < len(labels):
-        labels = [tags.get("series", "") for _, _, tags in firsts]
-    return [(f"{folder.name}_{label}", path) for label, (_, path, _) in zip(labels, firsts)]
-
-
-def file_name(text):
-    """A slide's id that any file system takes: UTF-8, no separators, at most 180 bytes."""
-    raw = os.fsencode(text)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    text = re.sub(r"[/\\\x00-\x1f]", "_", text)
-    if len(text.encode()) > 180:  # with .safetensors and a temporary file's ending, 255 is the limit
-        start = text.encode()[:170].decode(errors="ignore")
-        text = f"{start}-{hashlib.sha256(raw).hexdigest()[:8]}"
-    return text
+            slides.setdefault(tags.get("series", ""), []).append((label, path, tags.get("container")))
+    if not slides:  # what can't be read as DICOM may be a damaged slide: its reader will say so
+        return [(folder.name, path) for path in files if not tags_of[path]][:1]
+    firsts = {series: min(slides[series], key=lambda item: item[:2]) for series in slides}
+    names = [container or series for series, (_, _, container) in firsts.items()]
+    names = names if len(set(names)) == len(names) else list(firsts)
+    names = [f"{folder.name}_{name}" for name in names] if len(names) > 1 else [folder.name]
+    return [(name, path) for name, (_, path, _) in zip(names, firsts.values())]
 
 
 def few(names):
@@ -401,103 +337,75 @@ def few(names):
 
 
 def name_slides(slides):
-    """[(name, path)] -> {slide id: path}. Where names meet, as much of the path is put before them as
-    tells them apart."""
-    groups, named = collections.defaultdict(list), {}
+    """[(name, path)] -> {slide id: path}. Names that meet get their folder's name before them."""
+    # Some file systems take upper for lower case, and no name that is not UTF-8.
+    slides = [(os.fsencode(name).decode(errors="replace"), path) for name, path in slides]
+    times, taken, named = collections.Counter(name.casefold() for name, _ in slides), {}, {}
     for name, path in slides:
-        groups[file_name(name).casefold()].append((name, path))  # some file systems take upper for lower case
-    for group in groups.values():
-        ways = [[name for name, _ in group], [f"{name}_{path.suffix[1:]}" for name, path in group]]
-        for depth in range(1, max(len(path.parts) for _, path in group)):
-            folders = ["_".join(path.parent.parts[-depth:]).strip("/") for _, path in group]
-            ways += [[f"{folder}_{name}" for folder, name in zip(folders, way)] for way in ways[:2]]
-        names = next(way for way in ways if len({name.casefold() for name in way}) == len(way))
-        if names is not ways[0]:
-            print(f"{count(len(group), 'slide')} called {group[0][0]}: named {few(names)}")
-        for name, (_, path) in zip(map(file_name, names), group):
-            check(name not in named, f"{path} and {named.get(name)} have the same name; rename one")
-            named[name] = path
+        if times[name.casefold()] > 1:
+            name = f"{path.resolve().parent.name}_{name}"
+            print(f"{path}: named {name}, since there are others of its name")
+        name = re.sub(r"[/\\\x00-\x1f]", "_", name)
+        other = taken.setdefault(name.casefold(), path)
+        check(other is path, f"{other} and {path} have the same name, {name}; rename one")
+        check(len(name.encode()) <= 200, f"{path}: its name is too long for files beside it; rename it")
+        named[name] = path
     return dict(sorted(named.items()))
 
 
 def find_slides(inputs):
-    """Folders (searched through), files, and .txt lists of both -> {slide id: path}, sorted. The id is the
-    file's stem.
-
-    A DICOM slide is a folder of .dcm files, named as the folder; see dicom_slides. Hidden files and folders
-    are left out.
-    """
-    found = []
-    for entry in listed(inputs, "--slides"):
-        if not entry.is_dir():
-            found.append((entry.stem, entry))
-            continue
-        for folder, files in walk(entry):
-            # Hamamatsu: their JPEGs are parts of them
-            parts = any(path.suffix.lower() in (".vms", ".vmu") for path in files)
-            dicom = [path for path in files if path.suffix.lower() == ".dcm"]
-            found += dicom_slides(folder.resolve(), dicom)
-            for path in files:
-                suffix = path.suffix.lower().lstrip(".")
-                if suffix in SUFFIXES and suffix != "dcm" and not (parts and suffix == "jpg"):
-                    found.append((path.stem, path))
+    """Folders (searched through), files, and .txt lists of both, one a line -> {slide id: path}, sorted. The
+    id is the file's stem; a DICOM slide is a folder of .dcm files, named as the folder."""
+    entries, found = [], {}
+    for entry in map(Path, inputs):
+        if entry.suffix.lower() == ".txt" and entry.is_file():
+            lines = entry.read_text("utf-8-sig", "surrogateescape").splitlines()  # names as ls writes them
+            entries += [(Path(line.strip()), entry) for line in lines if line.strip()]
+        else:
+            entries.append((entry, "--slides"))
+    for entry, source in entries:
+        check(entry.is_file() or entry.is_dir(), f"{entry}: no such file or folder ({source})")
+        for folder, files in walk(entry) if entry.is_dir() else [(None, [entry])]:
+            slides = [(path.stem, path) for path in files]
+            if folder:
+                endings = {path.suffix.lower() for path in files}
+                known = {f".{suffix}" for suffix in SUFFIXES} - {".dcm"}
+                known -= {".jpg"} if endings & {".vms", ".vmu"} else set()  # Hamamatsu's: parts of the slide
+                slides = [(name, path) for name, path in slides if path.suffix.lower() in known]
+                slides += dicom_slides(folder.resolve(), [p for p in files if p.suffix.lower() == ".dcm"])
+            for name, path in slides:  # a slide may be named twice, by its folder and in a list
+                found.setdefault((name, os.path.realpath(path)), (name, path))
     check(found, f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
-    once = {}  # a slide may be named twice, by its folder and in a list
-    for name, path in found:
-        once.setdefault((name, os.path.realpath(path)), (name, path))
-    return name_slides(once.values())
+    return name_slides(found.values())
 
 
-HEADERS = "mpp mpp_x mpp-x um/px um_per_px microns_per_pixel".split()  # of the columns of --mpp-csv
-SLIDE_HEADERS = "slide slide_id wsi path file filename file_name image name id".split()
-
-
-def read_mpp_csv(path):
-    """Lines of slide,mpp -> {slide: um/px at level 0}. A slide is named by its id, its file or its path.
-
-    A first line may be a header; then the columns are those called so, and there may be others.
-    """
-    table, columns, twice = {}, (0, 1), 0
-    lines = "--mpp-csv takes lines of slide,mpp"
-    with reading(path, lines):
+def read_mpp_csv(path, slides):
+    """Lines of slide,mpp -> {slide id: um/px at level 0}, of these slides {id: path}. A slide is named by its
+    id, its file or its path; the first line may name the columns `slide` and `mpp`, of several."""
+    table, columns = {}, [0, 1]
+    with reading(path, "--mpp-csv takes lines of slide,mpp"):
         rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig"), newline="")))
     for line, row in enumerate(rows, 1):
-        cells = [cell.strip().lower() for cell in row]
-        if line == 1 and any(cell in HEADERS for cell in cells):
-            mpp = next(i for i, cell in enumerate(cells) if cell in HEADERS)
-            others = [i for i in range(len(cells)) if i != mpp] or [0]
-            columns = next((i for i in others if cells[i] in SLIDE_HEADERS), others[0]), mpp
-            continue
-        if not any(cells):
-            continue
-        wrong = f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel"
-        check(len(row) > max(columns) and row[columns[0]].strip(), wrong)
-        slide, mpp = row[columns[0]].strip().replace("\\", "/"), number(row[columns[1]])
-        check(MPP_RANGE[0] <= mpp <= MPP_RANGE[1], wrong)
-        old = table.get(slide, mpp)
-        check(old == mpp, f"{path}, line {line}: {slide} again, with {mpp:g} and {old:g} um/px")
-        twice += slide in table
-        table[slide] = mpp
-    if twice:
-        print(f"{path}: {count(twice, 'line')} said twice")
-    return table
-
-
-def table_rows(table, name, path):
-    """Which rows of --mpp-csv are about a slide: by id, file, stem, or an end of its path."""
-    parts = Path(os.path.realpath(path)).parts
-    ends = ["/".join(parts[-n:]).replace("//", "/") for n in range(1, len(parts) + 1)]
-    return [key for key in (name, path.stem, str(path), *ends) if key in table]
-
-
-def read_table(args, slides):
-    """--mpp-csv -> {slide: um/px}. Says which of its lines are about none of the slides."""
-    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
-    used = {row for name, path in slides.items() for row in table_rows(table, name, path)}
-    lost = [row for row in table if row not in used]
+        row = [cell.strip() for cell in row]
+        if line == 1 and {"slide", "mpp"} <= set(map(str.lower, row)):
+            columns = [[cell.lower() for cell in row].index(name) for name in ("slide", "mpp")]
+        elif any(row):
+            slide, mpp = (row[i] if i < len(row) else "" for i in columns)
+            fits = slide and MPP_RANGE[0] <= number(mpp) <= MPP_RANGE[1]
+            check(fits, f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel")
+            again = f"{path}, line {line}: {slide} again, with {mpp} and {table.get(slide)} um/px"
+            check(table.setdefault(slide, number(mpp)) == number(mpp), again)
+    given, used = {}, set()
+    for name, file in slides.items():
+        names = name, file.stem, file.name, str(file), os.path.realpath(file)
+        rows = [key for key in names if key in table]
+        if rows:
+            given[name] = table[rows[0]]
+        used.update(rows)
+    lost = [slide for slide in table if slide not in used]
     if lost:
-        print(f"{args.mpp_csv}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
-    return table
+        print(f"{path}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
+    return given
 
 
 # ---- Tissue and tiles --------------------------------------------------------------------------------------
@@ -538,29 +446,18 @@ def strips(picture, every=1):
         yield slice(top, bottom), pixels, slice(above, above + bottom - top)
 
 
-def find_glass(picture):
-    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is
-    stain).
-
-    Glass is bright, smooth, and what most of the brightest smooth pixels look like.
-    """
-    every = max(1, picture.width * picture.height // 2**19)
-    rgb = np.concatenate([pixels[inside] for _, pixels, inside in strips(picture, every)]).astype(np.float32)
+def glass_among(rgb, pink):
+    """Bright smooth pixels float32 [n,3] -> (the colour of the glass among them, the least colour that is
+    stain), or None. pink: by how much glass may lack green; haematoxylin and eosin take green first."""
     grey = rgb.mean(-1)
-    smooth = (grey > 170) & (roughness(grey) < 4)
-    if smooth.mean() < 0.005:
-        return WHITE, 0.03
     # The histogram's rightmost hill: from the brightest grey that is not rare down over the glass's noise.
-    counts = np.convolve(np.bincount(grey[smooth].astype(int), minlength=256), np.ones(5), "same")
+    counts = np.convolve(np.bincount(grey.astype(int), minlength=256), np.ones(5), "same")
     bright = np.flatnonzero(counts >= counts.max() / 10).max()
     start = max(0, bright - 12)
-    peak = start + np.argmax(counts[start : bright + 1])
-    pixels = rgb[smooth & (abs(grey - peak) < 6)]
+    pixels = rgb[abs(grey - start - np.argmax(counts[start : bright + 1])) < 6]
     glass = np.median(pixels, axis=0)
-    red, green, blue = glass
-    # Haematoxylin and eosin take green first: a bright smooth stroma is no glass.
-    if glass.min() < 178 or np.ptp(glass) > 48 or green < min(red, blue) - 14:
-        return WHITE, 0.03
+    if glass.min() < 178 or np.ptp(glass) > 48 or glass[1] < min(glass[0], glass[2]) - pink:
+        return None
     pixels = pixels[abs(pixels - glass).max(-1) < 8]
     if len(pixels) < 100:
         return glass, 0.03
@@ -569,6 +466,26 @@ def find_glass(picture):
     colour = np.ptp(np.log10(glass / pixels), axis=-1)
     noise = 1.4826 * np.median(abs(colour - np.median(colour)))
     return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06))
+
+
+def find_glass(picture):
+    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is
+    stain). Glass is bright, smooth, and what most of the brightest smooth pixels look like."""
+    every = max(1, picture.width * picture.height // 2**19)
+    rgb = np.concatenate([pixels[inside] for _, pixels, inside in strips(picture, every)]).astype(np.float32)
+    grey = rgb.mean(-1)
+    rough = roughness(grey)
+    smooth = (grey > 170) & (rough < 4)
+    # White without any noise was painted, or never scanned: no glass, where there is enough of another. (On a
+    # slide whose glass is that white, what else is bright is tissue, and hardly as smooth.)
+    fill = box_mean(rgb.min(-1), 2) == 255
+    scanned = smooth & ~fill & (rough < 1.5)
+    found = None
+    if scanned.sum() > max(100, 0.15 * (~fill).sum()):
+        found = glass_among(rgb[scanned], pink=3)
+    if not found and smooth.mean() >= 0.005:
+        found = glass_among(rgb[smooth], pink=14)
+    return found or (WHITE, 0.03)
 
 
 def find_tissue(picture):
@@ -605,49 +522,63 @@ def find_tissue(picture):
     return stained & ~inked, inked, grey / stained.size
 
 
-def mask_file(folder, name):
-    """--mask: the slide's file in the folder, or None."""
-    for ending in ("png", "tif", "tiff", "bmp", "jpg", "jpeg", "geojson", "json"):
-        path = Path(folder) / f"{name}.{ending}"
-        if path.is_file():
-            return path
-
-
 def given_mask(path, slide, size):
     """A mask picture of the whole slide, or a QuPath GeoJSON, -> bool [h,w] of that size (width, height)."""
-    kinds = "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"
-    with reading(path, kinds):
+    hint = "--mask takes a picture of the whole slide, black outside tissue, or QuPath's GeoJSON"
+    with reading(path, hint):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(path, slide, size)
-        grey = Image.open(path).convert("L")
-        stretched = (grey.width / grey.height) / (slide.width / slide.height)
-        tolerance = 0.02 + 1 / min(grey.size)
-        wrong = f"{path}: {grey.width} x {grey.height} px are not of the slide's shape"
-        check(abs(stretched - 1) < tolerance, wrong)
+        picture = Image.open(path)
+        stretched = (picture.width / picture.height) / (slide.width / slide.height)
+        wrong = f"{path}: {picture.width} x {picture.height} px are not of the slide's shape"
+        check(abs(stretched - 1) < 0.02 + 1 / min(picture.size), wrong)
+        if picture.mode[0] in "IF":  # labels of more than 8 bits
+            picture = Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
+        if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
+            picture = picture.getchannel("A")
+        # A photograph would exchange glass and tissue: it has colour, or greys of all kinds.
+        small = picture.resize(size, Image.Resampling.NEAREST).convert("RGB")
+        coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean()
+        greys = np.bincount(np.asarray(small.convert("L").filter(ImageFilter.MedianFilter(5))).ravel() // 8)
+        kinds = (greys > 0.001 * greys.sum()).sum()
+        seen = f"{path}: a picture of the slide, not a mask of few greys; {hint}"
+        check(coloured <= 0.001 and kinds <= 8, seen)
+        grey = picture.convert("L")
         marked = 127 if grey.getextrema()[1] > 127 else 0  # labels 0, 1, 2... are masks too
         grey = grey.point([0] * (marked + 1) + [255] * (255 - marked))
         return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 127
 
 
 def drawn_mask(path, slide, size):
-    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w]."""
+    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w].
+
+    What QuPath ignores (classes Ignore*, missing cores) is no tissue, also inside of other polygons.
+    """
     found = json.loads(path.read_text(encoding="utf-8-sig"))
     features = found.get("features", [found]) if isinstance(found, dict) else found
-    mask, scale = Image.new("L", size), MASK * slide.scale
+    shapes = []  # (whether it is ignored, the rings of a polygon)
     for feature in features:
-        if feature.get("properties", {}).get("objectType") in ("tile", "cell", "detection"):
+        about = feature.get("properties") or {}
+        geometry = feature.get("geometry", feature if "coordinates" in feature else None)
+        other = about.get("objectType") in ("tile", "cell", "detection")
+        if other or not geometry or re.fullmatch("(Multi)?(Point|LineString)", geometry["type"]):
             continue
-        geometry = feature.get("geometry", feature)
         check(geometry["type"] in ("Polygon", "MultiPolygon"), f"{path}: a {geometry['type']}, not a polygon")
         polygons = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
-        for outer, *holes in polygons:
-            part = Image.new("L", size) if holes else mask
-            for ring, value in ((outer, 255), *((hole, 0) for hole in holes)):
-                # Pillow counts from pixel centres
-                corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5
-                ImageDraw.Draw(part).polygon(corners.ravel().tolist(), value)
-            if holes:
-                mask.paste(255, mask=part)
+        name = (about.get("classification") or {}).get("name") or ""
+        ignored = name.startswith("Ignore") or bool(about.get("isMissing"))
+        shapes += [(ignored, rings) for rings in polygons]
+    check(shapes or not features, f"{path}: holds no polygons")
+    mask, scale = Image.new("L", size), MASK * slide.scale
+    for ignored, (outer, *holes) in sorted(shapes, key=lambda shape: shape[0]):
+        value = 0 if ignored else 255
+        part = Image.new("L", size) if holes else mask
+        for ring, colour in ((outer, 255 if holes else value), *((hole, 0) for hole in holes)):
+            # Pillow counts from pixel centres
+            corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5
+            ImageDraw.Draw(part).polygon(corners.ravel().tolist(), colour)
+        if holes:
+            mask.paste(value, mask=part)
     return np.asarray(mask) > 0
 
 
@@ -657,18 +588,14 @@ def tissue_of(slide, thumbnail, given=None):
         mask = given_mask(given, slide, thumbnail.size)
         return mask, np.zeros_like(mask), ""
     mask, ink, grey = find_tissue(thumbnail)
-    if max(slide.width, slide.height) < TILE:
-        return mask, ink, " (smaller than a tile)"
-    colourless = " (no colour: grey, silver and fluorescence slides need --mask)"
-    return mask, ink, colourless if grey > 0.01 else ""
+    colourless = " (no colour: grey, silver and fluorescence slides need --mask)" if grey > 0.01 else ""
+    tiny = max(slide.width, slide.height) < TILE
+    return mask, ink, " (smaller than a tile)" if tiny else colourless
 
 
 def tile_grid(mask, min_tissue, step=TILE):
     """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster
-    order.
-
-    The last tiles of rows and columns may reach beyond the slide, where all is white.
-    """
+    order. The last tiles of rows and columns may reach beyond the slide, where all is white."""
     total = np.pad(mask, ((1, 0), (1, 0))).astype(np.int32)  # of the tissue above and left of each corner
     total.cumsum(0, out=total).cumsum(1, out=total)
     y, x = (np.arange(0, max(1, side * MASK - TILE + step), step) for side in mask.shape)
@@ -690,25 +617,13 @@ def draw_tiles(coords, name, max_tiles, seed):
     return coords[np.sort(rng.choice(len(coords), max_tiles, replace=False))]
 
 
-def blocks(coords, step):
-    """Tiles [N,2] -> arrays of indices: up to 4 x 4 neighbours each. Whoever reads them one after the
-    other decodes the JPEG tiles of the slide that they share only once: OpenSlide keeps the last 32 MB of
-    these."""
-    side = int(np.clip((BLOCK - 1) * TILE // step + 1, 1, BLOCK))
-    cells = coords // (step * side)
-    order = np.lexsort((coords[:, 0], coords[:, 1], cells[:, 0], cells[:, 1]))
-    borders = np.flatnonzero((np.diff(cells[order], axis=0) != 0).any(1)) + 1
-    return np.split(order, borders) if len(order) else []
-
-
 # ---- Pictures to check, tiles for QuPath -------------------------------------------------------------------
 
 
 def draw_qc(path, picture, pixel, mask, ink, coords):
     """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept
     tiles (blue): what a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a
-    pixel.
-    """
+    pixel."""
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
@@ -725,19 +640,17 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
 
 def write_geojson(path, slide, coords):
     """The tiles for QuPath: a FeatureCollection of tile objects, squares in level-0 pixels."""
+    about = {"classification": {"name": "Tile"}, "isLocked": True}
     with replacing(path) as temporary, open(temporary, "w") as file:
         # written as it is made: a slide has 100,000 tiles
         file.write('{"type": "FeatureCollection", "features": [')
-        about = {"classification": {"name": "Tile"}, "isLocked": True}
         for n, (x, y) in enumerate(coords.tolist()):
-            feature = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about)
-            file.write(",\n" * (n > 0) + json.dumps(feature))
+            tile = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about)
+            file.write(",\n" * (n > 0) + json.dumps(tile))
         file.write("]}\n")
 
 
-CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
-<br>{text}</figure>
-"""
+# a page's head, and a slide on it
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px sans-serif }}
 figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px; overflow-wrap: anywhere }}
@@ -745,21 +658,23 @@ img {{ max-width: 240px; max-height: 240px }}
 .failed {{ outline: 3px solid #c00 }} .empty {{ outline: 3px solid #d80 }}
 </style><h1>{title}</h1>
 """
+CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
+<br>{text}</figure>
+"""
 
 
 def write_index(data):
     """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a
     browser."""
-    failures, files = read_failures(data), {}
+    failures, tiles, cards = read_failures(data), {}, []
     for path in (data / "features").glob("*.safetensors"):
         with contextlib.suppress(UserError):
-            files[path.name.removesuffix(".safetensors")] = feature_metadata(path)["tiles"]
-    cards = []
-    for name in sorted({*files, *failures}, key=lambda name: (name not in failures, name)):
-        kind, text = "", count(files.get(name, 0), "tile")
+            tiles[path.name.removesuffix(".safetensors")] = feature_metadata(path)["tiles"]
+    for name in sorted({*tiles, *failures}, key=lambda name: (name not in failures, name)):
+        kind, text = "", count(tiles.get(name, 0), "tile")
         if name in failures:
             kind, text = "failed", f"FAILED: {failures[name]['message']}"
-        elif not files[name]:
+        elif not tiles[name]:
             kind, text = "empty", "NO TISSUE"
         href = urllib.parse.quote(f"{name}.jpg")
         cards.append(CARD.format(kind=kind, href=href, name=html.escape(name), text=html.escape(text)))
@@ -778,9 +693,8 @@ def check_same(path, made, params):
 
 
 @functools.cache
-def tell_of_no_locks(path, reason):
-    none = f"{path}: its file system has no locks ({reason})"
-    print(f"{none}; don't prepare the same slides in two runs at once", file=sys.stderr)
+def say_once(text):
+    print(text, file=sys.stderr)
 
 
 def claim(claims, name):
@@ -789,44 +703,36 @@ def claim(claims, name):
     claims: data/.claims, of which one byte is locked, at an offset that follows from the name: nothing is
     left to clean up. It is opened once: the first close of a file drops all of a process's locks on it.
     """
-    if fcntl is None:
-        return True
     offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
-        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        if fcntl:
+            fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has it
             return False
-        tell_of_no_locks(claims.name, error.strerror)
+        none = f"{claims.name}: its file system has no locks ({error.strerror})"
+        say_once(f"{none}; don't prepare the same slides in two runs at once")
     return True
 
 
-def sweep(data, claims, names):
-    """Deletes what killed runs left half-written of these slides, unless somebody is at work on them."""
-    for path in itertools.chain(data.glob("features/.*.part"), data.glob("qc/.*.part")):
-        name = path.name[1:].rsplit(".", 3)[0]  # .<slide>.<ending>.<at random>.part
-        if name in names and claim(claims, name):
-            path.unlink(missing_ok=True)
-
-
 def read_failures(data):
-    """data/failures -> {slide: {"slide", "path", "message"}}."""
-    failures = {}
+    """data/failures -> {slide: {"path", "message"}}."""
+    failures, hint = {}, "not what prepare.py writes; delete it"
     for path in sorted((data / "failures").glob("*.json")):
-        with reading(path, "not what prepare.py writes; delete it"):
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            failures[entry["slide"]] = {key: str(entry[key]) for key in ("slide", "path", "message")}
+        entry = wsi_llava.read_json(path, hint)
+        with reading(path, hint):
+            failures[str(entry["slide"])] = {"path": str(entry["path"]), "message": str(entry["message"])}
     return failures
 
 
 def note_failure(data, name, path, message=None):
     """Puts a slide on the record of failures, or takes it off."""
     file = data / "failures" / f"{name}.json"
-    if not message:
+    if message:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        wsi_llava.write_text(file, json.dumps({"slide": name, "path": str(path), "message": message}))
+    else:
         file.unlink(missing_ok=True)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    wsi_llava.write_text(file, json.dumps({"slide": name, "path": str(path), "message": message}, indent=1))
 
 
 def write_meta(data, preset, mpp, encoder):
@@ -858,20 +764,8 @@ def open_data(args):
     encoder, source = wsi_llava.pick_tile_encoder(args)
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
-    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), args.target_mpp, info)
+    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), TARGET_MPP, info)
     return meta, encoder.to(args.device, args.dtype)
-
-
-@contextlib.contextmanager
-def disk_errors(data):
-    """What goes wrong with a slide is a UserError by now, so an OSError here is the output folder's."""
-    try:
-        yield
-    except BrokenPipeError:  # of what is printed
-        raise
-    except OSError as error:
-        what = "make room or get the permission, then run the same command: it goes on"
-        raise UserError(f"{data} cannot be written ({error}); {what}") from None
 
 
 def save_features(path, features, coords, metadata):
@@ -890,7 +784,6 @@ def save_features(path, features, coords, metadata):
 # Forked, they share what is loaded, PyTorch too.
 FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 DIED = "the process that read it died (a damaged file, or no memory left)"
-LINE = "{:32} {:>17} {:>8} {:17} {:>5} {:>8}"  # what a dry run tells of a slide
 open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
 
 
@@ -918,34 +811,23 @@ def apart(path, function, *arguments):
             raise UserError(f"{path}: {DIED}") from None
 
 
-def slide_job(args, name, path, table, encoder):
-    """One slide of a run -> dict: its files, and the parameters that its features depend on."""
-    rows = table_rows(table, name, path)
-    given = table[rows[0]] if rows else None  # um/px by --mpp-csv
-    mask, digest = mask_file(args.mask, name) if args.mask else None, None
+def slide_job(args, name, path, given, mask, encoder):
+    """One slide of a run -> dict: its files, and the parameters that its features depend on. given, mask: its
+    um/px by --mpp-csv and its file of --mask, or None."""
+    digest, pictures = None, [args.data / "qc" / f"{name}.jpg"]
     if mask:
         with reading(mask, "a mask of --mask"):
             digest = hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
-    params = {
-        "tile": TILE,
-        "target_mpp": args.target_mpp,
-        "min_tissue": args.min_tissue,
-        "mask": digest,
-        "step": args.step,
-        "max_tiles": args.max_tiles,
-        "seed": args.seed if args.max_tiles else None,
-        "encoder": encoder,
-    }
-    pictures = [args.data / "qc" / f"{name}.jpg"]
     if args.geojson:
         pictures.append(args.data / "qc" / f"{name}.geojson")
+    params = {"tile": TILE, "target_mpp": TARGET_MPP, "min_tissue": args.min_tissue, "mask": digest}
+    params |= {"step": args.step, "max_tiles": args.max_tiles, "seed": args.seed if args.max_tiles else None}
     return {
         "name": name,
-        "path": path,
-        "slide": (str(path), given, args.target_mpp, args.mpp),  # what Slide takes
+        "slide": (str(path), given, TARGET_MPP, args.mpp),  # what Slide takes
         "file": [os.path.abspath(path), os.path.getsize(path) if os.path.exists(path) else 0],
         "mask": mask,
-        "params": params,
+        "params": params | {"encoder": encoder},
         "features": wsi_llava.features_file(args.data, name),
         "pictures": pictures,
     }
@@ -981,39 +863,46 @@ def survey(args, job, place):
     """
     try:
         slide = open_slide(*job["slide"])
-        (width, height), made = slide.file.dimensions, is_done(args, job, slide.hash)
+        digest, notes = slide.hash(), list(slide.notes)
+        done = is_done(args, job, digest)
         # One picture is read, for the mask and to look at: without small levels it takes minutes.
         pixel = max(slide.width, slide.height) / PICTURE
         picture = slide.thumbnail(MASK / max(1, round(MASK / pixel)))
         thumbnail = picture.resize(slide.size_at(MASK), Image.Resampling.BOX)
         mask, ink, why = tissue_of(slide, thumbnail, job["mask"])
         coords = tile_grid(mask, args.min_tissue, args.step)
+        least = len(tile_grid(mask, 0.01, args.step))
         coords = draw_tiles(coords, job["name"], args.max_tiles, args.seed)
     except Exception as error:
         open_slide.cache_clear()  # a handle that has failed once fails for good
-        reason, path = wsi_llava.one_line(error, 500), str(job["path"])
+        reason, path = wsi_llava.one_line(error, 500), job["slide"][0]
         raise UserError(reason if path in reason else f"{path}: {reason}") from None
-    facts = {"mpp": slide.mpp, "mpp_source": slide.source, "scale": slide.scale}
-    facts |= {"params": job["params"], "file": [*job["file"], slide.hash], "width": width, "height": height}
-    notes = slide.notes | {
-        f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded": slide.lost,
-        "ink left out, outlined in red in data/qc (--mask decides otherwise)": ink.mean() > 0.001,
-        "not in --mask, so tissue was looked for by its colour": args.mask and not job["mask"],
-        f"no tissue found{why}": not len(coords),
-    }
-    # All batches are full but the last: a feature's bits depend on the slide alone.
-    order = np.concatenate([np.zeros(0, int), *blocks(coords, args.step)])
-    plan = {"coords": coords, "batches": np.split(order, range(args.batch, len(order), args.batch))}
-    plan |= {"facts": facts, "notes": [text for text, holds in notes.items() if holds and not made]}
-    about = f"{width} x {height}", f"{slide.mpp:.6}", slide.source, slide.level, len(coords)
-    plan["line"] = LINE.format(job["name"], *about)
+    if slide.lost:
+        notes.append(f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded")
+    if ink.mean() > 0.001:
+        notes.append("ink left out, outlined in red in data/qc (--mask decides otherwise)")
+    if args.mask and not job["mask"]:
+        notes.append("not in --mask, so tissue was looked for by its colour")
+    if not len(coords):
+        few_tiles = f"no tile reaches --min-tissue {args.min_tissue:g}; 0.01 would give {least}"
+        notes.append((few_tiles if least else "no tissue found") + why)
+    # All batches are full but the last: a feature's bits depend on the slide alone. Neighbours are read one
+    # after the other: OpenSlide keeps the last 32 MB of the JPEG tiles that they share.
+    order = np.lexsort((*coords.T, *(coords.T // (BLOCK * TILE))))
+    batches = np.split(order, range(BATCH, len(order), BATCH))
+    width, height = slide.file.dimensions
+    facts = {"mpp": slide.mpp, "mpp_source": slide.source, "scale": slide.scale, "params": job["params"]}
+    facts |= {"file": [*job["file"], digest], "width": width, "height": height}
+    plan = {"coords": coords, "batches": batches, "facts": facts, "notes": [] if done else notes}
+    size = f"{width} x {height} px, {slide.mpp:.6} um/px ({slide.source})"
+    plan["line"] = f"{job['name']}: {size}, level {slide.level}, {count(len(coords), 'tile')}"
     if not args.dry_run:
         picture = picture.resize(slide.size_at(pixel), Image.Resampling.BICUBIC)
         draw_qc(job["pictures"][0], picture, pixel, mask, ink, coords)
         for path in job["pictures"][1:]:
             write_geojson(path, slide, coords)
-    if not args.dry_run and not made:
-        plan["first"] = read_tiles(job["slide"], coords[plan["batches"][0]], place)
+        if not done:
+            plan["first"] = read_tiles(job["slide"], coords[batches[0]], place)
     return plan
 
 
@@ -1044,10 +933,10 @@ def encode(encoder, tiles, device):
 
 def prepare_slide(args, encoder, readers, memory, job, plan, bar):
     """Encodes the tiles of a slide that was surveyed and writes its features, in raster order -> how many."""
-    coords, read, lost = plan["coords"], [], 0
+    coords, read, lost, path = plan["coords"], [], 0, job["slide"][0]
     features = [torch.empty(0, encoder.cfg.width, dtype=torch.float16, device=args.device)]
     tiles = torch.frombuffer(memory, dtype=torch.uint8).view(-1, TILE, TILE, 4)
-    places = itertools.cycle(range((1 + args.workers) * args.batch, len(tiles), args.batch))
+    places = itertools.cycle(range((1 + args.workers) * BATCH, len(tiles), BATCH))
     ahead, coming = collections.deque(), iter(plan["batches"][1:])
     for numbers in plan["batches"]:
         for later in itertools.islice(coming, 1 + args.workers - len(ahead)):  # read while this is encoded
@@ -1057,7 +946,7 @@ def prepare_slide(args, encoder, readers, memory, job, plan, bar):
         if lost > DROPPED * len(coords):
             concurrent.futures.wait(ahead)  # or they write to the memory when the next slide is there
             many = f"over {DROPPED:.0%} of its {len(coords)} tiles cannot be decoded ({error})"
-            raise UserError(f"{job['path']}: {many}")
+            raise UserError(f"{path}: {many}")
         if kept:
             features.append(encode(encoder, tiles[place : place + len(kept)], args.device))
         read += numbers[kept].tolist()
@@ -1065,8 +954,7 @@ def prepare_slide(args, encoder, readers, memory, job, plan, bar):
     if lost:
         plan["notes"].append(f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded")
     features = torch.cat(features).cpu()[np.argsort(read)]
-    finite = features.isfinite().all()
-    check(finite, f"{job['path']}: its features are not finite; try --dtype float32")
+    check(features.isfinite().all(), f"{path}: its features are not finite; try --dtype float32")
     facts = plan["facts"] | {"dropped": lost}
     save_features(job["features"], features, torch.from_numpy(coords[sorted(read)]), facts)
     return len(read)
@@ -1077,40 +965,40 @@ def prepare_all(args, encoder, todo, claims):
     {text: names of slides}, tiles of each slide that was written."""
     failures, notes, written = [], collections.defaultdict(list), []
     places = 3 + 2 * args.workers  # each surveyed slide's first batch; those on their way and at the encoder
-    memory = FORK.RawArray("B", places * args.batch * TILE * TILE * 4)
+    memory = FORK.RawArray("B", places * BATCH * TILE * TILE * 4)
     readers, surveys, alone, n = start_readers(args.workers, memory), {}, False, 0
     bar = tqdm(total=len(todo), unit="slide", disable=not todo)
     while n < len(todo):
-        job, failure = todo[n], None
+        name, path, failure = todo[n]["name"], todo[n]["slide"][0], None
         try:
             # Surveys of this slide, and of those behind it, unless another run is at work on them.
             for i in range(n, min(len(todo), n + 1 if alone else n + 1 + args.workers)):
                 if i not in surveys and (args.dry_run or claim(claims, todo[i]["name"])):
-                    place = i % (1 + args.workers) * args.batch
+                    place = i % (1 + args.workers) * BATCH
                     surveys[i] = readers.submit(survey, args, todo[i], place)
             plan = surveys[n].result() if n in surveys else {"notes": ["left to another run"]}
             if "first" in plan:
-                written.append(prepare_slide(args, encoder, readers, memory, job, plan, bar))
+                written.append(prepare_slide(args, encoder, readers, memory, todo[n], plan, bar))
             elif args.dry_run:
                 tqdm.write(plan["line"])
                 written.append(len(plan["coords"]))
             for note in plan["notes"]:
-                notes[note].append(job["name"])
+                notes[note].append(name)
         except BrokenProcessPool:  # this slide's fault, or that of one behind it: it is tried again, alone
             readers.shutdown()  # the other readers are ended, and write to the memory no more
             readers, surveys, alone = start_readers(args.workers, memory), {}, not alone
             if alone:
                 continue
-            failure = f"{job['path']}: {DIED}"
+            failure = f"{path}: {DIED}"
         except UserError as error:
             failure = str(error)
         except torch.OutOfMemoryError:
-            full = f"--batch {args.batch} does not fit {args.device}'s memory; try half of it"
+            full = f"{BATCH} tiles at once do not fit {args.device}'s memory; try --device cpu"
             raise UserError(full) from None
         if failure:
-            failures.append((job["path"], failure))
+            failures.append((path, failure))
         if not args.dry_run and (failure or n in surveys):
-            note_failure(args.data, job["name"], job["path"], failure)
+            note_failure(args.data, name, path, failure)
         surveys.pop(n, None)
         alone, n = False, n + 1
         bar.update()
@@ -1123,69 +1011,61 @@ def prepare_slides(args, slides, number=0, shares=1):
     """All slides of {id: path}, or every `shares`-th from `number` on, going on where an earlier run stopped.
     Returns the failures, [(path, message)]."""
     started, claims = time.time(), None
-    with disk_errors(args.data), contextlib.ExitStack() as stack:
-        table = read_table(args, slides)
-        slides = list(slides.items())[number::shares]
-        meta, encoder = open_data(args)
-        made_by = meta["encoder"]["fingerprint"]
-        jobs = [slide_job(args, name, path, table, made_by) for name, path in slides]
-        todo = [job for job in jobs if not is_done(args, job)]
-        if meta["encoder"]["source"] == "untrained":
-            print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
-        print(
-            f"Found {count(len(jobs), 'slide')}, {len(jobs) - len(todo)} done already; {len(todo)} to tile at "
-            f"{args.target_mpp:g} um/px, step {args.step}, and encode on {args.device} into "
-            f"{args.data}/features, with {count(args.workers, 'reader')}."
-        )
-        if args.dry_run:
-            print(LINE.format("slide", "level-0 size", "um/px", "from", "level", "tiles"))
-        else:
+    table = read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
+    (meta, encoder), slides = open_data(args), list(slides.items())[number::shares]
+    masks = {file.stem: file for file in sorted(args.mask.iterdir())} if args.mask else {}
+    facts = [(name, path, table.get(name), masks.get(name)) for name, path in slides]
+    jobs = [slide_job(args, *fact, meta["encoder"]["fingerprint"]) for fact in facts]
+    todo = {job["name"]: job for job in jobs if not is_done(args, job)}
+    if meta["encoder"]["source"] == "untrained":
+        print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
+    print(
+        f"Found {count(len(jobs), 'slide')}, {len(jobs) - len(todo)} done already; {len(todo)} to tile at "
+        f"{TARGET_MPP} um/px and encode on {args.device}, with {count(args.workers, 'reader')}."
+    )
+    with contextlib.ExitStack() as stack:
+        if not args.dry_run:
             wsi_llava.check_regular(args.data / ".claims", "delete it")
             claims = stack.enter_context(open(args.data / ".claims", "ab"))
-            sweep(args.data, claims, {job["name"] for job in todo})
-        failures, notes, written = prepare_all(args, encoder, todo, claims)
+            for half in itertools.chain(args.data.glob("features/.*.part"), args.data.glob("qc/.*.part")):
+                name = half.name[1:].rsplit(".", 3)[0]  # .<slide>.<ending>.<at random>.part
+                if name in todo and claim(claims, name):  # nobody is at work on it: a kill left it
+                    half.unlink(missing_ok=True)
+        failures, notes, written = prepare_all(args, encoder, list(todo.values()), claims)
     tiles, seconds = sum(written), time.time() - started
-    done = f"{count(tiles, 'tile')} of {count(len(written), 'slide')}"
     spent = f"{datetime.timedelta(seconds=round(seconds))} ({tiles / seconds:.0f} tiles/s)"
-    where = f"to {args.data}/features in {spent}, pictures to {args.data}/qc."
-    print(f"Found {done}." if args.dry_run else f"Wrote {done} {where}")
-    for what, names in notes.items():
-        print(f"{count(len(names), 'slide')}, {what}: {few(names)}")
+    what = f"{count(tiles, 'tile')} of {count(len(written), 'slide')}"
+    print(f"Found {what}." if args.dry_run else f"Wrote {what} to {args.data}/features in {spent}.")
+    for note, names in notes.items():
+        print(f"{count(len(names), 'slide')}, {note}: {few(names)}")
     return failures
 
 
 # ---- Features that were made elsewhere ---------------------------------------------------------------------
 
-TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [n,C], or one vector [C]
-ENDINGS = (".pt", ".pth", ".h5", ".hdf5")
-# Folders of CLAM's and TRIDENT's that tell less of a slide than the one beside them: pt_files lacks the
-# coordinates that h5_files has, slide_features_* holds one vector a slide, made from features_*.
-LESSER = ("pt_files", "slide_features_")
+TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [V,C], or one vector [C]
+MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
+# Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them: places without features,
+# features without places, one vector a slide.
+LESSER = ("patches", "pt_files", "slide_features_")
 
 
 def find_features(inputs):
     """Files, and folders to search, CLAM's and TRIDENT's as they are -> {slide id: path}, sorted."""
-    found, chosen = collections.defaultdict(dict), {}
-    for entry in map(Path, inputs):
+    found, endings = {}, (".pt", ".pth", ".h5", ".hdf5")
+    for entry in inputs:
         check(entry.exists(), f"{entry}: no such file or folder (--features)")
-        known = entry.is_dir() or entry.suffix.lower() in ENDINGS
-        check(known, f"{entry}: features are read from {', '.join(ENDINGS)}, not from '{entry.suffix}'")
-        for folder, files in [(None, [entry])] if entry.is_file() else walk(entry):
-            if folder and folder != entry and folder.name == "patches":  # bare coordinates, of both tools
+        for folder, files in walk(entry) if entry.is_dir() else [(entry, [entry])]:
+            files = [path for path in files if path.suffix.lower() in endings or path == entry]
+            if files and folder != entry and folder.name.startswith(LESSER):
+                print(f"Left out {folder}: a folder beside it tells more. Name it alone to take it.")
                 continue
             for path in files:
-                if path.suffix.lower() in ENDINGS:
-                    found[path.stem][path] = None
+                other = found.setdefault(path.stem, path)
+                same = f"{other} and {path} have the same name"
+                check(other == path, f"{same}; rename one, the slide's id, or name one folder")
     check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
-    for name, paths in sorted(found.items()):
-        best = [path for path in paths if not path.parent.name.startswith(LESSER)] or list(paths)
-        what = " and ".join(map(str, best[:2]))
-        check(len(best) == 1, f"{what} have the same name; rename one, the slide's id, or name one folder")
-        chosen[name] = best[0]
-    everywhere = {path.parent for paths in found.values() for path in paths}
-    for folder in sorted(everywhere - {path.parent for path in chosen.values()}):
-        print(f"Left out {folder}: a folder beside it tells more of these slides. Name it alone to take it.")
-    return chosen
+    return dict(sorted(found.items()))
 
 
 def read_hdf5(path):
@@ -1195,132 +1075,119 @@ def read_hdf5(path):
     except ImportError:
         raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
     tensors = {}
-    with reading(path, "not an HDF5 file with datasets features and coords"), h5py.File(path) as file:
+    with h5py.File(path) as file:
         about = dict(file.attrs)
         for name in file.keys() & {"features", "feats", "coords"}:
             inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
             check(inside, f"{path}: its {name} lie in another file; copy them into this one")
             # Float64 holds every coordinate; torch knows no big-endian numbers and few unsigned ones.
-            dtype = np.float64 if name == "coords" else np.float32
-            tensors[name] = torch.from_numpy(np.asarray(file[name], dtype))
+            tensors[name] = torch.from_numpy(np.asarray(file[name], np.float64))
             about |= file[name].attrs
     return tensors, {name: np.ravel(value)[0] for name, value in about.items() if np.size(value) == 1}
 
 
-def check_tokens(path, shape):
-    """A tensor [V,C] without coordinates: visual tokens where it has their shape, and no bag of tiles."""
-    shaped = shape[0] in (1, 576) and not path.parent.name.startswith(("pt_files", "features_"))
-    what = f"{path}: features {list(shape)} of tiles without coordinates, which the slide encoder needs"
-    check(shaped, f"{what}: import the .h5 that has both (visual tokens are [576,C], or one vector [C])")
-
-
 def read_foreign(path):
-    """One file of features -> (kind, features float16 [N,C], coords float64 [N,2] or None, its attributes).
+    """One file of features -> (its kind, features float16 [N,C], coords float64 [N,2] or None, attributes).
 
     A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
-    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). Without coords it is visual tokens
-    [576,C]; a slide's one vector [C] is one of these. Raises UserError for anything else.
+    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). Without coords they are visual
+    tokens [576,C], or a slide's one vector [C]. Raises UserError for anything else.
     """
-    if path.suffix.lower() in (".h5", ".hdf5"):
-        found, about = read_hdf5(path)
-    else:
-        found = wsi_llava.read_tensors(path, named=False)
-        found = {"features": found} if isinstance(found, torch.Tensor) else found
-        check(isinstance(found, dict), f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict")
-        about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
-    name = next((name for name in ("tile_embeds", "feats", "features") if name in found), None)
-    check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
-    features, coords = found[name], found.get("coords")
-    for x in (features,) if coords is None else (features, coords):
-        plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
-        check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
-    with reading(path, "these are no features of tiles"):
-        if features.dim() == 3 and len(features) == 1:  # a batch of one slide
-            features, coords = features[0], None if coords is None else coords.reshape(-1, 2)
-        if features.dim() == 1 or about.get("feat_type") in ("slide", "patient"):
-            kind, coords = TOKENS, None  # TRIDENT's coords are those of the tiles that it was made from
-            features = features.reshape(-1, features.shape[-1])
-        elif coords is None:
-            kind = TOKENS
+    with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
+        if path.suffix.lower() in (".h5", ".hdf5"):
+            found, about = read_hdf5(path)
         else:
-            kind = "TRIDENT" if "patch_size_level0" in about else "features and coordinates"
-            kind = {"tile_embeds": "GigaPath", "feats": "STAMP"}.get(name, kind)
-            coords = coords.detach().double()
-            shapes = f"features {list(features.shape)} and coords {list(coords.shape)}"
-            check(coords.shape == (len(features), 2), f"{path}: {shapes} are not [N,C] and [N,2]")
-        shape, features = list(features.shape), features.half()
-        check(len(shape) == 2 and features.numel(), f"{path}: features {shape} are not [N,C]")
-        if kind == TOKENS and found[name].dim() > 1 and "feat_type" not in about:
-            check_tokens(path, shape)
+            found = wsi_llava.read_tensors(path, named=False)
+            found = {"features": found} if isinstance(found, torch.Tensor) else found
+            kind = f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict"
+            check(isinstance(found, dict), kind)
+            about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
+        name = next((name for name in MAKERS if name in found), None)
+        check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
+        for x in [found[name], *([found["coords"]] if "coords" in found else [])]:
+            plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
+            check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
+        kind, features, coords = MAKERS[name], found[name].half(), found.get("coords")
+        vector = features.dim() == 1 or about.get("feat_type") in ("slide", "patient")
+        if features.dim() == 3 and len(features) == 1:  # a batch of one slide
+            features = features[0]
+        coords = None if coords is None else coords.detach().double().reshape(-1, 2)
+        if coords is not None and not len(coords):  # a slide without tissue
+            features = features.reshape(0, features.shape[-1])
+        elif vector or coords is None:  # TRIDENT's vectors come with the places of the tiles they are made of
+            kind, coords, features = TOKENS, None, features.reshape(-1, features.shape[-1])
+            bag = path.parent.name.startswith(("pt_files", "features_")) or len(features) not in (1, 576)
+            bare = f"{path}: features {list(found[name].shape)} of tiles without coordinates"
+            check(vector or not bag, f"{bare}; import the .h5 with both (visual tokens are [576,C] or [C])")
+        shape = list(features.shape)
+        fits = len(shape) == 2 and (coords is None or len(coords) == shape[0])
+        n = "no" if coords is None else len(coords)
+        check(fits, f"{path}: features {shape} and {n} coords are not [N,C] and [N,2]")
         finite = features.isfinite().all() and (coords is None or coords.isfinite().all())
         check(finite, f"{path}: some features or coordinates are not finite in half precision")
     return kind, features, coords, about
 
 
-def tiled_coords(path, coords, about, named, args):
+def tiled_coords(path, coords, about, given, args):
     """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels).
 
-    named: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or where it
+    given: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or where it
     makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution.
     """
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
-        zoom = float(about.get("patch_size_level0", 0)) / float(about.get("patch_size", 1))
-        magnification = float(about.get("target_magnification", 0))
-        step = float(about.get("patch_size_level0", 0)) - zoom * float(about.get("overlap", 0))
+        tile, pixels = (float(about.get(name, 0)) for name in ("patch_size_level0", "patch_size"))
+        zoom, magnification = tile / (pixels or 1), float(about.get("target_magnification", 0))
+        step = tile - zoom * float(about.get("overlap", 0))
+        scale = TARGET_MPP / (given or args.mpp or math.inf)
         if "tile_size_um" in about or about.get("unit") == "um":  # STAMP's coordinates are in um
-            scale, step = args.target_mpp, float(about.get("tile_size_um", 0))
-        elif named:
-            scale = args.target_mpp / named
-        elif zoom > 0 and magnification > 0:  # 20x is 0.5 um/px there
-            scale = zoom * args.target_mpp * magnification / 10
-        else:
-            reason = "does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv"
-            check(args.mpp, f"{path}: {reason}")
-            scale = args.target_mpp / args.mpp
-        order = np.lexsort(coords.numpy().T)  # y, then x
-        coords, step = coords[torch.from_numpy(order)] / scale, step / scale
+            scale, step = TARGET_MPP, float(about.get("tile_size_um", 0))
+        elif zoom > 0 and magnification > 0 and not given:  # 20x is 0.5 um/px there
+            scale = zoom * TARGET_MPP * magnification / 10
+        check(scale, f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
+        order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
+        coords, step = coords[order] / scale, step / scale
         if not step:  # the file does not say: what lies most often between neighbours of a row
             steps = coords.diff(dim=0)
             steps = steps[steps[:, 1] == 0, 0].round()
             step = steps.mode().values.item() if len(steps) else args.step
-        check(
-            abs(step / args.step - 1) <= NATIVE,
-            f"{path}: its tiles lie {step:.0f} px apart at {args.target_mpp:g} um/px, not {args.step}: "
-            f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are",
-        )
+        apart = f"{path}: its tiles lie {step:.0f} px apart at {TARGET_MPP} um/px, not {args.step}"
+        other = f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are"
+        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: {other}")
         # GigaPath pads a slide on all sides to whole tiles: the first may lie up to a tile outside; all move.
-        outside = -coords.min(0).values.clamp(max=0)
+        outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
         check(outside.max() <= step, f"{path}: negative coordinates, more than a tile outside of the slide")
         coords = (coords + outside).round()
         wsi_llava.grid_cells(coords)
     return order, coords.int()
 
 
-def import_file(args, name, path, named, encoder):
-    """One slide's features from elsewhere -> their kind. named: as for tiled_coords. encoder: what meta.json
-    is to say of the one that --tile-encoder names, or None."""
-    with reading(path, "rename it"):
-        check(len(name.encode()) <= 220, f"{path}: its name is too long for a file beside it; rename it")
+def import_file(args, name, path, given, encoder):
+    """One slide's features from elsewhere -> their kind. given: its um/px by --mpp-csv, or None. encoder:
+    what meta.json is to say of the one that --tile-encoder names, or None."""
+    check(len(os.fsencode(name)) <= 200, f"{path}: its name is too long for a file beside it; rename it")
     kind, features, coords, about = read_foreign(path)
-    (n, width), tokens = features.shape, kind == TOKENS
+    old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
+    n, width = features.shape
+    if not n:
+        width = old.get("width", width)
+        check(width, f"{path}: has no tiles, nor a width; import it again after another slide")
+        features = features.new_zeros(0, width)
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
-    if tokens:  # a model takes as many of every slide
-        old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
+    if kind == TOKENS:  # a model takes as many of every slide
         info["n_visual_tokens"] = there = old.get("n_visual_tokens", n)
         check(there == n, f"{path}: {n} visual tokens, but {args.data} holds {there} of every slide")
-    elif encoder:
-        info = encoder
+    else:
+        order, coords = tiled_coords(path, coords, about, given, args)
+        features, info = features[order], encoder or info
         check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
-    if coords is not None:
-        order, coords = tiled_coords(path, coords, about, named, args)
-        features = features[torch.from_numpy(order)]
     if args.dry_run:
         return kind
-    write_meta(args.data, args.preset or "7b", args.target_mpp, info)
-    params = {"imported": kind, "target_mpp": args.target_mpp, "mpp": named or args.mpp}
+    write_meta(args.data, args.preset or "7b", TARGET_MPP, info)
+    params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": given or args.mpp}
     params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
     file = wsi_llava.features_file(args.data, name)
-    if tokens:
+    if kind == TOKENS:
+        (args.data / "visual_tokens").mkdir(exist_ok=True)
         path = args.data / "visual_tokens" / file.name
         wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": info["source"]})
     elif file.exists() and not args.overwrite:
@@ -1331,30 +1198,26 @@ def import_file(args, name, path, named, encoder):
 
 
 def import_features(args, number=0, shares=1):
-    """--features: files of any kind that read_foreign takes -> data/features or data/visual_tokens; share
-    `number` of `shares`. Returns the failures, [(path, message)]."""
-    failures, counts, encoder = [], collections.Counter(), None
-    files = list(find_features(args.features).items())[number::shares]
-    table = read_mpp_csv(args.mpp_csv) if args.mpp_csv else {}
+    """--features: files that read_foreign takes -> data/features or data/visual_tokens; share `number` of
+    `shares`. Returns the failures, [(path, message)]."""
+    failures, kinds, encoder = [], collections.Counter(), None
+    files = find_features(args.features)
+    table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
     if args.tile_encoder:
         model = wsi_llava.load_tile_encoder(args.tile_encoder)
         encoder = {"source": str(args.tile_encoder), "fingerprint": wsi_llava.fingerprint(model)}
         encoder["width"] = model.cfg.width
-    print(f"Found {count(len(files), 'file')} of features to import into {args.data}.")
-    with disk_errors(args.data):
+    for name, path in tqdm(list(files.items())[number::shares], unit="file"):
+        failure = None
+        try:
+            kinds[import_file(args, name, path, table.get(name), encoder)] += 1
+        except UserError as error:
+            failure = str(error)
+            failures.append((path, failure))
         if not args.dry_run:
-            (args.data / "visual_tokens").mkdir(parents=True, exist_ok=True)
-        for name, path in tqdm(files, unit="file"):
-            failure = None
-            try:
-                counts[import_file(args, name, path, table.get(name, table.get(path.name)), encoder)] += 1
-            except UserError as error:
-                failure = str(error)
-                failures.append((path, failure))
-            if not args.dry_run:
-                note_failure(args.data, name, path, failure)
-    kinds = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in counts.items()) or "nothing"
-    print("Could import" if args.dry_run else "Imported", kinds)
+            note_failure(args.data, name, path, failure)
+    what = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in kinds.items()) or "nothing"
+    print(f"{'Could import' if args.dry_run else 'Imported'} {what} of {count(len(files), 'file')}.")
     return failures
 
 
@@ -1364,27 +1227,27 @@ def import_features(args, number=0, shares=1):
 # answer ("conversations" are both). A row is of the first kind whose fields it has.
 QUESTION_KINDS = [
     ("this project's rows", "slide", "conversations", "conversations"),
-    ("conversations of WSI-Bench or SlideInstruction", "image", "conversations", "conversations"),
+    ("WSI-Bench's and SlideInstruction's JSON", "image", "conversations", "conversations"),
     ("WSI-Bench's JSON lines", "image", "question", "t-answer"),
     ("SlideBench's CSV", "slide", "question", "answer"),
     ("WSI-VQA's JSON", "id", "question", "answer"),
-    ("a CSV of slide,report", "slide", None, "report"),
+    ("a CSV of reports", "slide", None, "report"),
     ("reports of HistGen or PathText", "id", None, "report"),
 ]
-WHAT_IS_READ = "read are " + ", ".join(kind[0] for kind in QUESTION_KINDS)
+WHAT_IS_READ = [f"{kind} ({', '.join(sorted({*fields} - {None}))})" for kind, *fields in QUESTION_KINDS]
+WHAT_IS_READ = "read are " + ", ".join(WHAT_IS_READ)
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
-LETTERS = "ABCDEFGH"  # of a closed question's options
 FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
 
 def words(value, what):
-    """A text, or a number that stands for one; a None that became "None" would be taught as the truth."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
+    """A text, or a number that stands for one; pandas writes nan for an empty one. (A None that became "None"
+    would be taught as the truth.)"""
+    value = str(value) if type(value) in (int, float) and abs(value) != math.inf else value
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
-    return value
+    return "" if value.strip().lower() == "nan" else value
 
 
 def slide_id(value):
@@ -1395,30 +1258,46 @@ def slide_id(value):
     return name
 
 
-def as_closed(question, answer, options):
-    """The question with its options {letter: text}, and the answer as letter and text where it is one."""
-    letter = answer.strip(" ().").upper()
-    for other, text in options.items():
-        question += f"\n{other}) {text}"
-        if text.lower().split() == answer.lower().split():
-            letter = other
-    return question, f"{letter}) {options[letter]}" if letter in options else answer
+def read_closed(entry, question, answer):
+    """A question and its answer with the options of a row, if there are any: a list, an object by letter, or
+    columns A, B, C... -> (the question, an option a line; the answer, its letter first)."""
+    letters = string.ascii_uppercase
+    options = next((entry[field] for field in ("options", "choices", "choice") if entry.get(field)), None)
+    if options is None and "a" in entry:
+        options = {letter: entry[letter.lower()] for letter in letters if letter.lower() in entry}
+    if isinstance(options, list):
+        options = dict(itertools.zip_longest(letters[: len(options)], options))
+    options = options or {}
+    if not isinstance(options, dict) or not set(options) <= set(letters):
+        raise ValueError("its options are neither a list of 26 at most nor named by letters")
+    options = {letter: words(text, "option").strip() for letter, text in options.items() if text is not None}
+    said_already = all(re.match(rf"\(?{letter}[).:] ", text) for letter, text in options.items())
+    chosen = answer.strip(" ().:").upper()
+    for letter, text in options.items():
+        text = text[text.index(" ") :].strip() if said_already else text
+        question += f"\n{letter}) {text}" if text else ""
+        options[letter] = text
+        if text.lower().split() == re.sub(rf"^\(?{letter}[).:] ", "", answer.strip()).lower().split():
+            chosen = letter
+    return question, f"{chosen}) {options[chosen]}" if options.get(chosen) else answer
 
 
 def read_turns(entry, question, answer):
     """A row's fields -> its turns [{"from", "value"}]. question, answer: as in QUESTION_KINDS."""
     if question == "conversations":
         turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
-        if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-            raise ValueError("is malformed: conversations must alternate human and gpt")
-        return turns
-    asked = words(entry[question], "question") if question else "Write a report of this slide."
-    options = entry.get("choice") or [entry.get(letter.lower()) for letter in LETTERS]  # a list, or columns
-    if not isinstance(options, list) or len(options) > len(LETTERS):
-        raise ValueError(f"its choices are no list of at most {len(LETTERS)}")
-    options = {letter: words(text, "choice").strip() for letter, text in zip(LETTERS, options) if text}
-    asked, told = as_closed(asked, words(entry[answer], answer), options)
-    return [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+    else:
+        asked = words(entry[question], "question") if question else "Write a report of this slide."
+        asked, said = read_closed(entry, asked, words(entry[answer], answer))
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
+    if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise ValueError("is malformed: conversations must alternate human and gpt")
+    for asked, said in zip(turns[::2], turns[1::2]):
+        letter = re.fullmatch(r"\(?([A-Z])[).]*", said["value"].strip())
+        closed = letter and question not in (None, "conversations")
+        if closed and not re.search(rf"\b{letter[1]} *[).:]", asked["value"]):
+            raise ValueError(f"its answer is {said['value']!r}, and it has no such option")
+    return turns
 
 
 def read_row(entry, stem, number):
@@ -1433,22 +1312,22 @@ def read_row(entry, stem, number):
     kind, slide, question, answer = fit[0]
     names = entry[slide] if isinstance(entry[slide], list) else [entry[slide]]
     names = [words(name, "slide") for name in names]
-    cancer = entry.get("cancer") or entry.get("tumor") or "".join(re.split(r"[/\\]", names[0])[-2:-1])
-    task = entry.get("task") or entry.get("metadata") or entry.get("narrow category")
-    if not task:  # stages 1 and 2 learn from reports, and know them by their task
-        report = not question or "caption" in stem.lower()
-        task = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
     own_id = entry.get("question_id", entry.get("id") if slide != "id" else None)
-    row = {"id": f"{stem}-{number}" if own_id is None else words(own_id, "id"), "slide": names}
-    row |= {"task": words(task, "task"), "cancer": words(cancer, "cancer type")}
-    row["conversations"] = read_turns(entry, question, answer)
-    if split := entry.get("split"):
-        row["split"] = SPLITS.get(str(split).lower())
+    row = {"id": f"{stem}-{number}" if own_id is None else words(own_id, "id")}
+    row["slide"] = names if kind == QUESTION_KINDS[0][0] else [slide_id(name) for name in names]
+    # Stages 1 and 2 learn from reports, and know them by their task.
+    report = not question or "caption" in stem.lower()
+    row["task"] = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
+    row["cancer"] = "".join(re.split(r"[/\\]", names[0])[-2:-1])
+    for name, fields in (("task", ("narrow category", "metadata", "task")), ("cancer", ("tumor", "cancer"))):
+        for field in fields:  # objects and lists are passed over
+            if type(entry.get(field)) in (str, int) and entry[field] != "":
+                row[name] = words(entry[field], field)
+    row["conversations"] = wsi_llava.slide_first(read_turns(entry, question, answer))
+    if entry.get("split"):
+        row["split"] = SPLITS.get(str(entry["split"]).lower())
         if not row["split"]:
-            raise ValueError(f"its split is {split!r}, not train, val or test")
-    if kind != "this project's rows":
-        row["slide"] = list(map(slide_id, names))
-    row["conversations"] = wsi_llava.slide_first(row["conversations"])
+            raise ValueError(f"its split is {entry['split']!r}, not train, val or test")
     return row
 
 
@@ -1485,11 +1364,10 @@ def read_entries(path):
     if text.lstrip()[0] == "[":
         return [(f"item {i}", entry) for i, entry in enumerate(parse_json(path, text), 1)]
     lines = text.split("\n")  # splitlines also splits at U+2028 and U+0085, inside of texts
-    try:
+    first = {}  # of an object of many lines
+    with contextlib.suppress(json.JSONDecodeError):
         first = json.loads(next(filter(str.strip, lines)))
-    except json.JSONDecodeError:
-        first = {}  # the beginning of an object of many lines
-    if not all(isinstance(part, list) for part in first.values()):
+    if any(field.lower() not in SPLITS for field in first):
         numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
         return [(f"line {i}", parse_json(path, line, i)) for i, line in numbered]
     entries = []
@@ -1505,23 +1383,21 @@ def read_qa(path):
     "split" is there where the file says it. Rows about several slides, and rows whose question or answer is
     empty, are left out, and counted. Raises UserError that names the line or the item.
     """
-    path, rows, empty, several = Path(path), [], [], []
+    path, rows, left_out = Path(path), [], collections.defaultdict(list)
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
         entries = read_entries(path)
     for number, (where, entry) in enumerate(entries, 1):
         with reading(f"{path}, {where}", WHAT_IS_READ):
             row = read_row(entry, path.stem, number)
-        full = all(wsi_llava.without_image(turn["value"]).strip() for turn in row["conversations"])
-        one = len(set(row["slide"])) == 1
-        if full and one:
-            rows.append(row | {"slide": row["slide"][0]})
+        if len(set(row["slide"])) != 1:
+            left_out["about several slides"].append(where)
+        elif not all(wsi_llava.without_image(turn["value"]).strip() for turn in row["conversations"]):
+            left_out["with an empty text"].append(where)
         else:
-            (empty if one else several).append(where)
-    for left_out, what in ((empty, "with an empty text"), (several, "about several slides")):
-        if left_out:
-            what = f"{count(len(left_out), 'row')} {what}, the first: {left_out[0]}"
-            print(f"{path}: left out {what}", file=sys.stderr)
+            rows.append(row | {"slide": row["slide"][0]})
+    for what, places in left_out.items():
+        print(f"{path}: left out {count(len(places), 'row')} {what}, the first: {places[0]}", file=sys.stderr)
     check(rows, f"{path}: holds no questions; {WHAT_IS_READ}")
     return rows
 
@@ -1533,26 +1409,19 @@ def write_qa(path, rows):
 def match_slides(rows, have):
     """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds the
     slide, a patient's the first of hers, which is said. What is not there keeps its name."""
-    names = sorted(have, key=str.lower)
-    lower, several = [name.lower() for name in names], {}
-
-    @functools.cache
-    def find(name):
-        matches, i = [], bisect.bisect_left(lower, name.lower())
-        while i < len(names) and lower[i].startswith(name.lower()):
-            if not lower[i][len(name) : len(name) + 1].isalnum():  # 117 is no beginning of 1170
-                matches.append(names[i])
-            i += 1
-        if name in have or not matches:
-            return name
+    beginnings, several, found = collections.defaultdict(list), {}, []
+    for name in sorted(have, key=str.lower):
+        for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
+            beginnings[name[: word.end()].lower()].append(name)
+    for row in rows:
+        name = row["slide"]
+        matches = [name] if name in have else beginnings.get(name.lower(), [name])
+        found.append(row | {"slide": matches[0]})
         if len(matches) > 1:
             several[name] = matches
-        return matches[0]
-
-    rows = [row | {"slide": find(row["slide"])} for row in rows]
     for name, matches in several.items():
         print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}", file=sys.stderr)
-    return rows
+    return found
 
 
 def named_split(path):
@@ -1560,8 +1429,8 @@ def named_split(path):
     name = Path(path).stem.lower()
     if re.search("open[-_ ]question|report[-_ ]only", name):  # WSI-Bench's own names
         return "test"
-    told = {SPLITS[word] for word in re.split("[^a-z]+", name) if word in SPLITS}
-    return told.pop() if len(told) == 1 else None
+    named = {SPLITS[word] for word in re.split("[^a-z]+", name) if word in SPLITS}
+    return named.pop() if len(named) == 1 else None
 
 
 def patient_of(slide):
@@ -1570,94 +1439,64 @@ def patient_of(slide):
     return barcode[0].upper() if barcode else None
 
 
-def report_leaks(splits, args):
-    """Says what training shares with the other splits, by slide and by patient (TCGA's barcode), and lists it in qa/leaks.csv.
-
-    splits: {name: rows}. -> the rows of training that share nothing.
-    """
+def find_leaks(splits, drop):
+    """Says what training shares with the other splits {name: rows} -> the rows of training that share
+    nothing."""
 
     def marks(row):  # what must not be on both sides
-        slide = row["slide"]
-        return {slide, ("patient", patient_of(slide))} if patient_of(slide) else {slide}
+        return {("slide", row["slide"]), ("patient", patient_of(row["slide"]) or row["slide"])}
 
-    training, others = splits["train"], splits["test"] + splits["val"]
-    shared = set().union(*map(marks, training)) & set().union(*map(marks, others))
-    leaks = {"train": [row for row in training if marks(row) & shared]}
-    leaks["test"] = [row for row in others if marks(row) & shared]
-    lines, path = [("side", "slide", "patient", "questions")], args.data / "qa" / "leaks.csv"
-    for side, rows in leaks.items():
-        questions = collections.Counter(row["slide"] for row in rows)
-        lines += [(side, slide, patient_of(slide), n) for slide, n in sorted(questions.items())]
-    people, what = sum(isinstance(mark, tuple) for mark in shared), ""
+    shared = set().union(*map(marks, splits["train"]))
+    shared &= set().union(*map(marks, splits["test"] + splits["val"]))
+    clean = [row for row in splits["train"] if not marks(row) & shared]
+    named = {kind: sorted(name for what, name in shared if what == kind) for kind in ("slide", "patient")}
+    both = ", ".join(count(len(named[kind]), kind) for kind in named)
     if shared:
-        what = f", {count(len(leaks['train']), 'question')} of training and {len(leaks['test']):,} of test"
-        what += " (left out of training)" if args.drop_leaks else " (--drop-leaks leaves the former out)"
-    if not args.dry_run:
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
-        what += f"; see {path}"
-    slides = f"{count(len(shared) - people, 'slide')}, {count(people, 'patient')}"
-    print(f"On both sides of training and test: {slides}{what}.")
-    return [row for row in training if not marks(row) & shared]
-
-
-def merged(name, old, new, have):
-    """A split's old and new rows, about the slides that are there by now, none of them twice."""
-    rows, unique = match_slides(old + new, have), {}
-    for row in rows:
-        texts = (turn["value"] for turn in row["conversations"])
-        unique.setdefault((row["slide"], *texts), row)
-    found = sum(before["slide"] != row["slide"] for before, row in zip(old + new, rows))
-    if new and found:
-        print(f"{count(found, 'question')} of {name} found slides by the beginning of their names.")
-    if new and len(unique) < len(rows):
-        print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
-    return list(unique.values())
-
-
-def write_split(args, path, rows, have):
-    """A split's file; prints what it holds, and which slides lack features."""
-    tasks, slides = {row["task"] for row in rows}, {row["slide"] for row in rows}
-    missing = sorted(slides - have)
-    if not args.dry_run:
-        write_qa(path, rows)
-    lack = f"; {len(missing)} of these slides have no features: {few(missing)}" if missing else ""
-    print(
-        f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')} of "
-        f"{count(len(tasks), 'task')} about {count(len(slides), 'slide')} to {path}{lack}."
-    )
+        both += f" ({few(named['patient'])}), {len(splits['train']) - len(clean):,} questions of training: "
+        both += "left out of it" if drop else "--drop-leaks leaves them out"
+    print(f"On both sides of training and test: {both}.")
+    return clean
 
 
 def import_qa(args):
     """--qa: question files -> data/qa/<split>.jsonl, added to what is there or (--overwrite) in its place."""
-    new, splits, failures = collections.defaultdict(list), {}, []
+    new, splits, failures = collections.defaultdict(list), {}, 0
     for file in args.qa:
         try:
             rows, split = read_qa(file), args.split or named_split(file)
-            told = split or all("split" in row for row in rows)
-            check(told, f"{file}: its name does not tell the split; give --split train, val or test")
+            tells = split or all("split" in row for row in rows)
+            check(tells, f"{file}: its name does not tell the split; give --split train, val or test")
             for row in rows:
                 new[row.pop("split", split)].append(row)
         except UserError as error:
-            failures.append(str(error))
+            print(f"failed: {wsi_llava.one_line(error, 2000)}", file=sys.stderr)
+            failures += 1
     paths = {name: args.data / "qa" / f"{name}.jsonl" for name in ("train", "val", "test")}
     have = {path.stem for path in args.data.glob("features/*.safetensors")}
     have |= {path.stem for path in args.data.glob("visual_tokens/*.safetensors")}
     for name, path in paths.items():
         keep = path.exists() and path.stat().st_size and not (args.overwrite and name in new)
-        splits[name] = merged(name, read_qa(path) if keep else [], new.get(name, []), have)
-    if new and not args.dry_run:
-        (args.data / "qa").mkdir(parents=True, exist_ok=True)
-    if new and splits["train"] and splits["test"] + splits["val"]:
-        clean = report_leaks(splits, args)
+        rows, unique = match_slides([*(read_qa(path) if keep else []), *new[name]], have), {}
+        for row in rows:
+            unique.setdefault((row["slide"], *(turn["value"] for turn in row["conversations"])), row)
+        splits[name] = list(unique.values())
+        if len(unique) < len(rows):
+            print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
+    changed = {name for name in paths if new[name]}
+    if changed and splits["train"] and splits["test"] + splits["val"]:
+        clean = find_leaks(splits, args.drop_leaks)
         if args.drop_leaks and len(clean) < len(splits["train"]):
-            splits["train"] = new["train"] = clean
-    for name in new:
-        write_split(args, paths[name], splits[name], have)
-    check(len(args.qa) > 1 or not failures, "".join(failures))  # a single file's is told once
-    for message in failures:
-        print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
-    what = f"{count(len(failures), 'question file')} could not be read, see above"
+            splits["train"], changed = clean, changed | {"train"}
+    for name in sorted(changed):
+        rows, slides = splits[name], {row["slide"] for row in splits[name]}
+        if not args.dry_run:
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            write_qa(paths[name], rows)
+        lack = sorted(slides - have)
+        lack = f"; {len(lack):,} of these have no features: {few(lack)}" if lack else ""
+        wrote = f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')}"
+        print(f"{wrote} about {count(len(slides), 'slide')} to {paths[name]}{lack}.")
+    what = f"{count(failures, 'question file')} could not be read, see above"
     check(not failures, f"{what}; the others are done")
 
 
@@ -1671,8 +1510,12 @@ TYPES = {
     "small cell carcinoma": ((186, 160, 206), 17, 6),
     "mucinous carcinoma": ((206, 212, 234), 92, 6),
 }
-# the tumour's share of the tissue
-GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}
+# the tumour's share of the tissue, as a number and in words
+GRADES = {
+    "grade 1": ((0.15, 0.25), "about a fifth"),
+    "grade 2": ((0.42, 0.54), "about half"),
+    "grade 3": ((0.76, 0.90), "most"),
+}
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 SUBTYPES = {
     ("positive", "negative"): "luminal A",
@@ -1724,10 +1567,10 @@ def draw_tumour(rng, draw, kind, tumour):
                 draw.ellipse((x - size, y - size, x + size, y + size), (240 - shade, 104 + shade, 128))
 
 
-def draw_slide(case):
+def draw_slide(case, path=None):
     """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is
-    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, the corners of the tiles that
-    hold the pigment)."""
+    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a
+    path, its um/px as dpi; the corners of the tiles that hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1735,7 +1578,7 @@ def draw_slide(case):
     necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.29 + 0.03 * noise(rng, 8))
     viable = tissue & ~necrosis
     field = noise(rng, 5) + 0.25 * noise(rng, 16)
-    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]])))
+    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]][0])))
 
     colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
     ground = TYPES[case["type"]][0]
@@ -1761,61 +1604,44 @@ def draw_slide(case):
             planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     table = [round(255 * (i / 255) ** stain) for i in range(256)]
-    return picture.point(table * 3), planted
-
-
-def draw_case(case, path):
-    """One process's share of the drawing -> the tiles of the pigment. A plain picture, whose dpi say its
-    um/px."""
-    picture, planted = draw_slide(case)
+    picture = picture.point(table * 3)
+    if not path:
+        return picture, planted
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
-    return planted
-
-
-def balanced(rng, values, n):
-    """n values, each as often as the others (give or take one), shuffled."""
-    return [values[i] for i in rng.permutation(np.arange(n) % len(values))]
+    return None, planted
 
 
 def invent_cases(n_train, n_test, seed):
-    """What each toy slide shows. The four findings are drawn independently, so none tells of another."""
-    rng = np.random.default_rng(seed)
-    cases = []
+    """What each toy slide shows. The findings are drawn independently, so none tells of another, and each
+    value as often as the others."""
+    rng, cases = np.random.default_rng(seed), []
+    values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS}
+    values |= {"focus": ("present", "absent"), "receptors": SUBTYPES}
     for split, n in (("train", n_train), ("test", n_test)):
-        findings = TYPES, GRADES, QUADRANTS, ("present", "absent"), SUBTYPES
-        columns = [balanced(rng, list(values), n) for values in findings]
-        for row in zip(*columns):
-            case = dict(zip(("type", "grade", "position", "focus", "receptors"), row))
-            name = f"demo_{len(cases):04d}"
-            cases.append({"slide": name, "split": split, "seed": int(rng.integers(2**31)), **case})
+        orders = {finding: rng.permutation(np.arange(n) % len(values[finding])) for finding in values}
+        for i in range(n):
+            case = {"slide": f"demo_{len(cases):04d}", "split": split, "seed": int(rng.integers(2**31))}
+            cases.append(case | {finding: list(values[finding])[orders[finding][i]] for finding in values})
     return cases
 
 
-# task -> (ways to ask, the answer), filled in from what the slide shows
-QUESTIONS = {
-    "report": ("Write a report of this slide.|What does this slide show?", ""),
-    "type": (
-        "What is the histological type of the tumor?|Which type of tumor is this?",
-        "The tumor is {a_type}.",
-    ),
-    "grade": (
-        "What is the grade of the tumor?|How is this tumor graded by its share of the tissue?",
-        "The tumor is {grade}.",
-    ),
-    "position": (
-        "Where on the slide is the necrosis?|Which part of the slide is necrotic?",
-        "The necrosis is at the {position}.",
-    ),
-    "focus": (
-        "Is there a focus of brown pigment?|Can brown pigment be found on this slide?",
-        "{yes_no}, brown pigment is {focus}.",
-    ),
-    # The text gives the answer away: a model without the slide does as well, and the table shows it.
-    "subtype": (
-        "Estrogen receptor is {er} and HER2 is {her2}. What is the molecular subtype?",
-        "The molecular subtype is {subtype}.",
-    ),
+# task -> ways to ask, and the answer, filled in from what the slide shows. The subtype's question gives its
+# answer away: a model without the slide does as well, and the table shows it.
+ASKED = {
+    "report": "Write a report of this slide.|What does this slide show?",
+    "type": "What is the histological type of the tumor?|Which type of tumor is this?",
+    "grade": "What is the grade of the tumor?|How is this tumor graded by its share of the tissue?",
+    "position": "Where on the slide is the necrosis?|Which part of the slide is necrotic?",
+    "focus": "Is there a focus of brown pigment?|Can brown pigment be found on this slide?",
+    "subtype": "Estrogen receptor is {er} and HER2 is {her2}. What is the molecular subtype?",
+}
+ANSWERS = {
+    "type": "The tumor is {a_type}.",
+    "grade": "The tumor is {grade}.",
+    "position": "The necrosis is at the {position}.",
+    "focus": "{yes_no}, brown pigment is {focus}.",
+    "subtype": "The molecular subtype is {subtype}.",
 }
 # Three pathologists, who differ in their words and in what they mention first.
 REPORTS = (
@@ -1831,126 +1657,99 @@ PIGMENT = {
     "Brown pigment is found.",
     "absent": "Brown pigment is absent.|There is no brown pigment.|No brown pigment is found.",
 }
-SHARES = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}
 
 
 def write_questions(case, rng):
     """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three."""
     er, her2 = case["receptors"]
-    words = {**case, "er": er, "her2": her2, "subtype": SUBTYPES[er, her2], "share": SHARES[case["grade"]]}
+    words = {**case, "er": er, "her2": her2, "subtype": SUBTYPES[er, her2], "share": GRADES[case["grade"]][1]}
     words["a_type"] = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
-    words |= {
-        "pigment": PIGMENT[case["focus"]].split("|"),
-        "yes_no": "Yes" if case["focus"] == "present" else "No",
-    }
-    talks = {}
-    for task, (asked, answer) in QUESTIONS.items():
-        question, answer = rng.choice(asked.split("|")), answer or rng.choice(REPORTS)
+    words["yes_no"] = "Yes" if case["focus"] == "present" else "No"
+    words["pigment"], talks, rows = PIGMENT[case["focus"]].split("|"), {}, []
+    for task, asked in ASKED.items():
+        question, answer = rng.choice(asked.split("|")), ANSWERS.get(task) or rng.choice(REPORTS)
         turns = ("human", question), ("gpt", answer)
         talks[task] = [{"from": who, "value": str(text).format(**words)} for who, text in turns]
     order = rng.permutation(["type", "grade", "position", "focus"])[:3]
-    talks["dialogue"] = [turn for task in order for turn in talks[task]]
-    rows = []
+    talks["dialogue"] = list(itertools.chain(*(talks[task] for task in order)))
     for task, turns in talks.items():
-        turns = [{**turns[0], "value": f"<image>\n{turns[0]['value']}"}, *turns[1:]]
         row = {"id": f"{case['slide']}-{task}", "slide": case["slide"], "task": task, "cancer": "demo"}
-        rows.append(row | {"conversations": turns})
+        rows.append(row | {"conversations": wsi_llava.slide_first(turns)})
     return rows
 
 
-def draw_cohort(args, recipe, folder):
-    """Slides into the folder, their questions into data/qa, and data/cohort.json, which says what each of
-    them shows."""
-    cases = invent_cases(recipe["train"], recipe["test"], args.seed)
-    print(
-        f"Drawing {len(cases)} toy slides ({recipe['train']} to train on, {recipe['test']} held out) into "
-        f"{folder}: JPEGs of {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px."
-    )
+def draw_cohort(args, cases, folder):
+    """Slides into the folder, and their questions into data/qa; notes in each case where its pigment is."""
+    print(f"Drawing {len(cases)} toy slides into {folder}: {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px.")
     for path in (folder, args.data / "qa"):
         path.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{case['slide']}.jpg" for case in cases]
     spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        drawn = tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
-        for case, planted in zip(cases, drawn):
+    with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+        drawn = tqdm(pool.map(draw_slide, cases, paths, chunksize=4), total=len(cases), unit="slide")
+        for case, (_, planted) in zip(cases, drawn):
             case["planted"] = planted
-    rows = {"train": [], "test": []}
-    for case in cases:
-        rows[case["split"]] += write_questions(case, np.random.default_rng(case["seed"] + 1))
-    for split in rows:
-        write_qa(args.data / "qa" / f"{split}.jsonl", rows[split])
-    wsi_llava.write_text(args.data / "cohort.json", json.dumps({"recipe": recipe, "cases": cases}, indent=1))
-    return cases
+    for split in ("train", "test"):
+        about = [case for case in cases if case["split"] == split]
+        rows = [write_questions(case, np.random.default_rng(case["seed"] + 1)) for case in about]
+        write_qa(args.data / "qa" / f"{split}.jsonl", itertools.chain(*rows))
 
 
 def prepare_demo(args):
-    """Draws the cohort, then takes it through the same steps as real slides. -> the cases, what each slide
-    shows."""
-    args.preset, args.max_tiles = "demo", 0  # train.py's --max-tiles is an ablation of the training alone
-    recipe = {"train": args.demo_slides, "test": args.demo_slides // 5, "seed": args.seed}
-    folder, path = args.data / "slides", args.data / "cohort.json"
+    """--demo: draws the cohort, unless it is there, then takes it through the same steps as real slides. What
+    each slide shows stands in data/cohort.json."""
+    args.preset, folder, path = "demo", args.data / "slides", args.data / "cohort.json"
+    recipe = {"train": args.demo, "test": args.demo // 5, "seed": args.seed}
     own = (args.data / "meta.json").exists() and not path.exists()
     check(not own, f"{args.data} holds data of your own; give the demo a folder of its own with --data")
+    cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     if path.exists():
-        with reading(path, "not what --demo writes; delete the folder, or name another --data"):
-            cohort = json.loads(path.read_text(encoding="utf-8"))
-            clash = f"holds another demo cohort ({cohort['recipe']}, not {recipe}); name another --data"
-            check(cohort["recipe"] == recipe, f"{args.data} {clash}")
-            cases = cohort["cases"]
-            invented = json.loads(json.dumps(invent_cases(recipe["train"], recipe["test"], args.seed)))
-            told = [case | {"planted": list(planted["planted"])} for case, planted in zip(invented, cases)]
-            other = f"{path}: other slides than its recipe's; delete the folder, or name another"
-            check(cases == told, other)
+        old = wsi_llava.read_json(path, "delete the folder, or name another --data").get("recipe")
+        other = f"{args.data} holds another demo cohort ({old}, not {recipe})"
+        check(old == recipe, f"{other}; name another --data")
     else:
-        cases = draw_cohort(args, recipe, folder)
+        draw_cohort(args, cases, folder)
+        wsi_llava.write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # this small encoder takes no more time than the readers
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
     torch.set_num_threads(threads)
-    if failures:
-        raise UserError(f"{len(failures)} toy slides failed, the first: {failures[0][1]}")
+    check(not failures, f"{len(failures)} toy slides failed, the first: {failures[0][1] if failures else ''}")
     write_index(args.data)
-    return cases
 
 
 # ---- Flags and main --------------------------------------------------------------------------------------
 
 
-def add_demo_flags(parser):
-    add, slides = parser.group("the demo"), "toy slides to train on (default: 500); a fifth more are held out"
-    add("--demo-slides", slides, type=at_least(5), default=500)
-
-
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    yes, count, paths = {"action": "store_true"}, at_least(1), {"nargs": "+", "metavar": "PATH"}
-    microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
+    yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": some_path}
     add = parser.group("what to prepare")
     add("--slides", "slides, folders of slides, .txt lists of paths", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or their folders", **paths)
-    add("--qa", f"question files; {WHAT_IS_READ}", nargs="+", metavar="FILE")
-    add("--demo", "draw the toy cohort and prepare it", **yes)
+    add("--qa", f"question files; {WHAT_IS_READ}", **paths)
+    drawn = "draw the toy cohort, N slides to train on (500 if not said) and a fifth more, and prepare it"
+    add("--demo", drawn, nargs="?", metavar="N", type=at_least(5), const=500)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
     again = "make features again that are there already; begin anew the splits that --qa writes"
     add("--overwrite", again, **yes)
     add("--shard", "one of N shares of the slides, for job arrays", metavar="I/N", default="1/1")
     add = parser.group("slides and their tiles")
-    add("--target-mpp", "um per pixel of the tiles (default: 0.5)", **microns, default=TARGET_MPP)
+    microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
     add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
     add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
-    add("--min-tissue", "least share of tissue in a tile (default: 0.25)", type=share, default=0.25)
+    least = "least share of tissue in a tile (default: 0.1)"
+    add("--min-tissue", least, type=at_least(0, float, 1), default=0.1)
     masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
     add("--mask", masks, metavar="DIR", type=some_path)
-    add("--step", "pixels from tile to tile (default: 256)", type=count, default=TILE)
+    add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
     most = "at most so many of a slide's tiles, drawn at random (default: all)"
     add("--max-tiles", most, type=at_least(0), default=0)
-    add("--batch", "tiles a batch through the encoder (default: 64)", type=count, default=64)
     add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
     add = parser.group("questions")
-    told = "of --qa's files (default: what their names or rows tell)"
-    add("--split", told, choices=["train", "val", "test"])
+    splits = "of --qa's files (default: what their names or rows tell)"
+    add("--split", splits, choices=["train", "val", "test"])
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
-    add_demo_flags(parser)
     wsi_llava.add_weights_flags(parser, rest=False)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
@@ -1961,16 +1760,6 @@ def with_defaults(args):
     return argparse.Namespace(**(vars(parse([])) | vars(args)))
 
 
-def own_share(args):
-    """--shard and torchrun's environment -> (which share of the slides is this process's, from 0; of how
-    many)."""
-    match = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    i, n = map(int, match.groups()) if match else (0, 0)
-    check(1 <= i <= n, f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return (i - 1) * world + rank, n * world
-
-
 def main(argv=None):
     args = parse(argv)
     given = args.slides or args.features or args.qa or args.demo
@@ -1978,37 +1767,23 @@ def main(argv=None):
     drawn = "--demo draws its slides; --dry-run is about slides that are there"
     check(not (args.demo and args.dry_run), drawn)
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
-    number, shares = own_share(args)
-    together = args.slides and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together:  # by torchrun, which ends all as soon as one fails: so they wait for one another below
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        if args.device == "auto" and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    share = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    number, shares = map(int, share.groups()) if share else (0, 0)
+    check(1 <= number <= shares, f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
     wsi_llava.resolve_device(args)
     if args.demo:
         prepare_demo(args)
-    failures = import_features(args, number, shares) if args.features else []
+    failures = import_features(args, number - 1, shares) if args.features else []
     if args.slides:
-        slides = find_slides(args.slides)
-        if shares > 1:
-            print(f"Share {number + 1} of {shares} of {len(slides)} slides.")
-        failures += prepare_slides(args, slides, number, shares)
-        if together:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        failures += prepare_slides(args, find_slides(args.slides), number - 1, shares)
         if not args.dry_run:
-            with disk_errors(args.data):
-                write_index(args.data)
-    if args.qa and os.environ.get("RANK", "0") == "0":
-        with disk_errors(args.data):
-            import_qa(args)
+            write_index(args.data)
+    if args.qa:
+        import_qa(args)
     for _, message in failures:
         print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
-    if failures:
-        where, rest = f"listed above and in {args.data}/failures", "the others are done"
-        if args.dry_run:
-            where, rest = "listed above", "the others can be"
-        raise UserError(f"{count(len(failures), 'slide')} could not be prepared ({where}); {rest}")
+    where = f" and in {args.data}/failures); the others are done" if not args.dry_run else ")"
+    check(not failures, f"{count(len(failures), 'slide')} could not be prepared (listed above{where}")
 
 
 if __name__ == "__main__":

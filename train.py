@@ -810,7 +810,7 @@ def demo(args, given):
     for name in ("data", "out", "device", "dtype", "seed", "workers"):
         if getattr(args, name) != getattr(defaults, name):
             where += [f"--{name}", getattr(args, name)]
-    took = {"slides": show("prepare.py", "--demo", "--demo-slides", args.demo_slides, *where)}
+    took = {"slides": show("prepare.py", "--demo", args.demo_slides, *where)}
     for stage in (1, 2, 3):
         took[f"stage {stage}"] = show("train.py", "--stage", stage, "--log-every", 20, *given)
     answers = args.out / "test.jsonl"
@@ -852,6 +852,8 @@ def parse(argv=None):
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
     add("--demo", "draw toy slides, train all stages, answer held-out questions", **yes)
+    toys = "toy slides to train on (default: 500); a fifth more are held out"
+    add("--demo-slides", toys, type=at_least(5), default=500)
     add("--export", "write out/stage3 for transformers", metavar="DIR", type=wsi_llava.some_path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
@@ -871,7 +873,6 @@ def parse(argv=None):
     add_recipe_flags(parser)
     wsi_llava.add_weights_flags(parser, tiles=False)
     wsi_llava.add_shared_flags(parser)
-    prepare.add_demo_flags(parser)
     return parser.parse_args(argv)
 
 
