@@ -4563,6 +4563,8 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
     ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
     ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all; sample.py --qa answers them"),
     ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers, so it cannot come first"),
+    ('{"settings": {}}\n{"n": 0, "answer": "a"}\n', "lacks questions and true answers, so it cannot come first"),
+    ('{"settings": {}}\n{"n": 0, "answer": ["a", "b"]}\n', "predictions.jsonl: its .* answer is no text"),
 ])  # fmt: skip
 def test_bad_files_of_predictions_are_named(tmp_path, text, message):
     path = tmp_path / "predictions.jsonl"
