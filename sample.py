@@ -818,26 +818,30 @@ def text_of(value):
 def read_answers(path):
     """A file of predictions -> (its rows under our names, a note of what was taken for what)."""
     with reading(path, "expected predictions of sample.py --qa, JSON lines, a JSON list or CSV"):
-        if path.read_bytes().startswith(b'{"settings"'):
+        ours = path.read_bytes().startswith(b'{"settings"')
+        if ours:
             settings, rows = read_predictions(path)
-            some = f"answers {len(rows):,} of {settings['asked']:,} questions" if "asked" in settings else ""
-            return [row | {"number": (settings.get("questions"), n)} for n, row in sorted(rows.items())], some
-        table = [entry for _, entry in prepare.read_entries(path)]
-        table = [{name.strip().lower(): value for name, value in row.items()} for row in table]
-        columns = list(dict.fromkeys(itertools.chain(*table)))
-        known = THEIRS | {"answer": " ".join([*SAID, "answer"])}
-        taken = {name: next((x for x in known[name].split() if x in columns), None) for name in known}
-        if taken["answer"] != "answer" and "answer" in columns:
-            taken["truth"] = taken["truth"] or "answer"
-        check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
-        rows = [{name: text_of(row.get(column)) for name, column in taken.items()} for row in table]
+            rows = [row | {"number": (settings.get("questions"), n)} for n, row in sorted(rows.items())]
+            note = f"answers {len(rows):,} of {settings['asked']:,} questions" if "asked" in settings else ""
+        else:
+            table = [entry for _, entry in prepare.read_entries(path)]
+            table = [{name.strip().lower(): value for name, value in row.items()} for row in table]
+            columns = list(dict.fromkeys(itertools.chain(*table)))
+            known = THEIRS | {"answer": " ".join([*SAID, "answer"])}
+            taken = {name: next((x for x in known[name].split() if x in columns), None) for name in known}
+            if taken["answer"] != "answer" and "answer" in columns:
+                taken["truth"] = taken["truth"] or "answer"
+            check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
+            rows = [{name: row.get(column) for name, column in taken.items()} for row in table]
+            note = "took " + ", ".join(f"{taken[name]} for the {name}" for name in taken if taken[name])
+            unknown = ", ".join(name for name in columns if name not in taken.values())
+            note += f"; knows nothing of {unknown}" * bool(unknown)
         for row in rows:
-            row |= {name: row[name] or "" for name in ("id", "task", "cancer")}
-            row["question"] = wsi_llava.without_image(row["question"] or "")
-            row["slide"] = row["slide"] and prepare.slide_id(row["slide"]) or ""
-        note = "took " + ", ".join(f"{column} for the {name}" for name, column in taken.items() if column)
-        unknown = ", ".join(name for name in columns if name not in taken.values())
-        return rows, note + f"; knows nothing of {unknown}" * bool(unknown)
+            row |= {name: text_of(row.get(name)) for name in ("truth", *FIELDS)}
+            row |= {name: text_of(row.get(name)) or "" for name in THEIRS if name != "truth"}
+            row["question"] = wsi_llava.without_image(row["question"])
+            row["slide"] = prepare.slide_id(row["slide"]) if row["slide"] and not ours else row["slide"]
+        return rows, note
 
 
 def keys_of(row):

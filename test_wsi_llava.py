@@ -4564,6 +4564,8 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
     ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
     ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all; sample.py --qa answers them"),
     ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers, so it cannot come first"),
+    ('{"settings": {}}\n{"n": 0, "answer": "a"}\n', "lacks questions and true answers, so it cannot come first"),
+    ('{"settings": {}}\n{"n": 0, "answer": ["a", "b"]}\n', "predictions.jsonl: its .* answer is no text"),
 ])  # fmt: skip
 def test_bad_files_of_predictions_are_named(tmp_path, text, message):
     path = tmp_path / "predictions.jsonl"
@@ -5573,53 +5575,6 @@ def stage1_step(preset, at_once, sizes):
     return seconds, wsi_llava.peak_memory(device)
 
 
-def bare_tile(slide, x, y):
-    """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and
-    checks no alpha."""
-    slide.file.read_region((x, y), 0, (256, 256))
-
-
-def naive_tile(slide, x, y):
-    """What a plain loop does for each tile of another resolution: read, flatten onto white, resize."""
-    side, corner = math.ceil(256 * slide.zoom), (round(x * slide.scale), round(y * slide.scale))
-    region = slide.file.read_region(corner, slide.level, (side, side))
-    white = Image.new("RGB", region.size, (255, 255, 255))
-    white.paste(region, mask=region.getchannel("A"))
-    return np.asarray(white.resize((256, 256), Image.Resampling.LANCZOS))
-
-
-def read_each(tile, coords):
-    for x, y in coords.tolist():
-        tile(x, y)
-
-
-def benchmark_reading(rounds=5):
-    """A slide of 8,192 px, all its tiles: ours, block by block, against a plain loop in raster order, turn by
-    turn in one process; the fastest of the rounds."""
-    toy, large = prepare.draw_slide(CASE)[0], Image.new("RGB", (8192, 8192))
-    for corner in itertools.product(range(0, 8192, 2048), repeat=2):
-        large.paste(toy, corner)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "large.tif")
-        write_tiff(path, large)
-        for what, mpp, peer in (
-            ("as it is", 0.5, bare_tile),
-            ("2x2 mean", 0.25, naive_tile),
-            ("Lanczos, 1.67x", 0.3, naive_tile),
-        ):
-            slide, plain = prepare.Slide(path, mpp=mpp), prepare.Slide(path, mpp=mpp)
-            mask = np.ones((slide.height // prepare.MASK, slide.width // prepare.MASK), bool)
-            coords = prepare.tile_grid(mask, 1)
-            order = np.lexsort((*coords.T, *(coords.T // (prepare.BLOCK * 256))))
-            ours = functools.partial(read_each, slide.tile, coords[order])
-            theirs = functools.partial(read_each, functools.partial(peer, plain), coords)
-            times = {ours: [], theirs: []}
-            for work in [ours, theirs] * rounds:
-                times[work].append(1e3 * seconds_of(work) / len(coords))
-            a, b = (min(times[work]) for work in (ours, theirs))
-            print(f"{what}: ours {a:.2f} ms a tile, a plain loop {b:.2f}, ratio {b / a:.2f}")
-
-
 def attention_flops(L, cfg):
     """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that
     meet."""
@@ -5912,7 +5867,6 @@ BENCHMARKS = {
     "kills": functools.partial(on_a_demo, "kills"),
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
-    "reading": benchmark_reading,
     "steps": benchmark_steps,
     "relevance": benchmark_relevance,
 }

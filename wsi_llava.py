@@ -2494,9 +2494,9 @@ def peak_memory(device=None):
 def main():
     Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
     for preset, cfg in PRESETS.items():
-        model, sizes = on_meta(WSILLaVA, cfg), []
-        for part in (on_meta(TileEncoder, cfg.tile_encoder), *model.children()):
-            sizes.append(f"{type(part).__name__} {sum(p.numel() for p in part.parameters()):,}")
+        sizes, encoder = [], on_meta(TileEncoder, cfg.tile_encoder)
+        for name, part in [("tile_encoder", encoder), *on_meta(WSILLaVA, cfg).named_children()]:
+            sizes.append(f"{name} {sum(p.numel() for p in part.parameters()):,}")
         print(f"{preset:5} parameters: {', '.join(sizes)}")
     print("\nShapes, for a slide of 12 tiles through the demo's model")
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
