@@ -797,7 +797,7 @@ def export(args):
 
 
 def show(script, *flags):
-    """Prints a command as a user types it, and runs it -> the seconds it took."""
+    """Prints a command as a user types it; runs it -> seconds."""
     began, flags = time.time(), list(map(str, flags))
     say(f"\n$ python {script} {shlex.join(flags)}")
     status = subprocess.call([sys.executable, str(Path(__file__).with_name(script)), *flags])
