@@ -5234,7 +5234,7 @@ def flags_of(name):
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         SCRIPTS[name].parse(["--help"])
     found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.getvalue()))
-    return sorted(found - {"--help", "--demo", "--device", "--benchmark"})
+    return sorted(found - {"--help", "--demo", "--device"})
 
 
 def run_forked(argv, folder, seconds=120, replace=os.replace, before=None):

@@ -105,9 +105,8 @@ def all_sum(x):
 
 def gather(x):
     """-> a list of what each process gave; all wait for the last."""
-    found = [x]
+    found = [x] * WORLD
     if WORLD > 1:
-        found = [None] * WORLD
         dist.all_gather_object(found, x)
     return found
 
@@ -514,8 +513,7 @@ class Conversation(Task):
         """As many for each process: rows of like length together, so that little is padded. (In the batch
         only: batches of one length would be of one task, and no random draws.)"""
         rows = sorted(rows, key=lambda row: len(str(row["conversations"])))
-        rounds = min(math.ceil(len(rows) / (self.micro_batch * WORLD)), len(rows) // WORLD)
-        parts = rounds * WORLD
+        parts = WORLD * min(math.ceil(len(rows) / (self.micro_batch * WORLD)), len(rows) // WORLD)
         return [rows[k * len(rows) // parts : (k + 1) * len(rows) // parts] for k in range(parts)]
 
     def losses(self, rows, learn):
@@ -671,11 +669,20 @@ def draw_curves(path, log, width=520, height=300):
     line = " ".join(at(entry, entry["loss"]) for entry in log)
     dots = "".join(f"M{at(entry, entry['val_loss'])}h0" for entry in log if "val_loss" in entry)
     told = f"loss, 0 to {top:.2f}, in {steps} steps: training (line), validation (dots)"
-    svg = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="12">
+    text = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="12">
         <rect width="100%" height="100%" fill="white"/> <text x="90" y="16">{told}</text>
         <polyline points="{line}" fill="none" stroke="#1f5fb4"/>
         <path d="{dots}" stroke="#d65a1e" stroke-width="6" stroke-linecap="round"/></svg>\n"""
-    write_text(path, svg)
+    write_text(path, text)
+
+
+def write_log(folder, log, draw):
+    """Adds the last entry to log.jsonl, and draws the curves."""
+    if RANK == 0:
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(log[-1]) + "\n")
+        if draw:
+            draw_curves(folder / "loss.svg", log)
 
 
 def say_start(stage, args, task, steps, batches):
@@ -744,11 +751,7 @@ def run_stage(stage, args, folder, stop):
             ruined = f"stage {stage}: {entry} is not finite; try a lower --lr; the batch: {ids}"
             check(all(map(math.isfinite, entry.values())), ruined)
             log.append(entry)
-            if RANK == 0:
-                with open(folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            if due and RANK == 0:
-                draw_curves(folder / "loss.svg", log)
+            write_log(folder, log, due)
             if due or step % args.log_every == 0:
                 left = tqdm.format_interval((time.time() - began) / (step - first) * (steps - step))
                 told = " ".join(f"{name} {value:.5g}" for name, value in entry.items() if name != "step")
@@ -792,8 +795,7 @@ def export(args):
     if encoder:
         wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
     wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector)  # its config.json comes last
-    flags = f"--llm {folder} --slide-encoder {file}"
-    say(f"Done, without a chat template. It answers by: python sample.py {flags} --out new ...")
+    say(f"Done, without a chat template: python sample.py --llm {folder} --slide-encoder {file} --out new")
 
 
 def show(script, *flags):
