@@ -225,11 +225,8 @@ PRESETS = {
 
 
 def preprocess_tiles(tiles):
-    """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std.
-
-    This is Prov-GigaPath's preprocessing. Its resize to 256 is the identity here: tiles are cut at 256 px.
-    Raises ValueError for anything but such tiles.
-    """
+    """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std, as
+    Prov-GigaPath does (its resize to 256 is the identity here). Raises ValueError for other tiles."""
     _, height, width, channels = tiles.shape
     if tiles.dtype != torch.uint8 or (height, width, channels) != (TILE, TILE, 3):
         raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
@@ -296,17 +293,6 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class PatchEmbed(nn.Module):
-    """Images [B,3,224,224] -> one token a patch, [B,196,C]."""
-
-    def __init__(self, patch_size, width):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,C,196] -> [B,196,C]
-
-
 class TileEncoder(nn.Module):
     """Prov-GigaPath's tile encoder: preprocessed images [B,3,224,224] -> [B,C], the CLS after the norm.
 
@@ -319,16 +305,16 @@ class TileEncoder(nn.Module):
         patches = (cfg.image_size // cfg.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, cfg.width))
-        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
+        patch = nn.Conv2d(3, cfg.width, cfg.patch_size, cfg.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patch})
         self.blocks = nn.ModuleList(
             Block(cfg.width, cfg.heads, cfg.mlp_hidden, cfg.layer_scale) for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     def forward(self, images):
-        B, _, _, _ = images.shape
-        x = self.patch_embed(images)  # [B,196,C]
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,196,C]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 0]
@@ -336,11 +322,8 @@ class TileEncoder(nn.Module):
 
 @torch.no_grad()
 def untrained_tile_encoder(cfg=None, seed=0):
-    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science.
-
-    A random network still tells colours and textures apart (a random projection of every patch, a random
-    non-linearity, an average over the tile), which is all that the toy cohort asks of it.
-    """
+    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. A
+    random network still tells colours and textures apart, which is all that the toy cohort asks of it."""
     encoder = TileEncoder(cfg or PRESETS["demo"].tile_encoder).eval()
     rng = np.random.default_rng(seed)
     for name, p in encoder.named_parameters():
@@ -954,10 +937,8 @@ class SlideEncoder(nn.Module):
 
     @torch.no_grad()
     def standardize_inputs(self, features):
-        """Sets an untrained encoder's first layer so that features [N,C_tile] enter with mean 0, deviation 1.
-
-        What all tiles have in common is many times what tells them apart; untreated, it stalls stage 1.
-        """
+        """Sets an untrained encoder's first layer so that features [N,C_tile] enter with mean 0, deviation 1:
+        what all tiles have in common is many times what tells them apart, and stalls stage 1."""
         std, mean = torch.std_mean(features.float(), dim=0)  # [C_tile] each
         proj = self.patch_embed["proj"]
         proj.weight /= std.clamp(min=1e-4)
@@ -1006,8 +987,7 @@ class WSITextAlignment(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_slides(self, features, coords, lengths):
-        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [S,E] of unit
-        length."""
+        """features [sum of N,C_tile], coords [sum of N,2], lengths: each N -> [S,E] of unit length."""
         tokens = self.slide_encoder.visual_tokens(features, coords, lengths)  # [S,V,C]
         return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
 
@@ -1248,8 +1228,8 @@ def slide_first(turns, image=True):
 
 
 def read_pieces(path):
-    """A tokenizer.model (SentencePiece: Llama's, Vicuna's, Mistral's) or tokenizer.json (read by Hugging
-    Face's package: Llama 3's, Qwen's, SmolLM's) -> encode, decode, a special token's id, number of tokens."""
+    """A tokenizer.model (SentencePiece: Llama's, Vicuna's, Mistral's) or tokenizer.json (Llama 3's, Qwen's) ->
+    encode, decode, a special token's id, number of tokens."""
     if path.suffix != ".json":
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         ids = {model.id_to_piece(i): i for i in range(len(model))}
@@ -1270,28 +1250,27 @@ def read_pieces(path):
 
 
 class Tokenizer:
-    """A language model's tokenizer and the prompts that it was trained on.
-
-    path: tokenizer.model or tokenizer.json. chat: a row of CHAT_FORMATS, by default the one whose special
-    tokens the tokenizer has. eos: the token that ends an answer; ends: every token that does.
-    """
+    """A language model's tokenizer and the prompts that it was trained on. chat: a row of CHAT_FORMATS, by
+    default the one whose special tokens it has. eos ends an answer; ends: every token that does."""
 
     def __init__(self, path, chat=None):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
             # encode: a text -> its ids, a list; id: a special token -> its id, or None
             self.encode, self.decode_ids, self.id, self.size = read_pieces(self.path)
-        lacking = {}
-        for name, row in CHAT_FORMATS.items():
-            tokens = re.findall(SPECIAL_TOKENS, row.start + row.human + row.end)
-            lacking[name] = [token for token in tokens if self.id(token) is None]
-        chat = chat or next(name for name, tokens in lacking.items() if not tokens)  # vicuna has none
-        lacks = f"{path}: lacks {few(lacking[chat])} of --chat-format {chat}; leave it out, or try another"
-        check(not lacking[chat], lacks)
-        self.chat = CHAT_FORMATS[chat]
-        self.bos = [self.id(self.chat.bos)] if self.chat.bos and self.id(self.chat.bos) is not None else []
-        ends = [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"]
-        ends = [self.id(token) for token in ends if self.id(token) is not None]
+        for name in [chat] if chat else CHAT_FORMATS:
+            self.chat = CHAT_FORMATS[name]
+            tokens = re.findall(SPECIAL_TOKENS, self.chat.start + self.chat.human + self.chat.end)
+            lacking = [token for token in tokens if self.id(token) is None]
+            if not lacking:  # vicuna, the last, has none
+                break
+        check(
+            not lacking, f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out, or try another"
+        )
+        bos = self.id(self.chat.bos) if self.chat.bos else None
+        self.bos = [] if bos is None else [bos]
+        ends = map(self.id, [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"])
+        ends = [end for end in ends if end is not None]
         check(ends, f"{path}: has no {self.chat.end} to end an answer with; try another --chat-format")
         self.eos, self.ends = ends[0], {ends[0]}
 
@@ -1303,11 +1282,8 @@ class Tokenizer:
         return self.size
 
     def encode_template(self, template, value):
-        """A template of CHAT_FORMATS with a value for its {} -> ids.
-
-        Special tokens are looked up; the text between them, and between <image> placeholders, is encoded
-        piece by piece, each as it stands: as in LLaVA, the space before <image> stays.
-        """
+        """A template of CHAT_FORMATS with a value for its {} -> ids. The text between special tokens, and
+        around <image>, is encoded piece by piece, each as it stands, as in LLaVA."""
         ids = []
         for i, part in enumerate(re.split(f"({SPECIAL_TOKENS})", template)):
             if i % 2:
@@ -1323,11 +1299,8 @@ class Tokenizer:
         return (self.bos if first else []) + self.encode_template(before + self.chat.human, question)
 
     def encode_chat(self, turns):
-        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists).
-
-        <image> in a human turn becomes IMAGE_TOKEN. Labels are the answers and the token that ends them,
-        IGNORE elsewhere. Where the last turn is the human's, the ids are ready to be continued.
-        """
+        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists): the answers and the
+        token that ends them, IGNORE elsewhere. After a human's last turn, ids are ready to be continued."""
         ids, labels = [], []
         for turn in turns:
             if turn["from"] == "human":
@@ -1395,12 +1368,9 @@ class WSILLaVA(nn.Module):
         return self.mm_projector(F.pad(visual.to(weight.dtype), (0, self.cfg.pad_to - visual.shape[-1])))
 
     def splice(self, visual, ids, labels=None):
-        """Puts projected visual tokens where the ids say IMAGE_TOKEN.
-
-        visual: one slide a row, [B,V,C] or a list of B tensors [V,C] (or None: no slide), or None. ids: a
-        list of B lists. labels: the same, or None. -> embeds [B,T,C], labels [B,T], both padded on the right
-        to the longest row. Raises ValueError where a slide has no IMAGE_TOKEN in its row, or not just one.
-        """
+        """Puts projected visual tokens where the ids say IMAGE_TOKEN -> embeds [B,T,C], labels [B,T], padded
+        on the right. visual: B slides [V,C], each or all may be None; ids, labels: B lists. Raises ValueError
+        where a slide has no IMAGE_TOKEN in its row, or not just one."""
         rows, row_labels = [], []
         for b, row in enumerate(ids):
             label = [IGNORE] * len(row) if labels is None else labels[b]
@@ -1437,9 +1407,9 @@ class WSILLaVA(nn.Module):
         """Yields a list of each row's next token (None after its end) until all rows have ended.
 
         Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled
-        from the top_k most likely (0: all) and the smallest set of probability top_p. ends: the tokens that
-        end a row. cache: a KVCache of an earlier turn, which is then continued; it ends up holding all but
-        the last token. Raises UserError where the prompt exceeds the context, or the weights are damaged.
+        from the top_k most likely (0: all) and the smallest set of probability top_p. cache: an earlier
+        turn's KVCache, which is continued, and ends up holding all but the last token. Raises UserError where
+        the prompt exceeds the context, or the weights are damaged.
         """
         embeds, _ = self.splice(visual, ids)
         B, T, _ = embeds.shape
@@ -1526,10 +1496,9 @@ def add_lora(llama, rank, alpha, dropout=0.0):
 def merge_lora(llama):
     """Puts the sum of weights and adapters in the place of both -> the llama."""
 
-    def merged(linear):
-        if not isinstance(linear, LoRALinear):
-            return linear
-        return add_update(linear.base, linear.lora_a, linear.lora_b, linear.scale)
+    def merged(layer):
+        adapted = isinstance(layer, LoRALinear)
+        return add_update(layer.base, layer.lora_a, layer.lora_b, layer.scale) if adapted else layer
 
     return replace_linears(llama, merged)
 
@@ -1554,14 +1523,12 @@ class Int8Linear(nn.Module):
         return torch.cat(parts, -1) * self.scale.to(x.dtype)
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
             y = checkpoint(self.product, x, use_reentrant=False)
-        elif _on_cpu(x) and rows <= 16 and x.shape[-1] % 32 == 0:
+        elif _on_cpu(x) and x.shape[:-1].numel() <= 16 and x.shape[-1] % 32 == 0:
             # Of few rows the cost is that of reading W, and PyTorch's kernel reads it as int8. It takes
             # bfloat16, and reads past the end of rows that are no multiple of 32.
-            few = x.reshape(rows, -1).bfloat16()
-            y = torch._weight_int8pack_mm(few, self.weight, self.scale.bfloat16())
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale.bfloat16())
             y = y.view(*x.shape[:-1], -1).to(x.dtype)
         else:
             y = self.product(x)
@@ -1604,11 +1571,8 @@ def reading(path, hint):
         raise
     except Exception as error:
         reason = one_line(error, 120) or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"lacks {reason}"
-        elif isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        raise UserError(f"{path}: {reason}; {hint}") from None
+        known = {KeyError: f"lacks {reason}", FileNotFoundError: "no such file"}
+        raise UserError(f"{path}: {known.get(type(error), reason)}; {hint}") from None
 
 
 @contextlib.contextmanager
@@ -1686,11 +1650,8 @@ def on_meta(make, *args):
 
 
 def load_strict(module, tensors, source, table=(), only=r".*"):
-    """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled.
-
-    table: as for rename. only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part
-    of the module. Raises UserError that names the keys and shapes that do not fit, with `source` first.
-    """
+    """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled, or
+    those that match `only`. table: as for rename. Raises UserError: source, the keys and shapes that misfit."""
     expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
     given, problems = {}, collections.defaultdict(list)
     for key, tensor in tensors.items():
@@ -1701,14 +1662,14 @@ def load_strict(module, tensors, source, table=(), only=r".*"):
             problems["keys that the model lacks"].append(key)
         elif name in given:
             problems["two keys of one parameter"].append(key)
-        elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            of = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            shapes = f"{list(tensor.shape)}{of}, not {list(expected[name].shape)}"
+        elif not tensor.is_floating_point():
+            problems["no floating point"].append(key)
+        elif tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)}"
             problems["wrong shapes"].append(f"{key} is {shapes}")
         given[name] = tensor
-    for name in expected.keys() - given:
-        problems["missing keys"].append(name)
-    texts = [f"{kind} ({len(keys)}): {few(sorted(keys))}" for kind, keys in problems.items()]
+    problems["missing keys"] = list(expected.keys() - given)
+    texts = [f"{kind} ({len(keys)}): {few(sorted(keys))}" for kind, keys in problems.items() if keys]
     check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
     module.load_state_dict(given, assign=True, strict=False)  # checked above
     return module
@@ -1986,7 +1947,7 @@ def is_report(row):
 
 
 def is_slide_name(slide):
-    """Whether a text can be the name of a slide: wherever it comes from, it cannot lead out of its folder."""
+    """Whether a text can be a slide's name: wherever it comes from, it cannot lead out of its folder."""
     return isinstance(slide, str) and bool(slide.strip(".")) and not re.search(r"[/\\\0]", slide)
 
 
@@ -2092,9 +2053,7 @@ def keep_visual_tokens(model, data, slide):
 
 def cache_visual_tokens(model, data, slides, progress=iter):
     """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}.
-
-    The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
-    """
+    The slide encoder is frozen after stage 1, so it runs once a slide, however often that is asked about."""
     written, problems = 0, {}
     for slide in progress(slides):
         try:
@@ -2402,9 +2361,10 @@ def peak_memory(device=None):
 def main():
     Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
     for preset, cfg in PRESETS.items():
-        sizes, encoder = [], on_meta(TileEncoder, cfg.tile_encoder)
-        for name, part in [("tile_encoder", encoder), *on_meta(WSILLaVA, cfg).named_children()]:
-            sizes.append(f"{name} {sum(p.numel() for p in part.parameters()):,}")
+        parts = {"tile_encoder": on_meta(TileEncoder, cfg.tile_encoder)} | dict(
+            on_meta(WSILLaVA, cfg).named_children()
+        )
+        sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()]
         print(f"{preset:5} parameters: {', '.join(sizes)}")
     print("\nShapes, for a slide of 12 tiles through the demo's model")
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
