@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -239,7 +240,7 @@ def demo(tmp_path_factory):
     """A demo too short to learn more than to speak -> (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("demo")
     places = ["--data", folder / "data", "--out", folder / "out"]
-    done = script("train.py", "--demo", "--demo-slides", 15, "--epochs", 1, "--val", 0.2, *places)
+    done = script("train.py", "--demo", 15, "--epochs", 1, "--val", 0.2, *places)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -4738,6 +4739,46 @@ def test_demo_runs_end_to_end(demo):
     assert not set(train.slides_in(sides[0])) & set(train.slides_in(sides[1]))
 
 
+def readme_blocks():
+    """README's blocks of commands and of output, as lists of lines."""
+    return [block.strip().splitlines() for block in (HERE / "README.md").read_text().split("```")[1::2]]
+
+
+def without_numbers(line):
+    """A line of a table or a message, numbers and widths aside."""
+    return " ".join(re.sub(r"-{2,}", "-", re.sub(r"\d[\d.,]*", "0", line)).split())
+
+
+@slow
+def test_the_readme_shows_what_the_demo_prints(demo):
+    shown = next(block for block in readme_blocks() if block[0].startswith("|"))
+    printed = {without_numbers(line) for line in demo[1].splitlines()}
+    assert len(shown) > 8 and [line for line in shown if without_numbers(line) not in printed] == []
+
+
+@slow
+def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
+    """All that need no download, no judge and no shell: on the demo's data, and on two slides of one's own."""
+    for name in ("data", "out"):
+        shutil.copytree(demo[0] / name, tmp_path / name)
+    (tmp_path / "slides").mkdir()
+    for name in "ab":
+        shutil.copy(toy_slide[0], tmp_path / "slides" / f"{name}.svs")
+    for split in ("train", "test"):
+        rows = "a,A tumor.\nb,No tumor.\n"
+        (tmp_path / f"questions_{split}.csv").write_text(f"slide,report\n{rows}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
+    ran = 0
+    for block in readme_blocks():
+        for line in block if "done" not in block else ():  # a loop of the shell
+            if line.startswith("python ") and not re.search("--demo|--judge|--lora|test_wsi", line):
+                _, script, *flags = shlex.split(line.replace("demo_0500", "demo_0015"), comments=True)
+                {"prepare.py": prepare, "train.py": train, "sample.py": sample}[script].main(flags)
+                ran += 1
+    assert ran >= 12 and (tmp_path / "map.png").exists() and (tmp_path / "mine" / "out" / "stage3").exists()
+
+
 @pytest.mark.parametrize(
     "program, flags, message",
     [
@@ -5096,7 +5137,7 @@ def set_out(folder, demo=None):
     if demo:
         shutil.copytree(demo, folder)
     else:
-        done = script("train.py", "--demo", "--demo-slides", 10, "--epochs", 1, *places)
+        done = script("train.py", "--demo", 10, "--epochs", 1, *places)
         assert done.returncode == 0, done.stderr
     (folder / "foreign").mkdir()
     coords = torch.tensor([[0, 0], [256, 0], [512, 0]])
@@ -5479,53 +5520,6 @@ def stage1_step(preset, at_once, sizes):
     return seconds, wsi_llava.peak_memory(device)
 
 
-def bare_tile(slide, x, y):
-    """As little as a plain loop can do for a tile that is read as it is: this leaves Pillow's RGBA, and
-    checks no alpha."""
-    slide.file.read_region((x, y), 0, (256, 256))
-
-
-def naive_tile(slide, x, y):
-    """What a plain loop does for each tile of another resolution: read, flatten onto white, resize."""
-    side, corner = math.ceil(256 * slide.zoom), (round(x * slide.scale), round(y * slide.scale))
-    region = slide.file.read_region(corner, slide.level, (side, side))
-    white = Image.new("RGB", region.size, (255, 255, 255))
-    white.paste(region, mask=region.getchannel("A"))
-    return np.asarray(white.resize((256, 256), Image.Resampling.LANCZOS))
-
-
-def read_each(tile, coords):
-    for x, y in coords.tolist():
-        tile(x, y)
-
-
-def benchmark_reading(rounds=5):
-    """A slide of 8,192 px, all its tiles: ours, block by block, against a plain loop in raster order, turn by
-    turn in one process; the fastest of the rounds."""
-    toy, large = prepare.draw_slide(CASE)[0], Image.new("RGB", (8192, 8192))
-    for corner in itertools.product(range(0, 8192, 2048), repeat=2):
-        large.paste(toy, corner)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "large.tif")
-        write_tiff(path, large)
-        for what, mpp, peer in (
-            ("as it is", 0.5, bare_tile),
-            ("2x2 mean", 0.25, naive_tile),
-            ("Lanczos, 1.67x", 0.3, naive_tile),
-        ):
-            slide, plain = prepare.Slide(path, mpp=mpp), prepare.Slide(path, mpp=mpp)
-            mask = np.ones((slide.height // prepare.MASK, slide.width // prepare.MASK), bool)
-            coords = prepare.tile_grid(mask, 1)
-            order = np.lexsort((*coords.T, *(coords.T // (prepare.BLOCK * 256))))
-            ours = functools.partial(read_each, slide.tile, coords[order])
-            theirs = functools.partial(read_each, functools.partial(peer, plain), coords)
-            times = {ours: [], theirs: []}
-            for work in [ours, theirs] * rounds:
-                times[work].append(1e3 * seconds_of(work) / len(coords))
-            a, b = (min(times[work]) for work in (ours, theirs))
-            print(f"{what}: ours {a:.2f} ms a tile, a plain loop {b:.2f}, ratio {b / a:.2f}")
-
-
 def attention_flops(L, cfg):
     """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that
     meet."""
@@ -5792,13 +5786,34 @@ def on_a_demo(what, *flags):
     print(f"{len(faults)} faults in {time.perf_counter() - started:.0f} s", *faults)
 
 
+def benchmark_relevance(data="data", out="out", most=20):
+    """Heatmaps of a demo against the truth: of slides with pigment, how relevant are the tiles that hold it to
+    "Yes, brown pigment is present."? And is the most relevant tile one of them?"""
+    args = train_args("--data", data, "--out", out)
+    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
+    cases = json.loads((args.data / "cohort.json").read_text())["cases"]
+    planted = {case["slide"]: case["planted"] for case in cases}
+    times, hits = [], []
+    for row in prepare.read_qa(args.data / "qa" / "test.jsonl"):
+        if row["task"] == "focus" and planted[row["slide"]] and len(hits) < int(most):
+            features, coords = wsi_llava.read_features(args.data, row["slide"])
+            holds = np.array([corner in planted[row["slide"]] for corner in coords.tolist()])
+            asked, told = (turn["value"] for turn in row["conversations"])
+            asked = wsi_llava.without_image(asked)
+            relevance = sample.tile_relevance(model, tokenizer, features, coords, asked, told).numpy()
+            speaking = relevance.clip(min=0)  # negative: evidence against the answer
+            times.append(speaking[holds].mean() / speaking.mean())
+            hits.append(holds[relevance.argmax()])
+    print(f"{len(hits)} slides: {np.mean(times):.1f} times the mean relevance, {np.mean(hits):.0%} found")
+
+
 BENCHMARKS = {
     "fuzz": functools.partial(on_a_demo, "fuzz"),
     "kills": functools.partial(on_a_demo, "kills"),
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
-    "reading": benchmark_reading,
     "steps": benchmark_steps,
+    "relevance": benchmark_relevance,
 }
 
 if __name__ == "__main__":

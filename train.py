@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -79,7 +80,7 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
         3: Recipe(2e-4, 128, 3, projector_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05),
     },
     "demo": {
-        1: Recipe(1e-3, 60, 30, warmup=0.05, weight_decay=0.05, **DEMO),
+        1: Recipe(1e-3, 60, 45, warmup=0.05, weight_decay=0.05, **DEMO),
         2: Recipe(2e-3, 32, 4, micro_batch=32, **DEMO),
         3: Recipe(3e-3, 48, 2, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=12, **DEMO),
     },
@@ -796,7 +797,7 @@ def export(args):
 
 
 def show(script, *flags):
-    """Prints a command as a user types it and runs it, in a process of its own -> the seconds it took."""
+    """Prints a command as a user types it; runs it -> seconds."""
     began, flags = time.time(), list(map(str, flags))
     say(f"\n$ python {script} {shlex.join(flags)}")
     status = subprocess.call([sys.executable, str(Path(__file__).with_name(script)), *flags])
@@ -810,7 +811,7 @@ def demo(args, given):
     for name in ("data", "out", "device", "dtype", "seed", "workers"):
         if getattr(args, name) != getattr(defaults, name):
             where += [f"--{name}", getattr(args, name)]
-    took = {"slides": show("prepare.py", "--demo", args.demo_slides, *where)}
+    took = {"slides": show("prepare.py", "--demo", args.demo, *where)}
     for stage in (1, 2, 3):
         took[f"stage {stage}"] = show("train.py", "--stage", stage, "--log-every", 20, *given)
     answers = args.out / "test.jsonl"
@@ -851,9 +852,8 @@ def parse(argv=None):
     count, yes = at_least(1), {"action": "store_true"}
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
-    add("--demo", "draw toy slides, train all stages, answer held-out questions", **yes)
-    toys = "toy slides to train on (default: 500); a fifth more are held out"
-    add("--demo-slides", toys, type=at_least(5), default=500)
+    toys = "all stages on so many toy slides (500), then questions about a fifth more"
+    add("--demo", toys, metavar="N", nargs="?", const=500, type=at_least(5))
     add("--export", "write out/stage3 for transformers", metavar="DIR", type=wsi_llava.some_path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
@@ -880,8 +880,8 @@ def main(argv=None):
     args = parse(argv)
     check(args.stage or args.export or args.demo, "nothing to do: give --stage, --export or --demo")
     if args.demo:
-        given = sys.argv[1:] if argv is None else argv
-        return demo(args, [flag for flag in given if flag != "--demo"])
+        given = shlex.join(sys.argv[1:] if argv is None else argv)
+        return demo(args, shlex.split(re.sub(r"--demo\b[ =]?\d*", "", given)))
     join_processes(args)
     if args.export:
         return export(args)
