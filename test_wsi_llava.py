@@ -4809,7 +4809,6 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
             "--temperature 101",
             "--temperature: 101 is more than 100",
         ),
-        (sample, "--zero-shot \ud83d", "is not UTF-8"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, message):
