@@ -15,6 +15,7 @@ the loop that trains its small stand-in is the simplest here, and the place to b
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -327,7 +328,7 @@ class Alignment(Task):
         check(not args.no_slide_encoder, "--no-slide-encoder: stage 1 trains it; start with --stage 2")
         self.args = args
         self.words, self.tokenizer = wsi_llava.token_embeddings(args, meta)  # [vocab,C_llm], frozen
-        cfg = self.cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+        cfg = self.cfg = copy.deepcopy(PRESETS[args.preset or meta["preset"]])
         encoder, encoder_cfg = slide_encoder_to_train(args, meta, cfg)
         cfg.slide_encoder = dataclasses.replace(encoder_cfg, trained_on=meta["encoder"]["fingerprint"])
         cfg.text_encoder.in_width, cfg.max_tiles = self.words.shape[1], args.max_tiles
@@ -607,7 +608,6 @@ def stop_signals():
 def alone_in(folder):
     """Refuses a second run in a folder; sweeps up what a killed one had half written. Rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
-    wsi_llava.check_regular(folder / ".claims", "delete it")
     with open(folder / ".claims", "ab") as claims:
         busy = f"{folder}: another run is training here; wait for it, or name another --out"
         check(RANK or prepare.claim(claims, "training"), busy)
