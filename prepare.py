@@ -1503,7 +1503,7 @@ def import_qa(args):
 
 # ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
 
-SIDE = 2048  # pixels of a toy slide, at 0.5 um/px: 8 x 8 tiles
+SIDE = 1536  # pixels of a toy slide, at 0.5 um/px: 6 x 6 tiles
 # each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
 TYPES = {
     "adenocarcinoma": ((214, 160, 200), 84, 5.5),
@@ -1597,7 +1597,7 @@ def draw_slide(case, path=None):
     draw_tumour(rng, draw, case["type"], tumour)
     planted = []
     if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
-        inside = np.argwhere(tissue.reshape(8, 32, 8, 32).mean((1, 3)) > 0.95)
+        inside = np.argwhere(tissue.reshape(SIDE // TILE, 32, -1, 32).mean((1, 3)) > 0.95)
         for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
             corner = np.array([column, row]) * TILE
             spots = TILE / 2 + rng.uniform(-24, 24, 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64)
