@@ -86,10 +86,9 @@ def number(text):
 
 
 class Slide:
-    """A slide seen as one image at the tiled resolution.
+    """A slide seen as one image of width x height pixels at the tiled resolution.
 
-    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from.
-    scale: level-0 pixels per tiled pixel, exactly target / mpp. notes: what a person should know of it. The
+    mpp: um per level-0 pixel, from `source`. scale: level-0 pixels per tiled pixel, exactly target / mpp. The
     argument mpp wins over what the file says; fallback: those of a file that says nothing. Raises UserError
     where the file is no slide or its um/px are unknown.
     """
@@ -101,16 +100,15 @@ class Slide:
         try:
             self.open()
         except Exception as error:  # what OpenSlide and Pillow raise over a damaged file is no short list
-            reason = wsi_llava.one_line(error)
-            raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
+            said = wsi_llava.one_line(error)
+            raise UserError(f"{path}: not a slide that OpenSlide can read ({said})") from None
         claimed = number(self.get("openslide.level[0].tile-width"))
         check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
         self.mpp, self.source = (mpp, "given") if mpp else self.own_mpp(path, fallback)
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         large = f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles"
-        wrong = f"a damaged file, or its um/px are not {self.mpp:g} ({self.source}): --mpp-csv gives others"
-        check(max(self.width, self.height) <= GRID * TILE, f"{large}; {wrong}")
+        check(max(self.width, self.height) <= GRID * TILE, f"{large}; --mpp-csv gives other um/px")
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
         self.level = self.level_at(self.scale)
@@ -140,16 +138,13 @@ class Slide:
         return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
     def own_mpp(self, path, fallback):
-        """What the file says of its um/px, the most trusted first, or the fallback -> (um/px, source)."""
+        """The um/px that the file says, or the fallback -> (um/px, where they are from)."""
         text, unit = self.get("tiff.ImageDescription") or "", self.get("tiff.ResolutionUnit")
         per_unit, written = [self.get("tiff.XResolution"), self.get("tiff.YResolution")], "TIFF tags"
         if isinstance(self.file, openslide.ImageSlide):  # a plain picture, which Pillow reads
             with Image.open(self.path) as image:
-                tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow makes up the other side's dpi
-                text, per_unit = str(tags.get(270, "")), [tags.get(282), tags.get(283)]
-                unit = {2: "inch", 3: "centimeter"}.get(tags.get(296))
-                if not tags and "dpi" in image.info:
-                    per_unit, unit, written = image.info["dpi"], "inch", "dpi"
+                text, unit, written = str(getattr(image, "tag_v2", {}).get(270, "")), "inch", "dpi"
+                per_unit = image.info.get("dpi") or image.info.get("resolution") or (0, 0)
         per_unit = [number(side) or math.inf for side in per_unit]
 
         def microns(unit):  # the sign for micro is written in several ways
@@ -178,8 +173,8 @@ class Slide:
             check(fallback, f"{path}: {says}; give it with --mpp (0.25 is 40x, 0.5 is 20x) or --mpp-csv")
             return fallback, "--mpp"
         source, (wide, high) = next(iter(found.items()))
-        oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
-        check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
+        oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um); give one number by --mpp-csv"
+        check(abs(wide / high - 1) <= NATIVE, oblong)
         sizes = [wide for wide, _ in found.values()]
         if max(sizes) > 1.5 * min(sizes):
             self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
@@ -211,8 +206,7 @@ class Slide:
         return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what
-        lies beyond the slide, or was not scanned, is white."""
+        """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]. Beyond the slide: white."""
         # Corners are in level-0 pixels, by OpenSlide's own number for the level.
         corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
         region = self.file.read_region(corner, level, (width, height))
@@ -222,13 +216,11 @@ class Slide:
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A
-        out takes a copy.
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4].
 
-        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds
-        up. Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one:
-        as scanned); otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches
-        into read along.
+        It lies where the exact scale puts it, to half a level pixel: no error adds up to the right. Where a
+        tiled pixel is a whole number of level pixels, give or take 2%, it is their mean; otherwise the tile
+        is resampled with Lanczos' filter, a margin that the filter reaches into read along.
         """
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
@@ -242,8 +234,7 @@ class Slide:
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
-    def size_at(self, pixel):
-        """Width and height of the whole slide at `pixel` tiled pixels a pixel."""
+    def size_at(self, pixel):  # of the whole slide, `pixel` tiled pixels a pixel
         return [max(1, round(side / pixel)) for side in (self.width, self.height)]
 
     def thumbnail(self, pixel):
@@ -281,16 +272,17 @@ def walk(top):
     seen = set()
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
-        twice, seen = os.path.realpath(folder) in seen, seen | {os.path.realpath(folder)}
-        # hidden: .snapshot, .Trash-1000
-        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith(".") and not twice)
-        paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".") and not twice]
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in set(folders) - ours if name[0] != ".")  # .snapshot, .Trash-1000
+        paths = [Path(folder, name) for name in sorted(files) if name[0] != "."]
         yield Path(folder), [path for path in paths if path.is_file() or not path.exists()]  # no pipes
 
 
 def dicom_tags(path):
-    """A DICOM file's kind (SOP class), series, container and image type, as far as they can be read ->
-    dict of texts."""
+    """A DICOM file's kind (SOP class), series, container and image type, where it has them -> {name: text}."""
     wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
     tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
     with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
@@ -381,27 +373,22 @@ def find_slides(inputs):
 
 def read_mpp_csv(path, slides):
     """Lines of slide,mpp -> {slide id: um/px at level 0}, of these slides {id: path}. A slide is named by its
-    id, its file or its path; the first line may name the columns `slide` and `mpp`, of several."""
-    table, columns = {}, [0, 1]
+    id, its file or its path; the first line may be `slide,mpp`."""
+    table, given, used = {}, {}, set()
     with reading(path, "--mpp-csv takes lines of slide,mpp"):
         rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig"), newline="")))
     for line, row in enumerate(rows, 1):
         row = [cell.strip() for cell in row]
-        if line == 1 and {"slide", "mpp"} <= set(map(str.lower, row)):
-            columns = [[cell.lower() for cell in row].index(name) for name in ("slide", "mpp")]
-        elif any(row):
-            slide, mpp = (row[i] if i < len(row) else "" for i in columns)
-            fits = slide and MPP_RANGE[0] <= number(mpp) <= MPP_RANGE[1]
+        if any(row) and (line > 1 or [cell.lower() for cell in row] != ["slide", "mpp"]):
+            fits = len(row) == 2 and row[0] and MPP_RANGE[0] <= number(row[1]) <= MPP_RANGE[1]
             check(fits, f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel")
-            again = f"{path}, line {line}: {slide} again, with {mpp} and {table.get(slide)} um/px"
-            check(table.setdefault(slide, number(mpp)) == number(mpp), again)
-    given, used = {}, set()
+            again = f"{path}, line {line}: {row[0]} again, with {row[1]} and {table.get(row[0])} um/px"
+            check(table.setdefault(row[0], number(row[1])) == number(row[1]), again)
     for name, file in slides.items():
-        names = name, file.stem, file.name, str(file), os.path.realpath(file)
-        rows = [key for key in names if key in table]
-        if rows:
-            given[name] = table[rows[0]]
-        used.update(rows)
+        for key in (os.path.realpath(file), str(file), file.name, file.stem, name):
+            if key in table:
+                given[name] = table[key]  # by its id before all
+                used.add(key)
     lost = [slide for slide in table if slide not in used]
     if lost:
         print(f"{path}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
@@ -489,8 +476,7 @@ def find_glass(picture):
 
 
 def find_tissue(picture):
-    """RGB thumbnail -> (bool [h,w]: tissue; bool [h,w]: ink, left out; the share of what is dark and has
-    no colour)."""
+    """RGB thumbnail -> (tissue bool [h,w]; ink, left out, bool [h,w]; the share that is dark, without colour)."""
     glass, least = find_glass(picture)
     tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
     stained, inked = np.zeros((2, picture.height, picture.width), bool)
@@ -532,8 +518,7 @@ def given_mask(path, slide, size):
         stretched = (picture.width / picture.height) / (slide.width / slide.height)
         wrong = f"{path}: {picture.width} x {picture.height} px are not of the slide's shape"
         check(abs(stretched - 1) < 0.02 + 1 / min(picture.size), wrong)
-        if picture.mode[0] in "IF":  # labels of more than 8 bits
-            picture = Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
+        check(picture.mode[0] not in "IF", f"{path}: of more than 8 bits a pixel; save it with 8")
         if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
         # A photograph would exchange glass and tissue: it has colour, or greys of all kinds.
@@ -550,10 +535,8 @@ def given_mask(path, slide, size):
 
 
 def drawn_mask(path, slide, size):
-    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w].
-
-    What QuPath ignores (classes Ignore*, missing cores) is no tissue, also inside of other polygons.
-    """
+    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w]. What
+    QuPath ignores (classes Ignore*, missing cores) is no tissue, also inside of other polygons."""
     found = json.loads(path.read_text(encoding="utf-8-sig"))
     features = found.get("features", [found]) if isinstance(found, dict) else found
     shapes = []  # (whether it is ignored, the rings of a polygon)
@@ -621,9 +604,8 @@ def draw_tiles(coords, name, max_tiles, seed):
 
 
 def draw_qc(path, picture, pixel, mask, ink, coords):
-    """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept
-    tiles (blue): what a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a
-    pixel."""
+    """A picture of the whole slide, `pixel` tiled pixels a pixel, with the outlines of its tissue (green), of
+    ink that was left out (red) and the kept tiles (blue): what a person checks before trusting."""
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
@@ -650,12 +632,9 @@ def write_geojson(path, slide, coords):
         file.write("]}\n")
 
 
-# a page's head, and a slide on it
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px sans-serif }}
-figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px; overflow-wrap: anywhere }}
-img {{ max-width: 240px; max-height: 240px }}
-.failed {{ outline: 3px solid #c00 }} .empty {{ outline: 3px solid #d80 }}
+figure {{ display: inline-block; vertical-align: top; width: 240px; overflow-wrap: anywhere }}
+img {{ max-width: 240px; max-height: 240px }} .failed {{ outline: 3px solid #c00 }}
 </style><h1>{title}</h1>
 """
 CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
@@ -664,8 +643,7 @@ CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href
 
 
 def write_index(data):
-    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a
-    browser."""
+    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first."""
     failures, tiles, cards = read_failures(data), {}, []
     for path in (data / "features").glob("*.safetensors"):
         with contextlib.suppress(UserError):
@@ -674,8 +652,6 @@ def write_index(data):
         kind, text = "", count(tiles.get(name, 0), "tile")
         if name in failures:
             kind, text = "failed", f"FAILED: {failures[name]['message']}"
-        elif not tiles[name]:
-            kind, text = "empty", "NO TISSUE"
         href = urllib.parse.quote(f"{name}.jpg")
         cards.append(CARD.format(kind=kind, href=href, name=html.escape(name), text=html.escape(text)))
     title = f"{count(len(cards), 'slide')}, {len(failures)} failed"
@@ -692,9 +668,7 @@ def check_same(path, made, params):
         check(made.get(k) == params.get(k), f"{other}; --overwrite makes it again")
 
 
-@functools.cache
-def say_once(text):
-    print(text, file=sys.stderr)
+warn = functools.cache(functools.partial(print, file=sys.stderr))  # once, however often it is called
 
 
 def claim(claims, name):
@@ -711,7 +685,7 @@ def claim(claims, name):
         if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has it
             return False
         none = f"{claims.name}: its file system has no locks ({error.strerror})"
-        say_once(f"{none}; don't prepare the same slides in two runs at once")
+        warn(f"{none}; don't prepare the same slides in two runs at once")
     return True
 
 
@@ -744,11 +718,9 @@ def write_meta(data, preset, mpp, encoder):
         wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
-    same = old["encoder"]["fingerprint"] == encoder["fingerprint"]
-    other = f"{data} holds features of another tile encoder ({was}; not {now})"
+    same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == mpp
+    other = f"{data} holds features of another tile encoder ({was}, {old['mpp']} um/px; not {now}, {mpp})"
     check(same, f"{other}; name a new folder with --data")
-    another = f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
-    check(old["mpp"] == mpp, another)
     return old
 
 
@@ -1063,8 +1035,7 @@ def find_features(inputs):
                 continue
             for path in files:
                 other = found.setdefault(path.stem, path)
-                same = f"{other} and {path} have the same name"
-                check(other == path, f"{same}; rename one, the slide's id, or name one folder")
+                check(other == path, f"{other} and {path} have the same name; rename one, or name one folder")
     check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
     return dict(sorted(found.items()))
 
@@ -1091,8 +1062,7 @@ def read_foreign(path):
     """One file of features -> (its kind, features float16 [N,C], coords float64 [N,2] or None, attributes).
 
     A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
-    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). Without coords they are visual
-    tokens [576,C], or a slide's one vector [C]. Raises UserError for anything else.
+    feats) and coords. Without coords they are visual tokens [576,C], or a slide's one vector [C].
     """
     with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
         if path.suffix.lower() in (".h5", ".hdf5"):
@@ -1100,14 +1070,18 @@ def read_foreign(path):
         else:
             found = wsi_llava.read_tensors(path, named=False)
             found = {"features": found} if isinstance(found, torch.Tensor) else found
-            kind = f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict"
-            check(isinstance(found, dict), kind)
+            check(
+                isinstance(found, dict),
+                f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict",
+            )
             about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
         name = next((name for name in MAKERS if name in found), None)
         check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
-        for x in [found[name], *([found["coords"]] if "coords" in found else [])]:
+        for x in (found[name], found.get("coords", found[name])):
             plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
             check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
+            finite = x.half() if x is found[name] else x
+            check(finite.isfinite().all(), f"{path}: some values are not finite in half precision")
         kind, features, coords = MAKERS[name], found[name].half(), found.get("coords")
         vector = features.dim() == 1 or about.get("feat_type") in ("slide", "patient")
         if features.dim() == 3 and len(features) == 1:  # a batch of one slide
@@ -1120,20 +1094,17 @@ def read_foreign(path):
             bag = path.parent.name.startswith(("pt_files", "features_")) or len(features) not in (1, 576)
             bare = f"{path}: features {list(found[name].shape)} of tiles without coordinates"
             check(vector or not bag, f"{bare}; import the .h5 with both (visual tokens are [576,C] or [C])")
-        shape = list(features.shape)
-        fits = len(shape) == 2 and (coords is None or len(coords) == shape[0])
-        n = "no" if coords is None else len(coords)
-        check(fits, f"{path}: features {shape} and {n} coords are not [N,C] and [N,2]")
-        finite = features.isfinite().all() and (coords is None or coords.isfinite().all())
-        check(finite, f"{path}: some features or coordinates are not finite in half precision")
+        n = len(features) if coords is None else len(coords)
+        fits = features.dim() == 2 and n == len(features)
+        check(fits, f"{path}: features {list(features.shape)} and {n} coords are not [N,C] and [N,2]")
     return kind, features, coords, about
 
 
 def tiled_coords(path, coords, about, given, args):
     """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels).
 
-    given: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or where it
-    makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution.
+    given: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or makes
+    tiles that do not lie --step apart: it is wrong, or the tiles are of another resolution.
     """
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
         tile, pixels = (float(about.get(name, 0)) for name in ("patch_size_level0", "patch_size"))
@@ -1177,32 +1148,28 @@ def import_file(args, name, path, given, encoder):
     if kind == TOKENS:  # a model takes as many of every slide
         info["n_visual_tokens"] = there = old.get("n_visual_tokens", n)
         check(there == n, f"{path}: {n} visual tokens, but {args.data} holds {there} of every slide")
-    else:
-        order, coords = tiled_coords(path, coords, about, given, args)
-        features, info = features[order], encoder or info
-        check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
-    if args.dry_run:
+        write_meta(args.data, args.preset or "7b", TARGET_MPP, info)
+        file = args.data / "visual_tokens" / f"{name}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        wsi_llava.write_tensors(file, {"visual_tokens": features}, {"made_by": info["source"]})
         return kind
+    order, coords = tiled_coords(path, coords, about, given, args)
+    info, file = encoder or info, wsi_llava.features_file(args.data, name)
+    check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
     write_meta(args.data, args.preset or "7b", TARGET_MPP, info)
     params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": given or args.mpp}
     params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
-    file = wsi_llava.features_file(args.data, name)
-    if kind == TOKENS:
-        (args.data / "visual_tokens").mkdir(exist_ok=True)
-        path = args.data / "visual_tokens" / file.name
-        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": info["source"]})
-    elif file.exists() and not args.overwrite:
+    if file.exists() and not args.overwrite:
         check_same(file, feature_metadata(file)["params"], params)
     else:
-        save_features(file, features, coords, {"params": params})
+        save_features(file, features[order], coords, {"params": params})
     return kind
 
 
 def import_features(args, number=0, shares=1):
     """--features: files that read_foreign takes -> data/features or data/visual_tokens; share `number` of
     `shares`. Returns the failures, [(path, message)]."""
-    failures, kinds, encoder = [], collections.Counter(), None
-    files = find_features(args.features)
+    failures, kinds, encoder, files = [], collections.Counter(), None, find_features(args.features)
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
     if args.tile_encoder:
         model = wsi_llava.load_tile_encoder(args.tile_encoder)
@@ -1215,10 +1182,9 @@ def import_features(args, number=0, shares=1):
         except UserError as error:
             failure = str(error)
             failures.append((path, failure))
-        if not args.dry_run:
-            note_failure(args.data, name, path, failure)
+        note_failure(args.data, name, path, failure)
     what = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in kinds.items()) or "nothing"
-    print(f"{'Could import' if args.dry_run else 'Imported'} {what} of {count(len(files), 'file')}.")
+    print(f"Imported {what} of {count(len(files), 'file')}.")
     return failures
 
 
@@ -1260,8 +1226,8 @@ def slide_id(value):
 
 
 def read_closed(entry, question, answer):
-    """A question and its answer with the options of a row, if there are any: a list, an object by letter, or
-    columns A, B, C... -> (the question, an option a line; the answer, its letter first)."""
+    """A question and its answer with the row's options (a list, an object by letter, columns A, B, C...), if
+    there are any -> (the question, an option a line; the answer, its letter first)."""
     letters = string.ascii_uppercase
     options = next((entry[field] for field in ("options", "choices", "choice") if entry.get(field)), None)
     if options is None and "a" in entry:
@@ -1302,10 +1268,8 @@ def read_turns(entry, question, answer):
 
 
 def read_row(entry, stem, number):
-    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one.
-
-    Raises ValueError, or what Python raises over other types than expected, where it is of no known kind.
-    """
+    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one. Raises
+    ValueError, or what Python raises over other types than expected."""
     entry = {field.strip().lower(): value for field, value in entry.items()}
     fit = [kind for kind in QUESTION_KINDS if all(field in entry for field in kind[1:] if field)]
     if not fit:
@@ -1379,11 +1343,9 @@ def read_entries(path):
 
 
 def read_qa(path):
-    """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"}.
-
-    "split" is there where the file says it. Rows about several slides, and rows whose question or answer is
-    empty, are left out, and counted. Raises UserError that names the line or the item.
-    """
+    """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"},
+    with "split" where the file says it. Rows about several slides or with an empty text are left out, and
+    counted. Raises UserError that names the line or the item."""
     path, rows, left_out = Path(path), [], collections.defaultdict(list)
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
@@ -1408,8 +1370,8 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds the
-    slide, a patient's the first of hers, which is said. What is not there keeps its name."""
+    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds it, a
+    patient's the first of hers, which is said. What is not there keeps its name."""
     beginnings, several, found = collections.defaultdict(list), {}, []
     for name in sorted(have, key=str.lower):
         for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
@@ -1441,8 +1403,7 @@ def patient_of(slide):
 
 
 def find_leaks(splits, drop):
-    """Says what training shares with the other splits {name: rows} -> the rows of training that share
-    nothing."""
+    """Says what training shares with the other splits {name: rows} -> training's rows that share nothing."""
 
     def marks(row):  # what must not be on both sides
         return {("slide", row["slide"]), ("patient", patient_of(row["slide"]) or row["slide"])}
@@ -1490,15 +1451,15 @@ def import_qa(args):
             splits["train"], changed = clean, changed | {"train"}
     for name in sorted(changed):
         rows, slides = splits[name], {row["slide"] for row in splits[name]}
-        if not args.dry_run:
-            paths[name].parent.mkdir(parents=True, exist_ok=True)
-            write_qa(paths[name], rows)
+        paths[name].parent.mkdir(parents=True, exist_ok=True)
+        write_qa(paths[name], rows)
         lack = sorted(slides - have)
         lack = f"; {len(lack):,} of these have no features: {few(lack)}" if lack else ""
-        wrote = f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')}"
-        print(f"{wrote} about {count(len(slides), 'slide')} to {paths[name]}{lack}.")
-    what = f"{count(failures, 'question file')} could not be read, see above"
-    check(not failures, f"{what}; the others are done")
+        wrote = f"{count(len(rows), 'question')} about {count(len(slides), 'slide')}"
+        print(f"Wrote {wrote} to {paths[name]}{lack}.")
+    check(
+        not failures, f"{count(failures, 'question file')} could not be read, see above; the others are done"
+    )
 
 
 # ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
@@ -1569,9 +1530,9 @@ def draw_tumour(rng, draw, kind, tumour):
 
 
 def draw_slide(case, path=None):
-    """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is
-    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a
-    path, its um/px as dpi; the corners of the tiles that hold the pigment)."""
+    """A round piece of tissue, in it a tumour whose texture is the type and whose share is the grade, a
+    necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a path; the
+    corners of the tiles that hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1604,8 +1565,7 @@ def draw_slide(case, path=None):
             dots(rng, draw, corner + spots, 7, (109, 66, 22))
             planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
-    table = [round(255 * (i / 255) ** stain) for i in range(256)]
-    picture = picture.point(table * 3)
+    picture = picture.point([round(255 * (i / 255) ** stain) for i in range(256)] * 3)
     if not path:
         return picture, planted
     with replacing(path) as temporary:
@@ -1706,8 +1666,9 @@ def prepare_demo(args):
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     if path.exists():
         old = wsi_llava.read_json(path, "delete the folder, or name another --data").get("recipe")
-        other = f"{args.data} holds another demo cohort ({old}, not {recipe})"
-        check(old == recipe, f"{other}; name another --data")
+        check(
+            old == recipe, f"{args.data} holds another demo cohort ({old}, not {recipe}); name another --data"
+        )
     else:
         draw_cohort(args, cases, folder)
         wsi_llava.write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
@@ -1732,24 +1693,19 @@ def parse(argv=None):
     drawn = "draw the toy cohort, N slides to train on (500 if not said) and a fifth more, and prepare it"
     add("--demo", drawn, nargs="?", metavar="N", type=at_least(5), const=500)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
-    again = "make features again that are there already; begin anew the splits that --qa writes"
-    add("--overwrite", again, **yes)
+    add("--overwrite", "make features and splits of questions again that are there already", **yes)
     add("--shard", "one of N shares of the slides, for job arrays", metavar="I/N", default="1/1")
     add = parser.group("slides and their tiles")
     microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
     add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
     add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
-    least = "least share of tissue in a tile (default: 0.1)"
-    add("--min-tissue", least, type=at_least(0, float, 1), default=0.1)
-    masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
-    add("--mask", masks, metavar="DIR", type=some_path)
+    add("--min-tissue", "least share of tissue in a tile (0.1)", type=at_least(0, float, 1), default=0.1)
+    add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=some_path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
-    most = "at most so many of a slide's tiles, drawn at random (default: all)"
-    add("--max-tiles", most, type=at_least(0), default=0)
+    add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
     add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
     add = parser.group("questions")
-    splits = "of --qa's files (default: what their names or rows tell)"
-    add("--split", splits, choices=["train", "val", "test"])
+    add("--split", "if names or rows of --qa's files do not tell it", choices=["train", "val", "test"])
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
     wsi_llava.add_weights_flags(parser, rest=False)
     wsi_llava.add_shared_flags(parser)
@@ -1765,8 +1721,7 @@ def main(argv=None):
     args = parse(argv)
     given = args.slides or args.features or args.qa or args.demo
     check(given, "nothing to do: give --slides, --features, --qa or --demo (--help explains)")
-    drawn = "--demo draws its slides; --dry-run is about slides that are there"
-    check(not (args.demo and args.dry_run), drawn)
+    check(not (args.dry_run and (args.demo or args.features or args.qa)), "--dry-run is for --slides alone")
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     share = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     number, shares = map(int, share.groups()) if share else (0, 0)

@@ -2458,10 +2458,8 @@ def test_where_the_resolution_comes_from(tmp_path, tags, source, mpp):
 
 def test_the_resolution_of_plain_pictures(tmp_path):
     Image.new("RGB", (512, 512)).save(tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2)  # in strips
-    Image.new("RGB", (512, 512)).save(tmp_path / "one.tif", tiffinfo={282: 101600.0, 296: 2})  # of one side
-    for name in ("tags", "one"):
-        slide = prepare.Slide(tmp_path / f"{name}.tif")
-        assert (slide.source, round(slide.mpp, 4)) == ("TIFF tags", 0.25)
+    slide = prepare.Slide(tmp_path / "tags.tif")
+    assert (slide.source, round(slide.mpp, 4)) == ("dpi", 0.25)
     Image.new("RGB", (600, 10)).save(tmp_path / "screen.png", dpi=(72, 72))
     with pytest.raises(UserError, match="screen.png: its metadata has no um/px; give it with --mpp"):
         prepare.Slide(tmp_path / "screen.png")
@@ -2477,7 +2475,7 @@ def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
             tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {})
         )
     path = tmp_path / "mpp.csv"
-    path.write_text(f"patient,slide,mpp\nx,{tmp_path}/wrong.jpg,0.25\nx,nobody,0.5\nx,nobody,0.5\n")
+    path.write_text(f"slide,mpp\n{tmp_path}/wrong.jpg,0.25\nnobody,0.5\nnobody,0.5\n")
     common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
     prepare.main([*common, "--mpp-csv", str(path)])
     printed = capsys.readouterr().out
@@ -2796,7 +2794,7 @@ def test_pictures_as_masks(toy_slide, tmp_path):
     want = np.asarray(left.resize((64, 64), Image.Resampling.BOX)) > 127
     clear = Image.new("RGBA", left.size, (200, 30, 30))
     clear.putalpha(left)
-    labels = Image.fromarray(np.asarray(left).astype(np.uint16) // 128 * 3)
+    labels = Image.fromarray(np.asarray(left) // 128 * 3)
     for mask, name in (
         (left, "a.png"),
         (left, "a.jpg"),
@@ -3392,7 +3390,7 @@ def test_one_bad_file_of_features_fails_alone(tmp_path):
     for name, tensors in (("a", GOOD_FOREIGN), ("b", [1]), ("c", GOOD_FOREIGN), ("x" * 230, GOOD_FOREIGN)):
         torch.save(tensors, tmp_path / f"{name}.pt")
     flags = ["--features", str(tmp_path), "--mpp", "0.25", "--data", str(tmp_path / "data")]
-    with pytest.raises(UserError, match="2 slides could not be prepared"):
+    with pytest.raises(UserError, match="--dry-run is for --slides alone"):
         prepare.main([*flags, "--dry-run"])
     assert not (tmp_path / "data").exists()
     with pytest.raises(UserError, match="2 slides could not be prepared"):
@@ -3597,8 +3595,6 @@ def test_question_files_are_added_to_their_split(tmp_path, capsys):
     with pytest.raises(UserError, match="1 question file could not be read"):
         prepare.main(["--qa", str(tmp_path / "a.csv"), "--data", str(tmp_path)])
     assert "a.csv: its name does not tell the split; give --split" in capsys.readouterr().err
-    prepare.main([*flags, str(tmp_path / "a.csv"), "--dry-run"])
-    assert "Would write 2 questions" in capsys.readouterr().out and not (tmp_path / "qa").exists()
     prepare.main([*flags, str(tmp_path / "a.csv")])
     wrote = f"Wrote 2 questions about 2 slides to {tmp_path}/qa/test.jsonl; 1 of these have no features: s2."
     assert wrote in capsys.readouterr().out
@@ -4791,7 +4787,7 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
         (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
         (prepare, "--slides . --device abacus", "--device abacus: "),
         (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
-        (prepare, "--demo --dry-run", "--demo draws its slides; --dry-run is about slides that are there"),
+        (prepare, "--demo --dry-run", "--dry-run is for --slides alone"),
         (
             prepare,
             "--slides s.png --mpp-csv no.csv",
