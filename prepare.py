@@ -571,9 +571,7 @@ def tissue_of(slide, thumbnail, given=None):
         mask = given_mask(given, slide, thumbnail.size)
         return mask, np.zeros_like(mask), ""
     mask, ink, grey = find_tissue(thumbnail)
-    colourless = " (no colour: grey, silver and fluorescence slides need --mask)" if grey > 0.01 else ""
-    tiny = max(slide.width, slide.height) < TILE
-    return mask, ink, " (smaller than a tile)" if tiny else colourless
+    return mask, ink, " (no colour: grey, silver and fluorescence slides need --mask)" if grey > 0.01 else ""
 
 
 def tile_grid(mask, min_tissue, step=TILE):
@@ -623,13 +621,8 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
 def write_geojson(path, slide, coords):
     """The tiles for QuPath: a FeatureCollection of tile objects, squares in level-0 pixels."""
     about = {"classification": {"name": "Tile"}, "isLocked": True}
-    with replacing(path) as temporary, open(temporary, "w") as file:
-        # written as it is made: a slide has 100,000 tiles
-        file.write('{"type": "FeatureCollection", "features": [')
-        for n, (x, y) in enumerate(coords.tolist()):
-            tile = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about)
-            file.write(",\n" * (n > 0) + json.dumps(tile))
-        file.write("]}\n")
+    tiles = [wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about) for x, y in coords.tolist()]
+    wsi_llava.write_text(path, json.dumps({"type": "FeatureCollection", "features": tiles}))
 
 
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
@@ -668,7 +661,9 @@ def check_same(path, made, params):
         check(made.get(k) == params.get(k), f"{other}; --overwrite makes it again")
 
 
-warn = functools.cache(functools.partial(print, file=sys.stderr))  # once, however often it is called
+@functools.cache
+def warn(text):  # once, however often it is called
+    print(text, file=sys.stderr)
 
 
 def claim(claims, name):
@@ -1372,7 +1367,7 @@ def write_qa(path, rows):
 def match_slides(rows, have):
     """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds it, a
     patient's the first of hers, which is said. What is not there keeps its name."""
-    beginnings, several, found = collections.defaultdict(list), {}, []
+    beginnings, found = collections.defaultdict(list), []
     for name in sorted(have, key=str.lower):
         for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
             beginnings[name[: word.end()].lower()].append(name)
@@ -1381,9 +1376,7 @@ def match_slides(rows, have):
         matches = [name] if name in have else beginnings.get(name.lower(), [name])
         found.append(row | {"slide": matches[0]})
         if len(matches) > 1:
-            several[name] = matches
-    for name, matches in several.items():
-        print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}", file=sys.stderr)
+            warn(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}")
     return found
 
 
@@ -1397,24 +1390,18 @@ def named_split(path):
 
 
 def patient_of(slide):
-    """The patient's barcode at the head of a slide's name in TCGA, or None."""
+    """The patient's barcode at the head of a slide's name in TCGA; of any other, the name."""
     barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
-    return barcode[0].upper() if barcode else None
+    return barcode[0].upper() if barcode else slide
 
 
-def find_leaks(splits, drop):
-    """Says what training shares with the other splits {name: rows} -> training's rows that share nothing."""
-
-    def marks(row):  # what must not be on both sides
-        return {("slide", row["slide"]), ("patient", patient_of(row["slide"]) or row["slide"])}
-
-    shared = set().union(*map(marks, splits["train"]))
-    shared &= set().union(*map(marks, splits["test"] + splits["val"]))
-    clean = [row for row in splits["train"] if not marks(row) & shared]
-    named = {kind: sorted(name for what, name in shared if what == kind) for kind in ("slide", "patient")}
-    both = ", ".join(count(len(named[kind]), kind) for kind in named)
+def find_leaks(train, others, drop):
+    """Says which patients training shares with test and validation -> training's rows about no such."""
+    shared = {patient_of(row["slide"]) for row in train} & {patient_of(row["slide"]) for row in others}
+    clean = [row for row in train if patient_of(row["slide"]) not in shared]
+    both = count(len(shared), "patient")
     if shared:
-        both += f" ({few(named['patient'])}), {len(splits['train']) - len(clean):,} questions of training: "
+        both += f" ({few(sorted(shared))}), {len(train) - len(clean):,} questions of training: "
         both += "left out of it" if drop else "--drop-leaks leaves them out"
     print(f"On both sides of training and test: {both}.")
     return clean
@@ -1446,7 +1433,7 @@ def import_qa(args):
             print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
     changed = {name for name in paths if new[name]}
     if changed and splits["train"] and splits["test"] + splits["val"]:
-        clean = find_leaks(splits, args.drop_leaks)
+        clean = find_leaks(splits["train"], splits["test"] + splits["val"], args.drop_leaks)
         if args.drop_leaks and len(clean) < len(splits["train"]):
             splits["train"], changed = clean, changed | {"train"}
     for name in sorted(changed):
