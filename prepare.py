@@ -206,7 +206,7 @@ class Slide:
         return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]. Beyond the slide: white."""
+        """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
         # Corners are in level-0 pixels, by OpenSlide's own number for the level.
         corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
         region = self.file.read_region(corner, level, (width, height))
@@ -238,8 +238,8 @@ class Slide:
         return [max(1, round(side / pixel)) for side in (self.width, self.height)]
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. Read square by square: a slide without small levels
-        takes time then, and not memory. What cannot be decoded stays white, up to 1%."""
+        """The whole slide, `pixel` tiled pixels a pixel, read square by square: without small levels that
+        takes time, and not memory. What cannot be decoded stays white, up to 1%."""
         picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
         level = self.level_at(self.scale * pixel)
         zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
@@ -282,7 +282,7 @@ def walk(top):
 
 
 def dicom_tags(path):
-    """A DICOM file's kind (SOP class), series, container and image type, where it has them -> {name: text}."""
+    """A DICOM file's kind (SOP class), series, container and image type, where given -> {name: text}."""
     wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
     tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
     with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
@@ -422,8 +422,7 @@ def roughness(x):
 
 
 def strips(picture, every=1):
-    """A picture strip by strip, or every n-th -> (rows of the strip, its pixels uint8 with a margin, where
-    it lies in these)."""
+    """Every n-th strip of a picture -> (its rows, its pixels uint8 with a margin, where it lies in these)."""
     rows = max(HALO, STRIP // picture.width)
     for top in range(0, picture.height, rows * every):
         above = min(top, HALO)
@@ -437,7 +436,7 @@ def glass_among(rgb, pink):
     """Bright smooth pixels float32 [n,3] -> (the colour of the glass among them, the least colour that is
     stain), or None. pink: by how much glass may lack green; haematoxylin and eosin take green first."""
     grey = rgb.mean(-1)
-    # The histogram's rightmost hill: from the brightest grey that is not rare down over the glass's noise.
+    # The histogram's rightmost hill, from the brightest grey that is not rare down over the glass's noise.
     counts = np.convolve(np.bincount(grey.astype(int), minlength=256), np.ones(5), "same")
     bright = np.flatnonzero(counts >= counts.max() / 10).max()
     start = max(0, bright - 12)
@@ -476,7 +475,7 @@ def find_glass(picture):
 
 
 def find_tissue(picture):
-    """RGB thumbnail -> (tissue bool [h,w]; ink, left out, bool [h,w]; the share that is dark, without colour)."""
+    """RGB thumbnail -> (tissue bool [h,w]; ink bool [h,w]; the share that is dark, without colour)."""
     glass, least = find_glass(picture)
     tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
     stained, inked = np.zeros((2, picture.height, picture.width), bool)
@@ -590,8 +589,7 @@ def tile_grid(mask, min_tissue, step=TILE):
 
 
 def draw_tiles(coords, name, max_tiles, seed):
-    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a
-    slide and a seed."""
+    """At most so many of the tiles (0: all), at random, in raster order: the same for a slide and a seed."""
     if not max_tiles or len(coords) <= max_tiles:
         return coords
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -640,7 +638,7 @@ def write_index(data):
     failures, tiles, cards = read_failures(data), {}, []
     for path in (data / "features").glob("*.safetensors"):
         with contextlib.suppress(UserError):
-            tiles[path.name.removesuffix(".safetensors")] = feature_metadata(path)["tiles"]
+            tiles[path.stem] = feature_metadata(path)["tiles"]
     for name in sorted({*tiles, *failures}, key=lambda name: (name not in failures, name)):
         kind, text = "", count(tiles.get(name, 0), "tile")
         if name in failures:
@@ -704,17 +702,23 @@ def note_failure(data, name, path, message=None):
         file.unlink(missing_ok=True)
 
 
-def write_meta(data, preset, mpp, encoder):
+def write_meta(data, preset, encoder):
     """Makes the folder and its meta.json, or checks them -> what meta.json holds."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
+    meta = {
+        "version": wsi_llava.VERSION,
+        "preset": preset,
+        "tile_size": TILE,
+        "mpp": TARGET_MPP,
+        "encoder": encoder,
+    }
     if not (data / "meta.json").exists():
         wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
-    same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == mpp
-    other = f"{data} holds features of another tile encoder ({was}, {old['mpp']} um/px; not {now}, {mpp})"
+    same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
+    other = f"{data} holds features of another tile encoder ({was}, {old['mpp']} um/px; not {now})"
     check(same, f"{other}; name a new folder with --data")
     return old
 
@@ -731,7 +735,7 @@ def open_data(args):
     encoder, source = wsi_llava.pick_tile_encoder(args)
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
-    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), TARGET_MPP, info)
+    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), info)
     return meta, encoder.to(args.device, args.dtype)
 
 
@@ -769,8 +773,7 @@ def start_readers(n, memory=None):
 
 
 def apart(path, function, *arguments):
-    """What a function returns that opens the slide at `path`, called in a process of its own. Raises
-    UserError where that dies."""
+    """Calls a function that opens the slide at `path` in a process of its own; UserError where that dies."""
     with start_readers(1) as readers:
         try:
             return readers.submit(function, *arguments).result()
@@ -801,8 +804,8 @@ def slide_job(args, name, path, given, mask, encoder):
 
 
 def is_done(args, job, digest=None):
-    """Whether a slide's files are there: known by its path and size, or, once it is open, its features by its
-    hash. Raises UserError where they are another slide's, or were made with other parameters."""
+    """Whether a slide's files are there: known by its path and size, or, once it is open, by its hash. Raises
+    UserError where they are another slide's, or were made with other parameters."""
     if args.overwrite or not job["features"].exists():
         return False
     try:
@@ -874,8 +877,7 @@ def survey(args, job, place):
 
 
 def read_tiles(slide, coords, place):
-    """In a reader: tiles into the memory, from `place` on -> (place, which of them could be read, the last
-    error)."""
+    """In a reader: tiles into the memory, from `place` on -> (place, which could be read, the last error)."""
     read, failed = [], None
     for n, (x, y) in enumerate(coords.tolist()):
         for _ in range(2):
@@ -975,8 +977,7 @@ def prepare_all(args, encoder, todo, claims):
 
 
 def prepare_slides(args, slides, number=0, shares=1):
-    """All slides of {id: path}, or every `shares`-th from `number` on, going on where an earlier run stopped.
-    Returns the failures, [(path, message)]."""
+    """All slides of {id: path}, or every `shares`-th from `number` on -> failures [(path, message)]."""
     started, claims = time.time(), None
     table = read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
     (meta, encoder), slides = open_data(args), list(slides.items())[number::shares]
@@ -1012,8 +1013,7 @@ def prepare_slides(args, slides, number=0, shares=1):
 
 TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [V,C], or one vector [C]
 MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
-# Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them: places without features,
-# features without places, one vector a slide.
+# Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them.
 LESSER = ("patches", "pt_files", "slide_features_")
 
 
@@ -1074,8 +1074,8 @@ def read_foreign(path):
         for x in (found[name], found.get("coords", found[name])):
             plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
             check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
-            finite = x.half() if x is found[name] else x
-            check(finite.isfinite().all(), f"{path}: some values are not finite in half precision")
+            values = x.half() if x is found[name] else x
+            check(values.isfinite().all(), f"{path}: some values are not finite in half precision")
         kind, features, coords = MAKERS[name], found[name].half(), found.get("coords")
         vector = features.dim() == 1 or about.get("feat_type") in ("slide", "patient")
         if features.dim() == 3 and len(features) == 1:  # a batch of one slide
@@ -1117,8 +1117,7 @@ def tiled_coords(path, coords, about, given, args):
             steps = steps[steps[:, 1] == 0, 0].round()
             step = steps.mode().values.item() if len(steps) else args.step
         apart = f"{path}: its tiles lie {step:.0f} px apart at {TARGET_MPP} um/px, not {args.step}"
-        other = f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are"
-        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: {other}")
+        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: the wrong --mpp, or give --step {step:.0f}")
         # GigaPath pads a slide on all sides to whole tiles: the first may lie up to a tile outside; all move.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
         check(outside.max() <= step, f"{path}: negative coordinates, more than a tile outside of the slide")
@@ -1142,7 +1141,7 @@ def import_file(args, name, path, given, encoder):
     if kind == TOKENS:  # a model takes as many of every slide
         info["n_visual_tokens"] = there = old.get("n_visual_tokens", n)
         check(there == n, f"{path}: {n} visual tokens, but {args.data} holds {there} of every slide")
-        write_meta(args.data, args.preset or "7b", TARGET_MPP, info)
+        write_meta(args.data, args.preset or "7b", info)
         file = args.data / "visual_tokens" / f"{name}.safetensors"
         file.parent.mkdir(exist_ok=True)
         wsi_llava.write_tensors(file, {"visual_tokens": features}, {"made_by": info["source"]})
@@ -1150,7 +1149,7 @@ def import_file(args, name, path, given, encoder):
     order, coords = tiled_coords(path, coords, about, given, args)
     info, file = encoder or info, wsi_llava.features_file(args.data, name)
     check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
-    write_meta(args.data, args.preset or "7b", TARGET_MPP, info)
+    write_meta(args.data, args.preset or "7b", info)
     params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": given or args.mpp}
     params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
     if file.exists() and not args.overwrite:
@@ -1161,8 +1160,7 @@ def import_file(args, name, path, given, encoder):
 
 
 def import_features(args, number=0, shares=1):
-    """--features: files that read_foreign takes -> data/features or data/visual_tokens; share `number` of
-    `shares`. Returns the failures, [(path, message)]."""
+    """--features -> data/features or data/visual_tokens, and the failures [(path, message)]."""
     failures, kinds, encoder, files = [], collections.Counter(), None, find_features(args.features)
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
     if args.tile_encoder:
@@ -1203,8 +1201,8 @@ FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
 
 def words(value, what):
-    """A text, or a number that stands for one; pandas writes nan for an empty one. (A None that became "None"
-    would be taught as the truth.)"""
+    """A text, or a number that stands for one; pandas writes nan for an empty one. None is none: "None" would
+    be taught as the truth."""
     value = str(value) if type(value) in (int, float) and abs(value) != math.inf else value
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
@@ -1560,8 +1558,7 @@ def draw_slide(case, path=None):
 
 
 def invent_cases(n_train, n_test, seed):
-    """What each toy slide shows. The findings are drawn independently, so none tells of another, and each
-    value as often as the others."""
+    """What each toy slide shows: each value as often as the others, and no finding tells of another."""
     rng, cases = np.random.default_rng(seed), []
     values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS}
     values |= {"focus": ("present", "absent"), "receptors": SUBTYPES}
@@ -1643,8 +1640,7 @@ def draw_cohort(args, cases, folder):
 
 
 def prepare_demo(args):
-    """--demo: draws the cohort, unless it is there, then takes it through the same steps as real slides. What
-    each slide shows stands in data/cohort.json."""
+    """--demo: draws the cohort, unless it is there (data/cohort.json), and prepares it as real slides are."""
     args.preset, folder, path = "demo", args.data / "slides", args.data / "cohort.json"
     recipe = {"train": args.demo, "test": args.demo // 5, "seed": args.seed}
     own = (args.data / "meta.json").exists() and not path.exists()
