@@ -1681,7 +1681,7 @@ def parse(argv=None):
     microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
     add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
     add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
-    add("--min-tissue", "least share of tissue in a tile (0.1)", type=at_least(0, float, 1), default=0.1)
+    add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
     add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=some_path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
     add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
