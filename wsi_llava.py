@@ -1014,19 +1014,6 @@ def make_projector(in_width, width):
     return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))
 
 
-class RMSNorm(nn.Module):
-    """[...,C] divided by its root mean square (arXiv 1910.07467), in float32 whatever the dtype."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        # One kernel on a GPU: written out it is seven, and a decoder's token waits for launches.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 def rotary_tables(cfg, start, T, device, dtype):
     """cos and sin [T,D] of the positions from `start` on, half-split: channel i turns with i + D/2."""
     share = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim
@@ -1078,8 +1065,8 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache, layer):
         B, T, _ = x.shape
@@ -1117,9 +1104,11 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.input_layernorm = nn.RMSNorm(
+            cfg.width, cfg.eps
+        )  # root mean square (arXiv 1910.07467), in float32
         self.self_attn = LlamaAttention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
         self.mlp = LlamaMLP(cfg)
 
     def forward(self, x, cos, sin, cache, layer):
@@ -1141,7 +1130,7 @@ class Llama(nn.Module):
         self.checkpointing = False
         self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
         self.layers = nn.ModuleList(LlamaLayer(cfg) for _ in range(cfg.depth))
-        self.norm = RMSNorm(cfg.width, cfg.eps)
+        self.norm = nn.RMSNorm(cfg.width, cfg.eps)
         self.lm_head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def forward(self, ids=None, embeds=None, cache=None, last_only=False, only=None):
@@ -2109,12 +2098,12 @@ def pick_llm(args, meta):
 
 def check_tile_encoder(cfg, meta, path):
     """A slide encoder reads the features of the tile encoder that it was trained on, and no other's."""
-    width, mark = meta["encoder"]["width"], meta["encoder"]["fingerprint"]
     advice = "prepare the slides with the one that fits, or train stage 1 --from-scratch"
-    wide = f"{path}: takes tile features of width {cfg.in_width}, these are {width}: {advice}"
-    check(cfg.in_width == width, wide)
-    what = f"{path}: was trained on features of the tile encoder {cfg.trained_on}, these are {mark}: {advice}"
-    check(cfg.trained_on in ("", mark), what)
+    for what, takes, given in (
+        ("takes tile features of width", cfg.in_width, meta["encoder"]["width"]),
+        ("was trained on features of the tile encoder", cfg.trained_on, meta["encoder"]["fingerprint"]),
+    ):
+        check(takes in ("", given), f"{path}: {what} {takes}, these are {given}: {advice}")
 
 
 def pick_slide_encoder(args, meta, n_visual_tokens):
@@ -2163,8 +2152,7 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer).
 
     Frozen parts come from their own files. On top comes what the stage trained; where no stage did, the
-    projector published with the language model. int8: with the language model's weights rounded. Raises
-    UserError for a piece that is missing, or that does not fit.
+    projector published with the language model. int8: with the language model's weights rounded.
     """
     dtype = dtype or args.dtype
     folder, tokenizer = pick_llm(args, meta)
