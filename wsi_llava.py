@@ -52,6 +52,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows: the torch path serves
@@ -972,11 +976,8 @@ class TextEncoder(nn.Module):
 
 
 class WSITextAlignment(nn.Module):
-    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature.
-
-    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language
-    model reads later, and a loss on the CLS alone would leave their last layer untrained.
-    """
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature. A
+    slide's embedding is the mean of its visual tokens, since these are what the language model reads later."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -991,15 +992,12 @@ class WSITextAlignment(nn.Module):
         tokens = self.slide_encoder.visual_tokens(features, coords, lengths)  # [S,V,C]
         return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
 
-    def embed_texts(self, token_embeds, mask):
-        """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
-        return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
-
     def embed_words(self, ids, words):
         """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
         ids = [torch.tensor(row, device=words.device) for row in ids]
         ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [B,T]
-        return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
+        token_embeds = F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype)  # [B,T,C_llm]
+        return F.normalize(self.text_head(self.text_encoder(token_embeds, ids >= 0)), dim=-1)
 
     def loss(self, slides, texts):
         """Symmetric InfoNCE over pairs [B,E]: each slide finds its report, each report its slide."""
@@ -1014,19 +1012,6 @@ class WSITextAlignment(nn.Module):
 def make_projector(in_width, width):
     """LLaVA-1.5's `mlp2x_gelu`: visual tokens -> the language model's embedding space."""
     return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))
-
-
-class RMSNorm(nn.Module):
-    """[...,C] divided by its root mean square (arXiv 1910.07467), in float32 whatever the dtype."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        # One kernel on a GPU: written out it is seven, and a decoder's token waits for launches.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_tables(cfg, start, T, device, dtype):
@@ -1070,11 +1055,8 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head.
-
-    cos, sin: rotary_tables of the T positions. cache: the KVCache that holds the positions before them in its
-    `layer`, or None: there are none.
-    """
+    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head. cos,
+    sin: rotary_tables of the T positions. cache: a KVCache whose `layer` holds those before them, or None."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1083,8 +1065,8 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache, layer):
         B, T, _ = x.shape
@@ -1122,9 +1104,11 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.input_layernorm = nn.RMSNorm(
+            cfg.width, cfg.eps
+        )  # root mean square (arXiv 1910.07467), in float32
         self.self_attn = LlamaAttention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
         self.mlp = LlamaMLP(cfg)
 
     def forward(self, x, cos, sin, cache, layer):
@@ -1135,9 +1119,9 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """A Llama decoder or its kin (Mistral, Qwen2, Qwen3): ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
 
-    cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last
-    position alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab].
-    Raises UserError where the positions exceed the context that the weights were trained for.
+    cache: a KVCache of the positions before these, and then these too. last_only: logits of the last position
+    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises
+    UserError where the positions exceed the context.
     """
 
     def __init__(self, cfg):
@@ -1146,7 +1130,7 @@ class Llama(nn.Module):
         self.checkpointing = False
         self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
         self.layers = nn.ModuleList(LlamaLayer(cfg) for _ in range(cfg.depth))
-        self.norm = RMSNorm(cfg.width, cfg.eps)
+        self.norm = nn.RMSNorm(cfg.width, cfg.eps)
         self.lm_head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def forward(self, ids=None, embeds=None, cache=None, last_only=False, only=None):
@@ -1222,8 +1206,7 @@ def without_image(text):
 def slide_first(turns, image=True):
     """Moves the <image> placeholder to the front of the first turn, as LLaVA does; image False: drops it."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
-    if image:
-        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
     return turns
 
 
@@ -1313,8 +1296,7 @@ class Tokenizer:
         return ids, labels
 
     def encode_plain(self, report, image=True):
-        """LLaVA's plain form, for stage 2: the image, then its report, nothing else -> ids, labels. The
-        report ends in eos, as every answer, where LLaVA's ends in a newline."""
+        """LLaVA's plain form, for stage 2: the image, then its report (and eos; LLaVA's ends in a newline)."""
         before = self.bos + ([IMAGE_TOKEN] if image else [])
         answer = self.encode(report) + [self.eos]
         return before + answer, [IGNORE] * len(before) + answer
@@ -1323,14 +1305,12 @@ class Tokenizer:
 # ---- The whole model ---------------------------------------------------------------------------------------
 
 
-def sample_token(logits, top_p, top_k, generator):
+def sample_token(logits, top_p, generator):
     """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
     logits, order = logits.sort(dim=-1, descending=True)
     p = logits.softmax(-1)
     drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already
     drop[:, 0] = False  # the first always stays
-    if top_k:
-        drop[:, top_k:] = True
     choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
     return order.gather(-1, choice)[:, 0]
 
@@ -1401,19 +1381,17 @@ class WSILLaVA(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0,
-        ends=(2,), cache=None,
-    ):  # fmt: skip
+        self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0, ends=(2,), cache=None
+    ):
         """Yields a list of each row's next token (None after its end) until all rows have ended.
 
         Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled
-        from the top_k most likely (0: all) and the smallest set of probability top_p. cache: an earlier
-        turn's KVCache, which is continued, and ends up holding all but the last token. Raises UserError where
-        the prompt exceeds the context, or the weights are damaged.
+        from the smallest set of probability top_p. cache: an earlier turn's KVCache, which is continued, and
+        ends up holding all but the last token. Raises UserError for a prompt beyond the context.
         """
         embeds, _ = self.splice(visual, ids)
         B, T, _ = embeds.shape
-        if len({len(row) for row in ids}) != 1:
+        if len(set(map(len, ids))) != 1:
             raise ValueError("generate: rows must be of equal length")
         cache = cache or KVCache(self.cfg.llama, B, T + max_new_tokens, embeds.device, embeds.dtype)
         generator = torch.Generator(embeds.device).manual_seed(seed)
@@ -1425,7 +1403,7 @@ class WSILLaVA(nn.Module):
                 token = logits.argmax(-1)
             else:  # less their maximum: however small the temperature, no inf
                 logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-                token = sample_token(logits, top_p, top_k, generator)
+                token = sample_token(logits, top_p, generator)
             yield [None if done else t for done, t in zip(ended, token.tolist())]
             ended = [done or t in ends for done, t in zip(ended, token.tolist())]
             if all(ended) or cache.length >= self.cfg.llama.context:
@@ -1798,21 +1776,21 @@ def read_llama_config(folder):
 def read_folder(folder):
     """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped. As in transformers, a
     whole file comes before the shards of an index."""
+    folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
-        whole, index, names = Path(folder) / name, Path(folder) / f"{name}.index.json", [name]
-        if index.is_file() and not whole.is_file():
+        index, names = folder / f"{name}.index.json", [name]
+        if index.is_file() and not (folder / name).is_file():
             with reading(index, COPY_AGAIN):
                 names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
                 inside = names and all(name == Path(name).name for name in names)
                 check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
-        elif not whole.is_file():
+        elif not (folder / name).is_file():
             continue
-        beside = whole.with_name("non_lora_trainables.bin")  # LLaVA's projector, trained without adapters
-        if "adapter" in name and beside.is_file():
-            names.append(beside.name)
+        if "adapter" in name and (folder / "non_lora_trainables.bin").is_file():
+            names.append("non_lora_trainables.bin")  # LLaVA's projector, trained without adapters
         tensors = {}
         for name in names:
-            tensors |= read_tensors(whole.with_name(name))
+            tensors |= read_tensors(folder / name)
         return tensors
     raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
 
@@ -1929,8 +1907,8 @@ def read_meta(data):
     """data/meta.json, as prepare.py wrote it."""
     path, hint = Path(data) / "meta.json", "not what prepare.py writes; prepare the data again"
     check(path.exists(), f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)")
-    meta = read_json(path, hint)
     with reading(path, hint):
+        meta = read_json(path, hint)
         version = meta["version"]
         check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
         encoder = meta["encoder"]
@@ -1938,7 +1916,7 @@ def read_meta(data):
         fits = all(type(size) is int and 0 < size < 2**16 for size in sizes)
         fits = fits and isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
         check(fits and meta["preset"] in PRESETS and 0 < meta["mpp"] < math.inf, f"{path}: {hint}")
-    return meta
+        return meta
 
 
 def is_report(row):
@@ -2120,12 +2098,12 @@ def pick_llm(args, meta):
 
 def check_tile_encoder(cfg, meta, path):
     """A slide encoder reads the features of the tile encoder that it was trained on, and no other's."""
-    width, mark = meta["encoder"]["width"], meta["encoder"]["fingerprint"]
     advice = "prepare the slides with the one that fits, or train stage 1 --from-scratch"
-    wide = f"{path}: takes tile features of width {cfg.in_width}, these are {width}: {advice}"
-    check(cfg.in_width == width, wide)
-    what = f"{path}: was trained on features of the tile encoder {cfg.trained_on}, these are {mark}: {advice}"
-    check(cfg.trained_on in ("", mark), what)
+    for what, takes, given in (
+        ("takes tile features of width", cfg.in_width, meta["encoder"]["width"]),
+        ("was trained on features of the tile encoder", cfg.trained_on, meta["encoder"]["fingerprint"]),
+    ):
+        check(takes in ("", given), f"{path}: {what} {takes}, these are {given}: {advice}")
 
 
 def pick_slide_encoder(args, meta, n_visual_tokens):
@@ -2174,8 +2152,7 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer).
 
     Frozen parts come from their own files. On top comes what the stage trained; where no stage did, the
-    projector published with the language model. int8: with the language model's weights rounded. Raises
-    UserError for a piece that is missing, or that does not fit.
+    projector published with the language model. int8: with the language model's weights rounded.
     """
     dtype = dtype or args.dtype
     folder, tokenizer = pick_llm(args, meta)
@@ -2346,9 +2323,7 @@ def peak_memory(device=None):
     """The most memory that this process has held, in bytes: a GPU's, or the CPU's (nan on Windows)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -2361,11 +2336,10 @@ def peak_memory(device=None):
 def main():
     Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
     for preset, cfg in PRESETS.items():
-        parts = {"tile_encoder": on_meta(TileEncoder, cfg.tile_encoder)} | dict(
-            on_meta(WSILLaVA, cfg).named_children()
-        )
-        sizes = [f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()]
-        print(f"{preset:5} parameters: {', '.join(sizes)}")
+        model = on_meta(WSILLaVA, cfg)
+        model.tile_encoder = on_meta(TileEncoder, cfg.tile_encoder)
+        for name, part in model.named_children():
+            print(f"{preset:5} {name:14} {sum(p.numel() for p in part.parameters()):15,} parameters")
     print("\nShapes, for a slide of 12 tiles through the demo's model")
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
 
