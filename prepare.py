@@ -86,10 +86,9 @@ def number(text):
 
 
 class Slide:
-    """A slide seen as one image at the tiled resolution.
+    """A slide seen as one image of width x height pixels at the tiled resolution.
 
-    width, height: pixels at the tiled resolution. mpp: um per level-0 pixel; source: where that is from.
-    scale: level-0 pixels per tiled pixel, exactly target / mpp. notes: what a person should know of it. The
+    mpp: um per level-0 pixel, from `source`. scale: level-0 pixels per tiled pixel, exactly target / mpp. The
     argument mpp wins over what the file says; fallback: those of a file that says nothing. Raises UserError
     where the file is no slide or its um/px are unknown.
     """
@@ -101,16 +100,15 @@ class Slide:
         try:
             self.open()
         except Exception as error:  # what OpenSlide and Pillow raise over a damaged file is no short list
-            reason = wsi_llava.one_line(error)
-            raise UserError(f"{path}: not a slide that OpenSlide can read ({reason})") from None
+            said = wsi_llava.one_line(error)
+            raise UserError(f"{path}: not a slide that OpenSlide can read ({said})") from None
         claimed = number(self.get("openslide.level[0].tile-width"))
         check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
         self.mpp, self.source = (mpp, "given") if mpp else self.own_mpp(path, fallback)
         self.scale = target / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         large = f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles"
-        wrong = f"a damaged file, or its um/px are not {self.mpp:g} ({self.source}): --mpp-csv gives others"
-        check(max(self.width, self.height) <= GRID * TILE, f"{large}; {wrong}")
+        check(max(self.width, self.height) <= GRID * TILE, f"{large}; --mpp-csv gives other um/px")
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
         self.level = self.level_at(self.scale)
@@ -140,16 +138,13 @@ class Slide:
         return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
     def own_mpp(self, path, fallback):
-        """What the file says of its um/px, the most trusted first, or the fallback -> (um/px, source)."""
+        """The um/px that the file says, or the fallback -> (um/px, where they are from)."""
         text, unit = self.get("tiff.ImageDescription") or "", self.get("tiff.ResolutionUnit")
         per_unit, written = [self.get("tiff.XResolution"), self.get("tiff.YResolution")], "TIFF tags"
         if isinstance(self.file, openslide.ImageSlide):  # a plain picture, which Pillow reads
             with Image.open(self.path) as image:
-                tags = getattr(image, "tag_v2", {})  # of a TIFF: Pillow makes up the other side's dpi
-                text, per_unit = str(tags.get(270, "")), [tags.get(282), tags.get(283)]
-                unit = {2: "inch", 3: "centimeter"}.get(tags.get(296))
-                if not tags and "dpi" in image.info:
-                    per_unit, unit, written = image.info["dpi"], "inch", "dpi"
+                text, unit, written = str(getattr(image, "tag_v2", {}).get(270, "")), "inch", "dpi"
+                per_unit = image.info.get("dpi") or image.info.get("resolution") or (0, 0)
         per_unit = [number(side) or math.inf for side in per_unit]
 
         def microns(unit):  # the sign for micro is written in several ways
@@ -178,8 +173,8 @@ class Slide:
             check(fallback, f"{path}: {says}; give it with --mpp (0.25 is 40x, 0.5 is 20x) or --mpp-csv")
             return fallback, "--mpp"
         source, (wide, high) = next(iter(found.items()))
-        oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um)"
-        check(abs(wide / high - 1) <= NATIVE, f"{oblong}; --mpp-csv takes them as if they were")
+        oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um); give one number by --mpp-csv"
+        check(abs(wide / high - 1) <= NATIVE, oblong)
         sizes = [wide for wide, _ in found.values()]
         if max(sizes) > 1.5 * min(sizes):
             self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
@@ -211,8 +206,7 @@ class Slide:
         return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> uint8 [height,width,4], RGBA and opaque: what
-        lies beyond the slide, or was not scanned, is white."""
+        """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
         # Corners are in level-0 pixels, by OpenSlide's own number for the level.
         corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
         region = self.file.read_region(corner, level, (width, height))
@@ -222,13 +216,11 @@ class Slide:
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4], RGBA as read: leaving A
-        out takes a copy.
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4].
 
-        It lies where the exact scale puts it, to half a level pixel, however far to the right: no error adds
-        up. Where a tiled pixel is a whole number of level pixels, give or take 2%, it is their mean (of one:
-        as scanned); otherwise the tile is resampled with Lanczos' filter, a margin that the filter reaches
-        into read along.
+        It lies where the exact scale puts it, to half a level pixel: no error adds up to the right. Where a
+        tiled pixel is a whole number of level pixels, give or take 2%, it is their mean; otherwise the tile
+        is resampled with Lanczos' filter, a margin that the filter reaches into read along.
         """
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
@@ -242,13 +234,12 @@ class Slide:
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
-    def size_at(self, pixel):
-        """Width and height of the whole slide at `pixel` tiled pixels a pixel."""
+    def size_at(self, pixel):  # of the whole slide, `pixel` tiled pixels a pixel
         return [max(1, round(side / pixel)) for side in (self.width, self.height)]
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. Read square by square: a slide without small levels
-        takes time then, and not memory. What cannot be decoded stays white, up to 1%."""
+        """The whole slide, `pixel` tiled pixels a pixel, read square by square: without small levels that
+        takes time, and not memory. What cannot be decoded stays white, up to 1%."""
         picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
         level = self.level_at(self.scale * pixel)
         zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
@@ -281,16 +272,17 @@ def walk(top):
     seen = set()
     for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
         ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
-        twice, seen = os.path.realpath(folder) in seen, seen | {os.path.realpath(folder)}
-        # hidden: .snapshot, .Trash-1000
-        folders[:] = sorted(name for name in set(folders) - ours if not name.startswith(".") and not twice)
-        paths = [Path(folder, name) for name in sorted(files) if not name.startswith(".") and not twice]
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in set(folders) - ours if name[0] != ".")  # .snapshot, .Trash-1000
+        paths = [Path(folder, name) for name in sorted(files) if name[0] != "."]
         yield Path(folder), [path for path in paths if path.is_file() or not path.exists()]  # no pipes
 
 
 def dicom_tags(path):
-    """A DICOM file's kind (SOP class), series, container and image type, as far as they can be read ->
-    dict of texts."""
+    """A DICOM file's kind (SOP class), series, container and image type, where given -> {name: text}."""
     wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
     tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
     with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
@@ -381,27 +373,22 @@ def find_slides(inputs):
 
 def read_mpp_csv(path, slides):
     """Lines of slide,mpp -> {slide id: um/px at level 0}, of these slides {id: path}. A slide is named by its
-    id, its file or its path; the first line may name the columns `slide` and `mpp`, of several."""
-    table, columns = {}, [0, 1]
+    id, its file or its path; the first line may be `slide,mpp`."""
+    table, given, used = {}, {}, set()
     with reading(path, "--mpp-csv takes lines of slide,mpp"):
         rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig"), newline="")))
     for line, row in enumerate(rows, 1):
         row = [cell.strip() for cell in row]
-        if line == 1 and {"slide", "mpp"} <= set(map(str.lower, row)):
-            columns = [[cell.lower() for cell in row].index(name) for name in ("slide", "mpp")]
-        elif any(row):
-            slide, mpp = (row[i] if i < len(row) else "" for i in columns)
-            fits = slide and MPP_RANGE[0] <= number(mpp) <= MPP_RANGE[1]
+        if any(row) and (line > 1 or [cell.lower() for cell in row] != ["slide", "mpp"]):
+            fits = len(row) == 2 and row[0] and MPP_RANGE[0] <= number(row[1]) <= MPP_RANGE[1]
             check(fits, f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel")
-            again = f"{path}, line {line}: {slide} again, with {mpp} and {table.get(slide)} um/px"
-            check(table.setdefault(slide, number(mpp)) == number(mpp), again)
-    given, used = {}, set()
+            again = f"{path}, line {line}: {row[0]} again, with {row[1]} and {table.get(row[0])} um/px"
+            check(table.setdefault(row[0], number(row[1])) == number(row[1]), again)
     for name, file in slides.items():
-        names = name, file.stem, file.name, str(file), os.path.realpath(file)
-        rows = [key for key in names if key in table]
-        if rows:
-            given[name] = table[rows[0]]
-        used.update(rows)
+        for key in (os.path.realpath(file), str(file), file.name, file.stem, name):
+            if key in table:
+                given[name] = table[key]  # by its id before all
+                used.add(key)
     lost = [slide for slide in table if slide not in used]
     if lost:
         print(f"{path}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
@@ -435,8 +422,7 @@ def roughness(x):
 
 
 def strips(picture, every=1):
-    """A picture strip by strip, or every n-th -> (rows of the strip, its pixels uint8 with a margin, where
-    it lies in these)."""
+    """Every n-th strip of a picture -> (its rows, its pixels uint8 with a margin, where it lies in these)."""
     rows = max(HALO, STRIP // picture.width)
     for top in range(0, picture.height, rows * every):
         above = min(top, HALO)
@@ -450,7 +436,7 @@ def glass_among(rgb, pink):
     """Bright smooth pixels float32 [n,3] -> (the colour of the glass among them, the least colour that is
     stain), or None. pink: by how much glass may lack green; haematoxylin and eosin take green first."""
     grey = rgb.mean(-1)
-    # The histogram's rightmost hill: from the brightest grey that is not rare down over the glass's noise.
+    # The histogram's rightmost hill, from the brightest grey that is not rare down over the glass's noise.
     counts = np.convolve(np.bincount(grey.astype(int), minlength=256), np.ones(5), "same")
     bright = np.flatnonzero(counts >= counts.max() / 10).max()
     start = max(0, bright - 12)
@@ -489,8 +475,7 @@ def find_glass(picture):
 
 
 def find_tissue(picture):
-    """RGB thumbnail -> (bool [h,w]: tissue; bool [h,w]: ink, left out; the share of what is dark and has
-    no colour)."""
+    """RGB thumbnail -> (tissue bool [h,w]; ink bool [h,w]; the share that is dark, without colour)."""
     glass, least = find_glass(picture)
     tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
     stained, inked = np.zeros((2, picture.height, picture.width), bool)
@@ -532,8 +517,7 @@ def given_mask(path, slide, size):
         stretched = (picture.width / picture.height) / (slide.width / slide.height)
         wrong = f"{path}: {picture.width} x {picture.height} px are not of the slide's shape"
         check(abs(stretched - 1) < 0.02 + 1 / min(picture.size), wrong)
-        if picture.mode[0] in "IF":  # labels of more than 8 bits
-            picture = Image.fromarray(np.asarray(picture).clip(0, 255).astype(np.uint8))
+        check(picture.mode[0] not in "IF", f"{path}: of more than 8 bits a pixel; save it with 8")
         if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
         # A photograph would exchange glass and tissue: it has colour, or greys of all kinds.
@@ -550,10 +534,8 @@ def given_mask(path, slide, size):
 
 
 def drawn_mask(path, slide, size):
-    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w].
-
-    What QuPath ignores (classes Ignore*, missing cores) is no tissue, also inside of other polygons.
-    """
+    """The polygons of a GeoJSON, in level-0 pixels counted from the scanned area's corner -> bool [h,w]. What
+    QuPath ignores (classes Ignore*, missing cores) is no tissue, also inside of other polygons."""
     found = json.loads(path.read_text(encoding="utf-8-sig"))
     features = found.get("features", [found]) if isinstance(found, dict) else found
     shapes = []  # (whether it is ignored, the rings of a polygon)
@@ -588,9 +570,7 @@ def tissue_of(slide, thumbnail, given=None):
         mask = given_mask(given, slide, thumbnail.size)
         return mask, np.zeros_like(mask), ""
     mask, ink, grey = find_tissue(thumbnail)
-    colourless = " (no colour: grey, silver and fluorescence slides need --mask)" if grey > 0.01 else ""
-    tiny = max(slide.width, slide.height) < TILE
-    return mask, ink, " (smaller than a tile)" if tiny else colourless
+    return mask, ink, " (no colour: grey, silver and fluorescence slides need --mask)" if grey > 0.01 else ""
 
 
 def tile_grid(mask, min_tissue, step=TILE):
@@ -609,8 +589,7 @@ def tile_grid(mask, min_tissue, step=TILE):
 
 
 def draw_tiles(coords, name, max_tiles, seed):
-    """At most so many of the tiles (0: all), uniformly at random, in raster order: the same ones for a
-    slide and a seed."""
+    """At most so many of the tiles (0: all), at random, in raster order: the same for a slide and a seed."""
     if not max_tiles or len(coords) <= max_tiles:
         return coords
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -621,9 +600,8 @@ def draw_tiles(coords, name, max_tiles, seed):
 
 
 def draw_qc(path, picture, pixel, mask, ink, coords):
-    """The slide with the outlines of its tissue (green) and of ink that was left out (red), and the kept
-    tiles (blue): what a person checks before trusting. picture: of the whole slide, `pixel` tiled pixels a
-    pixel."""
+    """A picture of the whole slide, `pixel` tiled pixels a pixel, with the outlines of its tissue (green), of
+    ink that was left out (red) and the kept tiles (blue): what a person checks before trusting."""
     draw = ImageDraw.Draw(picture, "RGBA")
     side = TILE / pixel
     for x, y in coords / pixel:
@@ -641,21 +619,13 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
 def write_geojson(path, slide, coords):
     """The tiles for QuPath: a FeatureCollection of tile objects, squares in level-0 pixels."""
     about = {"classification": {"name": "Tile"}, "isLocked": True}
-    with replacing(path) as temporary, open(temporary, "w") as file:
-        # written as it is made: a slide has 100,000 tiles
-        file.write('{"type": "FeatureCollection", "features": [')
-        for n, (x, y) in enumerate(coords.tolist()):
-            tile = wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about)
-            file.write(",\n" * (n > 0) + json.dumps(tile))
-        file.write("]}\n")
+    tiles = [wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about) for x, y in coords.tolist()]
+    wsi_llava.write_text(path, json.dumps({"type": "FeatureCollection", "features": tiles}))
 
 
-# a page's head, and a slide on it
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px sans-serif }}
-figure {{ display: inline-block; vertical-align: top; width: 240px; margin: 6px; overflow-wrap: anywhere }}
-img {{ max-width: 240px; max-height: 240px }}
-.failed {{ outline: 3px solid #c00 }} .empty {{ outline: 3px solid #d80 }}
+figure {{ display: inline-block; vertical-align: top; width: 240px; overflow-wrap: anywhere }}
+img {{ max-width: 240px; max-height: 240px }} .failed {{ outline: 3px solid #c00 }}
 </style><h1>{title}</h1>
 """
 CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
@@ -664,18 +634,15 @@ CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href
 
 
 def write_index(data):
-    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first; to open in a
-    browser."""
+    """data/qc/index.html: every slide's picture, name and number of tiles, what failed first."""
     failures, tiles, cards = read_failures(data), {}, []
     for path in (data / "features").glob("*.safetensors"):
         with contextlib.suppress(UserError):
-            tiles[path.name.removesuffix(".safetensors")] = feature_metadata(path)["tiles"]
+            tiles[path.stem] = feature_metadata(path)["tiles"]
     for name in sorted({*tiles, *failures}, key=lambda name: (name not in failures, name)):
         kind, text = "", count(tiles.get(name, 0), "tile")
         if name in failures:
             kind, text = "failed", f"FAILED: {failures[name]['message']}"
-        elif not tiles[name]:
-            kind, text = "empty", "NO TISSUE"
         href = urllib.parse.quote(f"{name}.jpg")
         cards.append(CARD.format(kind=kind, href=href, name=html.escape(name), text=html.escape(text)))
     title = f"{count(len(cards), 'slide')}, {len(failures)} failed"
@@ -693,7 +660,7 @@ def check_same(path, made, params):
 
 
 @functools.cache
-def say_once(text):
+def warn(text):  # once, however often it is called
     print(text, file=sys.stderr)
 
 
@@ -711,7 +678,7 @@ def claim(claims, name):
         if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has it
             return False
         none = f"{claims.name}: its file system has no locks ({error.strerror})"
-        say_once(f"{none}; don't prepare the same slides in two runs at once")
+        warn(f"{none}; don't prepare the same slides in two runs at once")
     return True
 
 
@@ -735,20 +702,24 @@ def note_failure(data, name, path, message=None):
         file.unlink(missing_ok=True)
 
 
-def write_meta(data, preset, mpp, encoder):
+def write_meta(data, preset, encoder):
     """Makes the folder and its meta.json, or checks them -> what meta.json holds."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": mpp, "encoder": encoder}
+    meta = {
+        "version": wsi_llava.VERSION,
+        "preset": preset,
+        "tile_size": TILE,
+        "mpp": TARGET_MPP,
+        "encoder": encoder,
+    }
     if not (data / "meta.json").exists():
         wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
-    same = old["encoder"]["fingerprint"] == encoder["fingerprint"]
-    other = f"{data} holds features of another tile encoder ({was}; not {now})"
+    same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
+    other = f"{data} holds features of another tile encoder ({was}, {old['mpp']} um/px; not {now})"
     check(same, f"{other}; name a new folder with --data")
-    another = f"{data} holds features at {old['mpp']} um/px, not {mpp}; name a new folder with --data"
-    check(old["mpp"] == mpp, another)
     return old
 
 
@@ -764,7 +735,7 @@ def open_data(args):
     encoder, source = wsi_llava.pick_tile_encoder(args)
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     info["width"] = encoder.cfg.width
-    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), TARGET_MPP, info)
+    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), info)
     return meta, encoder.to(args.device, args.dtype)
 
 
@@ -802,8 +773,7 @@ def start_readers(n, memory=None):
 
 
 def apart(path, function, *arguments):
-    """What a function returns that opens the slide at `path`, called in a process of its own. Raises
-    UserError where that dies."""
+    """Calls a function that opens the slide at `path` in a process of its own; UserError where that dies."""
     with start_readers(1) as readers:
         try:
             return readers.submit(function, *arguments).result()
@@ -834,8 +804,8 @@ def slide_job(args, name, path, given, mask, encoder):
 
 
 def is_done(args, job, digest=None):
-    """Whether a slide's files are there: known by its path and size, or, once it is open, its features by its
-    hash. Raises UserError where they are another slide's, or were made with other parameters."""
+    """Whether a slide's files are there: known by its path and size, or, once it is open, by its hash. Raises
+    UserError where they are another slide's, or were made with other parameters."""
     if args.overwrite or not job["features"].exists():
         return False
     try:
@@ -907,8 +877,7 @@ def survey(args, job, place):
 
 
 def read_tiles(slide, coords, place):
-    """In a reader: tiles into the memory, from `place` on -> (place, which of them could be read, the last
-    error)."""
+    """In a reader: tiles into the memory, from `place` on -> (place, which could be read, the last error)."""
     read, failed = [], None
     for n, (x, y) in enumerate(coords.tolist()):
         for _ in range(2):
@@ -1008,8 +977,7 @@ def prepare_all(args, encoder, todo, claims):
 
 
 def prepare_slides(args, slides, number=0, shares=1):
-    """All slides of {id: path}, or every `shares`-th from `number` on, going on where an earlier run stopped.
-    Returns the failures, [(path, message)]."""
+    """All slides of {id: path}, or every `shares`-th from `number` on -> failures [(path, message)]."""
     started, claims = time.time(), None
     table = read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
     (meta, encoder), slides = open_data(args), list(slides.items())[number::shares]
@@ -1045,8 +1013,7 @@ def prepare_slides(args, slides, number=0, shares=1):
 
 TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [V,C], or one vector [C]
 MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
-# Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them: places without features,
-# features without places, one vector a slide.
+# Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them.
 LESSER = ("patches", "pt_files", "slide_features_")
 
 
@@ -1062,8 +1029,7 @@ def find_features(inputs):
                 continue
             for path in files:
                 other = found.setdefault(path.stem, path)
-                same = f"{other} and {path} have the same name"
-                check(other == path, f"{same}; rename one, the slide's id, or name one folder")
+                check(other == path, f"{other} and {path} have the same name; rename one, or name one folder")
     check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
     return dict(sorted(found.items()))
 
@@ -1090,8 +1056,7 @@ def read_foreign(path):
     """One file of features -> (its kind, features float16 [N,C], coords float64 [N,2] or None, attributes).
 
     A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
-    feats) and coords, with attributes (TRIDENT, STAMP) or without (CLAM). Without coords they are visual
-    tokens [576,C], or a slide's one vector [C]. Raises UserError for anything else.
+    feats) and coords. Without coords they are visual tokens [576,C], or a slide's one vector [C].
     """
     with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
         if path.suffix.lower() in (".h5", ".hdf5"):
@@ -1099,14 +1064,18 @@ def read_foreign(path):
         else:
             found = wsi_llava.read_tensors(path, named=False)
             found = {"features": found} if isinstance(found, torch.Tensor) else found
-            kind = f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict"
-            check(isinstance(found, dict), kind)
+            check(
+                isinstance(found, dict),
+                f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict",
+            )
             about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
         name = next((name for name in MAKERS if name in found), None)
         check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
-        for x in [found[name], *([found["coords"]] if "coords" in found else [])]:
+        for x in (found[name], found.get("coords", found[name])):
             plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
             check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
+            values = x.half() if x is found[name] else x
+            check(values.isfinite().all(), f"{path}: some values are not finite in half precision")
         kind, features, coords = MAKERS[name], found[name].half(), found.get("coords")
         vector = features.dim() == 1 or about.get("feat_type") in ("slide", "patient")
         if features.dim() == 3 and len(features) == 1:  # a batch of one slide
@@ -1119,20 +1088,17 @@ def read_foreign(path):
             bag = path.parent.name.startswith(("pt_files", "features_")) or len(features) not in (1, 576)
             bare = f"{path}: features {list(found[name].shape)} of tiles without coordinates"
             check(vector or not bag, f"{bare}; import the .h5 with both (visual tokens are [576,C] or [C])")
-        shape = list(features.shape)
-        fits = len(shape) == 2 and (coords is None or len(coords) == shape[0])
-        n = "no" if coords is None else len(coords)
-        check(fits, f"{path}: features {shape} and {n} coords are not [N,C] and [N,2]")
-        finite = features.isfinite().all() and (coords is None or coords.isfinite().all())
-        check(finite, f"{path}: some features or coordinates are not finite in half precision")
+        n = len(features) if coords is None else len(coords)
+        fits = features.dim() == 2 and n == len(features)
+        check(fits, f"{path}: features {list(features.shape)} and {n} coords are not [N,C] and [N,2]")
     return kind, features, coords, about
 
 
 def tiled_coords(path, coords, about, given, args):
     """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels).
 
-    given: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or where it
-    makes tiles that do not lie --step apart: then the scale is wrong, or the tiles are of another resolution.
+    given: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or makes
+    tiles that do not lie --step apart: it is wrong, or the tiles are of another resolution.
     """
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
         tile, pixels = (float(about.get(name, 0)) for name in ("patch_size_level0", "patch_size"))
@@ -1151,8 +1117,7 @@ def tiled_coords(path, coords, about, given, args):
             steps = steps[steps[:, 1] == 0, 0].round()
             step = steps.mode().values.item() if len(steps) else args.step
         apart = f"{path}: its tiles lie {step:.0f} px apart at {TARGET_MPP} um/px, not {args.step}"
-        other = f"the wrong --mpp, or tiles of another size; --step {step:.0f} takes them as they are"
-        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: {other}")
+        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: the wrong --mpp, or give --step {step:.0f}")
         # GigaPath pads a slide on all sides to whole tiles: the first may lie up to a tile outside; all move.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
         check(outside.max() <= step, f"{path}: negative coordinates, more than a tile outside of the slide")
@@ -1176,32 +1141,27 @@ def import_file(args, name, path, given, encoder):
     if kind == TOKENS:  # a model takes as many of every slide
         info["n_visual_tokens"] = there = old.get("n_visual_tokens", n)
         check(there == n, f"{path}: {n} visual tokens, but {args.data} holds {there} of every slide")
-    else:
-        order, coords = tiled_coords(path, coords, about, given, args)
-        features, info = features[order], encoder or info
-        check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
-    if args.dry_run:
+        write_meta(args.data, args.preset or "7b", info)
+        file = args.data / "visual_tokens" / f"{name}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        wsi_llava.write_tensors(file, {"visual_tokens": features}, {"made_by": info["source"]})
         return kind
-    write_meta(args.data, args.preset or "7b", TARGET_MPP, info)
+    order, coords = tiled_coords(path, coords, about, given, args)
+    info, file = encoder or info, wsi_llava.features_file(args.data, name)
+    check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
+    write_meta(args.data, args.preset or "7b", info)
     params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": given or args.mpp}
     params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
-    file = wsi_llava.features_file(args.data, name)
-    if kind == TOKENS:
-        (args.data / "visual_tokens").mkdir(exist_ok=True)
-        path = args.data / "visual_tokens" / file.name
-        wsi_llava.write_tensors(path, {"visual_tokens": features}, {"made_by": info["source"]})
-    elif file.exists() and not args.overwrite:
+    if file.exists() and not args.overwrite:
         check_same(file, feature_metadata(file)["params"], params)
     else:
-        save_features(file, features, coords, {"params": params})
+        save_features(file, features[order], coords, {"params": params})
     return kind
 
 
 def import_features(args, number=0, shares=1):
-    """--features: files that read_foreign takes -> data/features or data/visual_tokens; share `number` of
-    `shares`. Returns the failures, [(path, message)]."""
-    failures, kinds, encoder = [], collections.Counter(), None
-    files = find_features(args.features)
+    """--features -> data/features or data/visual_tokens, and the failures [(path, message)]."""
+    failures, kinds, encoder, files = [], collections.Counter(), None, find_features(args.features)
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
     if args.tile_encoder:
         model = wsi_llava.load_tile_encoder(args.tile_encoder)
@@ -1214,10 +1174,9 @@ def import_features(args, number=0, shares=1):
         except UserError as error:
             failure = str(error)
             failures.append((path, failure))
-        if not args.dry_run:
-            note_failure(args.data, name, path, failure)
+        note_failure(args.data, name, path, failure)
     what = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in kinds.items()) or "nothing"
-    print(f"{'Could import' if args.dry_run else 'Imported'} {what} of {count(len(files), 'file')}.")
+    print(f"Imported {what} of {count(len(files), 'file')}.")
     return failures
 
 
@@ -1242,8 +1201,8 @@ FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
 
 def words(value, what):
-    """A text, or a number that stands for one; pandas writes nan for an empty one. (A None that became "None"
-    would be taught as the truth.)"""
+    """A text, or a number that stands for one; pandas writes nan for an empty one. None is none: "None" would
+    be taught as the truth."""
     value = str(value) if type(value) in (int, float) and abs(value) != math.inf else value
     if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
         raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
@@ -1259,8 +1218,8 @@ def slide_id(value):
 
 
 def read_closed(entry, question, answer):
-    """A question and its answer with the options of a row, if there are any: a list, an object by letter, or
-    columns A, B, C... -> (the question, an option a line; the answer, its letter first)."""
+    """A question and its answer with the row's options (a list, an object by letter, columns A, B, C...), if
+    there are any -> (the question, an option a line; the answer, its letter first)."""
     letters = string.ascii_uppercase
     options = next((entry[field] for field in ("options", "choices", "choice") if entry.get(field)), None)
     if options is None and "a" in entry:
@@ -1301,10 +1260,8 @@ def read_turns(entry, question, answer):
 
 
 def read_row(entry, stem, number):
-    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one.
-
-    Raises ValueError, or what Python raises over other types than expected, where it is of no known kind.
-    """
+    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one. Raises
+    ValueError, or what Python raises over other types than expected."""
     entry = {field.strip().lower(): value for field, value in entry.items()}
     fit = [kind for kind in QUESTION_KINDS if all(field in entry for field in kind[1:] if field)]
     if not fit:
@@ -1378,11 +1335,9 @@ def read_entries(path):
 
 
 def read_qa(path):
-    """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"}.
-
-    "split" is there where the file says it. Rows about several slides, and rows whose question or answer is
-    empty, are left out, and counted. Raises UserError that names the line or the item.
-    """
+    """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"},
+    with "split" where the file says it. Rows about several slides or with an empty text are left out, and
+    counted. Raises UserError that names the line or the item."""
     path, rows, left_out = Path(path), [], collections.defaultdict(list)
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
@@ -1407,9 +1362,9 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds the
-    slide, a patient's the first of hers, which is said. What is not there keeps its name."""
-    beginnings, several, found = collections.defaultdict(list), {}, []
+    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds it, a
+    patient's the first of hers, which is said. What is not there keeps its name."""
+    beginnings, found = collections.defaultdict(list), []
     for name in sorted(have, key=str.lower):
         for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
             beginnings[name[: word.end()].lower()].append(name)
@@ -1418,9 +1373,7 @@ def match_slides(rows, have):
         matches = [name] if name in have else beginnings.get(name.lower(), [name])
         found.append(row | {"slide": matches[0]})
         if len(matches) > 1:
-            several[name] = matches
-    for name, matches in several.items():
-        print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}", file=sys.stderr)
+            warn(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}")
     return found
 
 
@@ -1434,25 +1387,18 @@ def named_split(path):
 
 
 def patient_of(slide):
-    """The patient's barcode at the head of a slide's name in TCGA, or None."""
+    """The patient's barcode at the head of a slide's name in TCGA; of any other, the name."""
     barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
-    return barcode[0].upper() if barcode else None
+    return barcode[0].upper() if barcode else slide
 
 
-def find_leaks(splits, drop):
-    """Says what training shares with the other splits {name: rows} -> the rows of training that share
-    nothing."""
-
-    def marks(row):  # what must not be on both sides
-        return {("slide", row["slide"]), ("patient", patient_of(row["slide"]) or row["slide"])}
-
-    shared = set().union(*map(marks, splits["train"]))
-    shared &= set().union(*map(marks, splits["test"] + splits["val"]))
-    clean = [row for row in splits["train"] if not marks(row) & shared]
-    named = {kind: sorted(name for what, name in shared if what == kind) for kind in ("slide", "patient")}
-    both = ", ".join(count(len(named[kind]), kind) for kind in named)
+def find_leaks(train, others, drop):
+    """Says which patients training shares with test and validation -> training's rows about no such."""
+    shared = {patient_of(row["slide"]) for row in train} & {patient_of(row["slide"]) for row in others}
+    clean = [row for row in train if patient_of(row["slide"]) not in shared]
+    both = count(len(shared), "patient")
     if shared:
-        both += f" ({few(named['patient'])}), {len(splits['train']) - len(clean):,} questions of training: "
+        both += f" ({few(sorted(shared))}), {len(train) - len(clean):,} questions of training: "
         both += "left out of it" if drop else "--drop-leaks leaves them out"
     print(f"On both sides of training and test: {both}.")
     return clean
@@ -1484,25 +1430,25 @@ def import_qa(args):
             print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
     changed = {name for name in paths if new[name]}
     if changed and splits["train"] and splits["test"] + splits["val"]:
-        clean = find_leaks(splits, args.drop_leaks)
+        clean = find_leaks(splits["train"], splits["test"] + splits["val"], args.drop_leaks)
         if args.drop_leaks and len(clean) < len(splits["train"]):
             splits["train"], changed = clean, changed | {"train"}
     for name in sorted(changed):
         rows, slides = splits[name], {row["slide"] for row in splits[name]}
-        if not args.dry_run:
-            paths[name].parent.mkdir(parents=True, exist_ok=True)
-            write_qa(paths[name], rows)
+        paths[name].parent.mkdir(parents=True, exist_ok=True)
+        write_qa(paths[name], rows)
         lack = sorted(slides - have)
         lack = f"; {len(lack):,} of these have no features: {few(lack)}" if lack else ""
-        wrote = f"{'Would write' if args.dry_run else 'Wrote'} {count(len(rows), 'question')}"
-        print(f"{wrote} about {count(len(slides), 'slide')} to {paths[name]}{lack}.")
-    what = f"{count(failures, 'question file')} could not be read, see above"
-    check(not failures, f"{what}; the others are done")
+        wrote = f"{count(len(rows), 'question')} about {count(len(slides), 'slide')}"
+        print(f"Wrote {wrote} to {paths[name]}{lack}.")
+    check(
+        not failures, f"{count(failures, 'question file')} could not be read, see above; the others are done"
+    )
 
 
 # ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
 
-SIDE = 2048  # pixels of a toy slide, at 0.5 um/px: 8 x 8 tiles
+SIDE = 1536  # pixels of a toy slide, at 0.5 um/px: 6 x 6 tiles
 # each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
 TYPES = {
     "adenocarcinoma": ((214, 160, 200), 84, 5.5),
@@ -1568,9 +1514,9 @@ def draw_tumour(rng, draw, kind, tumour):
 
 
 def draw_slide(case, path=None):
-    """One toy slide: a round piece of tissue, in it a tumour whose texture is the type and whose share is
-    the grade, a necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a
-    path, its um/px as dpi; the corners of the tiles that hold the pigment)."""
+    """A round piece of tissue, in it a tumour whose texture is the type and whose share is the grade, a
+    necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a path; the
+    corners of the tiles that hold the pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1596,15 +1542,14 @@ def draw_slide(case, path=None):
     draw_tumour(rng, draw, case["type"], tumour)
     planted = []
     if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
-        inside = np.argwhere(tissue.reshape(8, 32, 8, 32).mean((1, 3)) > 0.95)
+        inside = np.argwhere(tissue.reshape(SIDE // TILE, 32, -1, 32).mean((1, 3)) > 0.95)
         for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
             corner = np.array([column, row]) * TILE
             spots = TILE / 2 + rng.uniform(-24, 24, 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64)
             dots(rng, draw, corner + spots, 7, (109, 66, 22))
             planted.append(corner.tolist())
     stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
-    table = [round(255 * (i / 255) ** stain) for i in range(256)]
-    picture = picture.point(table * 3)
+    picture = picture.point([round(255 * (i / 255) ** stain) for i in range(256)] * 3)
     if not path:
         return picture, planted
     with replacing(path) as temporary:
@@ -1613,8 +1558,7 @@ def draw_slide(case, path=None):
 
 
 def invent_cases(n_train, n_test, seed):
-    """What each toy slide shows. The findings are drawn independently, so none tells of another, and each
-    value as often as the others."""
+    """What each toy slide shows: each value as often as the others, and no finding tells of another."""
     rng, cases = np.random.default_rng(seed), []
     values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS}
     values |= {"focus": ("present", "absent"), "receptors": SUBTYPES}
@@ -1696,8 +1640,7 @@ def draw_cohort(args, cases, folder):
 
 
 def prepare_demo(args):
-    """--demo: draws the cohort, unless it is there, then takes it through the same steps as real slides. What
-    each slide shows stands in data/cohort.json."""
+    """--demo: draws the cohort, unless it is there (data/cohort.json), and prepares it as real slides are."""
     args.preset, folder, path = "demo", args.data / "slides", args.data / "cohort.json"
     recipe = {"train": args.demo, "test": args.demo // 5, "seed": args.seed}
     own = (args.data / "meta.json").exists() and not path.exists()
@@ -1705,8 +1648,9 @@ def prepare_demo(args):
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     if path.exists():
         old = wsi_llava.read_json(path, "delete the folder, or name another --data").get("recipe")
-        other = f"{args.data} holds another demo cohort ({old}, not {recipe})"
-        check(old == recipe, f"{other}; name another --data")
+        check(
+            old == recipe, f"{args.data} holds another demo cohort ({old}, not {recipe}); name another --data"
+        )
     else:
         draw_cohort(args, cases, folder)
         wsi_llava.write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
@@ -1731,24 +1675,19 @@ def parse(argv=None):
     drawn = "draw the toy cohort, N slides to train on (500 if not said) and a fifth more, and prepare it"
     add("--demo", drawn, nargs="?", metavar="N", type=at_least(5), const=500)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
-    again = "make features again that are there already; begin anew the splits that --qa writes"
-    add("--overwrite", again, **yes)
+    add("--overwrite", "make features and splits of questions again that are there already", **yes)
     add("--shard", "one of N shares of the slides, for job arrays", metavar="I/N", default="1/1")
     add = parser.group("slides and their tiles")
     microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
     add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
     add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
-    least = "least share of tissue in a tile (default: 0.1)"
-    add("--min-tissue", least, type=at_least(0, float, 1), default=0.1)
-    masks = "what is tissue: for each slide a picture or QuPath's GeoJSON of its name"
-    add("--mask", masks, metavar="DIR", type=some_path)
+    add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
+    add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=some_path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
-    most = "at most so many of a slide's tiles, drawn at random (default: all)"
-    add("--max-tiles", most, type=at_least(0), default=0)
+    add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
     add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
     add = parser.group("questions")
-    splits = "of --qa's files (default: what their names or rows tell)"
-    add("--split", splits, choices=["train", "val", "test"])
+    add("--split", "if names or rows of --qa's files do not tell it", choices=["train", "val", "test"])
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
     wsi_llava.add_weights_flags(parser, rest=False)
     wsi_llava.add_shared_flags(parser)
@@ -1764,8 +1703,7 @@ def main(argv=None):
     args = parse(argv)
     given = args.slides or args.features or args.qa or args.demo
     check(given, "nothing to do: give --slides, --features, --qa or --demo (--help explains)")
-    drawn = "--demo draws its slides; --dry-run is about slides that are there"
-    check(not (args.demo and args.dry_run), drawn)
+    check(not (args.dry_run and (args.demo or args.features or args.qa)), "--dry-run is for --slides alone")
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     share = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     number, shares = map(int, share.groups()) if share else (0, 0)

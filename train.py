@@ -181,7 +181,7 @@ def split_validation(rows, args, most):
     By the patient's name, or the slide's: the same in every stage and run."""
     train, val = [], []
     for row in rows:
-        name = prepare.patient_of(row["slide"]) or row["slide"]
+        name = prepare.patient_of(row["slide"])
         (val if zlib.crc32(name.encode()) % 1000 < args.val * 1000 else train).append(row)
     check(train, f"{args.data}: no slide is left to train on, with --val {args.val}")
     n = min(len(val), most)
