@@ -781,28 +781,6 @@ class Pool(nn.Module):
         return pool_tokens(tokens, self.n)
 
 
-class SlideAttention(nn.Module):
-    """The projections before and after dilated attention, with LongNet's sub-LN."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.n_heads = cfg.heads
-        self.q_proj = nn.Linear(cfg.width, cfg.width)
-        self.k_proj = nn.Linear(cfg.width, cfg.width)
-        self.v_proj = nn.Linear(cfg.width, cfg.width)
-        self.inner_attn_ln = nn.LayerNorm(cfg.width, eps=1e-5)  # sub-LN: keeps deep networks stable
-        self.out_proj = nn.Linear(cfg.width, cfg.width)
-
-    def heads(self, x):
-        """[L,C] -> q, k, v, each [L,H,D]."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [L,C] each
-        return tuple(y.unflatten(1, (self.n_heads, -1)) for y in (q, k, v))
-
-    def merge(self, attended):
-        """[L,H,D] -> [L,C]."""
-        return self.out_proj(self.inner_attn_ln(attended.flatten(1)))
-
-
 class SlideFFN(nn.Module):
     """LongNet's feed-forward layer, [L,C] -> [L,C], with the sub-LN between its two matrices."""
 
@@ -850,13 +828,39 @@ def attend_short(q, k, v, lengths, cfg):
     return torch.cat([slide[:L] for slide, L in zip(attended.transpose(1, 2), lengths)])
 
 
+class SlideAttention(nn.Module):
+    """Dilated attention within each slide, [sum of L,C] -> the same, with LongNet's sub-LN."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.q_proj = nn.Linear(cfg.width, cfg.width)
+        self.k_proj = nn.Linear(cfg.width, cfg.width)
+        self.v_proj = nn.Linear(cfg.width, cfg.width)
+        self.inner_attn_ln = nn.LayerNorm(cfg.width, eps=1e-5)  # sub-LN: keeps deep networks stable
+        self.out_proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x, lengths):
+        cfg, q, k, v = self.cfg, self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [sum of L,C] each
+        q, k, v = (y.unflatten(1, (cfg.heads, -1)) for y in (q, k, v))  # [sum of L,H,D] each
+        if max(lengths) <= SHORT:
+            attended = attend_short(q, k, v, lengths, cfg)
+        else:
+            attended = []
+            for slide in zip(q.split(lengths), k.split(lengths), v.split(lengths)):
+                slide = (y[None] for y in slide)  # [1,L,H,D]
+                attended += dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)
+            attended = torch.cat(attended)
+        return self.out_proj(self.inner_attn_ln(attended.flatten(1)))
+
+
 class SlideLayer(nn.Module):
     """A LongNet layer over packed slides, [sum of L,C] -> the same; lengths: the L of each. All is done token
     by token but the attention, which is done slide by slide."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
-        self.cfg, self.drop_path = cfg, drop_path
+        self.drop_path = drop_path
         self.dropout = nn.Dropout(cfg.dropout)
         self.self_attn_layer_norm = nn.LayerNorm(cfg.width, eps=1e-5)
         self.self_attn = SlideAttention(cfg)
@@ -872,19 +876,8 @@ class SlideLayer(nn.Module):
             update = update * keep[:, None] / (1 - self.drop_path)
         return x + update
 
-    def attend(self, q, k, v, lengths):
-        """Dilated attention within each slide, [sum of L,H,D] each -> the same."""
-        if max(lengths) <= SHORT:
-            return attend_short(q, k, v, lengths, self.cfg)
-        cfg, attended = self.cfg, []
-        for slide in zip(*(x.split(lengths) for x in (q, k, v))):
-            slide = (x[None] for x in slide)  # [1,L,H,D]
-            attended += dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)
-        return torch.cat(attended)
-
     def forward(self, x, lengths):
-        q, k, v = self.self_attn.heads(self.self_attn_layer_norm(x))  # [sum of L,H,D] each
-        x = self.residual(x, self.self_attn.merge(self.attend(q, k, v, lengths)), lengths)
+        x = self.residual(x, self.self_attn(self.self_attn_layer_norm(x), lengths), lengths)
         return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
 
@@ -1247,9 +1240,8 @@ class Tokenizer:
             lacking = [token for token in tokens if self.id(token) is None]
             if not lacking:  # vicuna, the last, has none
                 break
-        check(
-            not lacking, f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out, or try another"
-        )
+        lacks = f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out, or try another"
+        check(not lacking, lacks)
         bos = self.id(self.chat.bos) if self.chat.bos else None
         self.bos = [] if bos is None else [bos]
         ends = map(self.id, [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"])
@@ -2125,11 +2117,11 @@ def pick_projector(args, llm, width, cfg, stage):
     for source in filter(None, (args.lora, llm)):
         found = load_projector(source)
         if found:
-            takes, gives = found[0].in_features, found[2].out_features
-            if takes < width or gives != cfg.llama.width:
-                fit = f"({takes} -> {gives}, not {width} -> {cfg.llama.width})"
-                found, why = None, f"that of {source} does not fit {fit}"
             break
+    if found:
+        takes, gives = found[0].in_features, found[2].out_features
+        why = f"that of {source} does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
+        found = found if takes >= width and gives == cfg.llama.width else None
     untrained = f"{args.out}/stage{stage} holds no trained model: run python train.py --stage {stage} first"
     check(found or stage == 1, f"{untrained}; of published projectors, {why}")
     if os.environ.get("RANK", "0") == "0":  # rank 0 only
