@@ -1025,11 +1025,11 @@ def prepare_slides(args, slides, number=0, shares=1):
     )
     with contextlib.ExitStack() as stack:
         if not args.dry_run:
-            wsi_llava.check_regular(args.data / ".claims", "delete it")
             claims = stack.enter_context(open(args.data / ".claims", "ab"))
+            names = {job["name"] for job in jobs}
             for half in itertools.chain(args.data.glob("features/.*.part"), args.data.glob("qc/.*.part")):
                 name = half.name[1:].rsplit(".", 3)[0]  # .<slide>.<ending>.<at random>.part
-                if name in todo and claim(claims, name):  # nobody is at work on it: a kill left it
+                if name in names and claim(claims, name):  # nobody is at work on it: a kill left it
                     half.unlink(missing_ok=True)
         failures, notes, written = prepare_all(args, encoder, list(todo.values()), claims)
     tiles, seconds = sum(written), time.time() - started

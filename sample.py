@@ -465,7 +465,7 @@ def answer_file(args):
     long = {n for n, ids in enumerate(prompts) if len(ids) + model.cfg.n_visual_tokens > room}
     todo = [row for row in rows if row["n"] not in done.keys() | long and row["slide"] not in problems]
     print(f"{len(rows):,} questions about {len(slides):,} slides, {len(todo):,} to ask, into {path}.")
-    with wsi_llava.writing(path), file, tqdm(total=len(todo), unit="question") as bar:
+    with file, tqdm(total=len(todo), unit="question") as bar:
         for group in by_length([prompts[row["n"]] for row in todo], 64):
             group, answers = [todo[i] for i in group], {}
             for field, instead in views.items():
@@ -684,7 +684,7 @@ class Judge:
                 problem = f"unusable ({type(error).__name__}: {one_line(error)})"
             again = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
-        with self.lock, wsi_llava.writing(self.file.name):
+        with self.lock:
             if found is not None:
                 print(json.dumps({"key": key, "reply": reply}), file=self.file, flush=True)
                 self.replies[key], self.in_a_row = reply, 0
@@ -1049,7 +1049,7 @@ def evaluate(args, paths):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    text, file = {"type": wsi_llava.some_text}, {"type": wsi_llava.some_path, "metavar": "FILE"}
+    text, file = {"type": str}, {"type": wsi_llava.some_path, "metavar": "FILE"}
     number, positive = wsi_llava.at_least(0), wsi_llava.at_least(1)
     add = parser.group("one slide")
     add("--slide", "a slide file, or the name of a prepared slide", metavar="S", **text)

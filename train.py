@@ -15,6 +15,7 @@ the loop that trains its small stand-in is the simplest here, and the place to b
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -78,7 +80,7 @@ RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
         3: Recipe(2e-4, 128, 3, projector_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05),
     },
     "demo": {
-        1: Recipe(1e-3, 60, 30, warmup=0.05, weight_decay=0.05, **DEMO),
+        1: Recipe(1e-3, 60, 45, warmup=0.05, weight_decay=0.05, **DEMO),
         2: Recipe(2e-3, 32, 4, micro_batch=32, **DEMO),
         3: Recipe(3e-3, 48, 2, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=12, **DEMO),
     },
@@ -327,7 +329,7 @@ class Alignment(Task):
         check(not args.no_slide_encoder, "--no-slide-encoder: stage 1 trains it; start with --stage 2")
         self.args = args
         self.words, self.tokenizer = wsi_llava.token_embeddings(args, meta)  # [vocab,C_llm], frozen
-        cfg = self.cfg = wsi_llava.WSILLaVAConfig.from_dict(PRESETS[args.preset or meta["preset"]].to_dict())
+        cfg = self.cfg = copy.deepcopy(PRESETS[args.preset or meta["preset"]])
         encoder, encoder_cfg = slide_encoder_to_train(args, meta, cfg)
         cfg.slide_encoder = dataclasses.replace(encoder_cfg, trained_on=meta["encoder"]["fingerprint"])
         cfg.text_encoder.in_width, cfg.max_tiles = self.words.shape[1], args.max_tiles
@@ -608,7 +610,6 @@ def stop_signals():
 def alone_in(folder):
     """Refuses a second run in a folder; sweeps up what a killed one had half written. Rank 0 only."""
     folder.mkdir(parents=True, exist_ok=True)
-    wsi_llava.check_regular(folder / ".claims", "delete it")
     with open(folder / ".claims", "ab") as claims:
         busy = f"{folder}: another run is training here; wait for it, or name another --out"
         check(RANK or prepare.claim(claims, "training"), busy)
@@ -796,7 +797,7 @@ def export(args):
 
 
 def show(script, *flags):
-    """Prints a command as a user types it and runs it, in a process of its own -> the seconds it took."""
+    """Prints a command as a user types it; runs it -> seconds."""
     began, flags = time.time(), list(map(str, flags))
     say(f"\n$ python {script} {shlex.join(flags)}")
     status = subprocess.call([sys.executable, str(Path(__file__).with_name(script)), *flags])
@@ -810,7 +811,7 @@ def demo(args, given):
     for name in ("data", "out", "device", "dtype", "seed", "workers"):
         if getattr(args, name) != getattr(defaults, name):
             where += [f"--{name}", getattr(args, name)]
-    took = {"slides": show("prepare.py", "--demo", args.demo_slides, *where)}
+    took = {"slides": show("prepare.py", "--demo", args.demo, *where)}
     for stage in (1, 2, 3):
         took[f"stage {stage}"] = show("train.py", "--stage", stage, "--log-every", 20, *given)
     answers = args.out / "test.jsonl"
@@ -851,9 +852,8 @@ def parse(argv=None):
     count, yes = at_least(1), {"action": "store_true"}
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
-    add("--demo", "draw toy slides, train all stages, answer held-out questions", **yes)
-    toys = "toy slides to train on (default: 500); a fifth more are held out"
-    add("--demo-slides", toys, type=at_least(5), default=500)
+    toys = "all stages on so many toy slides (500), then questions about a fifth more"
+    add("--demo", toys, metavar="N", nargs="?", const=500, type=at_least(5))
     add("--export", "write out/stage3 for transformers", metavar="DIR", type=wsi_llava.some_path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
@@ -880,8 +880,8 @@ def main(argv=None):
     args = parse(argv)
     check(args.stage or args.export or args.demo, "nothing to do: give --stage, --export or --demo")
     if args.demo:
-        given = sys.argv[1:] if argv is None else argv
-        return demo(args, [flag for flag in given if flag != "--demo"])
+        given = shlex.join(sys.argv[1:] if argv is None else argv)
+        return demo(args, shlex.split(re.sub(r"--demo\b[ =]?\d*", "", given)))
     join_processes(args)
     if args.export:
         return export(args)

@@ -52,6 +52,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows: the torch path serves
@@ -76,11 +80,8 @@ def check(holds, message):
 class Config:
     """What the config dataclasses share: a JSON round trip, strict in names and types."""
 
-    def to_dict(self):
-        return dataclasses.asdict(self)
-
     def to_json(self):
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text):
@@ -93,11 +94,13 @@ class Config:
         for name, value in values.items():
             kind, most = types.get(name), {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
             check(kind, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            value = kind.from_dict(value) if issubclass(kind, Config) else value
-            numbers = value if kind is tuple else [value] if kind in (int, float) else []
-            numeric = (int,) if kind is int else (int, float)
-            fits = all(type(number) in numeric and 0 <= number < most for number in numbers)
-            fits = fits and (kind in (float, tuple) or isinstance(value, kind))
+            if kind in (int, float, tuple):
+                numbers = value if kind is tuple else [value]
+                numeric = (int,) if kind is int else (int, float)
+                fits = all(type(number) in numeric and 0 <= number < most for number in numbers)
+            else:
+                value = kind.from_dict(value) if issubclass(kind, Config) else value
+                fits = isinstance(value, kind)
             check(fits, f"{cls.__name__}: {name} cannot be {one_line(value)}")
             given[name] = tuple(value) if kind is tuple else value
         return cls(**given)
@@ -145,7 +148,7 @@ class SlideEncoderConfig(Config):
 
 @dataclass
 class TextEncoderConfig(Config):
-    """Stage 1 only. The paper does not say which text encoder it uses; this is a small one of our own."""
+    """Of stage 1. The paper does not name its text encoder; this is a small one of our own."""
 
     in_width: int = 4096  # of the LLM's token embeddings
     width: int = 512
@@ -226,11 +229,8 @@ PRESETS = {
 
 
 def preprocess_tiles(tiles):
-    """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std.
-
-    This is Prov-GigaPath's preprocessing. Its resize to 256 is the identity here: tiles are cut at 256 px.
-    Raises ValueError for anything but such tiles.
-    """
+    """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std, as
+    Prov-GigaPath does (its resize to 256 is the identity here). Raises ValueError for other tiles."""
     _, height, width, channels = tiles.shape
     if tiles.dtype != torch.uint8 or (height, width, channels) != (TILE, TILE, 3):
         raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
@@ -297,17 +297,6 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class PatchEmbed(nn.Module):
-    """Images [B,3,224,224] -> one token a patch, [B,196,C]."""
-
-    def __init__(self, patch_size, width):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,C,196] -> [B,196,C]
-
-
 class TileEncoder(nn.Module):
     """Prov-GigaPath's tile encoder: preprocessed images [B,3,224,224] -> [B,C], the CLS after the norm.
 
@@ -320,16 +309,16 @@ class TileEncoder(nn.Module):
         patches = (cfg.image_size // cfg.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, cfg.width))
-        self.patch_embed = PatchEmbed(cfg.patch_size, cfg.width)
+        patch = nn.Conv2d(3, cfg.width, cfg.patch_size, cfg.patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patch})
         self.blocks = nn.ModuleList(
             Block(cfg.width, cfg.heads, cfg.mlp_hidden, cfg.layer_scale) for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     def forward(self, images):
-        B, _, _, _ = images.shape
-        x = self.patch_embed(images)  # [B,196,C]
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # [B,C,14,14] -> [B,196,C]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # [B,197,C]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 0]
@@ -337,11 +326,8 @@ class TileEncoder(nn.Module):
 
 @torch.no_grad()
 def untrained_tile_encoder(cfg=None, seed=0):
-    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science.
-
-    A random network still tells colours and textures apart (a random projection of every patch, a random
-    non-linearity, an average over the tile), which is all that the toy cohort asks of it.
-    """
+    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. A
+    random network still tells colours and textures apart, which is all that the toy cohort asks of it."""
     encoder = TileEncoder(cfg or PRESETS["demo"].tile_encoder).eval()
     rng = np.random.default_rng(seed)
     for name, p in encoder.named_parameters():
@@ -758,12 +744,10 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 
 
 def grid_cells(coords, tile_size=TILE, grid=1000):
-    """Tiles' coords [...,2] -> their cells in the position grid. Raises ValueError for a cell outside of it:
-    level-0 coordinates given instead of 0.5 um/px look like this."""
+    """Tiles' coords [...,2] -> their cells in the position grid. Raises ValueError for one outside of it."""
     cells = torch.div(coords, tile_size, rounding_mode="floor")
-    if cells.numel() and (cells.min() < 0 or cells.max() >= grid):
-        low, high = int(cells.min()), int(cells.max())
-        what = f"tile position {low}..{high} is outside the grid 0..{grid - 1}"
+    if cells.numel() and (cells.min() < 0 or cells.max() >= grid):  # level-0 coordinates look like this
+        what = f"tile position {int(cells.min())}..{int(cells.max())} is outside the grid 0..{grid - 1}"
         raise ValueError(f"{what}: the coordinates are not in pixels at the tiled resolution")
     return cells
 
@@ -772,8 +756,7 @@ def position_embedding(coords, width, tile_size=TILE, grid=1000):
     """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in tiled pixels -> [...,C].
 
     The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of cell
-    / 10000^(i / (C/4)). Looked up in a table of grid rows, one for both: upstream's has grid^2 rows, 3 GB at
-    768. Raises ValueError for a cell outside the grid.
+    / 10000^(i / (C/4)). One table of grid rows serves both: upstream's has grid^2 rows, 3 GB at 768.
     """
     cells = grid_cells(coords, tile_size, grid)
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -788,10 +771,7 @@ def pool_tokens(tokens, n):
 
 
 class Pool(nn.Module):
-    """The tiles of a slide in context -> its visual tokens, [B,N,C] -> [B,n,C]: the one place for another pool.
-
-    What it learns is trained in stage 1, with the slide encoder whose part it is.
-    """
+    """The tiles in context -> visual tokens, [B,N,C] -> [B,n,C]. Another pool goes here; stage 1 trains it."""
 
     def __init__(self, cfg, n):
         super().__init__()
@@ -842,9 +822,8 @@ SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attentio
 @functools.lru_cache(256)
 @torch.inference_mode(False)  # kept, and then used where gradients are taken too
 def short_bias(L, H, segments, dilations, pad_keys):
-    """log m of each pair of query and key, m the number of branches that hold it (see the derivation):
-    added to a score, it multiplies e^score by m, and dense attention is dilated attention -> [H,L,1+L]. The
-    first key is a zero key, which stands for those of the padding."""
+    """log m of each query and key, m the number of branches that hold the pair (see the derivation): added to
+    the scores it makes dense attention dilated. [H,L,1+L]; key 0 is a zero key, for those of the padding."""
     counts = torch.zeros(H, L, 1 + L)
     positions = torch.arange(L)[None, :, None].expand(1, L, H)
     for where, padded in _branches(L, H, segments, dilations):
@@ -857,26 +836,23 @@ def short_bias(L, H, segments, dilations, pad_keys):
 
 
 def attend_short(q, k, v, lengths, cfg):
-    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> a list of [L,H,D], in one
-    dense call: branch by branch, so few tokens are all overhead."""
+    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> the same, in one dense
+    call: branch by branch, so few tokens are all overhead."""
     longest = max(lengths)
     bias = torch.full((len(lengths), cfg.heads, longest, 1 + longest), -math.inf)
     bias[..., 0] = 0  # padding sees the zero key alone
     for slide, L in zip(bias, lengths):
         slide[:, :L, : 1 + L] = short_bias(L, cfg.heads, cfg.segments, cfg.dilations, cfg.pad_keys)
-    # Where each slide's tokens lie, padded by the first token's place: [S,L]
-    place = nn.utils.rnn.pad_sequence(torch.arange(len(q)).split(lengths), batch_first=True).to(q.device)
-    q, k, v = (
-        x.index_select(0, place.flatten()).unflatten(0, place.shape).transpose(1, 2) for x in (q, k, v)
-    )
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    q, k, v = (pad(x.split(lengths)).transpose(1, 2) for x in (q, k, v))  # [S,H,L,D]
     k, v = (F.pad(x, (0, 0, 1, 0)) for x in (k, v))  # [S,H,1+L,D]
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.device, q.dtype))
-    return [slide[:L] for slide, L in zip(attended.transpose(1, 2), lengths)]
+    return torch.cat([slide[:L] for slide, L in zip(attended.transpose(1, 2), lengths)])
 
 
 class SlideLayer(nn.Module):
-    """A LongNet layer over a packed sequence, [sum of L,C] -> the same: slides one after the other, `lengths`
-    the L of each. All but the attention is done token by token; the attention is done slide by slide."""
+    """A LongNet layer over packed slides, [sum of L,C] -> the same; lengths: the L of each. All is done token
+    by token but the attention, which is done slide by slide."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
@@ -896,40 +872,20 @@ class SlideLayer(nn.Module):
             update = update * keep[:, None] / (1 - self.drop_path)
         return x + update
 
-    def in_chunks(self, function, *tensors):
-        """A function of tensors [L,...] that works token by token, a chunk of the sequence at a time.
-
-        On a CPU activations then stay in cache (10% faster); everywhere the FFN's memory is capped. Under
-        autograd, which stores them anyway, and in training, with its dropout, it is done in one piece.
-        """
-        rows = 512 if tensors[0].device.type == "cpu" else 16384
-        if self.training or torch.is_grad_enabled() or len(tensors[0]) <= rows:
-            return function(*tensors)
-        chunks = list(map(function, *(x.split(rows) for x in tensors)))
-        if isinstance(chunks[0], tuple):
-            return tuple(map(torch.cat, zip(*chunks)))
-        return torch.cat(chunks)
-
     def attend(self, q, k, v, lengths):
         """Dilated attention within each slide, [sum of L,H,D] each -> the same."""
-        cfg, attended = self.cfg, []
         if max(lengths) <= SHORT:
-            return torch.cat(attend_short(q, k, v, lengths, cfg))
+            return attend_short(q, k, v, lengths, self.cfg)
+        cfg, attended = self.cfg, []
         for slide in zip(*(x.split(lengths) for x in (q, k, v))):
             slide = (x[None] for x in slide)  # [1,L,H,D]
             attended += dilated_attention(*slide, cfg.segments, cfg.dilations, cfg.pad_keys)
         return torch.cat(attended)
 
     def forward(self, x, lengths):
-        def before(x):
-            return self.self_attn.heads(self.self_attn_layer_norm(x))
-
-        def after(x, attended):
-            x = self.residual(x, self.self_attn.merge(attended), lengths)
-            return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
-
-        q, k, v = self.in_chunks(before, x)  # [sum of L,H,D] each
-        return self.in_chunks(after, x, self.attend(q, k, v, lengths))
+        q, k, v = self.self_attn.heads(self.self_attn_layer_norm(x))  # [sum of L,H,D] each
+        x = self.residual(x, self.self_attn.merge(self.attend(q, k, v, lengths)), lengths)
+        return self.residual(x, self.ffn(self.final_layer_norm(x)), lengths)
 
 
 class SlideEncoder(nn.Module):
@@ -985,10 +941,8 @@ class SlideEncoder(nn.Module):
 
     @torch.no_grad()
     def standardize_inputs(self, features):
-        """Sets an untrained encoder's first layer so that features [N,C_tile] enter with mean 0, deviation 1.
-
-        What all tiles have in common is many times what tells them apart; untreated, it stalls stage 1.
-        """
+        """Sets an untrained encoder's first layer so that features [N,C_tile] enter with mean 0, deviation 1:
+        what all tiles have in common is many times what tells them apart, and stalls stage 1."""
         std, mean = torch.std_mean(features.float(), dim=0)  # [C_tile] each
         proj = self.patch_embed["proj"]
         proj.weight /= std.clamp(min=1e-4)
@@ -999,8 +953,7 @@ class SlideEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Reports -> [B,C]: the LLM's (frozen) token embeddings [B,T,C_llm], a mask [B,T] (True: a token), a
-    small bidirectional Transformer, mean over the tokens."""
+    """Reports as the LLM's (frozen) token embeddings [B,T,C_llm], mask [B,T] (True: a token) -> [B,C]."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1023,11 +976,8 @@ class TextEncoder(nn.Module):
 
 
 class WSITextAlignment(nn.Module):
-    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature.
-
-    A slide's embedding is the mean of its visual tokens, not the CLS: the tokens are what the language
-    model reads later, and a loss on the CLS alone would leave their last layer untrained.
-    """
+    """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature. A
+    slide's embedding is the mean of its visual tokens, since these are what the language model reads later."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1038,20 +988,16 @@ class WSITextAlignment(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_slides(self, features, coords, lengths):
-        """Packed features [sum of N,C_tile], coords [sum of N,2] and the N of each slide -> [S,E] of unit
-        length."""
+        """features [sum of N,C_tile], coords [sum of N,2], lengths: each N -> [S,E] of unit length."""
         tokens = self.slide_encoder.visual_tokens(features, coords, lengths)  # [S,V,C]
         return F.normalize(self.slide_head(tokens.mean(1)), dim=-1)
-
-    def embed_texts(self, token_embeds, mask):
-        """token_embeds [B,T,C_llm], mask [B,T] -> [B,E] of unit length."""
-        return F.normalize(self.text_head(self.text_encoder(token_embeds, mask)), dim=-1)
 
     def embed_words(self, ids, words):
         """ids: B lists of tokens; words: the LLM's token embeddings [vocab,C] -> [B,E] of unit length."""
         ids = [torch.tensor(row, device=words.device) for row in ids]
         ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [B,T]
-        return self.embed_texts(F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype), ids >= 0)
+        token_embeds = F.embedding(ids.clamp(min=0), words).to(self.logit_scale.dtype)  # [B,T,C_llm]
+        return F.normalize(self.text_head(self.text_encoder(token_embeds, ids >= 0)), dim=-1)
 
     def loss(self, slides, texts):
         """Symmetric InfoNCE over pairs [B,E]: each slide finds its report, each report its slide."""
@@ -1066,19 +1012,6 @@ class WSITextAlignment(nn.Module):
 def make_projector(in_width, width):
     """LLaVA-1.5's `mlp2x_gelu`: visual tokens -> the language model's embedding space."""
     return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))
-
-
-class RMSNorm(nn.Module):
-    """[...,C] divided by its root mean square (arXiv 1910.07467), in float32 whatever the dtype."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        # One kernel on a GPU: written out it is seven, and a decoder's token waits for launches.
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_tables(cfg, start, T, device, dtype):
@@ -1122,11 +1055,8 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head.
-
-    cos, sin: rotary_tables of the T positions. cache: the KVCache that holds the positions before them in its
-    `layer`, or None: there are none.
-    """
+    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head. cos,
+    sin: rotary_tables of the T positions. cache: a KVCache whose `layer` holds those before them, or None."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1135,8 +1065,8 @@ class LlamaAttention(nn.Module):
         self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache, layer):
         B, T, _ = x.shape
@@ -1174,9 +1104,11 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.input_layernorm = nn.RMSNorm(
+            cfg.width, cfg.eps
+        )  # root mean square (arXiv 1910.07467), in float32
         self.self_attn = LlamaAttention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.width, cfg.eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
         self.mlp = LlamaMLP(cfg)
 
     def forward(self, x, cos, sin, cache, layer):
@@ -1187,9 +1119,9 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """A Llama decoder or its kin (Mistral, Qwen2, Qwen3): ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
 
-    cache: a KVCache that holds the positions before these, and then these too. last_only: logits of the last
-    position alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab].
-    Raises UserError where the positions exceed the context that the weights were trained for.
+    cache: a KVCache of the positions before these, and then these too. last_only: logits of the last position
+    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises
+    UserError where the positions exceed the context.
     """
 
     def __init__(self, cfg):
@@ -1198,7 +1130,7 @@ class Llama(nn.Module):
         self.checkpointing = False
         self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
         self.layers = nn.ModuleList(LlamaLayer(cfg) for _ in range(cfg.depth))
-        self.norm = RMSNorm(cfg.width, cfg.eps)
+        self.norm = nn.RMSNorm(cfg.width, cfg.eps)
         self.lm_head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
 
     def forward(self, ids=None, embeds=None, cache=None, last_only=False, only=None):
@@ -1274,14 +1206,13 @@ def without_image(text):
 def slide_first(turns, image=True):
     """Moves the <image> placeholder to the front of the first turn, as LLaVA does; image False: drops it."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
-    if image:
-        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
     return turns
 
 
 def read_pieces(path):
-    """A tokenizer.model (SentencePiece: Llama's, Vicuna's, Mistral's) or tokenizer.json (read by Hugging
-    Face's package: Llama 3's, Qwen's, SmolLM's) -> encode, decode, a special token's id, number of tokens."""
+    """A tokenizer.model (SentencePiece: Llama's, Vicuna's, Mistral's) or tokenizer.json (Llama 3's, Qwen's) ->
+    encode, decode, a special token's id, number of tokens."""
     if path.suffix != ".json":
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         ids = {model.id_to_piece(i): i for i in range(len(model))}
@@ -1302,28 +1233,27 @@ def read_pieces(path):
 
 
 class Tokenizer:
-    """A language model's tokenizer and the prompts that it was trained on.
-
-    path: tokenizer.model or tokenizer.json. chat: a row of CHAT_FORMATS, by default the one whose special
-    tokens the tokenizer has. eos: the token that ends an answer; ends: every token that does.
-    """
+    """A language model's tokenizer and the prompts that it was trained on. chat: a row of CHAT_FORMATS, by
+    default the one whose special tokens it has. eos ends an answer; ends: every token that does."""
 
     def __init__(self, path, chat=None):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
             # encode: a text -> its ids, a list; id: a special token -> its id, or None
             self.encode, self.decode_ids, self.id, self.size = read_pieces(self.path)
-        lacking = {}
-        for name, row in CHAT_FORMATS.items():
-            tokens = re.findall(SPECIAL_TOKENS, row.start + row.human + row.end)
-            lacking[name] = [token for token in tokens if self.id(token) is None]
-        chat = chat or next(name for name, tokens in lacking.items() if not tokens)  # vicuna has none
-        lacks = f"{path}: lacks {few(lacking[chat])} of --chat-format {chat}; leave it out, or try another"
-        check(not lacking[chat], lacks)
-        self.chat = CHAT_FORMATS[chat]
-        self.bos = [self.id(self.chat.bos)] if self.chat.bos and self.id(self.chat.bos) is not None else []
-        ends = [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"]
-        ends = [self.id(token) for token in ends if self.id(token) is not None]
+        for name in [chat] if chat else CHAT_FORMATS:
+            self.chat = CHAT_FORMATS[name]
+            tokens = re.findall(SPECIAL_TOKENS, self.chat.start + self.chat.human + self.chat.end)
+            lacking = [token for token in tokens if self.id(token) is None]
+            if not lacking:  # vicuna, the last, has none
+                break
+        check(
+            not lacking, f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out, or try another"
+        )
+        bos = self.id(self.chat.bos) if self.chat.bos else None
+        self.bos = [] if bos is None else [bos]
+        ends = map(self.id, [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"])
+        ends = [end for end in ends if end is not None]
         check(ends, f"{path}: has no {self.chat.end} to end an answer with; try another --chat-format")
         self.eos, self.ends = ends[0], {ends[0]}
 
@@ -1335,11 +1265,8 @@ class Tokenizer:
         return self.size
 
     def encode_template(self, template, value):
-        """A template of CHAT_FORMATS with a value for its {} -> ids.
-
-        Special tokens are looked up; the text between them, and between <image> placeholders, is encoded
-        piece by piece, each as it stands: as in LLaVA, the space before <image> stays.
-        """
+        """A template of CHAT_FORMATS with a value for its {} -> ids. The text between special tokens, and
+        around <image>, is encoded piece by piece, each as it stands, as in LLaVA."""
         ids = []
         for i, part in enumerate(re.split(f"({SPECIAL_TOKENS})", template)):
             if i % 2:
@@ -1355,11 +1282,8 @@ class Tokenizer:
         return (self.bos if first else []) + self.encode_template(before + self.chat.human, question)
 
     def encode_chat(self, turns):
-        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists).
-
-        <image> in a human turn becomes IMAGE_TOKEN. Labels are the answers and the token that ends them,
-        IGNORE elsewhere. Where the last turn is the human's, the ids are ready to be continued.
-        """
+        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists): the answers and the
+        token that ends them, IGNORE elsewhere. After a human's last turn, ids are ready to be continued."""
         ids, labels = [], []
         for turn in turns:
             if turn["from"] == "human":
@@ -1372,8 +1296,7 @@ class Tokenizer:
         return ids, labels
 
     def encode_plain(self, report, image=True):
-        """LLaVA's plain form, for stage 2: the image, then its report, nothing else -> ids, labels. The
-        report ends in eos, as every answer, where LLaVA's ends in a newline."""
+        """LLaVA's plain form, for stage 2: the image, then its report (and eos; LLaVA's ends in a newline)."""
         before = self.bos + ([IMAGE_TOKEN] if image else [])
         answer = self.encode(report) + [self.eos]
         return before + answer, [IGNORE] * len(before) + answer
@@ -1382,14 +1305,12 @@ class Tokenizer:
 # ---- The whole model ---------------------------------------------------------------------------------------
 
 
-def sample_token(logits, top_p, top_k, generator):
+def sample_token(logits, top_p, generator):
     """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
     logits, order = logits.sort(dim=-1, descending=True)
     p = logits.softmax(-1)
     drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already
     drop[:, 0] = False  # the first always stays
-    if top_k:
-        drop[:, top_k:] = True
     choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
     return order.gather(-1, choice)[:, 0]
 
@@ -1427,12 +1348,9 @@ class WSILLaVA(nn.Module):
         return self.mm_projector(F.pad(visual.to(weight.dtype), (0, self.cfg.pad_to - visual.shape[-1])))
 
     def splice(self, visual, ids, labels=None):
-        """Puts projected visual tokens where the ids say IMAGE_TOKEN.
-
-        visual: one slide a row, [B,V,C] or a list of B tensors [V,C] (or None: no slide), or None. ids: a
-        list of B lists. labels: the same, or None. -> embeds [B,T,C], labels [B,T], both padded on the right
-        to the longest row. Raises ValueError where a slide has no IMAGE_TOKEN in its row, or not just one.
-        """
+        """Puts projected visual tokens where the ids say IMAGE_TOKEN -> embeds [B,T,C], labels [B,T], padded
+        on the right. visual: B slides [V,C], each or all may be None; ids, labels: B lists. Raises ValueError
+        where a slide has no IMAGE_TOKEN in its row, or not just one."""
         rows, row_labels = [], []
         for b, row in enumerate(ids):
             label = [IGNORE] * len(row) if labels is None else labels[b]
@@ -1463,19 +1381,17 @@ class WSILLaVA(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, top_k=0, seed=0,
-        ends=(2,), cache=None,
-    ):  # fmt: skip
+        self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0, ends=(2,), cache=None
+    ):
         """Yields a list of each row's next token (None after its end) until all rows have ended.
 
         Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled
-        from the top_k most likely (0: all) and the smallest set of probability top_p. ends: the tokens that
-        end a row. cache: a KVCache of an earlier turn, which is then continued; it ends up holding all but
-        the last token. Raises UserError where the prompt exceeds the context, or the weights are damaged.
+        from the smallest set of probability top_p. cache: an earlier turn's KVCache, which is continued, and
+        ends up holding all but the last token. Raises UserError for a prompt beyond the context.
         """
         embeds, _ = self.splice(visual, ids)
         B, T, _ = embeds.shape
-        if len({len(row) for row in ids}) != 1:
+        if len(set(map(len, ids))) != 1:
             raise ValueError("generate: rows must be of equal length")
         cache = cache or KVCache(self.cfg.llama, B, T + max_new_tokens, embeds.device, embeds.dtype)
         generator = torch.Generator(embeds.device).manual_seed(seed)
@@ -1487,7 +1403,7 @@ class WSILLaVA(nn.Module):
                 token = logits.argmax(-1)
             else:  # less their maximum: however small the temperature, no inf
                 logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-                token = sample_token(logits, top_p, top_k, generator)
+                token = sample_token(logits, top_p, generator)
             yield [None if done else t for done, t in zip(ended, token.tolist())]
             ended = [done or t in ends for done, t in zip(ended, token.tolist())]
             if all(ended) or cache.length >= self.cfg.llama.context:
@@ -1514,8 +1430,8 @@ if sys.platform == "linux":
 
 @torch.no_grad()
 def add_update(linear, a, b, scale, dtype=None):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a linear layer's weight: summed in float32, cast to
-    dtype (None: the weight's own, in its own memory: it is mapped copy-on-write, a 7B takes its size once)."""
+    """Adds scale * b a (adapters [r,in], [out,r]) to a weight, in float32, and casts it to dtype (None: its
+    own, in its own memory: it is mapped copy-on-write, so that a 7B takes its size once)."""
     weight = linear.weight.data
     total = weight.float() + scale * (b.float() @ a.float())
     linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
@@ -1539,8 +1455,8 @@ class LoRALinear(nn.Module):
 
 
 def replace_linears(llama, make):
-    """Puts make(layer) in the place of each linear layer of the decoder's blocks (not of the lm_head), one
-    at a time, so that memory never holds the model twice -> the llama."""
+    """Puts make(layer) in the place of each linear layer of the decoder's blocks, one at a time, so that
+    memory never holds the model twice -> the llama."""
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
@@ -1550,7 +1466,7 @@ def replace_linears(llama, make):
 
 
 def add_lora(llama, rank, alpha, dropout=0.0):
-    """Freezes the llama and gives all linear layers of its blocks adapters, as LLaVA does -> the llama."""
+    """Freezes the llama and gives the linear layers of its blocks adapters, as LLaVA does -> the llama."""
     llama.requires_grad_(False)
     return replace_linears(llama, lambda linear: LoRALinear(linear, rank, alpha, dropout))
 
@@ -1558,24 +1474,21 @@ def add_lora(llama, rank, alpha, dropout=0.0):
 def merge_lora(llama):
     """Puts the sum of weights and adapters in the place of both -> the llama."""
 
-    def merged(linear):
-        if not isinstance(linear, LoRALinear):
-            return linear
-        return add_update(linear.base, linear.lora_a, linear.lora_b, linear.scale)
+    def merged(layer):
+        adapted = isinstance(layer, LoRALinear)
+        return add_update(layer.base, layer.lora_a, layer.lora_b, layer.scale) if adapted else layer
 
     return replace_linears(llama, merged)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer's weight rounded to int8, with a scale for each output channel: half of bfloat16's size.
-
-    Every weight is off by at most scale / 2. The scale is rounded to bfloat16 before the weights are rounded
-    to it, so storing it in 16 bits loses nothing. For inference; a gradient with respect to the input passes.
-    """
+    """A linear layer with int8 weights, each off by at most half its output channel's scale: half of bfloat16's
+    size. For inference; a gradient with respect to the input passes."""
 
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach()
+        # Rounded before the weights are rounded to it, so that storing it in 16 bits loses nothing.
         scale = (weight.abs().amax(1).float().clamp(min=1e-12) / 127).bfloat16()
         self.register_buffer("weight", (weight / scale.float()[:, None]).round_().to(torch.int8))  # [out,in]
         self.register_buffer("scale", scale)  # [out]
@@ -1583,20 +1496,17 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def product(self, x):
-        """x W^T in the input's dtype, in which |int8| < 2^8 is exact. A part of W at a time: all of a
-        lm_head's would take more memory than int8 saves."""
+        """x W^T in the input's dtype, a part of W at a time: a whole lm_head's takes what int8 saves."""
         parts = [x @ weight.to(x.dtype).T for weight in self.weight.split(16384)]
         return torch.cat(parts, -1) * self.scale.to(x.dtype)
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
             y = checkpoint(self.product, x, use_reentrant=False)
-        elif _on_cpu(x) and rows <= 16 and x.shape[-1] % 32 == 0:
+        elif _on_cpu(x) and x.shape[:-1].numel() <= 16 and x.shape[-1] % 32 == 0:
             # Of few rows the cost is that of reading W, and PyTorch's kernel reads it as int8. It takes
             # bfloat16, and reads past the end of rows that are no multiple of 32.
-            few = x.reshape(rows, -1).bfloat16()
-            y = torch._weight_int8pack_mm(few, self.weight, self.scale.bfloat16())
+            y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale.bfloat16())
             y = y.view(*x.shape[:-1], -1).to(x.dtype)
         else:
             y = self.product(x)
@@ -1604,9 +1514,8 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the decoder's linear layers to int8, adapters merged first, and the lm_head -> the llama. The
-    embedding stays, it is only looked up; where the lm_head is tied to it, a rounded copy gives the logits.
-    """
+    """Rounds the linear layers to int8, adapters merged first -> the llama. The embedding is only looked up and
+    stays; where it is the lm_head too, a rounded copy gives the logits."""
     llama.lm_head = Int8Linear(llama.lm_head or llama.embed_tokens)
     return replace_linears(merge_lora(llama), Int8Linear)
 
@@ -1616,15 +1525,12 @@ def quantize_int8(llama):
 COPY_AGAIN = "copy or download it again"
 
 
-def printable(text):
-    """The text without what steers a terminal: control characters but line ends and tabs, text direction."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
-
-
 def one_line(text, limit=200):
-    """Text of a file, a server or an exception, fit to be printed: its first line, nothing that steers."""
-    lines = printable(str(text)).strip().splitlines() or [""]
-    return lines[0] if len(lines[0]) <= limit else lines[0][:limit] + "..."
+    """Text of a file, a server or an exception, fit to be printed: its first line, and nothing in it that
+    steers a terminal (control characters, text direction)."""
+    line = (str(text).strip().splitlines() or [""])[0]
+    line = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", line)
+    return line if len(line) <= limit else line[:limit] + "..."
 
 
 def few(names, n=3):
@@ -1633,42 +1539,18 @@ def few(names, n=3):
     return one_line(", ".join(names[:n] + ["..."] * (len(names) > n)))
 
 
-def check_regular(path, hint):
-    """Refuses a pipe or a device in the place of a file: it would be waited for, perhaps for ever."""
-    regular = not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
-    check(regular, f"{path}: not a regular file; {hint}")
-
-
 @contextlib.contextmanager
 def reading(path, hint):
     """Whatever goes wrong inside, with a user's file, becomes one line: the file, what is wrong, the hint.
-
-    Every reader of a file stands inside of one, and checks there the types and shapes that it relies on. What
-    a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list.
-    """
+    What a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list."""
     try:
-        check_regular(path, hint)
         yield
     except UserError:
         raise
     except Exception as error:
         reason = one_line(error, 120) or type(error).__name__
-        reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
-        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
-        raise UserError(f"{path}: {reason}; {hint}") from None
-
-
-@contextlib.contextmanager
-def writing(path):
-    """What the system refuses inside, a full disk above all, is an OSError that names the file: an open
-    file's names none, and safetensors and torch raise errors of their own."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
-            raise
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise OSError(getattr(error, "errno", None), reason, str(path)) from None
+        known = {KeyError: f"lacks {reason}", FileNotFoundError: "no such file"}
+        raise UserError(f"{path}: {known.get(type(error), reason)}; {hint}") from None
 
 
 @contextlib.contextmanager
@@ -1676,15 +1558,19 @@ def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
-    with writing(path):
-        try:
-            temporary.touch(exist_ok=False)  # follows no link that lies in wait
-            mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
-            yield temporary
-            temporary.chmod(mode)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    try:
+        temporary.touch(exist_ok=False)  # follows no link that lies in wait
+        mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)  # a full disk, say; it names no file
+        raise OSError(getattr(error, "errno", None), reason, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -1742,11 +1628,8 @@ def on_meta(make, *args):
 
 
 def load_strict(module, tensors, source, table=(), only=r".*"):
-    """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled.
-
-    table: as for rename. only: the parameters to fill, a pattern for re.fullmatch, where a file holds a part
-    of the module. Raises UserError that names the keys and shapes that do not fit, with `source` first.
-    """
+    """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled, or
+    those that match `only`. table: as for rename. Raises UserError: source, the keys and shapes that misfit."""
     expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
     given, problems = {}, collections.defaultdict(list)
     for key, tensor in tensors.items():
@@ -1757,23 +1640,22 @@ def load_strict(module, tensors, source, table=(), only=r".*"):
             problems["keys that the model lacks"].append(key)
         elif name in given:
             problems["two keys of one parameter"].append(key)
-        elif tensor.shape != expected[name].shape or not tensor.is_floating_point():
-            of = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            shapes = f"{list(tensor.shape)}{of}, not {list(expected[name].shape)}"
+        elif not tensor.is_floating_point():
+            problems["no floating point"].append(key)
+        elif tensor.shape != expected[name].shape:
+            shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)}"
             problems["wrong shapes"].append(f"{key} is {shapes}")
         given[name] = tensor
-    for name in expected.keys() - given:
-        problems["missing keys"].append(name)
-    texts = [f"{kind} ({len(keys)}): {few(sorted(keys))}" for kind, keys in problems.items()]
+    problems["missing keys"] = list(expected.keys() - given)
+    texts = [f"{kind} ({len(keys)}): {few(sorted(keys))}" for kind, keys in problems.items() if keys]
     check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
     module.load_state_dict(given, assign=True, strict=False)  # checked above
     return module
 
 
 def fingerprint(module):
-    """A short hash of a module's weights, stored in every file that a model made, so that it is not mixed
-    with another's: names, shapes and the first 4,096 values of each tensor (bf16-rounded, so that a copy
-    saved in half precision counts as the same)."""
+    """A short hash of a module's weights, by which files know the model that made them: names, shapes, the
+    first 4,096 values of each tensor (rounded to bfloat16, so that a copy in half precision counts as it)."""
     digest = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
         sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
@@ -1809,12 +1691,14 @@ def load_slide_encoder(path, n_visual_tokens=576):
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's slide encoder"):
         tensors = tensors.get("model", tensors)
-        width, in_width = tensors["patch_embed.proj.weight"].shape
-        hidden = tensors["encoder.layers.0.ffn.fc1.weight"].shape[0]
-        depth = sum(key.endswith(".ffn.fc1.weight") for key in tensors)
-        cfg = SlideEncoderConfig(in_width, width, depth, mlp_hidden=hidden)
         config = read_metadata(path).get("config") if Path(path).suffix == ".safetensors" else None
-        cfg = SlideEncoderConfig.from_json(config) if config else cfg
+        if config:
+            cfg = SlideEncoderConfig.from_json(config)
+        else:
+            width, in_width = tensors["patch_embed.proj.weight"].shape
+            hidden = tensors["encoder.layers.0.ffn.fc1.weight"].shape[0]
+            depth = sum(key.endswith(".ffn.fc1.weight") for key in tensors)
+            cfg = SlideEncoderConfig(in_width, width, depth, mlp_hidden=hidden)
         return load_strict(on_meta(SlideEncoder, cfg, n_visual_tokens), tensors, path).eval()
 
 
@@ -1823,9 +1707,8 @@ def save_slide_encoder(cfg, tensors, path):
     write_tensors(path, tensors, {"config": cfg.to_json()})
 
 
-# The published layouts of the language model -> the names here. Their names begin with `model.` (Llama,
-# LLaVA), with `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT
-# puts `base_model.model.` before.
+# Published names -> the names here. Theirs begin with `model.` (Llama, LLaVA), with `language_model.model.` or
+# `model.language_model.` (transformers' conversion of LLaVA); PEFT puts `base_model.model.` before.
 PROJECTOR_KEYS = [
     (r"(?:.+\.)?mm_projector\.(.+)", r"\1"),
     (r"(?:.+\.)?multi_modal_projector\.linear_1\.(.+)", r"0.\1"),
@@ -1838,8 +1721,8 @@ LLAMA_KEYS = [
     (r"(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)", r"\1"),
 ]
 
-# config.json of Hugging Face: its names for LlamaConfig's fields, and what transformers means where it is
-# silent: of LLaVA's text_config even sizes are left out where they are the default.
+# config.json of Hugging Face -> LlamaConfig's field, and what transformers means where it is silent: LLaVA's
+# text_config leaves out even sizes where they are the default.
 LLAMA_FIELDS = {
     "vocab_size": ("vocab", 32000),
     "hidden_size": ("width", 4096),
@@ -1862,12 +1745,12 @@ FAMILIES |= {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral
 
 def read_llama_config(folder):
     """`config.json` of a language model or a LLaVA -> LlamaConfig. Refuses what this decoder does not do."""
-    path = Path(folder) / "config.json"
+    path, values = Path(folder) / "config.json", {}
     hint = f"--llm takes a Hugging Face folder of one of these: {', '.join(FAMILIES)}"
-    c = read_json(path, hint)
     with reading(path, hint):
+        c = read_json(path, hint)
         c = c.get("text_config", c)
-        kind, values = c.get("model_type", "llama"), {}
+        kind = c.get("model_type", "llama")
         check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported here; {hint}")
         for theirs, (ours, default) in LLAMA_FIELDS.items():
             values[ours] = default if c.get(theirs) is None else c[theirs]
@@ -1893,28 +1776,27 @@ def read_llama_config(folder):
 def read_folder(folder):
     """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped. As in transformers, a
     whole file comes before the shards of an index."""
+    folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
-        whole, index, names = Path(folder) / name, Path(folder) / f"{name}.index.json", [name]
-        if index.is_file() and not whole.is_file():
+        index, names = folder / f"{name}.index.json", [name]
+        if index.is_file() and not (folder / name).is_file():
             with reading(index, COPY_AGAIN):
                 names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
                 inside = names and all(name == Path(name).name for name in names)
                 check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
-        elif not whole.is_file():
+        elif not (folder / name).is_file():
             continue
-        beside = whole.with_name("non_lora_trainables.bin")  # LLaVA's projector, trained without adapters
-        if "adapter" in name and beside.is_file():
-            names.append(beside.name)
+        if "adapter" in name and (folder / "non_lora_trainables.bin").is_file():
+            names.append("non_lora_trainables.bin")  # LLaVA's projector, trained without adapters
         tensors = {}
         for name in names:
-            tensors |= read_tensors(whole.with_name(name))
+            tensors |= read_tensors(folder / name)
         return tensors
     raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
 
 
-# What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A on weights that are the
-# base's own (PiSSA's start, say, changes them), anything, or one of a few values. Of every other option, also
-# of one that nobody here has heard of, what sets nothing.
+# What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A on the base's own weights,
+# anything, or one of a few values; of any other option, also of one unheard of, what sets nothing.
 LORA_FREE = "r lora_alpha lora_dropout target_modules exclude_modules base_model_name_or_path revision"
 LORA_FREE += " task_type inference_mode peft_version auto_mapping"
 LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal"]}
@@ -1954,8 +1836,8 @@ def merge_adapters(llama, folder, dtype=None):
 def load_llama(folder, dtype=None, lora=None):
     """A Hugging Face folder of a language model or LLaVA (.safetensors or .bin, in shards or not) -> Llama.
 
-    lora: a PEFT folder, whose adapters are merged into the weights. The files are mapped: in their own dtype,
-    memory is filled as pages are touched. Raises UserError, strict both ways.
+    lora: a PEFT folder, whose adapters are merged into the weights. Files are mapped: in their own dtype, memory
+    is filled as pages are touched. Raises UserError, strict both ways.
     """
     folder = Path(folder)
     cfg = read_llama_config(folder)
@@ -1975,13 +1857,13 @@ def load_llama(folder, dtype=None, lora=None):
 
 
 def load_projector(folder):
-    """The projector in a folder, in LLaVA's `mm_projector.bin` or its like or among the model's or adapters'
-    tensors -> (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
+    """The projector in a folder, LLaVA's `mm_projector.bin` or among the model's or adapters' tensors ->
+    (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
     files = [Path(folder) / f"mm_projector.{ending}" for ending in ("safetensors", "bin")]
     files = [file for file in files if file.exists()]
     tensors = read_tensors(files[0]) if files else read_folder(folder)
-    others = [*PROJECTOR_KEYS, (".*", None)]
-    found = {rename(key, others): tensor for key, tensor in tensors.items() if rename(key, others)}
+    names = {key: rename(key, [*PROJECTOR_KEYS, (".*", None)]) for key in tensors}
+    found = {name: tensors[key] for key, name in names.items() if name}
     if not found:
         return None
     with reading(folder, "not a projector of two linear layers (mlp2x_gelu)"):
@@ -1990,11 +1872,8 @@ def load_projector(folder):
 
 
 def save_llama(llama, folder, tokenizer=None, projector=None):
-    """Writes a folder for load_llama and transformers, adapters merged; the tokenizer is not copied.
-
-    The projector goes into `mm_projector.safetensors` beside the model. config.json comes last, without which
-    the folder is none.
-    """
+    """Writes a folder for load_llama and transformers, adapters merged, a projector beside them; the tokenizer
+    is not copied. config.json comes last, without which the folder is none."""
     folder, cfg = Path(folder), llama.cfg
     folder.mkdir(parents=True, exist_ok=True)
     state = merge_lora(llama).state_dict()
@@ -2028,8 +1907,8 @@ def read_meta(data):
     """data/meta.json, as prepare.py wrote it."""
     path, hint = Path(data) / "meta.json", "not what prepare.py writes; prepare the data again"
     check(path.exists(), f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)")
-    meta = read_json(path, hint)
     with reading(path, hint):
+        meta = read_json(path, hint)
         version = meta["version"]
         check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
         encoder = meta["encoder"]
@@ -2037,7 +1916,7 @@ def read_meta(data):
         fits = all(type(size) is int and 0 < size < 2**16 for size in sizes)
         fits = fits and isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
         check(fits and meta["preset"] in PRESETS and 0 < meta["mpp"] < math.inf, f"{path}: {hint}")
-    return meta
+        return meta
 
 
 def is_report(row):
@@ -2046,7 +1925,7 @@ def is_report(row):
 
 
 def is_slide_name(slide):
-    """Whether a text can be the name of a slide: wherever it comes from, it cannot lead out of its folder."""
+    """Whether a text can be a slide's name: wherever it comes from, it cannot lead out of its folder."""
     return isinstance(slide, str) and bool(slide.strip(".")) and not re.search(r"[/\\\0]", slide)
 
 
@@ -2073,8 +1952,7 @@ def read_features(data, slide, max_tiles=0, width=None):
     """data/features of one slide -> features float16 [N,C_tile], coords int32 [N,2].
 
     max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
-    width: what C_tile must be. Raises UserError where there is no such file, or its contents cannot be
-    features of a slide.
+    width: what C_tile must be. Raises UserError for a file that is missing, or holds anything else.
     """
     path, hint = features_file(data, slide), PREPARE_AGAIN
     with reading(path, hint):
@@ -2093,8 +1971,8 @@ def read_features(data, slide, max_tiles=0, width=None):
 
 
 def geojson_tile(x, y, scale, origin=(0, 0), **properties):
-    """A tile for QuPath. x, y: its corner in tiled pixels; scale: level-0 pixels each. Its own corners are in
-    level-0 pixels, counted from `origin`. properties: what else QuPath is to know of it."""
+    """A tile for QuPath, in level-0 pixels from `origin`. x, y: its corner in tiled pixels, `scale` of level 0
+    each; properties: what else QuPath is to know of it."""
     corners = np.array([(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE), (x, y)])
     ring = (corners * scale - origin).round(2).tolist()
     geometry = {"type": "Polygon", "coordinates": [ring]}
@@ -2118,7 +1996,7 @@ def read_visual_tokens(data, slide, cfg):
 
 def made_by(model, data, slide):
     """What a slide's visual tokens follow from, as a text: its features, the slide encoder with its pool, and
-    their code: an edit of any file that holds one of its classes makes new tokens."""
+    the files that hold their classes: an edited pool makes new tokens."""
     path = features_file(data, slide)
     with reading(path, PREPARE_AGAIN):
         tensors = read_tensors(path, PREPARE_AGAIN)
@@ -2133,8 +2011,7 @@ def made_by(model, data, slide):
 
 
 def keep_visual_tokens(model, data, slide):
-    """Writes a slide's visual tokens unless they are there, whole, and imported or made from what they would
-    be made from now -> whether it wrote them."""
+    """Writes a slide's visual tokens, unless imported or as they would be made now -> whether it wrote them."""
     cfg, path, mark = model.cfg, visual_tokens_file(data, slide, model.cfg), None
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, cfg)
@@ -2154,9 +2031,7 @@ def keep_visual_tokens(model, data, slide):
 
 def cache_visual_tokens(model, data, slides, progress=iter):
     """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}.
-
-    The slide encoder is frozen after stage 1 and a slide is asked about many times, so it runs once a slide.
-    """
+    The slide encoder is frozen after stage 1, so it runs once a slide, however often that is asked about."""
     written, problems = 0, {}
     for slide in progress(slides):
         try:
@@ -2223,14 +2098,12 @@ def pick_llm(args, meta):
 
 def check_tile_encoder(cfg, meta, path):
     """A slide encoder reads the features of the tile encoder that it was trained on, and no other's."""
-    given, advice = (
-        meta["encoder"],
-        "prepare the slides with the one that fits, or train stage 1 --from-scratch",
-    )
-    what, takes = f"{path}: takes tile features of width {cfg.in_width}", cfg.trained_on
-    check(cfg.in_width == given["width"], f"{what}, these are {given['width']}: {advice}")
-    what = f"{path}: was trained on features of the tile encoder {takes}"
-    check(takes in ("", given["fingerprint"]), f"{what}, these are {given['fingerprint']}: {advice}")
+    advice = "prepare the slides with the one that fits, or train stage 1 --from-scratch"
+    for what, takes, given in (
+        ("takes tile features of width", cfg.in_width, meta["encoder"]["width"]),
+        ("was trained on features of the tile encoder", cfg.trained_on, meta["encoder"]["fingerprint"]),
+    ):
+        check(takes in ("", given), f"{path}: {what} {takes}, these are {given}: {advice}")
 
 
 def pick_slide_encoder(args, meta, n_visual_tokens):
@@ -2246,17 +2119,17 @@ def pick_slide_encoder(args, meta, n_visual_tokens):
 
 
 def pick_projector(args, llm, width, cfg, stage):
-    """The projector in --lora's or the language model's folder, if it takes visual tokens of this width
-    (zero-padded to its own) and gives the language model's; before stage 2 else a new one. Says which."""
+    """The projector in --lora's or the language model's folder, if it takes visual tokens of this width and
+    gives the language model's; before stage 2 else a new one. Says which."""
     found, why = None, f"{args.lora or llm} holds none"
     for source in filter(None, (args.lora, llm)):
         found = load_projector(source)
         if found:
             takes, gives = found[0].in_features, found[2].out_features
-            fits = takes >= width and gives == cfg.llama.width
-            why = f"that of {source} does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
+            if takes < width or gives != cfg.llama.width:
+                fit = f"({takes} -> {gives}, not {width} -> {cfg.llama.width})"
+                found, why = None, f"that of {source} does not fit {fit}"
             break
-    found = found if found and fits else None
     untrained = f"{args.out}/stage{stage} holds no trained model: run python train.py --stage {stage} first"
     check(found or stage == 1, f"{untrained}; of published projectors, {why}")
     if os.environ.get("RANK", "0") == "0":  # rank 0 only
@@ -2264,52 +2137,49 @@ def pick_projector(args, llm, width, cfg, stage):
     return found or make_projector(max(cfg.pad_to, width), cfg.llama.width)
 
 
+def add_trained(model, path):
+    """Puts into the model what a stage trained: the projector, and adapters or, with --full, the llama."""
+    tensors, only = read_tensors(path), r"mm_projector\..*"
+    if model.cfg.lora_rank:
+        on_meta(add_lora, model.llama, model.cfg.lora_rank, model.cfg.lora_alpha)
+        only += r"|llama\..*\.lora_[ab]"
+    elif any(name.startswith("llama.") for name in tensors):
+        only += r"|llama\..*"
+    load_strict(model, tensors, path, only=only)
+
+
 def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer).
 
-    Frozen parts come from their files: the language model from --llm and --lora, the slide encoder from
-    --slide-encoder, out/stage1 or GigaPath's. On top comes what the stage trained; where no stage did, the
-    projector published with the language model, so that weights trained elsewhere answer at once. int8: with
-    the language model's weights rounded. Raises UserError for a piece that is missing, or that does not fit.
+    Frozen parts come from their own files. On top comes what the stage trained; where no stage did, the
+    projector published with the language model. int8: with the language model's weights rounded.
     """
     dtype = dtype or args.dtype
     folder, tokenizer = pick_llm(args, meta)
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
     sizes = f"has {len(tokenizer):,} tokens, the language model {llama.cfg.vocab:,}"
     check(len(tokenizer) <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}; use the language model's own")
-
-    # What was trained, and its config.
     trained, cfg = None, copy.deepcopy(PRESETS[args.preset or meta["preset"]])
     if stage == 1:
         cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
     elif any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3)):
         trained = stage_weights(args, stage)
         cfg = load_config(trained.parent)
-
-    # The frozen parts. Weights trained beside one of them mean nothing beside another.
     encoder, parts = None, {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
     if meta["encoder"]["source"] == IMPORTED_TOKENS:  # they have been through a slide encoder
         cfg.n_visual_tokens = meta["encoder"].get("n_visual_tokens", cfg.n_visual_tokens)
     elif not cfg.no_slide_encoder:
         encoder = pick_slide_encoder(args, meta, cfg.n_visual_tokens)
         cfg.slide_encoder, parts["slide_encoder"] = encoder.cfg, fingerprint(encoder)
-    for part, mark in parts.items():
+    for part, mark in parts.items():  # weights trained beside one of them mean nothing beside another
         old = cfg.fingerprints.get(part, mark)
         other = f"another {part.replace('_', ' ')} ({old}) than the one here ({mark})"
         check(old == mark, f"{trained} was trained with {other}: name that one, or train this stage again")
     cfg.llama, cfg.fingerprints = llama.cfg, parts
-
-    # The model, and in it what was trained.
     model = on_meta(WSILLaVA, dataclasses.replace(cfg, lora_rank=0))
     model.cfg, model.slide_encoder, model.llama = cfg, encoder, llama
-    if trained:  # projector, adapters, or with --full the language model
-        tensors, only = read_tensors(trained), r"mm_projector\..*"
-        if cfg.lora_rank:
-            on_meta(add_lora, llama, cfg.lora_rank, cfg.lora_alpha)
-            only += r"|llama\..*\.lora_[ab]"
-        elif any(name.startswith("llama.") for name in tensors):
-            only += r"|llama\..*"
-        load_strict(model, tensors, trained, only=only)
+    if trained:
+        add_trained(model, trained)
     else:
         width = encoder.cfg.width if encoder else meta["encoder"]["width"]
         model.mm_projector = pick_projector(args, folder, width, cfg, stage)
@@ -2338,15 +2208,15 @@ def load_alignment(args, meta):
 # ---- Flags, and how a script runs --------------------------------------------------------------------------
 
 
-def at_least(low, kind=int, high=math.inf):
-    """A type for argparse: a finite number from low to high."""
+def at_least(low, kind=int, high=2**63):
+    """A type for argparse: a number from low to high."""
 
     def number(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if low <= value <= high and value != math.inf:
+        if low <= value <= high:
             return value
         reason = "no whole number" if kind is int else "no number"
         reason = f"less than {low}" if value < low else f"more than {high}" if value > high else reason
@@ -2356,13 +2226,6 @@ def at_least(low, kind=int, high=math.inf):
 
 
 share = at_least(0, float, 1)
-
-
-def some_text(text):
-    """A type for argparse: a text that is not empty, and can be written to a file."""
-    if not text.strip() or text != text.encode("utf-8", "ignore").decode():
-        raise argparse.ArgumentTypeError(f"{text!r} is empty or is not UTF-8")
-    return text
 
 
 def some_path(text):
@@ -2435,28 +2298,11 @@ def count(n, thing):
     return f"{n:,} {thing}" if n == 1 else f"{n:,} {thing}s"
 
 
-class Printable:
-    """A stream whose text is printable: names, answers and servers' messages cannot steer a terminal.
-    bars: but for the carriage returns with which progress bars begin anew."""
-
-    def __init__(self, stream, bars=False):
-        self.stream, self.kept = stream, "\r" if bars else ""
-
-    def write(self, text):
-        parts = text.split("\r") if self.kept else [text]
-        return self.stream.write(self.kept.join(map(printable, parts)))
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def run(main, on_interrupt="interrupted"):
-    """Runs a script's main. What the user can mend becomes one line and exit status 1: a UserError, and
-    whatever the system refuses (a full disk, a read-only folder, a closed pipe). Ctrl-C: exit status 130.
-    What is left is a bug, and keeps its traceback."""
+    """Runs a script's main. What the user can mend becomes one line and exit status 1: a UserError, and what
+    the system refuses (a full disk, a closed pipe). Ctrl-C: status 130. A bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = Printable(sys.stdout), Printable(sys.stderr, bars=True)
     try:
         main()
         sys.stdout.flush()
@@ -2464,10 +2310,8 @@ def run(main, on_interrupt="interrupted"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("error: the output was closed before all was printed")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(
-            f"error: {one_line(f'{where}{error.strerror or error}', 2000)}; nothing that was finished is lost"
-        )
+        named = f"{error.filename}: {error.strerror}" if error.filename else error
+        sys.exit(f"error: {one_line(named, 2000)}; nothing that was finished is lost")
     except (UserError, UnicodeError) as error:
         sys.exit(f"error: {one_line(error, 2000)}")
     except KeyboardInterrupt:
@@ -2479,9 +2323,7 @@ def peak_memory(device=None):
     """The most memory that this process has held, in bytes: a GPU's, or the CPU's (nan on Windows)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
+    if resource is None:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -2494,10 +2336,10 @@ def peak_memory(device=None):
 def main():
     Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
     for preset, cfg in PRESETS.items():
-        sizes, encoder = [], on_meta(TileEncoder, cfg.tile_encoder)
-        for name, part in [("tile_encoder", encoder), *on_meta(WSILLaVA, cfg).named_children()]:
-            sizes.append(f"{name} {sum(p.numel() for p in part.parameters()):,}")
-        print(f"{preset:5} parameters: {', '.join(sizes)}")
+        model = on_meta(WSILLaVA, cfg)
+        model.tile_encoder = on_meta(TileEncoder, cfg.tile_encoder)
+        for name, part in model.named_children():
+            print(f"{preset:5} {name:14} {sum(p.numel() for p in part.parameters()):15,} parameters")
     print("\nShapes, for a slide of 12 tiles through the demo's model")
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
 
