@@ -54,7 +54,7 @@ def prepare_raw(args, name):
     folders = [args.data / "features", args.data / "visual_tokens"]
     if wsi_llava.is_slide_name(name) and any((x / f"{name}.safetensors").exists() for x in folders):
         return name
-    check(Path(name).exists(), f"--slide {name}: no file, and no slide in {folders[0]}")
+    check(Path(name).exists(), f"--slide {name}: neither a file nor a slide in {folders[0]}")
     raw = prepare.find_slides([name])
     check(len(raw) == 1, f"--slide {name}: holds {len(raw)} slides; name one")
     failures = prepare.prepare_slides(prepare.with_defaults(args), raw)

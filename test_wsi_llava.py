@@ -3725,7 +3725,7 @@ def test_why_a_slide_cannot_be_asked_about(tmp_path, tiny):
     (tmp_path / "features" / "cut.safetensors").write_bytes(b"half")
     args = types.SimpleNamespace(data=tmp_path)
     assert [sample.prepare_raw(args, name) for name in ("imported", "cut")] == ["imported", "cut"]
-    with pytest.raises(UserError, match=f"nobody: no file, and no slide in {tmp_path}/features"):
+    with pytest.raises(UserError, match=f"nobody: neither a file nor a slide in {tmp_path}/features"):
         sample.prepare_raw(args, "nobody")
     _, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["glass", "cut"])
     assert "no tissue was found" in problems["glass"] and "prepare the slide again" in problems["cut"]
