@@ -1,11 +1,10 @@
 """Asks WSI-LLaVA about slides: one question, a chat, or a whole benchmark and its evaluation.
 
-python sample.py --slide S --ask Q          one answer, streamed; S: a slide file, or a prepared slide's name
+python sample.py --slide S --ask Q          one answer; S: a slide file, or a prepared slide's name
 python sample.py --slide S                  a chat about it
 python sample.py --slide S --ask Q --heatmap out.png    and which tiles made the answer what it is
-python sample.py --slide S --zero-shot TEXT TEXT        which of the texts fits the slide, by stage 1
-python sample.py --qa FILE --baselines --evaluate       answers to all questions, then a table of them
-python sample.py --qa FILE --max-tiles 100 --predictions F     with so many of a slide's tiles
+python sample.py --slide S --zero-shot TEXT TEXT        which text fits the slide, by stage 1
+python sample.py --qa FILE --baselines --evaluate       answers to all questions, then their table
 python sample.py --evaluate A B C           several systems' predictions in one table
 python sample.py --evaluate A --judge-model M           open answers graded by a language model
 """
@@ -33,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import prepare
@@ -44,11 +43,9 @@ from wsi_llava import TILE, UserError, check, count, one_line, read_features, re
 
 
 def load_model(args):
-    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer). Raises UserError."""
-    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3, int8=args.int8)
-    model.cfg.max_tiles = (
-        args.max_tiles or model.cfg.max_tiles
-    )  # read_features draws the same for every model
+    """The model as far as it is trained, on --device -> (WSILLaVA, Tokenizer)."""
+    model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), int8=args.int8)
+    model.cfg.max_tiles = args.max_tiles or model.cfg.max_tiles
     return model.to(args.device), tokenizer
 
 
@@ -57,7 +54,7 @@ def prepare_raw(args, name):
     folders = [args.data / "features", args.data / "visual_tokens"]
     if wsi_llava.is_slide_name(name) and any((x / f"{name}.safetensors").exists() for x in folders):
         return name
-    check(Path(name).exists(), f"--slide {name}: neither a file nor the name of a slide in {folders[0]}")
+    check(Path(name).exists(), f"--slide {name}: neither a file nor a slide in {folders[0]}")
     raw = prepare.find_slides([name])
     check(len(raw) == 1, f"--slide {name}: holds {len(raw)} slides; name one")
     failures = prepare.prepare_slides(prepare.with_defaults(args), raw)
@@ -70,7 +67,7 @@ def zero_shot(args, slide, texts):
     """Prints each text's probability: softmax of its scaled similarity to the slide, in stage 1's space."""
     cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = read_features(args.data, slide, args.max_tiles or cfg.max_tiles)
-    check(len(features), f"--slide {slide}: no tissue was found on it; look at {args.data}/qc/{slide}.jpg")
+    check(len(features), f"--slide {slide}: no tissue was found on it")
     features, coords = features.to(args.device, torch.float32), coords.to(args.device)
     ids = [tokenizer.encode(text)[: cfg.text_encoder.max_length] for text in texts]
     similarity = model.embed_slides(features, coords, [len(features)]) @ model.embed_words(ids, words).T
@@ -89,7 +86,7 @@ class Chat:
         self.tail = []  # the last reply's tokens that the cache does not hold yet
 
     def reply(self, question):
-        """Yields the answer piece by piece. Raises UserError where the talk no longer fits the context."""
+        """Yields the answer piece by piece. UserError: the talk no longer fits the context."""
         # The first question brings the slide. A later one goes on where the cache ends: after the last
         # answer, less the token or two that generate() yielded and did not read.
         turn, visual, ends = {"from": "human", "value": question}, [self.visual], self.tokenizer.ends
@@ -97,29 +94,27 @@ class Chat:
         if self.cache.length:
             question, visual = wsi_llava.without_image(question), None
             ids = self.tail + self.tokenizer.encode_turn(question, first=False)
-        said, shown, text = [], "", ""
+        said, shown, text = [], 0, ""
         for (token,) in self.model.generate(visual, [ids], ends=ends, cache=self.cache, **self.options):
             self.tail = [self.tokenizer.eos] if token in ends else [token, self.tokenizer.eos]
             said += [] if token in ends else [token]
             text = self.tokenizer.decode(said)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
-                yield text[len(shown) :]
-                shown = text
-        yield text[len(shown) :]
+                yield text[shown:]
+                shown = len(text)
+        yield text[shown:]
 
 
 def questions_of(args):
     """Yields --ask, or the lines of a person or a pipe until the input ends."""
+    person = sys.stdin.isatty()
     if args.ask:
         yield args.ask
-        return
-    if sys.stdin.isatty():
+    elif person:
         print("Ask about the slide; the end of the input (Ctrl-D) ends the chat.")
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8
-    with contextlib.suppress(EOFError):
-        while True:
-            yield input("> " if sys.stdin.isatty() else "").strip()
+    with reading("the input", "it must be UTF-8"), contextlib.suppress(EOFError):
+        while not args.ask:
+            yield input("> " if person else "").strip()
 
 
 def talk(args, chat):
@@ -140,7 +135,7 @@ def talk(args, chat):
 
 def ask_about_slide(args):
     """--slide: one answer, a chat, or zero-shot."""
-    started, slide = time.time(), prepare_raw(args, args.slide)
+    slide = prepare_raw(args, args.slide)
     if args.zero_shot:
         return zero_shot(args, slide, args.zero_shot)
     model, tokenizer = load_model(args)
@@ -148,7 +143,7 @@ def ask_about_slide(args):
     check(not problems, f"--slide {slide}: {problems.get(slide)}")
     visual = wsi_llava.read_visual_tokens(args.data, slide, model.cfg)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed")}
-    print(f"{slide}: {len(visual)} visual tokens, on {args.device}, {time.time() - started:.1f} s.")
+    print(f"{slide}: {len(visual)} visual tokens, on {args.device}.")
     answer = talk(args, Chat(model, tokenizer, visual, **options))
     print(f"Peak memory {wsi_llava.peak_memory(args.device) / 1e9:.2f} GB.")
     if args.heatmap:
@@ -157,13 +152,12 @@ def ask_about_slide(args):
 
 # ---- Where the answer comes from ---------------------------------------------------------------------------
 #
-# The relevance of a tile is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365):
-# on the way from a slide of average tiles to the real one, the gradient with respect to the tiles' features,
-# through all of the model, times their change. The shares add up to what the slide does for the answer.
+# A tile's relevance is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the
+# way from a slide of average tiles to the real one, the gradient times the features' change. The shares add
+# up to what the slide does for the answer.
 #
-# Why not the language model's attention: the slide encoder has mixed the tiles before. On 50 toy slides whose
-# evidence was planted the hottest tile held it in 3% by chance, 2% by attention (also rolled out with its
-# gradient, arXiv 2103.15679), 48% by gradient times features alone, and 100% by integrated gradients.
+# Why not attention: the slide encoder has mixed the tiles before. On 50 toy slides whose evidence was planted
+# the hottest tile held it in 3% by chance, 2% by attention, 48% by gradient times features, 100% by this.
 
 PASSES = 32  # forward and backward, at the midpoints of as many steps from the average tile to the real ones
 PANEL = 560  # pixels of a panel's longer side
@@ -215,36 +209,32 @@ def colours(relevance):
 
 
 def draw_heatmap(path, slide, coords, relevance, title):
-    """A picture: a prepare.Slide and its tiles, these coloured by their relevance, the nine most relevant.
-    coords [N,2], relevance [N]: numpy. title: lines."""
-    pixel, cell = max(slide.width, slide.height) / PANEL, PANEL // 3  # tiled pixels per pixel of the picture
-    picture, shades, font, top = slide.thumbnail(pixel), colours(relevance), ImageFont.load_default(18), 90
+    """A picture: a prepare.Slide; its tiles, coloured by their relevance; the nine most relevant ones.
+    coords [N,2], relevance [N]: numpy."""
+    pixel, cell, top = max(slide.width, slide.height) / PANEL, PANEL // 3, 90
+    picture = slide.thumbnail(pixel)  # pixel: tiled pixels per pixel of the picture
     canvas = Image.new("RGB", (3 * PANEL + 96, top + PANEL + 24), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((24, 16), "\n".join(one_line(line, 150) for line in title), "black", font, spacing=10)
     # The tissue shows through the colours.
     faded = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.3)
-    outlined, filled = ImageDraw.Draw(picture, "RGBA"), ImageDraw.Draw(faded, "RGBA")
-    for (x, y), shade in zip(coords / pixel, shades.tolist()):
-        square = (x, y, x + TILE / pixel, y + TILE / pixel)
-        outlined.rectangle(square, outline=(30, 80, 255, 110))
-        filled.rectangle(square, (*shade, 170))
+    draw = ImageDraw.Draw(faded, "RGBA")
+    for (x, y), shade in zip(coords / pixel, colours(relevance).tolist()):
+        draw.rectangle((x, y, x + TILE / pixel, y + TILE / pixel), (*shade, 170))
     canvas.paste(picture, (24, top))
     canvas.paste(faded, (48 + PANEL, top))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((24, 16), title, "black", font_size=18)
     for i, n in enumerate(np.argsort(-relevance, kind="stable")[:9]):
         x, y = 72 + 2 * PANEL + i % 3 * cell, top + i // 3 * cell
-        draw.rectangle((x, y, x + cell - 15, y + cell - 29), tuple(shades[n].tolist()))
         tile = Image.fromarray(slide.tile(*coords[n].tolist())).convert("RGB")
-        canvas.paste(tile.resize((cell - 22, cell - 36), Image.Resampling.LANCZOS), (x + 4, y + 4))
+        canvas.paste(tile.resize((cell - 16, cell - 30)), (x, y))
         at = ", ".join(f"{c * slide.scale:.0f}" for c in coords[n].tolist())
-        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} nats at {at}", "black", ImageFont.load_default(14))
+        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} nats at {at}", "black", font_size=14)
     with wsi_llava.replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
 
 def write_heatmaps(paths, source, coords, relevance, title):
-    """--heatmap's files: pictures, and tiles for QuPath, whose measurement is the relevance (Measure > Show
-    measurement maps). source: what prepare.Slide takes."""
+    """Pictures, and tiles with measurements for QuPath. source: what prepare.Slide takes."""
     slide, tiles = prepare.Slide(*source), []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), colours(relevance).tolist()):
         facts = {"color": shade, "measurements": {"relevance": value}}
@@ -266,13 +256,11 @@ def explain(args, model, tokenizer, name, answer):
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer).numpy()
     print(f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer.")
-    if relevance.sum() < 0.1:
-        print("So little means that average tiles get this answer too: no tile made it what it is.")
-    title = [f"{name}: {args.ask}", f"Answer: {answer}"]
+    title = "\n".join(one_line(x, 150) for x in (f"{name}: {args.ask}", f"Answer: {answer}"))
     source = file, target / scale, target  # the um/px that it was prepared with
     # In a process of its own: a damaged slide may kill who opens it.
     prepare.apart(file, write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
-    print(f"Wrote {' and '.join(map(str, args.heatmap))}")
+    print(f"Wrote {wsi_llava.few(args.heatmap)}")
 
 
 # ---- Closed answers: choice and yes/no ---------------------------------------------------------------------
@@ -283,7 +271,7 @@ def plain(text):
 
 
 def without_thoughts(text):
-    """What a model says, less what it thinks aloud: <think>...</think>, also where one of them is missing."""
+    """What a model says, less <think>...</think>, also where one of the two is missing."""
     text = re.sub(r"<(think|thinking|reasoning)>.*?(</\1>|$)", "", text, flags=re.I | re.S)
     return re.sub(r"^.*</(think|thinking|reasoning)>", "", text, flags=re.I | re.S).strip()
 
@@ -380,7 +368,7 @@ ROOM = 4e9  # bytes of keys and values, of all questions that are answered at on
 
 
 def read_lines(path):
-    """A JSON lines file of ours, or none -> its objects. Half a last line, which a kill left, is none."""
+    """A JSON lines file of ours, or none -> its objects, less half a last line that a kill left."""
     with reading(path, "not what sample.py writes; name another, or move it away"):
         *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
         with contextlib.suppress(ValueError):  # whole, without its line end
@@ -406,17 +394,15 @@ def read_predictions(path):
 
 
 def read_questions(files, data=None):
-    """Question files as prepare.read_qa takes them -> a row for each human turn, numbered by "n", less what
-    is for training. data: slides there are found by the beginnings of their names."""
+    """Question files -> a row for each human turn that is not for training, numbered by "n". data: slides
+    there are found by the beginnings of their names."""
     kept, rows = [], []
     for file in files:
         kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
     check(kept, f"{', '.join(map(str, files))}: only questions for training; name a file of test questions")
     if data:
-        names = {
-            path.stem for folder in ("features", "visual_tokens") for path in (data / folder).glob("*.*")
-        }
-        kept = prepare.match_slides(kept, names)
+        found = itertools.chain(*[(data / x).glob("*.*") for x in ("features", "visual_tokens")])
+        kept = prepare.match_slides(kept, {path.stem for path in found})
     for row in kept:
         turns = row["conversations"]
         for k in range(0, len(turns), 2):
@@ -426,12 +412,12 @@ def read_questions(files, data=None):
 
 
 def prompt_ids(tokenizer, row, image=True):
-    """The prompt of a row's last question, after the true earlier turns, its slide first or not at all."""
+    """The prompt of a row's last question, after the true earlier turns."""
     return tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], image))[0]
 
 
 def by_length(prompts, at_once):
-    """Indices of prompts in groups of one length: without padding every answer is what it is alone."""
+    """Indices of prompts in groups of one length: unpadded, every answer is what it is alone."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, group in itertools.groupby(order, lambda i: len(prompts[i])):
         group = list(group)
@@ -439,8 +425,7 @@ def by_length(prompts, at_once):
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
-    """Answers to the last question of each row, in the rows' order. visual: {slide: visual tokens [V,C]}, or
-    None to ask without the slide."""
+    """Answers to the last question of each row. visual: {slide: visual tokens [V,C]}; None: without it."""
     prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
     cfg, answers = model.cfg.llama, [None] * len(rows)
     positions = max(map(len, prompts)) + max_new_tokens + model.cfg.n_visual_tokens
@@ -454,8 +439,7 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
 
 
 def answer_file(args):
-    """--qa: every question of the files -> --predictions; resumes by itself. Of a dialogue every question is
-    asked, after the true earlier answers."""
+    """--qa: every question of the files -> --predictions; resumes by itself."""
     check(not args.temperature, "--temperature: --qa answers greedily, so that its table can be made again")
     rows, (model, tokenizer), path = read_questions(args.qa, args.data), load_model(args), args.predictions
     settings = {"questions": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], "asked": len(rows)}
@@ -563,63 +547,40 @@ def find_meteor():
 
 # ---- The judge: WSI-Precision and WSI-Relevance ------------------------------------------------------------
 #
-# A language model splits one side into claims and scores them against the other's text: the truth's against
-# the answer (precision), the answer's against the truth (relevance). The forms in the prompts are no JSON, so
-# that a reply that only repeats them grades nothing.
+# A language model scores one side's claims against the other's text: the truth's against the answer
+# (precision), or the other way round (relevance). The prompts' forms are no JSON: repeated, they grade nothing.
 
 JUDGED = ("WSI-Precision", "WSI-Relevance")
-CLAIMS = """You prepare the grading of answers to questions about whole slide pathology images. Split the \
-given answer into claims. {scope}One finding or fact a claim, but keep together what only makes sense together; \
-leave nothing out, repeat nothing, add nothing. Reply with strict JSON alone: \
-{{"claims": [a text for each claim]}}"""
-SCORES = """You grade claims about a whole slide pathology image against a text, both of which answer the same \
-question. Give each claim one score. 1: the text says the same. 0.7: mostly the same, with a small omission or \
-deviation. 0.3: the text mentions it, but with an error in its core, such as the grade, the type or whether it \
-is malignant. 0: the text says something else{silent} Reply with strict JSON alone, one score a claim, in the \
-claims' order: {{"scores": [a number for each claim]}}"""
+CLAIMS = """Split this answer to a question about a pathology slide into claims. {scope}One finding or fact a \
+claim, but keep together what only makes sense together; leave out, repeat and add nothing. Reply with strict \
+JSON alone: {{"claims": [a text for each claim]}}"""
+SCORES = """Grade claims about a pathology slide against a text; both answer the same question. A score a claim. \
+1: the text says the same. 0.7: with a small omission or deviation. 0.3: with an error in its core (grade, type, \
+malignant or not). 0: the text says something else{silent} Reply with strict JSON alone, in the claims' order: \
+{{"scores": [a number for each claim]}}"""
 SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
 PROMPTS = {  # of --judge-protocol: for claims, precision, relevance. Judge.score has what else differs
     "ours": (CLAIMS.format(scope="Take what answers the question and nothing else. "), SILENT, SILENT),
     "authors": (CLAIMS.format(scope=""), SILENT, NULL),
 }
-# What a request asks for, and the words of a server that refuses it: newer models want no temperature, or
-# another name for max_tokens; a small context has no room for so many.
+# What a request asks for, and the words of a server that refuses it.
 SENT = {"temperature": 0, "max_tokens": 4096}
 REFUSED = {"temperature": "temperature", "max_tokens": "max_tokens|context|completion"}
-ATTEMPTS, AT_ONCE = 7, 8  # at one reply; requests
+ATTEMPTS, AT_ONCE, OPENAI = 7, 8, "https://api.openai.com/v1"  # at one reply; requests
 BACKOFF, TIMEOUT, LONGEST_WAIT = 2.0, 120.0, 600.0  # seconds; the first is doubled by each further failure
 UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what another form raises
 
 
 def last_json(text, read):
-    """read(the last JSON object in the text that it can read): models fence their JSON, or say it twice."""
-    problem = None
-    for start in reversed([match.start() for match in re.finditer("{", text)]):
+    """read(the last JSON in the text that it can read): models fence their JSON, or say it twice."""
+    problem = ValueError("holds no JSON")
+    for match in reversed(list(re.finditer("{", text))):
         try:
-            return read(json.JSONDecoder().raw_decode(text, start)[0])
+            return read(json.JSONDecoder().raw_decode(text, match.start())[0])
         except UNUSABLE as error:
-            problem = error if problem is None or isinstance(problem, json.JSONDecodeError) else problem
-    raise problem or ValueError("holds no JSON")
-
-
-def read_claims(reply, least):
-    """{"claims": [...]} -> its texts, at least so many. Raises what is UNUSABLE for another form."""
-    claims = reply["claims"]
-    if not isinstance(claims, list) or len(claims) < least or not all(re.search(r"\w", x) for x in claims):
-        raise ValueError(f'"claims" must be a list of {least} texts or more')
-    return claims
-
-
-def read_scores(reply, n, silence):
-    """{"scores": [...]} -> the n of them, also out of texts. silence: null is one. Raises as read_claims."""
-    given, scale = reply["scores"], (1, 0.7, 0.3, 0, *[None] * silence)
-    if len(given) != n or any(isinstance(x, bool) for x in given):
-        raise ValueError(f'"scores" must be a list of {n} numbers, one for each claim')
-    scores = [x if x is None else float(x) for x in given]
-    if off := [x for x in scores if x not in scale]:
-        raise ValueError(f"{off[0]} is not on the scale; only 1, 0.7, 0.3 and 0 are")
-    return scores
+            problem = error
+    raise problem
 
 
 def spoken(choice):
@@ -633,95 +594,79 @@ def spoken(choice):
     return without_thoughts(text), "" if without_thoughts(text) else "an empty reply"
 
 
-def read_body(response, key):
-    """A reply's text, less what it repeats of the key. It must end in time, however slowly it drips."""
-    body, end = b"", time.monotonic() + TIMEOUT
-    while chunk := response.read1(1 << 16):
-        body += chunk
-        if time.monotonic() > end:
-            raise TimeoutError("its reply does not end")
-    text = body.decode("utf-8", "replace")
-    return text.replace(key, "***") if len(key) > 7 else text  # shorter, it may be a word
-
-
-def retry_after(headers, otherwise):
+def retry_after(told, otherwise):
     """The seconds that a server asks to wait, as a number or a date."""
-    told = headers.get("Retry-After") or ""
     with contextlib.suppress(ValueError, TypeError):
-        date = None if re.fullmatch("[0-9.]+", told) else email.utils.parsedate_to_datetime(told)
-        return max(0.0, date.timestamp() - time.time() if date else float(told))
+        if re.fullmatch("[0-9.]+", told):
+            return float(told)
+        return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
     return otherwise
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: followed, it would take the API key to another host."""
-
     def redirect_request(self, *_):
-        return None
+        return None  # an error: followed, a redirect would take the API key to another host
 
 
 class Judge:
-    """A language model behind an OpenAI-compatible endpoint, that grades. Usable replies are kept in a file
-    under the hash of model and prompt: nothing is paid for twice, and an interrupted run goes on."""
+    """A grading language model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under
+    the hash of model and prompt: nothing is paid for twice, and an interrupted run goes on."""
 
     def __init__(self, url, model, path, protocol="ours"):
         self.where, self.model, self.protocol = f"--judge-url {url}", model, protocol
         known = re.fullmatch(r"https?://[^/?#@\s]+(/[!-~]*)?", url)
-        check(known, f"{self.where}: not a URL like https://api.openai.com/v1")
-        self.url, self.key = (
-            f"{url.rstrip('/')}/chat/completions",
-            os.environ.get("OPENAI_API_KEY", "").strip(),
-        )
+        check(known, f"{self.where}: not a URL like {OPENAI}")
+        self.url, key = f"{url.rstrip('/')}/chat/completions", os.environ.get("OPENAI_API_KEY", "")
+        self.key = key.strip()
         check(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
         lines, self.file = open_lines(path)
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
             self.replies = {line["key"]: line["reply"] for line in lines}
         self.sent, self.lock, self.over = SENT, threading.Lock(), threading.Event()
-        self.problems, self.in_a_row, self.answered = collections.Counter(), 0, 0
+        self.problems, self.in_a_row = collections.Counter(), 0
 
     def stop(self, problem):
-        """Ends the run: no later question would be answered either, and zeros in its place are no grades."""
+        """Ends the run: zeros in the place of what was never answered are no grades."""
         self.over.set()
         raise UserError(f"{self.where}: {problem}")
 
-    def refused(self, error, sent):
-        """An HTTP error that may pass -> what it says. OSError: this prompt is refused."""
-        text = ""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            text = read_body(error, self.key)
-        problem = f"HTTP {error.code}: {one_line(' '.join(text.split()))}"
-        if 300 <= error.code < 400 or error.code in (401, 402, 403, 404):
-            self.stop(f"{problem}; check it, --judge-model and OPENAI_API_KEY")
-        unwanted = [name for name in sent if re.search(REFUSED[name], text, re.I)]
-        if error.code in (400, 422) and unwanted:
-            self.sent = {name: value for name, value in self.sent.items() if name not in unwanted}
-        elif error.code not in (408, 409, 425, 429) and error.code < 500:
-            raise OSError(problem)
-        return problem
+    def read(self, response):
+        """A reply's text, less the key. (A short one may be a word.)"""
+        text = response.read().decode("utf-8", "replace")
+        return text.replace(self.key, "***") if len(self.key) > 7 else text
 
     def post(self, messages):
-        """A reply, as spoken reads it. What may pass is tried again, when the server says, or ever later."""
+        """A reply, as spoken reads it, tried again while its failure may pass. OSError: it is refused."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for attempt in range(ATTEMPTS):
-            # Others ask at the same time: a refusal is compared with what this request sent.
-            sent, wait, text = self.sent, BACKOFF * 2**attempt, ""
+            # sent: others drop options meanwhile; a refusal is of what this request sent.
+            sent, wait, code, text = self.sent, BACKOFF * 2**attempt, 200, ""
             body = json.dumps({"model": self.model, "messages": messages, **sent}).encode()
             request = urllib.request.Request(self.url, body, headers)
             try:
                 with urllib.request.build_opener(NoRedirect).open(request, timeout=TIMEOUT) as response:
-                    text = read_body(response, self.key)
+                    text = self.read(response)
                 return spoken(json.loads(text)["choices"][0])
             except urllib.error.HTTPError as error:
-                problem = self.refused(error, sent)
-                wait = 0 if error.code in (400, 422) else retry_after(error.headers, wait)
+                code, wait = error.code, retry_after(error.headers["Retry-After"], wait)
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    text = self.read(error)
+                problem = f"HTTP {code}: {one_line(' '.join(text.split()))}"
             except (OSError, http.client.HTTPException, *UNUSABLE) as error:
-                said = one_line(" ".join(text.split()) or getattr(error, "reason", error))
-                problem = f"no answer ({type(error).__name__}): {said}"
+                said = " ".join(text.split()) or getattr(error, "reason", error)
+                problem = f"no answer ({type(error).__name__}): {one_line(said)}"
+            if 300 <= code < 400 or code in (401, 402, 403, 404):
+                self.stop(f"{problem}; check it, --judge-model and OPENAI_API_KEY")
+            unwanted = [name for name in sent if re.search(REFUSED[name], text, re.I)]
+            if code in (400, 422) and unwanted:
+                wait, self.sent = 0, {name: x for name, x in self.sent.items() if name not in unwanted}
+            elif 400 <= code < 500 and code not in (408, 409, 425, 429):
+                raise OSError(problem)
             if attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT or self.over.wait(wait):
                 self.stop(f"{problem}; run the same command again, in {wait:,.0f} s or later: it goes on")
 
     def ask(self, prompt, content, read):
-        """read(the reply's JSON), asking again with the reason where it raises; None if it stays unusable."""
+        """read(the reply's JSON), asked again with the reason where it raises; None if it stays unusable."""
         content = json.dumps(content, ensure_ascii=False)
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
         key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
@@ -742,39 +687,52 @@ class Judge:
         with self.lock:
             if found is not None:
                 print(json.dumps({"key": key, "reply": reply}), file=self.file, flush=True)
-                self.replies[key], self.in_a_row, self.answered = reply, 0, self.answered + 1
+                self.replies[key], self.in_a_row = reply, 0
                 return found
             self.problems[problem] += 1
             self.in_a_row += 1
-            if self.in_a_row == 2 * AT_ONCE and (reply is None or not self.answered):
+            if self.in_a_row == 2 * AT_ONCE and (reply is None or not self.replies):
                 self.stop(problem)
 
     def score(self, metric, question, truth, answer):
-        """The mean score of one side's claims against the other's text; None if nothing usable came back."""
+        """The mean score of one side's claims against the other; None if nothing usable came back."""
         authors, precision = self.protocol == "authors", metric == JUDGED[0]
         claimed, text = (truth, answer) if precision else (answer, truth)
-        if not claimed.strip() or not text.strip():
-            return 0.0
         # The authors split the truth by itself, and leave out what it does not address.
         content = {"answer": claimed} if authors and precision else {"question": question, "answer": claimed}
-        prompts = PROMPTS[self.protocol]
-        claims = self.ask(prompts[0], content, functools.partial(read_claims, least=int(precision)))
+        for_claims, *for_scores = PROMPTS[self.protocol]
+        scale = {1, 0.7, 0.3, 0} | ({None} if authors and not precision else set())
+
+        def read_claims(reply):
+            claims = reply["claims"]
+            if not isinstance(claims, list) or len(claims) < precision or not all(map(str.strip, claims)):
+                raise ValueError('"claims" must be a list of texts')
+            return claims
+
+        def read_scores(reply):
+            given = reply["scores"] if isinstance(reply["scores"], list) else ()
+            scores = [x if x is None else float(str(x)) for x in given]  # a text is a number too, true is not
+            if len(scores) != len(claims) or not set(scores) <= scale:
+                raise ValueError(f'"scores" must be {len(claims)} numbers, one a claim: 1, 0.7, 0.3 or 0')
+            return scores
+
+        if not claimed.strip() or not text.strip():
+            return 0.0
+        claims = self.ask(for_claims, content, read_claims)
         if not claims:
             return None if claims is None else 0.0  # an answer may claim nothing
         content = {"question": question, "claims": claims, "text": text}
-        read = functools.partial(read_scores, n=len(claims), silence=authors and not precision)
-        scores = self.ask(prompts[2 - precision], content, read)
-        scores = [x for x in scores or () if x is not None]
+        scores = self.ask(for_scores[not precision], content, read_scores) or ()
+        scores = [x for x in scores if x is not None]
         return float(np.mean(scores)) if scores else None
 
 
 def grade(judge, rows, systems):
-    """Asks the judge about all open questions -> ({system: {metric: values [n]}}, a note). What is lacking
-    counts as 0, by the authors' protocol as nothing."""
+    """Asks the judge about all open questions -> ({system: {metric: values [n]}}, a note)."""
     asked = [i for i, row in enumerate(rows) if not closed_parser(row["question"], row["truth"])]
-    todo, found = list(itertools.product(systems, JUDGED, asked)), []
-    calls = f"at most {2 * len(todo):,} calls of {judge.model}; {len(judge.replies):,} replies are kept"
-    print(f"{count(len(asked), 'open question')}, {count(len(systems), 'system')}: {calls}.")
+    todo = list(itertools.product(systems, JUDGED, asked))
+    asking = f"{count(len(asked), 'open question')}, {count(len(systems), 'system')}"
+    print(f"{asking}: at most {2 * len(todo):,} calls of {judge.model}.")
 
     def work(item):
         system, metric, i = item
@@ -782,7 +740,7 @@ def grade(judge, rows, systems):
 
     pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
     try:
-        found += tqdm(pool.map(work, todo), total=len(todo), desc="judge", unit="grade")
+        found = list(tqdm(pool.map(work, todo), total=len(todo), desc="judge", unit="grade"))
     finally:  # Ctrl-C: what was asked is kept, what waits is not asked
         judge.over.set()
         pool.shutdown(cancel_futures=True)
@@ -794,8 +752,8 @@ def grade(judge, rows, systems):
     grades = {system: {metric: np.full(len(rows), np.nan) for metric in JUDGED} for system in systems}
     for (system, metric, i), value in zip(todo, found):
         grades[system][metric][i] = zero if value is None else value
-    why = f"{lacking} grades stayed unusable and {rule}{why}"
-    return grades, f"Judge: {judge.model}, protocol {judge.protocol}. {why}."
+    note = f"Judge: {judge.model}, protocol {judge.protocol}."
+    return grades, f"{note} {lacking} grades stayed unusable and {rule}{why}."
 
 
 # ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
@@ -804,41 +762,38 @@ def grade(judge, rows, systems):
 THEIRS = {"id": "id question_id qid", "slide": "slide slide_id image", "question": "question prompt"}
 THEIRS |= {"task": "task metadata", "cancer": "cancer tumor"}
 THEIRS["truth"] = "truth t-answer ground_truth groundtruth gt gt_answer correct_answer reference label target"
-SAID = """prediction pred predicted predicted_answer pred_answer model_answer model_output model_response
-output response generated_text generated_answer generated generation completion reply text""".split()
+SAID = "prediction pred predicted model_answer model_output output response generated_text generated text".split()
 RESERVED = [*FIELDS.values(), "majority", "training slides", *"kind group metric questions published".split()]
 
 
-def text_of(value):
-    """A cell of anybody's table -> a text, or None."""
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return None if value is None else prepare.words(value, "id, slide, question or answer")
+def our_names(path):
+    """Anybody's predictions -> (their rows under our names, what was taken for what)."""
+    table = [{x.strip().lower(): y for x, y in row.items()} for _, row in prepare.read_entries(path)]
+    columns = list(dict.fromkeys(itertools.chain(*table)))
+    known = THEIRS | {"answer": " ".join([*SAID, "answer"])}
+    taken = {name: next((x for x in known[name].split() if x in columns), None) for name in known}
+    check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
+    if taken["answer"] != "answer" and "answer" in columns:
+        taken["truth"] = taken["truth"] or "answer"
+    taken = {name: column for name, column in taken.items() if column}
+    note = "took " + ", ".join(f"{column} for the {name}" for name, column in taken.items())
+    return [{name: row.get(column) for name, column in taken.items()} for row in table], note
 
 
 def read_answers(path):
-    """A file of predictions -> (its rows under our names, a note of what was taken for what)."""
+    """A file of predictions -> (its rows under our names, a note)."""
     with reading(path, "expected predictions of sample.py --qa, JSON lines, a JSON list or CSV"):
         ours = path.read_bytes().startswith(b'{"settings"')
         if ours:
-            settings, rows = read_predictions(path)
-            rows = [row | {"number": (settings.get("questions"), n)} for n, row in sorted(rows.items())]
-            note = f"answers {len(rows):,} of {settings['asked']:,} questions" if "asked" in settings else ""
+            settings, found = read_predictions(path)
+            rows = [row | {"number": (settings.get("questions"), n)} for n, row in sorted(found.items())]
+            note = f"answers {len(rows):,} of {settings.get('asked', len(rows)):,} questions"
         else:
-            table = [entry for _, entry in prepare.read_entries(path)]
-            table = [{name.strip().lower(): value for name, value in row.items()} for row in table]
-            columns = list(dict.fromkeys(itertools.chain(*table)))
-            known = THEIRS | {"answer": " ".join([*SAID, "answer"])}
-            taken = {name: next((x for x in known[name].split() if x in columns), None) for name in known}
-            if taken["answer"] != "answer" and "answer" in columns:
-                taken["truth"] = taken["truth"] or "answer"
-            check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
-            rows = [{name: row.get(column) for name, column in taken.items()} for row in table]
-            note = "took " + ", ".join(f"{taken[name]} for the {name}" for name in taken if taken[name])
-            unknown = ", ".join(name for name in columns if name not in taken.values())
-            note += f"; knows nothing of {unknown}" * bool(unknown)
+            rows, note = our_names(path)
         for row in rows:
-            row |= {name: text_of(row.get(name)) for name in ("truth", *FIELDS)}
-            row |= {name: text_of(row.get(name)) or "" for name in THEIRS if name != "truth"}
+            for name in [*THEIRS, *FIELDS]:
+                value = "" if row.get(name) is None and name in THEIRS else row.get(name)
+                row[name] = None if value is None else prepare.words(value, name)
             row["question"] = wsi_llava.without_image(row["question"])
             row["slide"] = prepare.slide_id(row["slide"]) if row["slide"] and not ours else row["slide"]
         return rows, note
@@ -871,10 +826,10 @@ def read_systems(paths):
     check(len(set(paths)) == len(paths), "--evaluate: names a file twice")
     for path in paths:
         theirs, note = read_answers(path)
-        notes += [f"{path}: {note}."] if note else []
+        notes.append(f"{path}: {note}.")
         if path == paths[0]:
             rows = found = theirs
-            what = "lacks questions and true answers, so it cannot come first; name one of --qa before it"
+            what = "lacks questions and true answers; name a file of --qa before it"
             check(all(row["question"] and row["truth"] for row in rows), f"{path}: {what}")
         else:
             once = list({(*keys_of(row), row["slide"]): row for row in theirs}.values())
@@ -882,28 +837,25 @@ def read_systems(paths):
             if again:
                 notes.append(f"{path}: {count(again, 'row')} answer a question again; the last counts.")
             matched = set(map(id, found))
-            lost = [row for row in once if id(row) not in matched] or [{}]
-            first = "; ".join(lost[0][name] for name in ("id", "slide", "question") if lost[0].get(name))
-            lost = len(once) - len(matched - {id(None)})
-            what = f"{count(lost, 'row')} match no question of {paths[0]}, or several; the first: {first}"
-            check(lost < len(once), f"{path}: {what} ({note})")
+            lost = [row for row in once if id(row) not in matched]
+            first = lost and wsi_llava.few(filter(None, (lost[0][name] for name in THEIRS)))
+            what = f"{count(len(lost), 'row')} match no question, or several; the first: {first}"
+            check(len(lost) < len(once), f"{path}: {what} ({note})")
             notes += [f"{path}: {what}."] if lost else []
         # A name that could mean something else gives way to the path.
         odd = stems.count(path.stem) > 1 or path.stem in RESERVED or re.search(" - |, ", path.stem)
+        name = os.path.join(".", path) if odd else path.stem
         for field, column in FIELDS.items():
-            answers = [row and row.get(field) for row in found]
-            name = os.path.join(".", path) if odd else path.stem
+            answers = [row and row[field] for row in found]
             if any(answer is not None for answer in answers):
-                name = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
-                systems[name] = [answer and without_thoughts(answer) for answer in answers]
-                absent = answers.count(None)
-                notes += [f"{name}: {absent:,} of {len(rows):,} questions not answered."] if absent else []
-    asked, everyone = len(rows), list(zip(*systems.values()))
-    here = [i for i, answers in enumerate(everyone) if None not in answers]
+                system = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
+                systems[system] = [answer and without_thoughts(answer) for answer in answers]
+    here = [i for i in range(len(rows)) if all(answers[i] is not None for answers in systems.values())]
     check(here, f"{', '.join(map(str, paths))}: no question is answered by all; sample.py --qa answers them")
-    rows, systems = [rows[i] for i in here], {x: [systems[x][i] for i in here] for x in systems}
-    answered = f"{len(rows):,} of {asked:,} questions answered by all; the others are in no mean"
-    return rows, systems, [f"{answered}. In brackets: 95% bootstrap intervals over slides.", *notes]
+    answered = f"{len(here):,} of {len(rows):,} questions answered by all; the others are in no mean"
+    systems = {system: [answers[i] for i in here] for system, answers in systems.items()}
+    notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
+    return [rows[i] for i in here], systems, notes
 
 
 # ---- Scores and tables: a score is an array with a number a question, a group of questions a mask ----------
@@ -914,9 +866,9 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
     "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging "
     "Staging_choice Diagnosis_choice Classification Grade Subtype Stage",
     "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
+    "report": "report",
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
-CAPABILITY["report"] = "report"
 TEXTUAL = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR", "exact match")  # of open questions
 METRICS = (*JUDGED, "accuracy", *TEXTUAL)
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS.
@@ -925,19 +877,21 @@ PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
 
 
 def score(rows, answers, meteor):
-    """Answers [n] to the rows' questions -> ({metric: values [n]}, the closed answers that name no option, or
-    several: they are wrong). A value is not a number where a metric says nothing of a question."""
+    """Answers [n] -> ({metric: values [n]}, not a number where it says nothing of a question; the closed
+    answers that name no option, or several)."""
     scores, unread = {metric: np.full(len(rows), np.nan) for metric in METRICS[2:]}, []
     for i, (row, answer) in enumerate(zip(rows, answers)):
         parser = closed_parser(row["question"], row["truth"])
-        if parser and answer is not None:
+        if answer is None:  # the majority of a task that was not in training
+            continue
+        if parser:
             scores["accuracy"][i] = parser(answer) == parser(row["truth"])
             unread += [answer] if parser(answer) is None else []
-        elif answer is not None:
-            truth, tokens = tokenize(row["truth"]), tokenize(answer)
-            values = *bleu(truth, tokens), rouge_l(truth, tokens), meteor(truth, tokens)
-            for metric, value in zip(TEXTUAL, [*values, plain(answer) == plain(row["truth"])]):
-                scores[metric][i] = value
+            continue
+        truth, tokens = tokenize(row["truth"]), tokenize(answer)
+        values = *bleu(truth, tokens), rouge_l(truth, tokens), meteor(truth, tokens)
+        for metric, value in zip(TEXTUAL, [*values, plain(answer) == plain(row["truth"])]):
+            scores[metric][i] = value
     return scores, unread
 
 
@@ -970,32 +924,27 @@ def groups(rows):
 
 
 def tabulate(rows, scores, trained_on, seed):
-    """Rows and {system: {metric: values [n]}} -> lines {kind, group, metric, questions, system: (mean, low,
-    high), ...}; also each system's paired difference from the first. trained_on: {cancer type: slides}."""
+    """Scores {system: {metric: values [n]}} -> lines {kind, group, metric, questions, system: (mean, low,
+    high), ...}, with paired differences from the first system. trained_on: {cancer type: slides}."""
     slides, lines, first = np.array([row["slide"] for row in rows]), [], next(iter(scores))
-    for (kind, group, inside), (i, metric) in itertools.product(groups(rows), enumerate(METRICS)):
+    for (kind, group, inside), metric in itertools.product(groups(rows), METRICS):
         values = {x: np.where(inside, scores[x].get(metric, np.nan), np.nan) for x in scores}
         line = {"kind": kind, "group": group, "metric": metric}
         line["questions"] = max(int((~np.isnan(x)).sum()) for x in values.values())
-        line["training slides"] = trained_on.get(group, 0) if kind == "cancer type" and trained_on else None
-        line["published"] = dict(enumerate(PUBLISHED.get(group, ()))).get(i) if kind == "capability" else None
-        for system, x in values.items():
-            line[system] = interval(x, slides, seed)
+        line["training slides"] = trained_on[group] if kind == "cancer type" and trained_on else None
+        published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
+        line["published"] = published.get(metric)
+        line |= {system: interval(x, slides, seed) for system, x in values.items()}
         for system in list(values)[1:]:
             line[f"{system} - {first}"] = interval(values[system] - values[first], slides, seed)
         lines += [line] if line["questions"] else []
     return lines
 
 
-def spearman(x, y):
-    """Rank correlation; ties share their mean rank. Not a number where one side is constant."""
-
-    def ranks(values):
-        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[index]
-
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+def ranks(values):
+    """Ties share their mean rank."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[index]
 
 
 def correlations(scores):
@@ -1005,7 +954,9 @@ def correlations(scores):
         x, y = (np.concatenate([found[name] for found in graded]) for name in (metric, target))
         known = ~np.isnan(x + y)
         if known.sum() > 2:
-            yield f"{metric} with {target} {spearman(x[known], y[known]):.2f} ({known.sum()})"
+            with np.errstate(invalid="ignore"):  # one side may be constant
+                rank = np.corrcoef(ranks(x[known]), ranks(y[known]))[0, 1]
+            yield f"{metric} with {target} {rank:.2f} ({known.sum()})"
 
 
 def shown(cell, interval=True):
@@ -1016,27 +967,27 @@ def shown(cell, interval=True):
 
 
 def markdown(table):
-    """Lines of texts, a header first -> a Markdown table whose columns are aligned, to be read as it is."""
+    """Lines of texts, a header first -> a Markdown table in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*table)]
     table = [table[0], ["-" * width for width in widths], *table[1:]]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
 def on_screen(lines, systems):
-    """The table for a terminal of 160 columns, a row a task and one for all: accuracy, or exact match and at
-    the end the first system's other means. Of more than four systems the first six, without intervals."""
+    """The table for 160 columns, a row a task and one for all; of many systems six, without intervals."""
     more = [metric for metric in ("ROUGE-L", *JUDGED) if any(line["metric"] == metric for line in lines)]
     means = {(line["kind"], line["group"], line["metric"]): line[systems[0]] for line in lines}
-    whole = len(systems) < 5 and len(more) < 2
-    systems = systems[: 6 if len(more) < 2 else 4]
-    names = [re.sub(r"(/predictions)?\.jsonl$", "", shown(name))[-20 if whole else -12 :] for name in systems]
+    whole, systems = len(systems) < 5 and len(more) < 2, systems[: 6 if len(more) < 2 else 4]
+    names = [shown(name).removesuffix(".jsonl")[-20 if whole else -12 :] for name in systems]
     table = [["task", "metric", "n", *names, *more]]
     for line in lines:
         if line["kind"] in ("all", "task") and line["metric"] in ("accuracy", "exact match"):
-            rest = [means.get((line["kind"], line["group"], metric)) for metric in more]
             cells = [shown(line["group"])[:28], line["metric"], shown(line["questions"])]
             cells += [shown(line[name], whole) for name in systems]
-            table.append(cells + [shown(x if line["metric"] == "exact match" else None, False) for x in rest])
+            for metric in more:
+                mean = means.get((line["kind"], line["group"], metric))
+                cells.append(shown(mean, False) if line["metric"] == "exact match" else "")
+            table.append(cells)
     return markdown(table)
 
 
@@ -1047,33 +998,32 @@ def csv_text(lines):
         rows.append({})
         for key, value in line.items():
             value = value if isinstance(value, tuple) else [value]
-            rows[-1].update(zip((key, f"{key} low", f"{key} high"), value))
+            rows[-1] |= zip((key, f"{key} low", f"{key} high"), value)
     header = list(dict.fromkeys(itertools.chain(*rows)))
     for cells in (header, *([row.get(key) for key in header] for row in rows)):
-        cells = [f"'{x}" if str(x)[:1] in "=+-@\t\r" and isinstance(x, str) else x for x in cells]
+        cells = [f"'{x}" if isinstance(x, str) and x[:1] in tuple("=+-@\t\r") else x for x in cells]
         csv.writer(file, lineterminator="\n").writerow(cells)
     return file.getvalue()
 
 
 def evaluate(args, paths):
-    """--evaluate: files of predictions -> a table on the screen, whole in evaluation.md, .csv beside them."""
+    """--evaluate: a table on the screen, all of it in evaluation.md and .csv beside the first file."""
     (rows, systems, notes), scores, grades = read_systems(paths), {}, {}
     if args.judge_model:
         where = args.judge_url, args.judge_model, paths[0].with_name("judge.jsonl")
         grades, note = grade(Judge(*where, args.judge_protocol), rows, systems)
         notes.append(note)
     # The answer that is most frequent in training is one more system.
-    train, told = args.data / "qa" / "train.jsonl", collections.defaultdict(collections.Counter)
+    train, told, trained_on = args.data / "qa" / "train.jsonl", {}, collections.Counter()
     trained = prepare.read_qa(train) if train.exists() else []
+    trained_on.update(cancer for cancer, _ in {(row["cancer"], row["slide"]) for row in trained})
     for row in trained:
-        told[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
+        answers = told.setdefault(row["task"], collections.Counter())
+        answers.update(turn["value"] for turn in row["conversations"][1::2])
     if any(row["task"] in told for row in rows):
         most = {task: answers.most_common(1)[0][0] for task, answers in told.items()}
         systems["majority"] = [most.get(row["task"]) for row in rows]
         notes.append(f"majority: a task's most frequent answer in {train}, whatever the slide.")
-    trained_on = collections.Counter(
-        cancer for cancer, _ in {(row["cancer"], row["slide"]) for row in trained}
-    )
     meteor = find_meteor()
     for system, answers in systems.items():
         found, unread = score(rows, answers, meteor)
@@ -1081,8 +1031,8 @@ def evaluate(args, paths):
         if unread:
             what = f"{count(len(unread), 'closed answer')} name no option, or several, and count as wrong"
             notes.append(f"{system}: {what}; the first: {one_line(unread[0], 60)!r}.")
-    if ranks := ", ".join(correlations(scores)):
-        notes.append(f"Rank correlations over answers: {ranks}.")
+    if ranked := ", ".join(correlations(scores)):
+        notes.append(f"Rank correlations over answers: {ranked}.")
     lines = tabulate(rows, scores, trained_on, args.seed)
     header = [key for key in lines[0] if any(line[key] is not None for line in lines)]  # what holds something
     table = markdown([[*map(shown, header)], *([shown(line[key]) for key in header] for line in lines)])
@@ -1114,8 +1064,7 @@ def parse(argv=None):
     add("--max-new-tokens", "longest answer (default: 512)", type=positive, default=512)
     sampled = wsi_llava.at_least(0, float, 100)
     add("--temperature", "0 (default): the most likely token; above: sampled", type=sampled, default=0.0)
-    tiles = "from so many of a slide's tiles, drawn at random, always the same ones (default: 0, all)"
-    add("--max-tiles", tiles, type=number, default=0)
+    add("--max-tiles", "of a slide, drawn at random (default: 0, all)", type=number, default=0)
     add = parser.group("many questions")
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
     add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
@@ -1124,10 +1073,8 @@ def parse(argv=None):
     add("--evaluate", "a table of predictions, ours first (default: --predictions)", nargs="*", **file)
     judge = "grade open answers: WSI-Precision, WSI-Relevance; its key: OPENAI_API_KEY"
     add("--judge-model", judge, metavar="M", **text)
-    url = {"metavar": "URL", "default": "https://api.openai.com/v1"}
-    add("--judge-url", "where it is, OpenAI-compatible (default: OpenAI's)", **url)
-    rules = "what counts: ours (default), or as in the authors' released evaluation"
-    add("--judge-protocol", rules, choices=PROMPTS, default="ours")
+    add("--judge-url", "OpenAI-compatible (default: OpenAI's)", metavar="URL", default=OPENAI)
+    add("--judge-protocol", "ours (default), or the authors' released one", choices=PROMPTS, default="ours")
     wsi_llava.add_weights_flags(parser)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
