@@ -30,6 +30,7 @@ import copy
 import ctypes
 import dataclasses
 import functools
+import glob
 import hashlib
 import inspect
 import json
@@ -37,6 +38,7 @@ import math
 import os
 import re
 import sys
+import time
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -1549,6 +1551,11 @@ def reading(path, hint):
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
+    # What a killed run left half-written a day ago; what is younger may be a running process's.
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if orphan.stat().st_mtime < time.time() - 86400:
+                orphan.unlink()
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
     try:
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
