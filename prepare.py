@@ -936,42 +936,43 @@ def prepare_all(args, encoder, todo, claims):
     places = 3 + 2 * args.workers  # each surveyed slide's first batch; those on their way and at the encoder
     memory = FORK.RawArray("B", places * BATCH * TILE * TILE * 4)
     readers, surveys, alone, n = start_readers(args.workers, memory), {}, False, 0
-    bar = tqdm(total=len(todo), unit="slide", disable=not todo)
-    while n < len(todo):
-        name, path, failure = todo[n]["name"], todo[n]["slide"][0], None
-        try:
-            # Surveys of this slide, and of those behind it, unless another run is at work on them.
-            for i in range(n, min(len(todo), n + 1 if alone else n + 1 + args.workers)):
-                if i not in surveys and (args.dry_run or claim(claims, todo[i]["name"])):
-                    place = i % (1 + args.workers) * BATCH
-                    surveys[i] = readers.submit(survey, args, todo[i], place)
-            plan = surveys[n].result() if n in surveys else {"notes": ["left to another run"]}
-            if "first" in plan:
-                written.append(prepare_slide(args, encoder, readers, memory, todo[n], plan, bar))
-            elif args.dry_run:
-                tqdm.write(plan["line"])
-                written.append(len(plan["coords"]))
-            for note in plan["notes"]:
-                notes[note].append(name)
-        except BrokenProcessPool:  # this slide's fault, or that of one behind it: it is tried again, alone
-            readers.shutdown()  # the other readers are ended, and write to the memory no more
-            readers, surveys, alone = start_readers(args.workers, memory), {}, not alone
-            if alone:
-                continue
-            failure = f"{path}: {DIED}"
-        except UserError as error:
-            failure = str(error)
-        except torch.OutOfMemoryError:
-            full = f"{BATCH} tiles at once do not fit {args.device}'s memory; try --device cpu"
-            raise UserError(full) from None
-        if failure:
-            failures.append((path, failure))
-        if not args.dry_run and (failure or n in surveys):
-            note_failure(args.data, name, path, failure)
-        surveys.pop(n, None)
-        alone, n = False, n + 1
-        bar.update()
-    bar.close()
+    with tqdm(total=len(todo), unit="slide", disable=not todo) as bar:
+        while n < len(todo):
+            name, path, failure = todo[n]["name"], todo[n]["slide"][0], None
+            try:
+                # Surveys of this slide, and of those behind it, unless another run is at work on them.
+                for i in range(n, min(len(todo), n + 1 if alone else n + 1 + args.workers)):
+                    if i not in surveys and (args.dry_run or claim(claims, todo[i]["name"])):
+                        place = i % (1 + args.workers) * BATCH
+                        surveys[i] = readers.submit(survey, args, todo[i], place)
+                plan = surveys[n].result() if n in surveys else {"notes": ["left to another run"]}
+                if "first" in plan:
+                    written.append(prepare_slide(args, encoder, readers, memory, todo[n], plan, bar))
+                elif args.dry_run:
+                    tqdm.write(plan["line"])
+                    written.append(len(plan["coords"]))
+                for note in plan["notes"]:
+                    notes[note].append(name)
+            except (
+                BrokenProcessPool
+            ):  # this slide's fault, or that of one behind it: it is tried again, alone
+                readers.shutdown()  # the other readers are ended, and write to the memory no more
+                readers, surveys, alone = start_readers(args.workers, memory), {}, not alone
+                if alone:
+                    continue
+                failure = f"{path}: {DIED}"
+            except UserError as error:
+                failure = str(error)
+            except torch.OutOfMemoryError:
+                full = f"{BATCH} tiles at once do not fit {args.device}'s memory; try --device cpu"
+                raise UserError(full) from None
+            if failure:
+                failures.append((path, failure))
+            if not args.dry_run and (failure or n in surveys):
+                note_failure(args.data, name, path, failure)
+            surveys.pop(n, None)
+            alone, n = False, n + 1
+            bar.update()
     readers.shutdown()
     return failures, notes, written
 
@@ -1415,6 +1416,8 @@ def import_qa(args):
             for row in rows:
                 new[row.pop("split", split)].append(row)
         except UserError as error:
+            if len(args.qa) == 1:
+                raise
             print(f"failed: {wsi_llava.one_line(error, 2000)}", file=sys.stderr)
             failures += 1
     paths = {name: args.data / "qa" / f"{name}.jsonl" for name in ("train", "val", "test")}

@@ -185,19 +185,11 @@ def tile_relevance(model, tokenizer, features, coords, question, answer):
         visual = model.encode_slide(tiles, coords)[None]
         return -model(visual, [ids[:room]], [labels[:room]], "sum")
 
-    # A model that is sure of itself changes its mind within a hundredth of the way. So log p is looked at
-    # first, and again ever closer up: half of the steps then lie where it changes.
-    even = ends = np.linspace(0, 1, PASSES + 1)
-    for _ in range(3):
-        with torch.no_grad():
-            change = np.abs(np.diff([logp(torch.lerp(average, features, x)).item() for x in ends]))
-        share = np.diff(ends) + change / max(change.sum(), 1e-9)
-        ends = np.interp(even, [0, *share.cumsum() / share.sum()], ends)
     relevance = torch.zeros(len(features))
-    for start, end in tqdm(list(itertools.pairwise(ends.tolist())), unit="pass", leave=False):
-        tiles = torch.lerp(average, features, (start + end) / 2).requires_grad_()
+    for i in tqdm(range(PASSES), unit="pass", leave=False):
+        tiles = torch.lerp(average, features, (i + 0.5) / PASSES).requires_grad_()
         slope = torch.autograd.grad(logp(tiles), tiles)[0]  # [N,C_tile]
-        relevance += (slope * (features - average)).sum(1).cpu() * (end - start)
+        relevance += (slope * (features - average)).sum(1).cpu() / PASSES
     return relevance
 
 
