@@ -3769,7 +3769,7 @@ def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source
     lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    said = sample.talk(types.SimpleNamespace(ask=None), chat)
+    said = sample.talk(chat)
     out, err = capsys.readouterr()
     assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
     assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
@@ -3794,7 +3794,7 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer, monkeypatch):
     rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
     single = [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
-    for room in (4e9, 0):
+    for room in (8192, 0):
         monkeypatch.setattr(sample, "ROOM", room)
         assert sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8) == single
     assert len(set(single)) > 1
@@ -4135,7 +4135,7 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     [
         (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
         (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
-        (said([{"type": "text", "text": '{"claims": ["a", "b"]}'}]), said('{"scores": [1, 0]}', finish=None)),
+        (said('{"claims": ["a", "b"]}'), said('{"scores": [1, 0]}', finish=None)),
         (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
     ],
 )  # fmt: skip
@@ -4154,7 +4154,6 @@ EXAMPLE = '{"scores": [1, 0.3]}'
         (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
         (said("", reasoning=EXAMPLE), 2, "an empty reply"),
         (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
-        (said([{"type": "thinking", "thinking": EXAMPLE}]), 2, "an empty reply"),
         (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
         (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
         (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
@@ -4186,7 +4185,7 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
     judged(judge_server, path)
     assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
     assert (
-        "2 grades stayed unusable and count as 0; 2 times: unusable (ValueError: holds no JSON)"
+        "2 grades stayed unusable and count as 0; 2 times unusable (ValueError: holds no JSON)"
         in capsys.readouterr().out
     )
 
@@ -4386,7 +4385,7 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + 3 and max(map(len, table)) <= 160
     names = [name for name in table[0].split("|") if "long" in name]
-    assert len(set(names)) == len(names) == min(n, 5)
+    assert len(set(names)) == len(names) == min(n, 3)
     assert len([name for name in table_of(tmp_path)["all", "exact match"] if "long_" in name]) == 6 * n
 
 
@@ -4395,7 +4394,7 @@ def test_intervals_and_rank_correlations():
     graded = {x: np.array([2.0, 1, 4, 3, 5, np.nan]) for x in sample.JUDGED}
     graded |= {x: np.array([1.0, 4, 9, 16, 25, 1]) for x in sample.TEXTUAL}
     # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert "ROUGE-L with WSI-Precision 0.80 (5)" in list(sample.correlations({"model": graded}))
+    assert "ROUGE-L with WSI-Precision 0.80 (5)" in sample.correlations([graded])
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
@@ -4408,7 +4407,7 @@ def test_intervals_and_rank_correlations():
 ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-@pytest.mark.parametrize("column", sample.SAID)
+@pytest.mark.parametrize("column", sample.SAID.split())
 def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
@@ -4418,7 +4417,7 @@ def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     evaluated(ours, path)
     line, printed = table_of(tmp_path)["all", "exact match"], capsys.readouterr().out
     assert (line["questions"], line["predictions"], line["theirs"]) == (5, 1, 0)
-    assert f"took question_id for the id, answer for the truth, {column} for the answer" in printed
+    assert f"took question_id for the id, {column} for the answer, answer for the truth" in printed
 
 
 def as_csv(delimiter, first="", end="\n"):
@@ -4451,7 +4450,7 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     path.write_text(text(said), encoding="utf-8")
     evaluated(ours, path)
     assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
-    assert "took id for the id, prediction for the answer." in capsys.readouterr().out
+    assert "took id for the id, prediction for the answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -4459,7 +4458,10 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     [
         ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
         ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
-        ("id,answer\nx0,a\nx1,b\n", "a.csv: 2 rows match no question, .*the first: x0.*took id for the id"),
+        (
+            "id,answer\nx0,a\nx1,b\n",
+            "a.csv: took id for the id, .* 2 match no question, or several; the first: x0",
+        ),
         ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
         ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
         ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
@@ -4477,29 +4479,26 @@ def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, mess
     ([{"id": "q0", "question": "<image>\nwhich grade,  0?"}, {"slide": "T/s1.svs", "question": "Which grade, 2?"}], [0, 2], ""),
     ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
     # A key that fits several fits nothing; the same row does not answer two questions.
-    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
-    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 rows match no"),
+    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 match no question"),
+    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 match no"),
     ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
-    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 rows answer a question again; the last counts"),
+    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 answer a question again"),
 ])  # fmt: skip
 def test_answers_go_to_the_one_question_that_they_fit(tmp_path, theirs, right, note):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
     path.write_text(json.dumps([row | {"text": "Grade 2."} for row in theirs]))
     rows, systems, notes = sample.read_systems([ours, path])
-    assert [row["n"] for row in rows] == right and systems["a"] == ["Grade 2."] * len(right)
+    assert [row["id"] for row in rows] == [f"q{n}" for n in right] and systems["a"] == ["Grade 2."] * len(
+        right
+    )
     assert note in " ".join(notes)
 
 
 def test_the_first_files_rows_are_its_own_also_twice(tmp_path):
-    """And a file of the same questions, in whatever order, is matched by their numbers."""
-    ours, other = write_predictions(tmp_path, ASKED[:1] * 4), tmp_path / "other.jsonl"
-    first, *rest = ours.read_text().replace("{}", '{"questions": "abc"}').splitlines()
-    for row in range(4):
-        rest[row] = json.dumps(json.loads(rest[row]) | {"id": "same", "slide": "s"})
-    ours.write_text("\n".join([first, *rest]) + "\n")
-    other.write_text("\n".join([first, *rest[::-1]]) + "\n")
-    rows, systems, _ = sample.read_systems([ours, other])
-    assert len(rows) == 4 and list(systems) == ["predictions", "other"]
+    ours = write_predictions(tmp_path, ASKED[:1] * 4)
+    ours.write_text(re.sub(r'"id": "q\d", "slide": "s\d"', '"id": "same", "slide": "s"', ours.read_text()))
+    rows, systems, _ = sample.read_systems([ours])
+    assert len(rows) == 4 and list(systems) == ["model"]
 
 
 @pytest.mark.parametrize("name", ["majority", "no slide", "questions", "published", "a - b", "a, no slide"])
