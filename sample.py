@@ -145,7 +145,8 @@ def ask_about_slide(args):
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed")}
     print(f"{slide}: {len(visual)} visual tokens, on {args.device}.")
     answer = talk(args, Chat(model, tokenizer, visual, **options))
-    print(f"Peak memory {wsi_llava.peak_memory(args.device) / 1e9:.2f} GB.")
+    if args.device.type == "cuda":
+        print(f"Peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB.")
     if args.heatmap:
         explain(args, model, tokenizer, slide, answer)
 
@@ -1041,7 +1042,7 @@ def evaluate(args, paths):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    text, file = {"type": str}, {"type": wsi_llava.some_path, "metavar": "FILE"}
+    text, file = {"type": str}, {"type": Path, "metavar": "FILE"}
     number, positive = wsi_llava.at_least(0), wsi_llava.at_least(1)
     add = parser.group("one slide")
     add("--slide", "a slide file, or the name of a prepared slide", metavar="S", **text)
