@@ -136,7 +136,8 @@ def ask_about_slide(args):
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed")}
     print(f"{slide}: {len(visual)} visual tokens, on {args.device}.")
     answer = talk(Chat(model, tokenizer, visual, **options), args.ask)
-    print(f"Peak memory {wsi_llava.peak_memory(args.device) / 1e9:.2f} GB.")
+    if args.device.type == "cuda":
+        print(f"Peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB.")
     if args.heatmap:
         explain(args, model, tokenizer, slide, answer)
 
