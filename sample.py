@@ -1001,7 +1001,7 @@ def evaluate(args, paths):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    file, number = wsi_llava.FILE, wsi_llava.at_least
+    file, number = {"type": Path, "metavar": "FILE"}, wsi_llava.at_least
     add = parser.group("one slide")
     add("--slide", "a slide file, or the name of a prepared slide", metavar="S")
     add("--ask", "one question; without it, a chat", metavar="Q")
