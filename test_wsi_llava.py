@@ -3734,14 +3734,13 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
 def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
-    """From a person, who is told how, or a pipe; a line that does not fit costs itself."""
-    lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
+    """Of a person, or a pipe."""
+    lines = ["What is its grade?", "", "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
     said = sample.talk(chat)
-    out, err = capsys.readouterr()
-    assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
-    assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
+    out = capsys.readouterr().out
+    assert out.count("> ") == (4 if before else 0) and out.count(" s)\n") == 2 and said in out
 
 
 @slow
@@ -3787,13 +3786,10 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
         sample.read_questions([tmp_path / "qa.json"], tmp_path)
 
 
-def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
-    ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
-    assert ids == tokenizer.encode_chat(TALK[:3])[0]
-    bare = sample.prompt_ids(tokenizer, {"conversations": TALK[:1]}, image=False)
-    assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith(
-        "USER: Which type of tumor is this? ASSISTANT:"
-    )
+def said_in(path):
+    """A file of predictions -> (settings, {n: row})."""
+    first, *rows = map(json.loads, path.read_text().splitlines())
+    return first["settings"], {row["n"]: row for row in rows}
 
 
 def asking(demo, data, *flags):
@@ -3825,12 +3821,12 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     assert (
         "about far: " in printed and "far.safetensors: no such" in printed and "cut.safetensors: " in printed
     )
-    _, answers = sample.read_predictions(path)
+    _, answers = said_in(path)
     assert sorted(answers) == list(range(27))
 
     slides = sorted({row["slide"] for row in rows})
     visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
-    questions = sample.read_questions([tmp_path / "qa.jsonl"])
+    questions = sample.read_questions([tmp_path / "qa.jsonl"], data)
     assert [row["turn"] for row in questions if row["task"] == "dialogue"] == [0, 1, 2] * 3
     for row in questions[:27]:
         got = answers[row["n"]]
@@ -3844,7 +3840,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     path.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a line
     shutil.copy(data / "features" / "demo_0000.safetensors", data / "features" / "far.safetensors")
     sample_with(demo, *flags, "--evaluate", data=data)
-    _, again = sample.read_predictions(path)
+    _, again = said_in(path)
     assert all(again[n]["answer"] == answers[n]["answer"] for n in answers) and sorted(again) == list(
         range(28)
     )
@@ -3867,11 +3863,11 @@ def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo
     shutil.copy(data / "qa" / "test.jsonl", tmp_path / "qa.jsonl")
     flags, path, model, tokenizer = asking(demo, data)
     sample_with(demo, *flags, "--max-tiles", 4, data=data)
-    settings, rows = sample.read_predictions(path)
+    settings, rows = said_in(path)
     features, coords = wsi_llava.read_features(data, rows[0]["slide"], 4)
     with torch.no_grad():
         visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
-    questions = sample.read_questions([tmp_path / "qa.jsonl"])
+    questions = sample.read_questions([tmp_path / "qa.jsonl"], data)
     assert len(features) == settings["max_tiles"] == 4
     assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
     with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
@@ -3931,12 +3927,12 @@ def test_options_in_any_style_are_read(style):
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
 def test_every_closed_truth_of_the_benchmark_is_read():
     for file in sorted((SHARED / "wsi_bench").glob("*.json*")):
-        for row in sample.read_questions([file]):
+        for row in sample.read_questions([file], SHARED):
             parser = sample.closed_parser(row["question"], row["truth"])
             closed = any(kind in file.name for kind in ("choice", "TF"))
             assert bool(parser) == closed, (file, row["question"])
             assert not parser or parser(row["truth"]) in ("A", "B", "C", "D", "yes", "no")
-            assert row["task"] == "Report" or row["task"] in sample.CAPABILITY, row["task"]
+            assert row["task"].split("_")[0] in ("Report", *sample.CAPABILITY), row["task"]
 
 
 def check_metrics(references, candidates):
@@ -3968,17 +3964,18 @@ def test_text_metrics_equal_the_packages():
 def test_text_metrics_at_their_ends():
     tokens = sample.tokenize("Tumor cells, grade 3+4=7; Barrett's 3.5 cm.")
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
-    assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(
-        tokens, tokens
-    ) == pytest.approx(1)
-    assert sample.bleu(tokens, ["none"]) == [0] * 4
-    assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
+    assert [*sample.bleu(tokens, tokens), sample.rouge_l(tokens, tokens)] == pytest.approx([1] * 5)
+    assert [*sample.bleu(tokens, ["none"]), sample.rouge_l(tokens, ["none"]), sample.rouge_l(tokens, [])] == [
+        0
+    ] * 6
 
 
 @slow
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
 def test_text_metrics_equal_the_packages_on_real_reports():
-    reports = [row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"])]
+    reports = [
+        row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"], SHARED)
+    ]
     check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
     treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
     same = [
@@ -4081,18 +4078,14 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     """And no usable reply is paid for twice, also where a kill cut the last one."""
     path = write_predictions(tmp_path, OPEN)
     judge_server.script += [(429, {"Retry-After": "0"}, ""), (500, {}, "busy"), (200, {}, '{"half')]
-    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["", "a"]}')]
+    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["...", "a"]}')]
     judged(judge_server, path)
     printed = capsys.readouterr().out
-    assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
+    assert means_of(tmp_path) == MEANS and "; 0 grades stayed unusable; these count as 0." in printed
     assert "8 open questions, 1 system: at most 32 calls of wise." in printed
     assert len(judge_server.requests) == 32 + 6
-    complaints = [
-        body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
-    ]
-    assert any("must be a list of" in text for text in complaints) and any(
-        "no JSON" in text for text in complaints
-    )
+    told = str([body["messages"][-1] for _, _, body in judge_server.requests if len(body["messages"]) > 2])
+    assert 'no list "claims" of 1' in told and "no JSON" in told
     with open(tmp_path / "judge.jsonl", "r+") as file:
         file.truncate(len(file.read()) - 9)  # in the middle of the last line
     judged(judge_server, path)
@@ -4117,26 +4110,19 @@ def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, cl
 EXAMPLE = '{"scores": [1, 0.3]}'
 
 
-@pytest.mark.parametrize(
-    "reply, asked, reason",
-    [
-        (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
-        (said("", reasoning=EXAMPLE), 2, "an empty reply"),
-        (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
-        (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
-        (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
-        (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
-        (said(sample.SILENT), 4, "unusable"),
-        (said('{"scores": [1]}'), 4, '"scores" must be 2 numbers, one a claim: 1, 0.7, 0.3 or 0'),
-        (said('{"scores": [0.5, 1]}'), 4, "2 numbers, one a claim"),
-        (said('{"scores": [true, 1]}'), 4, "unusable (ValueError"),
-        (said('{"scores": [null, 1]}'), 4, "2 numbers, one a claim"),
-        (said('{"scores": [NaN, 1]}'), 4, "2 numbers, one a claim"),
-        (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
-        (said('{"a":' * 100_000), 4, "unusable"),
-        ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reply, asked, reason", [
+    (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
+    (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
+    (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
+    (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
+    (said(sample.SILENT), 4, "unusable"),
+    (said('{"scores": [1]}'), 4, 'unusable (no list "scores" of 2, as asked for)'),
+    (said('{"scores": [0.5, 1]}'), 4, "unusable"),
+    (said('{"scores": [true, 1]}'), 4, "unusable"),
+    (said('{"scores": [null, 1]}'), 4, "unusable"),
+    (said('{"a":' * 100_000), 4, "unusable"),
+    ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
+])  # fmt: skip
 def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
     """Out of reasoning, of what was cut or refused, of our own prompt, of another form; and none of it is kept."""
     judge_server.script += [said('{"claims": ["a", "b"]}'), *[reply] * 4]
@@ -4148,39 +4134,29 @@ def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
 
 def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, tmp_path, capsys):
     path = write_predictions(tmp_path, OPEN)
-    judge_server.rule = lambda body: (
-        said("?") if "The tumor 3" in body["messages"][1]["content"] else graded(body)
-    )
+    judge_server.rule = lambda body: said("?") if "The tumor 3" in str(body) else graded(body)
     judged(judge_server, path)
     assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
-    assert (
-        "2 grades stayed unusable and count as 0; 2 times unusable (ValueError: holds no JSON)"
-        in capsys.readouterr().out
-    )
+    note = "2 grades stayed unusable; 2 times unusable (it holds no JSON); these count as 0"
+    assert note in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "reply, message",
-    [
-        ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
-        ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
-        ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
-        ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
-        ((404, {}, "no such model"), "HTTP 404: no such model; check it"),
-        ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
-        ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
-        ((422, {}, "no"), "HTTP 422: no"),
-        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
-        ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
-        ((200, {}, "[" * 100_000), "no answer .RecursionError"),
-        (said(None, reasoning_content=EXAMPLE), "an empty reply"),
-        ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reply, message", [
+    ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
+    ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
+    ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
+    ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
+    ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
+    ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
+    ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
+    ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
+    (said(None, reasoning_content=EXAMPLE), "an empty reply"),
+    ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
+])  # fmt: skip
 def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
     judge_server, tmp_path, monkeypatch, reply, message
 ):
-    """In one line; also after some grades, which are kept; it holds the key's place only."""
+    """In one line; also after some grades, which are kept."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
     path = write_predictions(tmp_path, OPEN * 3)
     judge_server.rule = lambda body: reply
@@ -4192,15 +4168,12 @@ def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
     assert judge_server.requests[0][0] == "Bearer sk-0123456789"
 
 
-@pytest.mark.parametrize(
-    "status, words, unwanted",
-    [
-        (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
-        (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
-        (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
-        (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("status, words, unwanted", [
+    (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
+    (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
+    (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
+    (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
+])  # fmt: skip
 def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
     judge_server, tmp_path, status, words, unwanted
 ):
@@ -4216,29 +4189,15 @@ def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
     judge_server.rule = rule
     judged(judge_server, path)
     assert means_of(tmp_path) == MEANS
-    kept = {"temperature", "max_tokens"} - set(unwanted)
-    assert all(
-        (name in judge_server.requests[-1][2]) == (name in kept) for name in ("temperature", "max_tokens")
-    )
+    assert {"temperature", "max_tokens"} - judge_server.requests[-1][2].keys() == set(unwanted)
 
 
 def test_a_server_says_when_to_ask_again():
     """As a number or a date; what it says otherwise is not heard."""
     later = email.utils.formatdate(time.time() + 3600, usegmt=True)
     assert 3500 <= sample.retry_after(later, 3) <= 3600
-    past = "Wed, 21 Oct 2015 07:28:00 GMT"
-    for told, wait in {
-        "7": 7,
-        "1.5": 1.5,
-        "0": 0,
-        past: 0,
-        "soon": 3,
-        "nan": 3,
-        "-1": 3,
-        "": 3,
-        None: 3,
-    }.items():
-        assert sample.retry_after(told, 3) == wait
+    assert sample.retry_after("Wed, 21 Oct 2015 07:28:00 GMT", 3) == 0 and sample.retry_after("1.5", 3) == 1.5
+    assert [sample.retry_after(told, 3) for told in ("soon", "nan", "-1", "", None)] == [3] * 5
 
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
@@ -4249,21 +4208,17 @@ def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsy
         content = json.loads(body["messages"][1]["content"])
         if "claims" not in content:
             return said('{"claims": ["this", "that"]}')
-        return said(
-            "?"
-            if "Tumor 1" in content["text"]
-            else '{"scores": [1, null]}'
-            if "null" in str(body)
-            else EXAMPLE
-        )
+        if "Tumor 1" in content["text"]:
+            return said("?")
+        return said('{"scores": [1, null]}' if "null" in str(body) else EXAMPLE)
 
     judge_server.rule = rule
     judged(judge_server, path, "--judge-protocol", "authors")
     assert means_of(tmp_path) == {"WSI-Precision": 0.65, "WSI-Relevance": 1}
     contents = [json.loads(body["messages"][1]["content"]) for _, _, body in judge_server.requests]
-    assert {("question" in x) for x in contents if x.get("answer") == "A tumor."} == {False}
-    assert all("question" in x for x in contents if x.get("answer") != "A tumor.")
-    assert "protocol authors. 1 grades stayed unusable and are left out" in capsys.readouterr().out
+    assert all(("question" in x) == (x.get("answer") != "A tumor.") for x in contents)
+    printed = capsys.readouterr().out
+    assert "protocol authors; 1 grades stayed unusable; " in printed and "these are left out" in printed
 
 
 def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_server, tmp_path):
@@ -4359,11 +4314,10 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
 
 
 def test_intervals_and_rank_correlations():
-    assert sample.ranks(np.array([3.0, 1, 7, 3])).tolist() == [2.5, 1, 4, 2.5]
-    graded = {x: np.array([2.0, 1, 4, 3, 5, np.nan]) for x in sample.JUDGED}
-    graded |= {x: np.array([1.0, 4, 9, 16, 25, 1]) for x in sample.TEXTUAL}
-    # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert "ROUGE-L with WSI-Precision 0.80 (5)" in sample.correlations([graded])
+    graded = {x: np.array([2.0, 1, 4, 3, 5, 5, np.nan]) for x in sample.JUDGED}
+    graded |= {x: np.array([1.0, 4, 9, 16, 25, 25, 1]) for x in sample.TEXTUAL}
+    # Pearson's of the ranks 2 1 4 3 5.5 5.5 and 1 2 3 4 5.5 5.5
+    assert "ROUGE-L with WSI-Precision 0.88" in sample.correlations(graded)
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
@@ -4376,7 +4330,7 @@ def test_intervals_and_rank_correlations():
 ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-@pytest.mark.parametrize("column", sample.SAID.split())
+@pytest.mark.parametrize("column", ["prediction", "output", "generated_text"])
 def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
@@ -4389,30 +4343,22 @@ def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     assert f"took question_id for the id, {column} for the answer, answer for the truth" in printed
 
 
-def as_csv(delimiter, first="", end="\n"):
+def as_csv(delimiter, first=""):
     def text(rows):
-        return first + end.join(
-            delimiter.join(cells) for cells in ([*rows[0]], *(row.values() for row in rows))
+        return first + "\n".join(
+            delimiter.join(cells) for cells in (rows[0], *(row.values() for row in rows))
         )
 
     return text
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("a.csv", as_csv(",")),
-        ("a.csv", as_csv(",", "\ufeff", "\r\n")),
-        ("a.csv", as_csv(";")),
-        ("a.csv", as_csv(",", "sep=,\r\n", "\r\n")),
-        ("a.csv", as_csv("|", "sep=|\n")),
-        ("a.tsv", as_csv("\t")),
-        ("a.txt", as_csv(";")),
-        ("a.json", json.dumps),
-        ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
-        ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
-    ],
-)
+@pytest.mark.parametrize("name, text", [
+    ("a.csv", as_csv(";")),
+    ("a.csv", as_csv("|", "sep=|\n")),
+    ("a.tsv", as_csv("\t")),
+    ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
+    ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
+])  # fmt: skip
 def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / name
     said = [{"id": f"q{n}", "prediction": f"Grade {2 + n % 2}.", "seconds": "=1+1"} for n in range(6)]
@@ -4422,21 +4368,13 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     assert "took id for the id, prediction for the answer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
-        ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
-        (
-            "id,answer\nx0,a\nx1,b\n",
-            "a.csv: took id for the id, .* 2 match no question, or several; the first: x0",
-        ),
-        ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
-        ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
-        ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
-        ("", "a.csv: empty"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
+    ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
+    ("id,answer\nx0,a\nx1,b\n", "a.csv: took id for the id, .*; 2 rows match no question, or .*; the first: x0"),
+    ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
+    ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
+])  # fmt: skip
 def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -4448,10 +4386,10 @@ def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, mess
     ([{"id": "q0", "question": "<image>\nwhich grade,  0?"}, {"slide": "T/s1.svs", "question": "Which grade, 2?"}], [0, 2], ""),
     ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
     # A key that fits several fits nothing; the same row does not answer two questions.
-    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 match no question"),
-    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 match no"),
+    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
+    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 rows match no"),
     ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
-    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 answer a question again"),
+    ([{"id": "q0"}, {"id": "q0"}, {"id": "q1"}], [1], "2 rows match no question, or not one alone; the first: q0"),
 ])  # fmt: skip
 def test_answers_go_to_the_one_question_that_they_fit(tmp_path, theirs, right, note):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
@@ -4502,7 +4440,7 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     (None, "predictions.jsonl: no such file; expected predictions of sample.py --qa"),
-    ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
+    ('{"settings": {}}\n{oops\n', "predictions.jsonl, line 2: not JSON"),
     ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all; sample.py --qa answers them"),
     ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers; name a file of --qa before it"),
     ('{"settings": {}}\n{"n": 0, "answer": "a"}\n', "lacks questions and true answers; name a file of --qa"),
@@ -4587,7 +4525,7 @@ def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
 
 
 def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
-    with pytest.raises(UserError, match="--heatmap: the answer is empty, so there is nothing to explain"):
+    with pytest.raises(UserError, match="--heatmap: the answer is empty"):
         sample.tile_relevance(tiny, tokenizer, torch.zeros(4, 128), GRID[:4], QUESTION, "")
 
 
@@ -4628,29 +4566,10 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
     for flags, message in (
         (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
         ([*asked, "--heatmap", tmp_path / "a.jpg"], "must end in .png or .geojson"),
-        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
+        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "in a folder that is there"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([*map(str, flags)])
-
-
-@slow
-def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """The language model in int8: gradients pass."""
-    folder, _ = demo
-    files = [str(tmp_path / "map.png"), str(tmp_path / "map.geojson")]
-    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", "--heatmap", *files]
-    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args)
-    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
-    printed = capsys.readouterr().out
-    gain = float(re.search(r"this one adds about (-?[\d.]+) nats", printed)[1])
-    assert math.isfinite(gain)
-    assert Image.open(args.heatmap[0]).size == (1776, 674)
-    tiles = json.loads(args.heatmap[1].read_text())["features"]
-    assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
-    assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
 
 
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
