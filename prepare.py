@@ -57,7 +57,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, reading, replacing, some_path
+from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, reading, replacing
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -1063,7 +1063,7 @@ def read_foreign(path):
         if path.suffix.lower() in (".h5", ".hdf5"):
             found, about = read_hdf5(path)
         else:
-            found = wsi_llava.read_tensors(path, named=False)
+            found = wsi_llava.read_tensors(path)
             found = {"features": found} if isinstance(found, torch.Tensor) else found
             check(
                 isinstance(found, dict),
@@ -1670,7 +1670,7 @@ def prepare_demo(args):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": some_path}
+    yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": Path}
     add = parser.group("what to prepare")
     add("--slides", "slides, folders of slides, .txt lists of paths", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or their folders", **paths)
@@ -1685,14 +1685,15 @@ def parse(argv=None):
     add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
     add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
     add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
-    add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=some_path)
+    add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=Path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
     add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
     add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
     add = parser.group("questions")
     add("--split", "if names or rows of --qa's files do not tell it", choices=["train", "val", "test"])
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
-    wsi_llava.add_weights_flags(parser, rest=False)
+    gigapath = f"Prov-GigaPath's (default: {wsi_llava.GIGAPATH}/pytorch_model.bin)"
+    add("--tile-encoder", gigapath, metavar="FILE", type=Path)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
 
