@@ -929,6 +929,7 @@ def import_features(args, number, shares):
     data/features or data/visual_tokens, and the failures [(path, message)]."""
     files, failures, kinds = {}, [], collections.Counter()
     for entry in args.features:
+        check(entry.exists(), f"{entry}: no such file or folder (--features)")
         found = [entry] if entry.is_file() else [*entry.glob("[!.]*.pt"), *entry.glob("[!.]*.h5")]
         check(found, f"{entry}: no .pt or .h5 file there; name the folder that holds them")
         for path in found:
@@ -1050,7 +1051,9 @@ def read_row(entry, stem, number):
 def read_csv(path, text):
     """A table whose first line names its columns -> [(where, {column: text})]."""
     csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    named = re.match("sep=(.)\r?\n", text)  # as spreadsheets tell it
+    text = text[named.end() :] if named else text
+    delimiter = named[1] if named else max(",;\t", key=text.partition("\n")[0].count)
     reader, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter), []
     with reading(path, "not CSV"):
         for entry in reader:
@@ -1063,6 +1066,7 @@ def read_csv(path, text):
 def read_entries(path):
     """A list in JSON, an object {split: list}, JSON lines, or CSV -> its entries [(where, entry)]."""
     text = path.read_bytes().decode("utf-8-sig").strip()
+    check(text, f"{path}: empty; {WHAT_IS_READ}")
     if text[:1] not in ("[", "{"):
         return read_csv(path, text)
     if text[0] == "[":
@@ -1085,6 +1089,7 @@ def read_qa(path):
     with "split" where the file says it. Rows about several slides or with an empty text are left out, and
     counted. Raises UserError that names the line or the item."""
     path, rows, left_out = Path(path), [], []
+    check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
         entries = read_entries(path)
     for number, (where, entry) in enumerate(entries, 1):

@@ -3351,7 +3351,7 @@ def test_qa_in_both_shapes(tmp_path):
 
 GOOD = json.dumps({"question_id": "1", "image": "a/b.pt", "question": "q", "T-answer": "a"}) + "\n"
 MALFORMED = [
-    ("", "holds no questions"),
+    ("", "empty"),
     (GOOD + "{oops\n", "line 2: Expecting .*; not JSON"),
     ('[\n{"id": 1},\n]', "line 3 .*; not JSON"),
     (
