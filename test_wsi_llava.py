@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -308,16 +309,16 @@ def test_slide_encoder_equals_upstream(tmp_path):
     encoder = wsi_llava.load_slide_encoder(tmp_path / "slide_encoder.pth")
     for n in (1, 5, 100, 1024, 1500, 3000):
         rs = np.random.RandomState(n)
-        features = torch.from_numpy(rs.standard_normal((n, 1536))).float()[None]
+        features = torch.from_numpy(rs.standard_normal((n, 1536))).float()
         side = max(1, math.ceil(math.sqrt(1.6 * n)))
         cells = np.sort(rs.permutation(side * side)[:n])
-        coords = torch.from_numpy(np.stack([cells % side, cells // side], 1) * 256)[None]
+        coords = torch.from_numpy(np.stack([cells % side, cells // side], 1) * 256)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            encoded = encoder.encode(features, coords)
+            encoded = encoder.encode(features, coords, [n])
             patch.setattr(encoder, "encode", lambda *_, encoded=encoded: encoded)  # once, for both
-            cls, tokens = encoder(features, coords)
-            pooled = encoder.visual_tokens(features, coords)
-        tokens, pooled = tokens[0, want[f"n{n}.rows"], ::13], pooled[0, want[f"n{n}.pool_rows"], ::13]
+            cls, tokens = encoder(features, coords, [n])
+            pooled = encoder.visual_tokens(features, coords, [n])
+        tokens, pooled = tokens[want[f"n{n}.rows"], ::13], pooled[0, want[f"n{n}.pool_rows"], ::13]
         agrees(f"slide encoder, {n} tiles, CLS", cls[0], want[f"n{n}.cls"], 1e-3)
         agrees(f"slide encoder, {n} tiles, tokens", tokens, want[f"n{n}.tokens"], 1e-3)
         agrees(f"visual tokens of {n} tiles", pooled, want[f"n{n}.pooled"], 1e-3)
@@ -549,26 +550,26 @@ def test_kernel_takes_tensors_that_are_not_contiguous():
     torch.testing.assert_close(found["triton"], found["torch"])
 
 
-def test_kernel_names_its_limits(monkeypatch):
+@pytest.mark.parametrize(
+    "shape, dtype, W, message",
+    [
+        ((1, 4, 1, 8), torch.float32, 4, "take no torch.float32 with heads of 8 channels"),
+        ((1, 4, 1, 16), torch.float64, 4, "take no torch.float64 with heads of 16"),
+        ((1, 1, 70000, 16), torch.float32, 4, "too much for the Triton kernels: 70000 heads"),
+        ((1, 2**31, 1, 16), torch.float32, 4, "2147483648 tokens in segments of up to 4"),
+        ((1, 2**22, 16, 48), torch.float32, 2**22, "tokens in segments of up to 4194304"),
+        ((1, 70000, 1, 16), torch.float32, 1, "70000 tokens in segments of up to 1"),
+    ],
+)
+def test_kernel_names_its_limits(shape, dtype, W, message, monkeypatch):
+    x = torch.empty(shape, dtype=dtype, device="meta")
     if wsi_llava.triton is not None:
-        for x, W, message in (
-            (torch.empty(1, 4, 1, 8), 4, "head dims from 16 to 128, not torch.float32, 8"),
-            (torch.empty(1, 4, 1, 16, dtype=torch.float64), 4, "not torch.float64, 16"),
-            (torch.empty(1, 1, 70000, 16, device="meta"), 4, "70000 heads in all, .* too many"),
-            (
-                torch.empty(1, 2**31, 1, 16, device="meta"),
-                4,
-                "2147483648 tokens in segments of up to 4: too many",
-            ),
-            (torch.empty(1, 2**22, 16, 48, device="meta"), 2**22, "in segments of up to 4194304: too many"),
-            (torch.empty(1, 70000, 1, 16, device="meta"), 1, "70000 tokens in segments of up to 1: too many"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
-    x = torch.randn(1, 4, 1, 16)
+        with pytest.raises(ValueError, match=message):
+            wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
     monkeypatch.setattr(wsi_llava, "triton", None)
     with pytest.raises(ValueError, match="triton 3 is not installed"):
-        wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="triton")
+        wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
+    x = torch.randn(1, 4, 1, 16)
     assert wsi_llava.dilated_attention(x, x, x, (4,), (1,)).shape == x.shape  # auto: the torch path, silently
 
 
@@ -646,10 +647,11 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
     there, here = (load_file(wsi_llava.features_file(d / "data", slide.stem)) for d in (folder, tmp_path))
     agrees("features", there["features"].float(), here["features"].float(), 3e-2)
     model = wsi_llava.load_slide_encoder(folder / "out" / "stage1" / "slide_encoder.safetensors")
-    want = model(there["features"].float()[None], there["coords"][None])[1]
+    n = [len(there["coords"])]
+    want = model(there["features"].float(), there["coords"], n)[1]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
         model.to("cuda", dtype)
-        got = model(there["features"].to("cuda", dtype)[None], there["coords"].to("cuda")[None])[1]
+        got = model(there["features"].to("cuda", dtype), there["coords"].to("cuda"), n)[1]
         agrees(f"slide encoder, {dtype}", got.float().cpu(), want, tolerance)
     ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8]
     for command in (
@@ -697,20 +699,8 @@ def test_position_embedding_equals_the_table():
 
 def test_pooling_repeats_few_tiles_and_averages_many():
     tokens = torch.arange(6.0).view(1, 6, 1)
-    assert wsi_llava.pool_tokens(tokens, 3).flatten().tolist() == [0.5, 2.5, 4.5]
-    assert wsi_llava.pool_tokens(tokens[:, :2], 4).flatten().tolist() == [0, 0, 1, 1]
-
-
-def test_long_slides_in_parts_give_the_same_numbers():
-    """Without gradients, what is done token by token is done to a part of the sequence at a time."""
-    torch.manual_seed(0)
-    encoder = wsi_llava.SlideEncoder(dataclasses.replace(PRESETS["demo"].slide_encoder, depth=1)).eval()
-    n = 1500
-    features = torch.randn(1, n, 128)
-    coords = torch.stack([torch.arange(n) % 200, torch.arange(n) // 200], -1)[None] * 256
-    whole = encoder(features, coords)[1].detach()
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(features, coords)[1], whole, atol=1e-5, rtol=1e-4)
+    assert wsi_llava.Pool(None, 3)(tokens).flatten().tolist() == [0.5, 2.5, 4.5]
+    assert wsi_llava.Pool(None, 4)(tokens[:, :2]).flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_stochastic_depth_leaves_out_whole_slides_in_training():
@@ -751,19 +741,15 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
     encoder.zero_grad()
     start = 0
     for i, n in enumerate(lengths):
-        alone = features[None, start : start + n], coords[None, start : start + n]
+        alone = features[start : start + n], coords[start : start + n], [n]
         own_cls, own_tokens = encoder(*alone)
-        assert own_tokens.shape == (1, n, 128)
         agrees("CLS", own_cls[0], cls[i], 1e-6)
-        agrees("tokens", own_tokens[0], tokens[start : start + n], 1e-6)
+        agrees("tokens", own_tokens, tokens[start : start + n], 1e-6)
         own_visual = encoder.visual_tokens(*alone)
         agrees("visual tokens", own_visual[0], visual[i], 1e-6)
         (own_visual[0] * weight[i]).sum().backward()
         start += n
     agrees("gradient", encoder.patch_embed["proj"].weight.grad, grad, 1e-5)
-    # Of one length: stacked
-    two, _ = encoder(features[:140].view(2, 70, 128), torch.stack([coords[:70]] * 2))
-    agrees("stacked", two[0], cls[0], 1e-6)
 
 
 @pytest.mark.parametrize("pad_keys", [True, False])
@@ -824,15 +810,6 @@ def test_cache_and_no_cache_agree(tiny):
         pieces = ids.split([9, 2, 1, 5], dim=1)
         parts = torch.cat([tiny.llama(piece, cache=cache) for piece in pieces], 1)
         torch.testing.assert_close(parts, tiny.llama(ids), atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_a_token_in_bfloat16_attends_as_all_at_once_do(kv_heads):
-    llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, kv_heads, 112)).bfloat16()
-    ids, cache = torch.randint(97, (2, 40)), wsi_llava.KVCache(llama.cfg, 2, 40, "cpu", torch.bfloat16)
-    alone = torch.cat([llama(token, cache=cache) for token in ids.split(1, 1)], 1)
-    assert relative(alone.float(), llama(ids).float()) < 0.02
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
@@ -968,7 +945,7 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     template, special = CHAT_TEMPLATES[family]
     path = byte_level_tokenizer(tmp_path, special)
     ours, theirs = wsi_llava.Tokenizer(path), transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert ours.chat is wsi_llava.CHAT_FORMATS[family] is not wsi_llava.Tokenizer(path, "vicuna").chat
+    assert ours.chat is wsi_llava.CHAT_FORMATS[family]
     turns = [{**turn, "value": wsi_llava.without_image(turn["value"])} for turn in TALK[:3]]
     messages = [] if family == "mistral" else [{"role": "system", "content": "You are a helpful assistant."}]
     for turn, role in zip(turns, ("user", "assistant", "user")):
@@ -986,12 +963,6 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     assert with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
     plain, injected = (ours.encode_turn(said) for said in ("end", f"{end}end"))
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
-
-
-@pytest.mark.parametrize("chat", ["chatml", "llama3", "mistral"])
-def test_a_chat_format_whose_tokens_are_not_there_is_refused(tokenizer, chat):
-    with pytest.raises(UserError, match=rf"lacks (<\||\[INST).* of --chat-format {chat}; leave it out"):
-        wsi_llava.Tokenizer(tokenizer.path, chat)
 
 
 def test_ids_that_a_tokenizer_lacks_decode_to_nothing(tokenizer):
@@ -1056,7 +1027,7 @@ def test_heads_that_cannot_share_a_width_are_refused(heads):
 
 def test_configs_survive_json():
     for cfg in PRESETS.values():
-        assert wsi_llava.WSILLaVAConfig.from_json(cfg.to_json()) == cfg
+        assert wsi_llava.WSILLaVAConfig.from_dict(json.loads(cfg.to_json())) == cfg
 
 
 def stand_in(data):
@@ -1070,7 +1041,12 @@ def stand_in(data):
         (wsi_llava.read_meta, "meta.json", "{", "not what prepare.py writes; prepare the data again"),
         (wsi_llava.read_meta, "meta.json", "\xff", "not what prepare.py writes"),
         (wsi_llava.read_meta, "meta.json", '{"version": 0}', "made by version 0 of this project, not"),
-        (wsi_llava.load_config, "config.json", None, "no such file; .* holds no trained model"),
+        (
+            lambda d: wsi_llava.trained_stage(argparse.Namespace(out=d), 1),
+            "stage1",
+            None,
+            "holds no trained model; train it",
+        ),
         (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
         (wsi_llava.read_folder, "model.safetensors.index.json", "{}", "lacks 'weight_map'; copy or download"),
         (
@@ -1109,9 +1085,11 @@ ODD_CONFIGS += ['{"max_tiles": true}', '{"wide": 3}']
 
 @pytest.mark.parametrize("text", ODD_CONFIGS)
 def test_configs_of_any_content_are_one_line(tmp_path, text):
-    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "model.safetensors").touch()
+    (tmp_path / "stage1" / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError) as caught:
-        wsi_llava.load_config(tmp_path)
+        wsi_llava.trained_stage(argparse.Namespace(out=tmp_path), 1)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -1138,9 +1116,6 @@ def test_damaged_bytes_are_one_line(tmp_path, tokenizer, ending):
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
     assert refused > 20
-    torch.save([torch.zeros(3)], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="list.pt: holds no named tensors but a list"):
-        wsi_llava.read_tensors(tmp_path / "list.pt")
 
 
 def test_nothing_half_written_under_a_final_name(tmp_path):
@@ -1156,7 +1131,7 @@ def test_nothing_half_written_under_a_final_name(tmp_path):
     "error, status, said",
     [
         (UserError("bad \x1b]0;title\x07 name\nand more"), "error: bad ]0;title name", ""),
-        (OSError(28, "No space left", "x"), "error: x: No space left; nothing that was finished is lost", ""),
+        (OSError(28, "No space left", "x"), "error: [Errno 28] No space left: 'x'", ""),
         (KeyboardInterrupt, 130, "bye\n"),
     ],
 )
@@ -1211,28 +1186,18 @@ def test_loss_is_that_of_all_logits_at_the_labelled_positions(tiny, tokenizer):
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
 
 
-def test_tokens_are_drawn_from_the_likeliest():
-    """Of the smallest set that has the probability top_p, as often as they are likely."""
-    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    for top_p, kept in (
-        (0, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [0, 1, 3]), (1, [0, 1, 2, 3]),
-    ):  # fmt: skip
-        drawn = wsi_llava.sample_token(logits, top_p, generator).bincount(minlength=4) / 4000
-        assert drawn.nonzero().flatten().tolist() == kept
-        share = torch.zeros(4).index_put((torch.tensor(kept),), logits[0, kept].exp())
-        assert (drawn - share / share.sum()).abs().max() < 0.04
-
-
-def test_sampling_is_seeded_and_cut(tiny):
+def test_sampling_is_seeded_and_as_likely_as_the_model_says(tiny):
     visual, ids = torch.randn(1, 9, 128), [[1, IMAGE_TOKEN, 5]]
 
-    def draw(**options):
-        return [t for (t,) in tiny.generate(visual, ids, 12, temperature=1.0, **options)]
+    def draw(n=12, **options):
+        return [t for (t,) in tiny.generate(visual, ids, n, **options)]
 
-    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
-    greedily = [t for (t,) in tiny.generate(visual, ids, 12)]
-    assert draw(top_p=1e-6) == draw(top_p=0) == greedily
+    assert draw(temperature=1.0, seed=3) == draw(temperature=1.0, seed=3) != draw(temperature=1.0, seed=4)
+    assert draw(temperature=1e-30) == draw()
+    p = (tiny.llama(embeds=tiny.splice(visual, ids)[0])[0, -1] / 0.1).softmax(-1)
+    drawn = [draw(1, temperature=0.1, seed=seed)[0] for seed in range(500)]
+    share = torch.tensor(drawn).bincount(minlength=len(p)) / len(drawn)
+    assert p.max() < 0.9 and (share - p).abs().max() < 0.07
 
 
 @pytest.mark.parametrize("name", ["../s", "a/b", "/etc/passwd", "..", ".", "", "a\\b", "a\0b", 7, None])
@@ -1296,12 +1261,10 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
 
 
 def test_arguments_that_do_not_fit_together_are_refused(tiny):
-    x, ids = torch.randn(1, 4, 1, 16), torch.ones(1, 3, dtype=torch.long)
-    cache = wsi_llava.KVCache(tiny.cfg.llama, 1, 2, "cpu", torch.float32)
+    x = torch.randn(1, 4, 1, 16)
     for call, message in [
-        (lambda: wsi_llava.dilated_attention(x, x, x, (4, 8), (1,)), "segments as many as dilations"),
-        (lambda: wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="flash"), "impl must be"),
-        (lambda: tiny.llama(ids, cache=cache), "the cache holds 2 positions, 3 are needed"),
+        (lambda: wsi_llava.dilated_attention(x, x, x, (4, 8), (1,)), "as many segments as dilations"),
+        (lambda: wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="flash"), "a known impl: .*flash"),
         (lambda: next(tiny.generate(None, [[1], [1, 2]])), "rows must be of equal length"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -1316,9 +1279,14 @@ def test_loaders_are_strict_both_ways(tmp_path):
     torch.save({"model": good}, path)
     wsi_llava.load_slide_encoder(path)
     for tensors, message in (
-        ({k: v for k, v in good.items() if k != "norm.bias"}, r"missing keys \(1\): norm.bias"),
-        (good | {"decoder.weight": torch.zeros(1)}, r"keys that the model lacks \(1\): decoder.weight"),
-        (good | {"norm.bias": torch.zeros(7)}, r"wrong shapes \(1\): norm.bias is \[7\], not \[128\]"),
+        (
+            {k: v for k, v in good.items() if k != "norm.bias"},
+            "does not fit SlideEncoder in 1 key: norm.bias is missing",
+        ),
+        (good | {"decoder.weight": torch.zeros(1)}, r"decoder.weight is \[1\], not a key of the model"),
+        (good | {"norm.bias": torch.zeros(7)}, r"norm.bias is \[7\], not \[128\]"),
+        (good | {"norm.bias": torch.zeros(128, dtype=torch.long)}, r"norm.bias is \[128\], not"),
+        ([torch.zeros(3)], "encoder.pth: .*; not Prov-GigaPath's slide encoder"),
         ({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder"),
         ({"model": {"norm.bias": object()}}, "copy or download it again"),  # a foreign class, never unpickled
         (None, "no such file; copy or download it again"),
@@ -1345,12 +1313,12 @@ def test_llama_loader_names_what_is_wrong(tmp_path):
         ({"attention_bias": True}, "biases beside those of Qwen2 is not supported here"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported here"),
         ({"model_type": "mistral", "sliding_window": 100}, "window of 100 below the context of 4096"),
-        ({"head_dim": 8}, "wrong shapes"),
-        ({"num_attention_heads": 5}, "5 query heads cannot share 2 key heads"),
+        ({"head_dim": 8}, r"layers.0.self_attn.k_proj.weight is \[32, 32\], not \[16, 32\]"),
+        ({"num_attention_heads": 5}, r"q_proj.weight is \[32, 32\], not \[80, 32\]"),
         ({"num_hidden_layers": 10**9}, "depth cannot be 1000000000"),
         ({"rms_norm_eps": math.nan}, "eps cannot be nan"),
         ({"vocab_size": "many"}, "vocab cannot be many"),
-        ({"hidden_size": 64}, "wrong shapes"),
+        ({"hidden_size": 64}, r"embed_tokens.weight is \[50, 32\], not \[50, 64\]"),
     ]:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(UserError, match=message):
@@ -1430,7 +1398,12 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
     assert (found is None) == (projector is None)
     assert projector is None or torch.equal(found[0].weight, projector[0].weight)
     torch.save({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "mm_projector.bin")  # LLaVA-1.0's
-    with pytest.raises(UserError, match="lacks '0.weight'; not a projector of two linear layers"):
+    wrong = (
+        "lacks 'mm_projector.0.weight'; not a projector of two"
+        if projector is None
+        else "mm_projector.weight is"
+    )
+    with pytest.raises(UserError, match=wrong):
         wsi_llava.load_projector(tmp_path)
 
 
@@ -1510,11 +1483,6 @@ def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
         assert relative(ours(ids), theirs(ids).logits) > 1e-5
     # Merged in mapped memory
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
-    # Summed first, then cast
-    double = wsi_llava.load_llama(tmp_path / "base", torch.float64, tmp_path / "lora")
-    half = wsi_llava.load_llama(tmp_path / "base", torch.bfloat16, tmp_path / "lora")
-    for name, p in double.named_parameters():
-        assert torch.equal(half.get_parameter(name), p.bfloat16())
     path = tmp_path / "lora" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))  # a pattern
     again = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
@@ -1552,7 +1520,7 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
         ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow 0.5"),
         ({"lora_alpha": None}, "adapter_config.json: float.. argument must be"),
         ({"lora_alpha": math.nan}, "lora: no adapters; --lora takes a PEFT or LLaVA LoRA folder"),
-        ({"r": 8}, r"of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], not of rank 8, 112 -> 64"),
+        ({"r": 8}, r"of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], .*, r is 8"),
     ]:
         path.write_text(json.dumps(good | changes))
         with pytest.raises(UserError, match=message) as caught:
@@ -1584,11 +1552,11 @@ def test_damaged_shards_are_named(tmp_path, ending):
         (
             state | {"model.x.weight": torch.zeros(3)},
             None,
-            r"keys that the model lacks \(1\): model.x.weight",
+            r"x.weight is \[3\], not a key of the model",
         ),
-        (state | {norm: torch.zeros(3)}, None, r"wrong shapes \(1\): model.norm.weight is \[3\], not \[64\]"),
-        ({k: v for k, v in state.items() if k != norm}, None, r"missing keys \(1\): norm.weight"),
-        (state | {"norm.weight": state[norm]}, None, r"two keys of one parameter \(1\): .*norm.weight"),
+        (state | {norm: torch.zeros(3)}, None, r"norm.weight is \[3\], not \[64\]"),
+        ({k: v for k, v in state.items() if k != norm}, None, "norm.weight is missing"),
+        (state | {"norm.weight": state[norm]}, None, "a second norm.weight, .*norm.weight"),
     ]:
         save_shards(tensors, tmp_path, stem, ending)
         if harm:
@@ -1639,9 +1607,7 @@ def test_published_weights_answer_without_training(published, capsys):
     assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
     with torch.no_grad():
         assert relative(model.llama(ids), merged(ids).logits) < 1e-5
-    with pytest.raises(
-        UserError, match="out/stage3 holds no trained model: run python train.py --stage 3 first"
-    ):
+    with pytest.raises(UserError, match="out/stage3 holds no trained model, and no published projector"):
         assembled(3)  # Vicuna alone has no projector
 
 
@@ -1664,7 +1630,7 @@ def test_stage_1_starts_from_gigapaths_slide_encoder(published):
     new = start("--from-scratch")
     assert new.cfg.in_width == 64 and not torch.equal(new.cls_token, theirs["cls_token"])
     torch.save({"model": wsi_llava.SlideEncoder(SMALL_GIGAPATH).state_dict()}, path)
-    with pytest.raises(UserError, match="takes tile features of width 1536, these are 64: .*--from-scratch"):
+    with pytest.raises(UserError, match="features 1536 wide and of any, these are 64 and .*--from-scratch"):
         start()
     with pytest.raises(UserError, match="--from-scratch or --slide-encoder: not both"):
         start("--from-scratch", "--slide-encoder", str(path))
@@ -1688,7 +1654,7 @@ def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_pa
     assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
     published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
     model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
-    news = "Projector: a new one, since that of narrow does not fit (100 -> 64, not 128 -> 64)."
+    news = "Projector: a new one, since no published projector here takes 128 channels and gives 64."
     assert news in capsys.readouterr().err
     assert model.cfg.pad_to == 1024 == model.mm_projector[0].in_features
 
@@ -1699,8 +1665,7 @@ def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
             assembled(3, *flags)
 
     published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
-    misfit = r"that of narrow does not fit \(100 -> 64, not 128 -> 64\)"
-    refused(f"run python train.py --stage 3 first; of published projectors, {misfit}", "--lora", "narrow")
+    refused("no published projector here takes 128 channels and gives 64: train stage 3", "--lora", "narrow")
     folder = Path("weights/vicuna-7b-v1.5")
     for file in folder.glob("pytorch_model*"):
         file.unlink()
@@ -1727,8 +1692,12 @@ def test_features_of_another_encoder_are_refused(demo, tmp_path):
     args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
     wsi_llava.resolve_device(args)
     for name, value, message in (
-        ("fingerprint", "0123", "stage1.* was trained on features of the tile encoder .*, these are 0123"),
-        ("width", 1536, "takes tile features of width 128, these are 1536"),
+        (
+            "fingerprint",
+            "0123",
+            "stage1.*: takes tile features 128 wide and of .*, these are 128 and of 0123",
+        ),
+        ("width", 1536, "takes tile features 128 wide and of .*, these are 1536"),
     ):
         meta = wsi_llava.read_meta(args.data)
         meta["encoder"][name] = value
@@ -2097,7 +2066,7 @@ def test_features_of_any_width_train(foreign, tmp_path, capsys):
     flags = ["--data", str(foreign), "--out", str(tmp_path), "--val", "0", "--epochs", "1"]
     for stage in "123":
         train.main(["--stage", stage, *flags])
-    assert wsi_llava.load_config(tmp_path / "stage1").slide_encoder.in_width == 48
+    assert json.loads((tmp_path / "stage1" / "config.json").read_text())["slide_encoder"]["in_width"] == 48
     capsys.readouterr()
     sample.main(["--slide", "s6", "--ask", "What is it?", "--max-new-tokens", "3", *flags[:4]])
     assert "s6: 36 visual tokens" in capsys.readouterr().out
@@ -3683,7 +3652,7 @@ def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source
     lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    said = sample.talk(types.SimpleNamespace(ask=None), chat)
+    said = sample.talk(chat)
     out, err = capsys.readouterr()
     assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
     assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
@@ -3708,7 +3677,7 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer, monkeypatch):
     rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
     single = [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
-    for room in (4e9, 0):
+    for room in (8192, 0):
         monkeypatch.setattr(sample, "ROOM", room)
         assert sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8) == single
     assert len(set(single)) > 1
@@ -4049,7 +4018,7 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     [
         (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
         (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
-        (said([{"type": "text", "text": '{"claims": ["a", "b"]}'}]), said('{"scores": [1, 0]}', finish=None)),
+        (said('{"claims": ["a", "b"]}'), said('{"scores": [1, 0]}', finish=None)),
         (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
     ],
 )  # fmt: skip
@@ -4068,7 +4037,6 @@ EXAMPLE = '{"scores": [1, 0.3]}'
         (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
         (said("", reasoning=EXAMPLE), 2, "an empty reply"),
         (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
-        (said([{"type": "thinking", "thinking": EXAMPLE}]), 2, "an empty reply"),
         (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
         (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
         (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
@@ -4100,7 +4068,7 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
     judged(judge_server, path)
     assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
     assert (
-        "2 grades stayed unusable and count as 0; 2 times: unusable (ValueError: holds no JSON)"
+        "2 grades stayed unusable and count as 0; 2 times unusable (ValueError: holds no JSON)"
         in capsys.readouterr().out
     )
 
@@ -4300,7 +4268,7 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + 3 and max(map(len, table)) <= 160
     names = [name for name in table[0].split("|") if "long" in name]
-    assert len(set(names)) == len(names) == min(n, 5)
+    assert len(set(names)) == len(names) == min(n, 3)
     assert len([name for name in table_of(tmp_path)["all", "exact match"] if "long_" in name]) == 6 * n
 
 
@@ -4309,7 +4277,7 @@ def test_intervals_and_rank_correlations():
     graded = {x: np.array([2.0, 1, 4, 3, 5, np.nan]) for x in sample.JUDGED}
     graded |= {x: np.array([1.0, 4, 9, 16, 25, 1]) for x in sample.TEXTUAL}
     # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert "ROUGE-L with WSI-Precision 0.80 (5)" in list(sample.correlations({"model": graded}))
+    assert "ROUGE-L with WSI-Precision 0.80 (5)" in sample.correlations([graded])
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
@@ -4322,7 +4290,7 @@ def test_intervals_and_rank_correlations():
 ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-@pytest.mark.parametrize("column", sample.SAID)
+@pytest.mark.parametrize("column", sample.SAID.split())
 def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
@@ -4332,7 +4300,7 @@ def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     evaluated(ours, path)
     line, printed = table_of(tmp_path)["all", "exact match"], capsys.readouterr().out
     assert (line["questions"], line["predictions"], line["theirs"]) == (5, 1, 0)
-    assert f"took question_id for the id, answer for the truth, {column} for the answer" in printed
+    assert f"took question_id for the id, {column} for the answer, answer for the truth" in printed
 
 
 def as_csv(delimiter, first="", end="\n"):
@@ -4365,7 +4333,7 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     path.write_text(text(said), encoding="utf-8")
     evaluated(ours, path)
     assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
-    assert "took id for the id, prediction for the answer." in capsys.readouterr().out
+    assert "took id for the id, prediction for the answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -4373,7 +4341,10 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     [
         ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
         ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
-        ("id,answer\nx0,a\nx1,b\n", "a.csv: 2 rows match no question, .*the first: x0.*took id for the id"),
+        (
+            "id,answer\nx0,a\nx1,b\n",
+            "a.csv: took id for the id, .* 2 match no question, or several; the first: x0",
+        ),
         ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
         ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
         ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
@@ -4391,29 +4362,26 @@ def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, mess
     ([{"id": "q0", "question": "<image>\nwhich grade,  0?"}, {"slide": "T/s1.svs", "question": "Which grade, 2?"}], [0, 2], ""),
     ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
     # A key that fits several fits nothing; the same row does not answer two questions.
-    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
-    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 rows match no"),
+    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 match no question"),
+    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 match no"),
     ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
-    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 rows answer a question again; the last counts"),
+    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 answer a question again"),
 ])  # fmt: skip
 def test_answers_go_to_the_one_question_that_they_fit(tmp_path, theirs, right, note):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
     path.write_text(json.dumps([row | {"text": "Grade 2."} for row in theirs]))
     rows, systems, notes = sample.read_systems([ours, path])
-    assert [row["n"] for row in rows] == right and systems["a"] == ["Grade 2."] * len(right)
+    assert [row["id"] for row in rows] == [f"q{n}" for n in right] and systems["a"] == ["Grade 2."] * len(
+        right
+    )
     assert note in " ".join(notes)
 
 
 def test_the_first_files_rows_are_its_own_also_twice(tmp_path):
-    """And a file of the same questions, in whatever order, is matched by their numbers."""
-    ours, other = write_predictions(tmp_path, ASKED[:1] * 4), tmp_path / "other.jsonl"
-    first, *rest = ours.read_text().replace("{}", '{"questions": "abc"}').splitlines()
-    for row in range(4):
-        rest[row] = json.dumps(json.loads(rest[row]) | {"id": "same", "slide": "s"})
-    ours.write_text("\n".join([first, *rest]) + "\n")
-    other.write_text("\n".join([first, *rest[::-1]]) + "\n")
-    rows, systems, _ = sample.read_systems([ours, other])
-    assert len(rows) == 4 and list(systems) == ["predictions", "other"]
+    ours = write_predictions(tmp_path, ASKED[:1] * 4)
+    ours.write_text(re.sub(r'"id": "q\d", "slide": "s\d"', '"id": "same", "slide": "s"', ours.read_text()))
+    rows, systems, _ = sample.read_systems([ours])
+    assert len(rows) == 4 and list(systems) == ["model"]
 
 
 @pytest.mark.parametrize("name", ["majority", "no slide", "questions", "published", "a - b", "a, no slide"])
@@ -4487,7 +4455,7 @@ def finder(tiny, tokenizer):
     ids, labels = zip(*[tokenizer.encode_chat([asked, answer]) for answer in answers])
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=2e-3, weight_decay=0)
     for _ in range(150):
-        visual = tiny.slide_encoder.visual_tokens(draw(24)[0], GRID.expand(24, -1, -1))
+        visual = tiny.slide_encoder.visual_tokens(draw(24)[0].flatten(0, 1), GRID.repeat(24, 1), [20] * 24)
         loss = tiny(visual, ids * 12, labels * 12)
         optimizer.zero_grad()
         loss.backward()
@@ -4676,33 +4644,29 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "program, flags, message",
     [
-        (train, "--micro-batch 0", "--micro-batch: 0 is less than 1"),
-        (train, "--lr nan", "--lr: nan is no number"),
-        (train, "--lr inf", "--lr: inf is more than 10"),
-        (train, "--lr 11", "--lr: 11 is more than 10"),
-        (train, "--epochs inf", "--epochs: inf is more than"),
-        (train, "--val 1", "--val: 1 is more than 0.9"),
-        (train, "--val -1", "--val: -1 is less than 0"),
-        (train, "--clip -1", "--clip: -1 is less than 0"),
-        (train, "--lora-dropout 2", "--lora-dropout: 2 is more than 1"),
-        (train, "--warmup 2", "--warmup: 2 is more than 1"),
-        (train, f"--seed {10**400}", "is more than 4294967295"),
-        (train, f"--seed {2**70}", "is more than 4294967295"),
-        (train, "--val-rows 0", "--val-rows: 0 is less than 1"),
-        (train, "--epochs -1", "--epochs: -1 is less than 0"),
-        (train, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
-        (train, "--demo --workers 0", "--workers: 0 is less than 1"),
-        (prepare, "--step 0", "--step: 0 is less than 1"),
-        (prepare, "--slides . --mpp 40", "--mpp: 40 is more than 20"),
-        (prepare, "--slides . --min-tissue 25", "--min-tissue: 25 is more than 1"),
-        (prepare, "--seed -1", "--seed: -1 is less than 0"),
-        (prepare, "--demo 4", "--demo: 4 is less than 5"),
-        (sample, "--max-tiles -1", "--max-tiles: -1 is less than 0"),
-        (
-            sample,
-            "--temperature 101",
-            "--temperature: 101 is more than 100",
-        ),
+        (train, "--micro-batch 0", "--micro-batch: 0 is not from "),
+        (train, "--lr nan", "--lr: nan is not from "),
+        (train, "--lr inf", "--lr: inf is not from "),
+        (train, "--lr 11", "--lr: 11 is not from "),
+        (train, "--epochs inf", "--epochs: inf is not from "),
+        (train, "--val 1", "--val: 1 is not from "),
+        (train, "--val -1", "--val: -1 is not from "),
+        (train, "--clip -1", "--clip: -1 is not from "),
+        (train, "--lora-dropout 2", "--lora-dropout: 2 is not from "),
+        (train, "--warmup 2", "--warmup: 2 is not from "),
+        (train, f"--seed {10**400}", "is not from 0 to 4294967295"),
+        (train, f"--seed {2**70}", "is not from 0 to 4294967295"),
+        (train, "--val-rows 0", "--val-rows: 0 is not from "),
+        (train, "--epochs -1", "--epochs: -1 is not from "),
+        (train, "--max-tiles -1", "--max-tiles: -1 is not from "),
+        (train, "--demo --workers 0", "--workers: 0 is not from "),
+        (prepare, "--step 0", "--step: 0 is not from "),
+        (prepare, "--slides . --mpp 40", "--mpp: 40 is not from "),
+        (prepare, "--slides . --min-tissue 25", "--min-tissue: 25 is not from "),
+        (prepare, "--seed -1", "--seed: -1 is not from "),
+        (prepare, "--demo 4", "--demo: 4 is not from "),
+        (sample, "--max-tiles -1", "--max-tiles: -1 is not from "),
+        (sample, "--temperature 101", "--temperature: 101 is not from "),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, message):
@@ -5369,6 +5333,13 @@ def machine():
     return torch.device("cpu"), torch.float32
 
 
+def peak_memory(device):
+    """The most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak if sys.platform == "darwin" else peak * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
+
+
 def seconds_of(work):
     """One run by the clock, a GPU's work done."""
     if torch.cuda.is_available():
@@ -5398,7 +5369,7 @@ def stage1_step(preset, at_once, sizes):
     torch.manual_seed(0)
     device, dtype = machine()
     cfg, task = copy.deepcopy(PRESETS[preset]), object.__new__(train.Alignment)
-    cfg.text_encoder = wsi_llava.TextEncoderConfig(64, 64, 1, 2, 64)
+    cfg.text_encoder, cfg.llama.width = wsi_llava.TextEncoderConfig(64, 1, 2, 64), 64
     task.args = types.SimpleNamespace(device=device, dtype=dtype, max_tiles=0, workers=8)
     task.cfg, task.model, task.words = cfg, wsi_llava.WSITextAlignment(cfg).to(device), torch.randn(100, 64)
     task.words = task.words.to(device)
@@ -5415,7 +5386,7 @@ def stage1_step(preset, at_once, sizes):
     if device.type == "cuda":
         task.backward([0])  # compiles the kernels
     seconds = seconds_of(lambda: task.backward(list(range(len(sizes)))))
-    return seconds, wsi_llava.peak_memory(device)
+    return seconds, peak_memory(device)
 
 
 def attention_flops(L, cfg):
@@ -5524,18 +5495,16 @@ def slide_encoder_cost(n_tiles, training):
     encoder = wsi_llava.SlideEncoder(cfg).to(device, dtype).train(training)
     encoder.checkpointing = training
     side = math.ceil(math.sqrt(n_tiles))
-    coords = (
-        torch.stack([torch.arange(n_tiles) % side, torch.arange(n_tiles) // side], 1)[None].to(device) * 256
-    )
-    features = torch.randn(1, n_tiles, cfg.in_width, device=device, dtype=dtype)
+    coords = torch.stack([torch.arange(n_tiles) % side, torch.arange(n_tiles) // side], 1).to(device) * 256
+    features = torch.randn(n_tiles, cfg.in_width, device=device, dtype=dtype)
     square = torch.randn(4096, 4096, device=device, dtype=dtype)
 
     def work():
         if training:
-            encoder(features, coords)[1].sum().backward()
+            encoder(features, coords, [n_tiles])[1].sum().backward()
         else:
             with torch.inference_mode():
-                encoder(features, coords)
+                encoder(features, coords, [n_tiles])
 
     before = fastest(lambda: square @ square, rounds=4)
     if device.type == "cuda":
@@ -5546,7 +5515,7 @@ def slide_encoder_cost(n_tiles, training):
     matmul = 2 * 4096**3 / min(before, fastest(lambda: square @ square))
     per_token = cfg.in_width * cfg.width + cfg.depth * cfg.width * (4 * cfg.width + 2 * cfg.mlp_hidden)
     flop = (2 * L * per_token + cfg.depth * attention_flops(L, cfg)) * (4 if training else 1)
-    return took, flop, matmul, wsi_llava.peak_memory(device)
+    return took, flop, matmul, peak_memory(device)
 
 
 def benchmark_slide_encoder(*tiles):
@@ -5604,7 +5573,7 @@ def conversation_step(preset, stage, words):
         optimizer.step()
         optimizer.zero_grad()
 
-    return fastest(step), wsi_llava.peak_memory(device), recipe.micro_batch
+    return fastest(step), peak_memory(device), recipe.micro_batch
 
 
 @torch.inference_mode()
@@ -5622,7 +5591,7 @@ def answer_cost(preset, int8, new=64):
         torch.cuda.reset_peak_memory_stats(device)
     list(answers(8))  # warms up
     first = fastest(lambda: list(answers(1)))
-    return first, (new - 1) / (fastest(lambda: list(answers(new))) - first), wsi_llava.peak_memory(device)
+    return first, (new - 1) / (fastest(lambda: list(answers(new))) - first), peak_memory(device)
 
 
 @torch.inference_mode()
@@ -5637,7 +5606,7 @@ def tile_encoder_cost(preset, batch):
     T = (cfg.image_size // cfg.patch_size) ** 2 + 1
     # 8: q, k, v and the projection; 6: SwiGLU's three matrices; 4: attention's two products.
     flop = cfg.depth * T * cfg.width * (8 * cfg.width + 6 * cfg.mlp_hidden + 4 * T)
-    return 1 / took, flop / took, wsi_llava.peak_memory(device)
+    return 1 / took, flop / took, peak_memory(device)
 
 
 def benchmark_steps(preset="7b"):

@@ -59,13 +59,13 @@ class Recipe:
     lr: float = setting("the learning rate at its highest, after the warmup", rate)
     batch_size: int = setting("rows a step, of all processes together, at most")
     epochs: float = setting("how often every row is seen")
-    warmup: float = setting("share of the steps in which the rate rises", wsi_llava.share, default=0.03)
+    warmup: float = setting("share of the steps in which the rate rises", at_least(0, float, 1), default=0.03)
     weight_decay: float = setting("AdamW's", default=0.0)
     clip: float = setting("a gradient of larger norm is scaled down to it (0: never)", default=1.0)
     projector_lr: float = setting("stage 3: the projector's own learning rate (0: --lr)", rate, default=0.0)
     lora_rank: int = setting("stage 3: rank of the adapters (0: none)", default=0)
     lora_alpha: float = setting("stage 3: the adapters are scaled by alpha / rank", default=0.0)
-    lora_dropout: float = setting("stage 3: dropout of the adapters' input", wsi_llava.share, default=0.0)
+    lora_dropout: float = setting("stage 3: dropout before the adapters", at_least(0, float, 1), default=0.0)
     max_length: int = setting("stages 2 and 3: a row's text and visual tokens, at most", default=2048)
     micro_batch: int = setting("stages 2 and 3: rows that go through the model at once", default=8)
     val_rows: int = setting("validate on so many rows, at most", default=256)
@@ -331,7 +331,7 @@ class Alignment(Task):
         cfg = self.cfg = copy.deepcopy(PRESETS[args.preset or meta["preset"]])
         encoder, encoder_cfg = slide_encoder_to_train(args, meta, cfg)
         cfg.slide_encoder = dataclasses.replace(encoder_cfg, trained_on=meta["encoder"]["fingerprint"])
-        cfg.text_encoder.in_width, cfg.max_tiles = self.words.shape[1], args.max_tiles
+        cfg.llama.width, cfg.max_tiles = self.words.shape[1], args.max_tiles
         self.model = wsi_llava.WSITextAlignment(cfg)
         if encoder:
             self.model.slide_encoder.load_state_dict(encoder.state_dict())
@@ -429,7 +429,8 @@ class Alignment(Task):
         write_text(folder / "config.json", self.cfg.to_json())
         prefix = "slide_encoder."
         encoder = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
-        wsi_llava.save_slide_encoder(self.cfg.slide_encoder, encoder, folder / "slide_encoder.safetensors")
+        about = {"config": self.cfg.slide_encoder.to_json()}  # what the shapes do not tell
+        wsi_llava.write_tensors(folder / "slide_encoder.safetensors", encoder, about)
         wsi_llava.write_tensors(folder / "model.safetensors", weights)
 
 
@@ -777,7 +778,7 @@ def export(args):
     them the projector and the slide encoder."""
     folder = args.export
     check(not (folder / "config.json").exists(), f"{folder}: holds a model already; name a new folder")
-    wsi_llava.stage_weights(args, 3)  # without it there is nothing of the user's own to export
+    wsi_llava.trained_stage(args, 3)  # without it there is nothing of the user's own to export
     meta = wsi_llava.read_meta(args.data)
     model, tokenizer = wsi_llava.load_model(args, meta, 3)
     ablation = "has no slide encoder, which no published layout can say"
@@ -793,7 +794,7 @@ def export(args):
         write_text(config, json.dumps(kept, indent=2))
     encoder, file = model.slide_encoder, folder / "slide_encoder.safetensors"
     if encoder:
-        wsi_llava.save_slide_encoder(encoder.cfg, encoder.state_dict(), file)
+        wsi_llava.write_tensors(file, encoder.state_dict(), {"config": encoder.cfg.to_json()})
     wsi_llava.save_llama(model.llama, folder, tokenizer, model.mm_projector)  # its config.json comes last
     say(f"Done, without a chat template: python sample.py --llm {folder} --slide-encoder {file} --out new")
 
@@ -856,7 +857,7 @@ def parse(argv=None):
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
     toys = "all stages on so many toy slides (500), then questions about a fifth more"
     add("--demo", toys, metavar="N", nargs="?", const=500, type=at_least(5))
-    add("--export", "write out/stage3 for transformers", metavar="DIR", type=wsi_llava.some_path)
+    add("--export", "write out/stage3 for transformers", metavar="DIR", type=Path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
     add("--full", "stage 3 trains the whole language model, no adapters; with --lr 2e-5", **yes)
@@ -873,7 +874,7 @@ def parse(argv=None):
     add("--max-tiles", "so many of a slide's tiles, at random (0: all)", type=at_least(0), default=0)
     add("--no-image", "stage 3: questions without the slide", **yes)
     add_recipe_flags(parser)
-    wsi_llava.add_weights_flags(parser, tiles=False)
+    wsi_llava.add_weights_flags(parser)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
 

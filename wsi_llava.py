@@ -9,7 +9,7 @@ model ends at the banner "The rest".
       -> preprocess_tiles      [N,3,224,224]
       -> TileEncoder           [N,1536]               one vector a tile
       -> SlideEncoder          [N,768]                tiles see one another: dilated attention (LongNet)
-      -> pool_tokens           [V=576,768]            visual tokens; zero-padded to 1024, as CLIP-L/336's are
+      -> Pool                  [V=576,768]            visual tokens; zero-padded to 1024, as CLIP-L/336's are
       -> mm_projector          [V,4096]               into the language model's embedding space
       -> Llama                 [T+V,32000]            spliced where the prompt says <image>; next-token logits
 
@@ -24,13 +24,11 @@ another part), E channels of the space that slides and reports share, W segment 
 """
 
 import argparse
-import collections
 import contextlib
 import copy
 import ctypes
 import dataclasses
 import functools
-import glob
 import hashlib
 import inspect
 import json
@@ -38,7 +36,6 @@ import math
 import os
 import re
 import sys
-import time
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -54,16 +51,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows: the torch path serves
     triton = None
 
 TILE = 256  # pixels of a tile's side at the tiled resolution
+GRID = 1000  # cells of a tile each along the sides of the position grid
 
 
 class UserError(Exception):
@@ -82,12 +76,13 @@ def check(holds, message):
 class Config:
     """What the config dataclasses share: a JSON round trip, strict in names and types."""
 
+    def __post_init__(self):
+        width, heads = getattr(self, "width", 1), getattr(self, "heads", 1)
+        whole = heads > 0 and width % heads == 0  # every head takes the same share of the channels
+        check(whole, f"{type(self).__name__}: a width of {width} cannot be shared by {heads} heads")
+
     def to_json(self):
         return json.dumps(dataclasses.asdict(self), indent=2)
-
-    @classmethod
-    def from_json(cls, text):
-        return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_dict(cls, values):
@@ -96,22 +91,14 @@ class Config:
         for name, value in values.items():
             kind, most = types.get(name), {"depth": 1000, "n_visual_tokens": 100_000}.get(name, 2**31)
             check(kind, f"{cls.__name__} has no field {one_line(name)}: written by another version")
-            if kind in (int, float, tuple):
-                numbers = value if kind is tuple else [value]
-                numeric = (int,) if kind is int else (int, float)
-                fits = all(type(number) in numeric and 0 <= number < most for number in numbers)
-            else:
-                value = kind.from_dict(value) if issubclass(kind, Config) else value
-                fits = isinstance(value, kind)
+            if issubclass(kind, Config):
+                value = kind.from_dict(value)
+            given[name] = value = tuple(value) if kind is tuple else value
+            numbers = value if kind is tuple else [value] if kind in (int, float) else []
+            allowed = (int, float) if kind is float else (kind,)  # 10000 is a float in JSON, true is no int
+            fits = type(value) in allowed and all(0 <= number < most for number in numbers)
             check(fits, f"{cls.__name__}: {name} cannot be {one_line(value)}")
-            given[name] = tuple(value) if kind is tuple else value
         return cls(**given)
-
-
-def check_heads(cfg):
-    """Every head takes the same share of the channels."""
-    whole = cfg.heads > 0 and cfg.width % cfg.heads == 0
-    check(whole, f"{type(cfg).__name__}: a width of {cfg.width} cannot be shared by {cfg.heads} heads")
 
 
 @dataclass
@@ -125,7 +112,6 @@ class TileEncoderConfig(Config):
     heads: int = 24
     mlp_hidden: int = 4096  # after the SwiGLU gate; fc1 is twice as wide
     layer_scale: float = 1e-5  # initial value only; a checkpoint brings its own
-    __post_init__ = check_heads
 
 
 @dataclass
@@ -140,26 +126,21 @@ class SlideEncoderConfig(Config):
     segments: tuple = (1024, 5792, 32768, 185363, 1048576)
     dilations: tuple = (1, 2, 4, 8, 16)
     pad_keys: bool = True  # the released weights were trained with it, see dilated_attention
-    tile_size: int = TILE  # pixels of the tiled resolution that one cell of the position grid covers
-    grid: int = 1000  # cells along each side of the position grid
     dropout: float = 0.25
     drop_path: float = 0.1
     trained_on: str = ""  # fingerprint of the tile encoder whose features stage 1 trained it on
-    __post_init__ = check_heads
 
 
 @dataclass
 class TextEncoderConfig(Config):
     """Of stage 1. The paper does not name its text encoder; this is a small one of our own."""
 
-    in_width: int = 4096  # of the LLM's token embeddings
     width: int = 512
     depth: int = 6
     heads: int = 8
     mlp_hidden: int = 1408
     max_length: int = 512  # tokens; longer reports are cut
     embed_width: int = 512  # of the space that slides and reports share
-    __post_init__ = check_heads
 
 
 @dataclass
@@ -184,12 +165,10 @@ class LlamaConfig(Config):
     adapters: str = ""  # fingerprints of the adapters that were merged into the weights
 
     def __post_init__(self):
-        self.kv_heads = self.kv_heads or self.heads
         if not self.head_dim:
-            check_heads(self)
+            super().__post_init__()
             self.head_dim = self.width // self.heads
-        grouped = self.kv_heads > 0 and self.heads % self.kv_heads == 0
-        check(grouped, f"LlamaConfig: {self.heads} query heads cannot share {self.kv_heads} key heads")
+        self.kv_heads = self.kv_heads or self.heads
 
 
 @dataclass
@@ -214,16 +193,13 @@ PRESETS = {
     "demo": WSILLaVAConfig(
         TileEncoderConfig(width=128, depth=1, heads=2, mlp_hidden=256, layer_scale=1.0),  # untrained
         SlideEncoderConfig(128, 128, 4, 4, 384, (64, 256), (1, 2), dropout=0.0, drop_path=0.0),
-        TextEncoderConfig(128, 128, 2, 4, 256, 128, 128),
+        TextEncoderConfig(128, 2, 4, 256, 128, 128),
         LlamaConfig(512, 128, 4, 4, 4, 352, context=512),
         n_visual_tokens=36,
         pad_to=160,
     ),
     "7b": WSILLaVAConfig(),
-    "13b": WSILLaVAConfig(
-        text_encoder=TextEncoderConfig(in_width=5120),
-        llama=LlamaConfig(width=5120, depth=40, heads=40, kv_heads=40, mlp_hidden=13824),
-    ),
+    "13b": WSILLaVAConfig(llama=LlamaConfig(width=5120, depth=40, heads=40, kv_heads=40, mlp_hidden=13824)),
 }
 
 
@@ -271,32 +247,22 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(gate) * value)
 
 
-class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch (arXiv 2103.17239); it starts small."""
-
-    def __init__(self, width, value):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), float(value)))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class Block(nn.Module):
-    """Pre-norm Transformer block of the ViT; the text encoder of stage 1 reuses it, with a padding mask."""
+    """Pre-norm Transformer block of the ViT; the text encoder of stage 1 reuses it, with a padding mask. A
+    learned factor for each channel of a residual branch starts at layer_scale (arXiv 2103.17239)."""
 
     def __init__(self, width, heads, mlp_hidden, layer_scale):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width, layer_scale)
+        self.ls1 = nn.ParameterDict({"gamma": torch.full((width,), layer_scale)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = SwiGLU(width, mlp_hidden)
-        self.ls2 = LayerScale(width, layer_scale)
+        self.ls2 = nn.ParameterDict({"gamma": torch.full((width,), layer_scale)})
 
     def forward(self, x, mask=None):
-        x = x + self.ls1(self.attn(self.norm1(x), mask))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x), mask)
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
 
 
 class TileEncoder(nn.Module):
@@ -709,16 +675,16 @@ class _TritonDilatedAttention(torch.autograd.Function):
 
 def _kernel_refuses(q, segments, dilations):
     """What the Triton kernels cannot take of this, or None."""
+    (B, L, H, D), longest = q.shape, min(max(segments), q.shape[1])
+    offsets, blocks = max(L, longest * H * D, 2 * max(dilations)), max(B * H, L // min(segments))
     if triton is None or int(triton.__version__.split(".")[0]) < 3:
         return 'triton 3 is not installed (Linux only); use impl="torch"'
-    (B, L, H, D), longest = q.shape, min(max(segments), q.shape[1])
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the Triton kernels need a GPU, the tensors are on {q.device}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 16 <= D <= 128:
-        return f"the Triton kernels take float32, bfloat16, float16 and head dims from 16 to 128, not {q.dtype}, {D}"
-    offsets, blocks = max(L, longest * H * D, 2 * max(dilations)), max(B * H, L // min(segments))
+        return f"the Triton kernels take no {q.dtype} with heads of {D} channels"
     if offsets >= 2**31 or blocks > 65535:
-        return f"{B * H} heads in all, {L} tokens in segments of up to {longest}: too many for the Triton kernels"
+        return f"too much for the Triton kernels: {B * H} heads, {L} tokens in segments of up to {longest}"
     return None
 
 
@@ -730,11 +696,8 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
     "torch", "triton", or "auto": Triton on a GPU that it can serve, torch elsewhere. Raises ValueError where
     "triton" is named and cannot serve. Source: torchscale's DilatedAttention as Prov-GigaPath uses it.
     """
-    if len(segments) != len(dilations) or q.shape != k.shape or q.shape != v.shape or q.dim() != 4:
-        given = f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}, {segments}, {dilations}"
-        raise ValueError(f"q, k, v must be [B,L,H,D] alike and segments as many as dilations, not {given}")
-    if impl not in ("torch", "triton", "auto"):
-        raise ValueError(f'impl must be "torch", "triton" or "auto", not "{impl}"')
+    if len(segments) != len(dilations) or impl not in ("torch", "triton", "auto"):
+        raise ValueError(f"as many segments as dilations, and a known impl: {segments}, {dilations}, {impl}")
     refusal = _kernel_refuses(q, segments, dilations) if impl == "triton" or q.is_cuda else "not on a GPU"
     if impl == "triton" and refusal:
         raise ValueError(refusal)
@@ -745,42 +708,38 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
 # ---- Slide encoder: all tiles of a slide -> tiles in context (LongNet, names as in Prov-GigaPath) ----------
 
 
-def grid_cells(coords, tile_size=TILE, grid=1000):
+def grid_cells(coords):
     """Tiles' coords [...,2] -> their cells in the position grid. Raises ValueError for one outside of it."""
-    cells = torch.div(coords, tile_size, rounding_mode="floor")
-    if cells.numel() and (cells.min() < 0 or cells.max() >= grid):  # level-0 coordinates look like this
-        what = f"tile position {int(cells.min())}..{int(cells.max())} is outside the grid 0..{grid - 1}"
+    cells = torch.div(coords, TILE, rounding_mode="floor")
+    if cells.numel() and (cells.min() < 0 or cells.max() >= GRID):  # level-0 coordinates look like this
+        what = f"tile position {int(cells.min())}..{int(cells.max())} is outside the grid 0..{GRID - 1}"
         raise ValueError(f"{what}: the coordinates are not in pixels at the tiled resolution")
     return cells
 
 
-def position_embedding(coords, width, tile_size=TILE, grid=1000):
+def position_embedding(coords, width):
     """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in tiled pixels -> [...,C].
 
     The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of cell
-    / 10000^(i / (C/4)). One table of grid rows serves both: upstream's has grid^2 rows, 3 GB at 768.
+    / 10000^(i / (C/4)). One table of GRID rows serves both: upstream's has GRID^2 rows, 3 GB at 768.
     """
-    cells = grid_cells(coords, tile_size, grid)
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid)[:, None] * frequency  # [grid,C/4]
+    angle = torch.arange(GRID)[:, None] * frequency  # [grid,C/4]
     table = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # [grid,C/2]
-    return table.to(coords.device)[cells.long().flip(-1)].flatten(-2)  # [...,2 (y, x),C/2] -> [...,C]
-
-
-def pool_tokens(tokens, n):
-    """[B,N,C] averaged along the raster order into n visual tokens [B,n,C]; fewer than n tokens repeat."""
-    return F.adaptive_avg_pool1d(tokens.transpose(1, 2), n).transpose(1, 2)  # [B,C,N] -> [B,C,n] -> [B,n,C]
+    cells = grid_cells(coords).long().flip(-1)  # [...,2 (y, x)]
+    return table.to(coords.device)[cells].flatten(-2)  # [...,2,C/2] -> [...,C]
 
 
 class Pool(nn.Module):
-    """The tiles in context -> visual tokens, [B,N,C] -> [B,n,C]. Another pool goes here; stage 1 trains it."""
+    """The tiles in context -> visual tokens, averages along the raster order, [B,N,C] -> [B,n,C]; fewer than n
+    tiles repeat. Another pool goes here; stage 1 trains it."""
 
     def __init__(self, cfg, n):
         super().__init__()
         self.n = n
 
     def forward(self, tokens):
-        return pool_tokens(tokens, self.n)
+        return F.adaptive_avg_pool1d(tokens.transpose(1, 2), self.n).transpose(1, 2)
 
 
 class SlideFFN(nn.Module):
@@ -887,9 +846,8 @@ class SlideEncoder(nn.Module):
     """Prov-GigaPath's slide encoder (LongNet): tiles see one another through dilated attention.
 
     (features [sum of N,C_tile], coords [sum of N,2] in pixels at the tiled resolution, lengths: the N of each
-    slide) -> (cls [S,C], tokens [sum of N,C]), both after the final norm. Slides of one length may also come
-    stacked, without lengths: features [S,N,C_tile], coords [S,N,2] -> cls [S,C], tokens [S,N,C]. A slide's
-    results do not depend on its company. Parameter names are those of the published `slide_encoder.pth`.
+    slide) -> (cls [S,C], tokens [sum of N,C]), both after the final norm. A slide's results do not depend on
+    its company. Parameter names are those of the published `slide_encoder.pth`.
     """
 
     def __init__(self, cfg, n_visual_tokens=576):
@@ -905,13 +863,10 @@ class SlideEncoder(nn.Module):
         self.pool = Pool(cfg, n_visual_tokens)
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
-    def encode(self, features, coords, lengths=None):
+    def encode(self, features, coords, lengths):
         """-> of each slide [1+N,C] before the final norm, the CLS first."""
-        if lengths is None:
-            lengths = [features.shape[1]] * len(features)
-            features, coords = features.flatten(0, 1), coords.flatten(0, 1)
         x = self.patch_embed["proj"](features)  # [sum of N,C]
-        x = x + position_embedding(coords, self.cfg.width, self.cfg.tile_size, self.cfg.grid).to(x.dtype)
+        x = x + position_embedding(coords, self.cfg.width).to(x.dtype)
         rows = []
         for slide in x.split(lengths):
             rows += [self.cls_token[0], slide]  # [1,C], without a position; [N,C]
@@ -923,13 +878,12 @@ class SlideEncoder(nn.Module):
                 x = layer(x, lengths)
         return self.encoder["layer_norm"](x).split(lengths)
 
-    def forward(self, features, coords, lengths=None):
+    def forward(self, features, coords, lengths):
         slides = [self.norm(slide) for slide in self.encode(features, coords, lengths)]  # [1+N,C] each
         cls = torch.stack([slide[0] for slide in slides])  # [S,C]
-        tokens = torch.cat([slide[1:] for slide in slides])  # [sum of N,C]
-        return cls, tokens.view(*coords.shape[:-1], -1)
+        return cls, torch.cat([slide[1:] for slide in slides])  # [sum of N,C]
 
-    def visual_tokens(self, features, coords, lengths=None):
+    def visual_tokens(self, features, coords, lengths):
         """What the language model sees: the tiles in context, without CLS, pooled, then normed, [S,V,C]."""
         slides = self.encode(features, coords, lengths)
         return self.norm(torch.cat([self.pool(slide[None, 1:]) for slide in slides]))
@@ -950,10 +904,9 @@ class SlideEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Reports as the LLM's (frozen) token embeddings [B,T,C_llm], mask [B,T] (True: a token) -> [B,C]."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, in_width):
         super().__init__()
-        self.cfg = cfg
-        self.embed = nn.Linear(cfg.in_width, cfg.width)
+        self.embed = nn.Linear(in_width, cfg.width)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, cfg.max_length, cfg.width))
         blocks = [Block(cfg.width, cfg.heads, cfg.mlp_hidden, 1.0) for _ in range(cfg.depth)]
         self.blocks = nn.ModuleList(blocks)
@@ -977,7 +930,7 @@ class WSITextAlignment(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.slide_encoder = SlideEncoder(cfg.slide_encoder, cfg.n_visual_tokens)
-        self.text_encoder = TextEncoder(cfg.text_encoder)
+        self.text_encoder = TextEncoder(cfg.text_encoder, cfg.llama.width)
         self.slide_head = nn.Linear(cfg.slide_encoder.width, cfg.text_encoder.embed_width, bias=False)
         self.text_head = nn.Linear(cfg.text_encoder.width, cfg.text_encoder.embed_width, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -1042,8 +995,6 @@ class KVCache:
     def append(self, layer, k, v):
         """Stores k, v [B,H_kv,T,D] of the new positions; returns all up to them."""
         end = self.length + k.shape[2]
-        if end > self.kv.shape[4]:
-            raise ValueError(f"the cache holds {self.kv.shape[4]} positions, {end} are needed")
         self.kv[layer, 0, :, :, self.length : end] = k
         self.kv[layer, 1, :, :, self.length : end] = v
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
@@ -1075,10 +1026,8 @@ class LlamaAttention(nn.Module):
         if past and T > 1:  # a later turn of a chat: row t sees everything before it, and itself
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         causal = past == 0 and T > 1
-        if T == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            q = q.expand(-1, -1, 2, -1)  # twice the same: of two rows PyTorch makes a matmul, twice as fast
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
-        return self.o_proj(x[:, :, :T].transpose(1, 2).reshape(B, T, -1))  # [B,H,T,D] -> [B,T,H*D]
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # [B,H,T,D] -> [B,T,H*D]
 
 
 class LlamaMLP(nn.Module):
@@ -1099,9 +1048,7 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(
-            cfg.width, cfg.eps
-        )  # root mean square (arXiv 1910.07467), in float32
+        self.input_layernorm = nn.RMSNorm(cfg.width, cfg.eps)  # arXiv 1910.07467, in float32
         self.self_attn = LlamaAttention(cfg)
         self.post_attention_layernorm = nn.RMSNorm(cfg.width, cfg.eps)
         self.mlp = LlamaMLP(cfg)
@@ -1218,37 +1165,29 @@ def read_pieces(path):
         raise UserError(f"{path}: needs another package to be read; pip install tokenizers") from None
     model = Fast.from_file(str(path))
     model.encode_special_tokens = True  # "<|im_end|>" in a question is text, and ends nothing
-    model.no_padding()
+    model.no_padding()  # a file may ask for both
     model.no_truncation()
-
-    def encode(text):
-        return model.encode(text, add_special_tokens=False).ids
-
-    return encode, model.decode, model.token_to_id, model.get_vocab_size()
+    encode = functools.partial(model.encode, add_special_tokens=False)
+    return lambda text: encode(text).ids, model.decode, model.token_to_id, model.get_vocab_size()
 
 
 class Tokenizer:
-    """A language model's tokenizer and the prompts that it was trained on. chat: a row of CHAT_FORMATS, by
-    default the one whose special tokens it has. eos ends an answer; ends: every token that does."""
+    """A language model's tokenizer and the prompts that it was trained on: the first of CHAT_FORMATS whose
+    special tokens it has. eos ends an answer; ends: every token that does."""
 
-    def __init__(self, path, chat=None):
+    def __init__(self, path):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
             # encode: a text -> its ids, a list; id: a special token -> its id, or None
             self.encode, self.decode_ids, self.id, self.size = read_pieces(self.path)
-        for name in [chat] if chat else CHAT_FORMATS:
-            self.chat = CHAT_FORMATS[name]
+        for self.chat in CHAT_FORMATS.values():
             tokens = re.findall(SPECIAL_TOKENS, self.chat.start + self.chat.human + self.chat.end)
-            lacking = [token for token in tokens if self.id(token) is None]
-            if not lacking:  # vicuna, the last, has none
+            if None not in map(self.id, tokens):  # vicuna, the last, has none
                 break
-        lacks = f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out, or try another"
-        check(not lacking, lacks)
-        bos = self.id(self.chat.bos) if self.chat.bos else None
-        self.bos = [] if bos is None else [bos]
+        self.bos = [i for i in [self.id(self.chat.bos)] if i is not None]
         ends = map(self.id, [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"])
         ends = [end for end in ends if end is not None]
-        check(ends, f"{path}: has no {self.chat.end} to end an answer with; try another --chat-format")
+        check(ends, f"{path}: has no {self.chat.end} to end an answer with; take another language model")
         self.eos, self.ends = ends[0], {ends[0]}
 
     def decode(self, ids):
@@ -1299,16 +1238,6 @@ class Tokenizer:
 # ---- The whole model ---------------------------------------------------------------------------------------
 
 
-def sample_token(logits, top_p, generator):
-    """One token a row from logits [B,vocab] (nucleus sampling, arXiv 1904.09751)."""
-    logits, order = logits.sort(dim=-1, descending=True)
-    p = logits.softmax(-1)
-    drop = p.cumsum(-1) - p >= top_p  # the mass before a token is enough already
-    drop[:, 0] = False  # the first always stays
-    choice = torch.multinomial(p.masked_fill(drop, 0), 1, generator=generator)
-    return order.gather(-1, choice)[:, 0]
-
-
 class WSILLaVA(nn.Module):
     """Slide encoder, projector, language model. The tile encoder stays outside: its features are on disk."""
 
@@ -1330,11 +1259,12 @@ class WSILLaVA(nn.Module):
     def encode_slide(self, features, coords):
         """features [N,C_tile], coords [N,2] of one slide -> its visual tokens [V,C]."""
         if self.slide_encoder is None:
-            pooled = pool_tokens(features[None].to(self.device, torch.float32), self.cfg.n_visual_tokens)[0]
+            pool = Pool(self.cfg.slide_encoder, self.cfg.n_visual_tokens)
+            pooled = pool(features[None].to(self.device, torch.float32))[0]
             return F.layer_norm(pooled, pooled.shape[-1:])
         like = self.slide_encoder.cls_token
         features, coords = features.to(like.device, like.dtype), coords.to(like.device)
-        return self.slide_encoder.visual_tokens(features[None], coords[None])[0]
+        return self.slide_encoder.visual_tokens(features, coords, [len(features)])[0]
 
     def project(self, visual):
         """Visual tokens [...,C] -> [...,C_llm]: zero-padded to the projector's width, then projected."""
@@ -1374,19 +1304,17 @@ class WSILLaVA(nn.Module):
         return F.cross_entropy(logits.float(), labels[labelled], reduction=reduction)
 
     @torch.no_grad()
-    def generate(
-        self, visual, ids, max_new_tokens=256, temperature=0.0, top_p=1.0, seed=0, ends=(2,), cache=None
-    ):
+    def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, seed=0, ends=(2,), cache=None):
         """Yields a list of each row's next token (None after its end) until all rows have ended.
 
-        Rows must be of equal length, so that no padding enters. temperature 0 is greedy; otherwise sampled
-        from the smallest set of probability top_p. cache: an earlier turn's KVCache, which is continued, and
-        ends up holding all but the last token. Raises UserError for a prompt beyond the context.
+        Rows must be of equal length, so that no padding enters. temperature 0 is greedy. cache: an earlier
+        turn's KVCache, which is continued, and ends up holding all but the last token. Raises UserError for a
+        prompt beyond the context.
         """
-        embeds, _ = self.splice(visual, ids)
-        B, T, _ = embeds.shape
         if len(set(map(len, ids))) != 1:
             raise ValueError("generate: rows must be of equal length")
+        embeds, _ = self.splice(visual, ids)
+        B, T, _ = embeds.shape
         cache = cache or KVCache(self.cfg.llama, B, T + max_new_tokens, embeds.device, embeds.dtype)
         generator = torch.Generator(embeds.device).manual_seed(seed)
         ended = [False] * B
@@ -1396,8 +1324,8 @@ class WSILLaVA(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:  # less their maximum: however small the temperature, no inf
-                logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-                token = sample_token(logits, top_p, generator)
+                p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+                token = torch.multinomial(p, 1, generator=generator)[:, 0]
             yield [None if done else t for done, t in zip(ended, token.tolist())]
             ended = [done or t in ends for done, t in zip(ended, token.tolist())]
             if all(ended) or cache.length >= self.cfg.llama.context:
@@ -1423,12 +1351,10 @@ if sys.platform == "linux":
 
 
 @torch.no_grad()
-def add_update(linear, a, b, scale, dtype=None):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a weight, in float32, and casts it to dtype (None: its
-    own, in its own memory: it is mapped copy-on-write, so that a 7B takes its size once)."""
-    weight = linear.weight.data
-    total = weight.float() + scale * (b.float() @ a.float())
-    linear.weight.data = weight.copy_(total) if dtype in (None, weight.dtype) else total.to(dtype)
+def add_update(linear, a, b, scale):
+    """Adds scale * b a (adapters [r,in], [out,r]) to a weight, in its own memory: it is mapped copy-on-write,
+    so that a 7B takes its size once."""
+    linear.weight.data.copy_(linear.weight.data.float() + scale * (b.float() @ a.float()))
     return linear
 
 
@@ -1486,13 +1412,10 @@ class Int8Linear(nn.Module):
         scale = (weight.abs().amax(1).float().clamp(min=1e-12) / 127).bfloat16()
         self.register_buffer("weight", (weight / scale.float()[:, None]).round_().to(torch.int8))  # [out,in]
         self.register_buffer("scale", scale)  # [out]
-        bias = getattr(linear, "bias", None)  # an embedding has none
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.bias = getattr(linear, "bias", None)  # an embedding has none
 
     def product(self, x):
-        """x W^T in the input's dtype, a part of W at a time: a whole lm_head's takes what int8 saves."""
-        parts = [x @ weight.to(x.dtype).T for weight in self.weight.split(16384)]
-        return torch.cat(parts, -1) * self.scale.to(x.dtype)
+        return x @ self.weight.to(x.dtype).T * self.scale.to(x.dtype)
 
     def forward(self, x):
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
@@ -1551,11 +1474,6 @@ def reading(path, hint):
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
-    # What a killed run left half-written a day ago; what is younger may be a running process's.
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if orphan.stat().st_mtime < time.time() - 86400:
-                orphan.unlink()
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
     try:
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
@@ -1563,10 +1481,10 @@ def replacing(path):
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:  # of a full disk, all three
         if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
             raise
-        reason = getattr(error, "strerror", None) or one_line(error)  # a full disk, say; it names no file
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise OSError(getattr(error, "errno", None), reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -1598,26 +1516,15 @@ def read_metadata(path):
         return file.metadata() or {}
 
 
-def read_tensors(path, hint=COPY_AGAIN, named=True):
-    """{name: tensor} of a .safetensors or a PyTorch file, mapped and not copied; nothing is ever unpickled.
-    named: whether it must be that, and not whatever else PyTorch wrote. Raises UserError."""
+def read_tensors(path, hint=COPY_AGAIN):
+    """{name: tensor} of a .safetensors file, or what PyTorch wrote, mapped and not copied; nothing is ever
+    unpickled. Raises UserError."""
     with reading(path, hint):
         if Path(path).suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         mmap = zipfile.is_zipfile(path)  # PyTorch's format since 1.6
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        fits = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-        check(fits or not named, f"{path}: holds no named tensors but a {type(found).__name__}; {hint}")
-        return found
-
-
-def rename(key, table):
-    """A key by the first row (pattern, replacement) that matches all of it; None where the row drops it."""
-    for pattern, replacement in table:
-        if re.fullmatch(pattern, key):
-            return replacement and re.sub(pattern, replacement, key)
-    return key
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def on_meta(make, *args):
@@ -1626,29 +1533,22 @@ def on_meta(make, *args):
         return make(*args)
 
 
-def load_strict(module, tensors, source, table=(), only=r".*"):
+def load_strict(module, tensors, source, only=r".*"):
     """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled, or
-    those that match `only`. table: as for rename. Raises UserError: source, the keys and shapes that misfit."""
-    expected = {name: p for name, p in module.state_dict().items() if re.fullmatch(only, name)}
-    given, problems = {}, collections.defaultdict(list)
-    for key, tensor in tensors.items():
-        name = rename(key, table)
-        if name is None:
-            continue
-        if name not in expected or not isinstance(tensor, torch.Tensor):
-            problems["keys that the model lacks"].append(key)
-        elif name in given:
-            problems["two keys of one parameter"].append(key)
-        elif not tensor.is_floating_point():
-            problems["no floating point"].append(key)
-        elif tensor.shape != expected[name].shape:
-            shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)}"
-            problems["wrong shapes"].append(f"{key} is {shapes}")
-        given[name] = tensor
-    problems["missing keys"] = list(expected.keys() - given)
-    texts = [f"{kind} ({len(keys)}): {few(sorted(keys))}" for kind, keys in problems.items() if keys]
-    check(not texts, f"{source}: does not fit {type(module).__name__}: {'; '.join(texts)}")
-    module.load_state_dict(given, assign=True, strict=False)  # checked above
+    those that match `only`. Raises UserError: the source, the keys and shapes that do not fit."""
+    problems, missing = [], {}
+    for name, p in module.state_dict().items():
+        if re.fullmatch(only, name):
+            missing[name] = list(p.shape)
+    with reading(source, COPY_AGAIN):
+        for name, tensor in tensors.items():
+            wanted = missing.pop(name, "a key of the model")
+            if list(tensor.shape) != wanted or not tensor.is_floating_point():
+                problems.append(f"{name} is {list(tensor.shape)}, not {wanted}")
+        problems += [f"{name} is missing" for name in missing]
+        misfit = f"does not fit {type(module).__name__} in {count(len(problems), 'key')}"
+        check(not problems, f"{source}: {misfit}: {few(sorted(problems))}")
+    module.load_state_dict(tensors, assign=True, strict=False)  # checked above
     return module
 
 
@@ -1660,13 +1560,6 @@ def fingerprint(module):
         sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
         digest.update(f"{name}{list(p.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def load_config(folder):
-    """The WSILLaVAConfig in `folder`/config.json, as a training stage left it."""
-    path = Path(folder) / "config.json"
-    with reading(path, f"{folder} holds no trained model that can be read; train it again"):
-        return WSILLaVAConfig.from_json(path.read_text(encoding="utf-8"))
 
 
 # ---- Published weights, in and out: GigaPath's, language models', LLaVA's, LoRA adapters -------------------
@@ -1686,13 +1579,13 @@ def load_tile_encoder(path):
 
 def load_slide_encoder(path, n_visual_tokens=576):
     """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off
-    the shapes; or save_slide_encoder's file, which holds its own config."""
+    the shapes; or stage 1's file, whose metadata tell what shapes do not: heads, segments, dilations."""
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's slide encoder"):
         tensors = tensors.get("model", tensors)
         config = read_metadata(path).get("config") if Path(path).suffix == ".safetensors" else None
         if config:
-            cfg = SlideEncoderConfig.from_json(config)
+            cfg = SlideEncoderConfig.from_dict(json.loads(config))
         else:
             width, in_width = tensors["patch_embed.proj.weight"].shape
             hidden = tensors["encoder.layers.0.ffn.fc1.weight"].shape[0]
@@ -1701,24 +1594,50 @@ def load_slide_encoder(path, n_visual_tokens=576):
         return load_strict(on_meta(SlideEncoder, cfg, n_visual_tokens), tensors, path).eval()
 
 
-def save_slide_encoder(cfg, tensors, path):
-    """A file under GigaPath's names, with the config that shapes do not tell: heads, segments, dilations."""
-    write_tensors(path, tensors, {"config": cfg.to_json()})
-
-
-# Published names -> the names here. Theirs begin with `model.` (Llama, LLaVA), with `language_model.model.` or
-# `model.language_model.` (transformers' conversion of LLaVA); PEFT puts `base_model.model.` before.
-PROJECTOR_KEYS = [
-    (r"(?:.+\.)?mm_projector\.(.+)", r"\1"),
-    (r"(?:.+\.)?multi_modal_projector\.linear_1\.(.+)", r"0.\1"),
-    (r"(?:.+\.)?multi_modal_projector\.linear_2\.(.+)", r"2.\1"),
-]
-LLAMA_KEYS = [
+# A published name -> the name here; None: not read. Theirs begin with `model.` (Llama, LLaVA), with
+# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT puts
+# `base_model.model.` before.
+NAMES = [
     (r".+\.rotary_emb\.inv_freq", None),  # old exports store it; it is computed here
     (r"(?:.+\.)?vision_tower\..+", None),  # CLIP, whose place the slide encoder takes
-    *((pattern, None) for pattern, _ in PROJECTOR_KEYS),  # load_projector reads it
+    (r"(?:.+\.)?mm_projector\.(.+)", r"mm_projector.\1"),
+    (r"(?:.+\.)?multi_modal_projector\.linear_1\.(.+)", r"mm_projector.0.\1"),
+    (r"(?:.+\.)?multi_modal_projector\.linear_2\.(.+)", r"mm_projector.2.\1"),
     (r"(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?(.+)", r"\1"),
 ]
+# LLaVA's, trained with adapters or alone, and save_llama's.
+PROJECTOR_FILES = ["non_lora_trainables.bin", "mm_projector.bin", "mm_projector.safetensors"]
+
+
+def read_folder(folder, projector=False):
+    """A Hugging Face, LLaVA or PEFT folder -> the tensors of its language model or adapters, or those of its
+    projector, {name here: tensor}, mapped. As in transformers, a whole file comes before an index."""
+    folder, tensors = Path(folder), {}
+    for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
+        index, names = folder / f"{name}.index.json", [name]
+        if (folder / name).is_file():
+            break
+        if index.is_file():
+            with reading(index, COPY_AGAIN):
+                names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
+                inside = names and all(name == Path(name).name for name in names)
+                check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
+            break
+    else:
+        raise UserError(
+            f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here"
+        )
+    names += [name for name in PROJECTOR_FILES if (folder / name).is_file()]
+    for path in [folder / name for name in names]:
+        with reading(path, COPY_AGAIN):
+            for key, tensor in read_tensors(path).items():
+                pattern, here = next(row for row in NAMES if re.fullmatch(row[0], key))
+                name = re.sub(pattern, here or "", key)
+                if name and name.startswith("mm_projector.") == projector:
+                    check(projector or name not in tensors, f"{path}: a second {name}, {key}")
+                    tensors[name] = tensor
+    return tensors
+
 
 # config.json of Hugging Face -> LlamaConfig's field, and what transformers means where it is silent: LLaVA's
 # text_config leaves out even sizes where they are the default.
@@ -1772,28 +1691,6 @@ def read_llama_config(folder):
         return LlamaConfig.from_dict(values)
 
 
-def read_folder(folder):
-    """All tensors of a Hugging Face, LLaVA or PEFT folder -> {name: tensor}, mapped. As in transformers, a
-    whole file comes before the shards of an index."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
-        index, names = folder / f"{name}.index.json", [name]
-        if index.is_file() and not (folder / name).is_file():
-            with reading(index, COPY_AGAIN):
-                names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
-                inside = names and all(name == Path(name).name for name in names)
-                check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
-        elif not (folder / name).is_file():
-            continue
-        if "adapter" in name and (folder / "non_lora_trainables.bin").is_file():
-            names.append("non_lora_trainables.bin")  # LLaVA's projector, trained without adapters
-        tensors = {}
-        for name in names:
-            tensors |= read_tensors(folder / name)
-        return tensors
-    raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
-
-
 # What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A on the base's own weights,
 # anything, or one of a few values; of any other option, also of one unheard of, what sets nothing.
 LORA_FREE = "r lora_alpha lora_dropout target_modules exclude_modules base_model_name_or_path revision"
@@ -1802,7 +1699,7 @@ LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [Tr
 LORA_VALUES |= {"megatron_core": ["megatron.core"], "qalora_group_size": [16]}  # with others, which are off
 
 
-def merge_adapters(llama, folder, dtype=None):
+def merge_adapters(llama, folder):
     """Adds the adapters of a PEFT or LLaVA LoRA folder to the weights that they update, once."""
     path, hint = folder / "adapter_config.json", "--lora takes a PEFT or LLaVA LoRA folder"
     c = read_json(path, hint)
@@ -1810,10 +1707,8 @@ def merge_adapters(llama, folder, dtype=None):
         plain = name in LORA_FREE.split() or value in [None, False, {}, [], "", *LORA_VALUES.get(name, [])]
         check(plain, f"{path}: {one_line(name)} {one_line(value)} is not supported: plain LoRA only")
     linears = {name: module for name, module in llama.named_modules() if isinstance(module, nn.Linear)}
-    tensors = {rename(key, LLAMA_KEYS): tensor for key, tensor in read_folder(folder).items()}
-    tensors.pop(None, None)  # the projector
     with reading(path, hint):
-        rank, alpha = c["r"], float(c["lora_alpha"])
+        tensors, rank, alpha = read_folder(folder), c["r"], float(c["lora_alpha"])
         check(tensors and c["peft_type"] == "LORA" and math.isfinite(alpha), f"{folder}: no adapters; {hint}")
         digest = hashlib.sha256(f"{rank} {alpha}".encode())
         for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
@@ -1821,10 +1716,9 @@ def merge_adapters(llama, folder, dtype=None):
             check(name in linears, f"{folder}: has adapters for {name}, which the language model lacks")
             linear, a, b = linears[name], tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
             fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
-            wanted = f"rank {rank}, {linear.in_features} -> {linear.out_features}"
-            shapes = f"{list(a.shape)} and {list(b.shape)}"
-            check(fits, f"{folder}: the adapters of {name} are {shapes}, not of {wanted}")
-            add_update(linear, a, b, alpha / rank, dtype)
+            shapes = f"{list(a.shape)} and {list(b.shape)}, the weight is {list(linear.weight.shape)}"
+            check(fits, f"{folder}: the adapters of {name} are {shapes}, r is {rank}")
+            add_update(linear, a, b, alpha / rank)
             digest.update(name.encode() + b.flatten()[:4096].float().numpy().tobytes())
     check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {few(tensors)}")
     mark, held = digest.hexdigest()[:16], llama.cfg.adapters.split()
@@ -1843,31 +1737,26 @@ def load_llama(folder, dtype=None, lora=None):
     adapters = (folder / "adapter_config.json").exists()
     check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
     tensors = read_folder(folder)
-    if cfg.tied:  # some store the embedding twice; an lm_head of its own wins, as in transformers
-        keys = {rename(key, LLAMA_KEYS): key for key in tensors}
-        head, words = (tensors.get(keys.get(name)) for name in ("lm_head.weight", "embed_tokens.weight"))
-        cfg.tied = head is None or words is None or torch.equal(head, words)
+    head = tensors.get("lm_head.weight")
+    if cfg.tied and head is not None:  # one of its own counts, as in transformers
+        cfg.tied = torch.equal(head, tensors.get("embed_tokens.weight", head))
         if cfg.tied:
-            tensors.pop(keys.get("lm_head.weight"), None)
-    llama = load_strict(on_meta(Llama, cfg), tensors, folder, LLAMA_KEYS)
+            del tensors["lm_head.weight"]
+    llama = load_strict(on_meta(Llama, cfg), tensors, folder)
     if lora:
-        merge_adapters(llama, Path(lora), dtype)
+        merge_adapters(llama, Path(lora))
     return llama.to(dtype or llama.embed_tokens.weight.dtype).eval()
 
 
 def load_projector(folder):
-    """The projector in a folder, LLaVA's `mm_projector.bin` or among the model's or adapters' tensors ->
-    (Linear, GELU, Linear) in float32, sized by its shapes; None where there is none."""
-    files = [Path(folder) / f"mm_projector.{ending}" for ending in ("safetensors", "bin")]
-    files = [file for file in files if file.exists()]
-    tensors = read_tensors(files[0]) if files else read_folder(folder)
-    names = {key: rename(key, [*PROJECTOR_KEYS, (".*", None)]) for key in tensors}
-    found = {name: tensors[key] for key, name in names.items() if name}
-    if not found:
-        return None
+    """The projector in a folder -> (Linear, GELU, Linear) in float32, sized by its shapes; None without one."""
     with reading(folder, "not a projector of two linear layers (mlp2x_gelu)"):
-        width, in_width = found["0.weight"].shape
-        return load_strict(on_meta(make_projector, in_width, width), found, folder).float()
+        tensors = read_folder(folder, projector=True)
+        if not tensors:
+            return None
+        width, in_width = tensors["mm_projector.0.weight"].shape
+        found = nn.ModuleDict({"mm_projector": on_meta(make_projector, in_width, width)})
+        return load_strict(found, tensors, folder)["mm_projector"].float()
 
 
 def save_llama(llama, folder, tokenizer=None, projector=None):
@@ -1997,11 +1886,9 @@ def made_by(model, data, slide):
     """What a slide's visual tokens follow from, as a text: its features, the slide encoder with its pool, and
     the files that hold their classes: an edited pool makes new tokens."""
     path = features_file(data, slide)
-    with reading(path, PREPARE_AGAIN):
-        tensors = read_tensors(path, PREPARE_AGAIN)
-        digest = hashlib.sha256(json.dumps(read_metadata(path), sort_keys=True).encode())
-        some = tensors["features"][:: 1 + len(tensors["coords"]) // 64]  # of the rows: the file is mapped
-        digest.update(tensors["coords"].numpy().tobytes() + some.numpy().tobytes())
+    with reading(path, PREPARE_AGAIN), open(path, "rb") as file:
+        # Its metadata, its coords and some features: all of a large slide's would be slow to read.
+        digest = hashlib.sha256(f"{path.stat().st_size}".encode() + file.read(1 << 18))
     for name in sorted({type(part).__module__ for part in (model.slide_encoder or model).modules()}):
         if not name.startswith("torch."):
             digest.update(inspect.getsource(sys.modules[name]).encode())
@@ -2015,8 +1902,8 @@ def keep_visual_tokens(model, data, slide):
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
         read_visual_tokens(data, slide, cfg)
         mark = read_metadata(path).get("made_by")
-    now = None if mark == IMPORTED_TOKENS else made_by(model, data, slide)
-    if mark in (IMPORTED_TOKENS, now):
+    now = mark if mark == IMPORTED_TOKENS else made_by(model, data, slide)
+    if mark == now:
         return False
     width = None if cfg.no_slide_encoder else cfg.slide_encoder.in_width
     features, coords = read_features(data, slide, cfg.max_tiles, width)
@@ -2055,11 +1942,14 @@ def first(*paths, hint):
     raise UserError(f"{' or '.join(map(str, paths))}: no such file; {hint}")
 
 
-def stage_weights(args, stage):
-    """out/stageN/model.safetensors. Raises UserError where the stage has not been trained."""
+def trained_stage(args, stage):
+    """out/stageN -> (its model.safetensors, its WSILLaVAConfig). Raises UserError where it is not trained."""
     path = args.out / f"stage{stage}" / "model.safetensors"
-    check(path.exists(), f"{path.parent} holds no trained model: run python train.py --stage {stage} first")
-    return path
+    train = f"train it: python train.py --stage {stage}"
+    check(path.exists(), f"{path.parent} holds no trained model; {train}")
+    config = path.with_name("config.json")
+    with reading(config, train):
+        return path, WSILLaVAConfig.from_dict(read_json(config, train))
 
 
 def pick_tile_encoder(args):
@@ -2078,7 +1968,6 @@ def pick_llm(args, meta):
     if meta["preset"] == "demo":  # the demo's own stand-in
         folders, hint = [args.data / "llm"], f"run python train.py --stage 1 first, or {hint}"
     folder = args.llm or first(*folders, hint=hint)
-    check(folder.is_dir(), f"{folder}: no such folder (--llm)")
     places = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
     files = [place / name for place in places for name in ("tokenizer.model", "tokenizer.json")]
     path = first(*files, hint="copy it from where the model is from")
@@ -2087,7 +1976,7 @@ def pick_llm(args, meta):
         with reading(more, COPY_AGAIN):
             ids = [token["id"] for token in read_json(more, COPY_AGAIN)["added_tokens"]]
             path = more if max(ids, default=0) >= len(Tokenizer(path)) else path
-    tokenizer = Tokenizer(path, args.chat_format)
+    tokenizer = Tokenizer(path)
     for file in (folder / "generation_config.json", folder / "config.json"):
         ends = read_json(file, COPY_AGAIN).get("eos_token_id") if file.exists() else None
         ends = ends if isinstance(ends, list) else [ends]
@@ -2097,43 +1986,36 @@ def pick_llm(args, meta):
 
 def check_tile_encoder(cfg, meta, path):
     """A slide encoder reads the features of the tile encoder that it was trained on, and no other's."""
-    advice = "prepare the slides with the one that fits, or train stage 1 --from-scratch"
-    for what, takes, given in (
-        ("takes tile features of width", cfg.in_width, meta["encoder"]["width"]),
-        ("was trained on features of the tile encoder", cfg.trained_on, meta["encoder"]["fingerprint"]),
-    ):
-        check(takes in ("", given), f"{path}: {what} {takes}, these are {given}: {advice}")
+    width, mark = meta["encoder"]["width"], meta["encoder"]["fingerprint"]
+    takes = f"{cfg.in_width} wide and of {cfg.trained_on or 'any'}, these are {width} and of {mark}"
+    fits = cfg.in_width == width and cfg.trained_on in ("", mark)
+    advice = "prepare the slides with the tile encoder that fits, or train stage 1 --from-scratch"
+    check(fits, f"{path}: takes tile features {takes}: {advice}")
 
 
 def pick_slide_encoder(args, meta, n_visual_tokens):
     """--slide-encoder's, that of out/stage1, or GigaPath's -> SlideEncoder."""
-    files = [args.out / "stage1" / "slide_encoder.safetensors"]
-    if meta["preset"] != "demo":
-        files.append(GIGAPATH / "slide_encoder.pth")
+    files = [args.out / "stage1" / "slide_encoder.safetensors", GIGAPATH / "slide_encoder.pth"]
     hint = "run python train.py --stage 1 first, or name one with --slide-encoder"
-    path = args.slide_encoder or first(*files, hint=hint)
+    path = args.slide_encoder or first(*files[: 1 if meta["preset"] == "demo" else 2], hint=hint)
     encoder = load_slide_encoder(path, n_visual_tokens)
     check_tile_encoder(encoder.cfg, meta, path)
     return encoder
 
 
 def pick_projector(args, llm, width, cfg, stage):
-    """The projector in --lora's or the language model's folder, if it takes visual tokens of this width and
-    gives the language model's; before stage 2 else a new one. Says which."""
-    found, why = None, f"{args.lora or llm} holds none"
-    for source in filter(None, (args.lora, llm)):
-        found = load_projector(source)
+    """The published projector that fits, --lora's before the language model's; for stage 2 else a new one."""
+    for folder in filter(None, (args.lora, llm)):
+        found = load_projector(folder)
         if found:
             break
-    if found:
-        takes, gives = found[0].in_features, found[2].out_features
-        why = f"that of {source} does not fit ({takes} -> {gives}, not {width} -> {cfg.llama.width})"
-        found = found if takes >= width and gives == cfg.llama.width else None
-    untrained = f"{args.out}/stage{stage} holds no trained model: run python train.py --stage {stage} first"
-    check(found or stage == 1, f"{untrained}; of published projectors, {why}")
-    if os.environ.get("RANK", "0") == "0":  # rank 0 only
-        print(f"Projector: {f'that of {source}' if found else f'a new one, since {why}'}.", file=sys.stderr)
-    return found or make_projector(max(cfg.pad_to, width), cfg.llama.width)
+    if found and found[0].in_features >= width and found[2].out_features == cfg.llama.width:
+        return found, f"that of {folder}"
+    none = f"no published projector here takes {width} channels and gives {cfg.llama.width}"
+    check(
+        stage == 1, f"{args.out}/stage{stage} holds no trained model, and {none}: train stage {stage} first"
+    )
+    return make_projector(max(cfg.pad_to, width), cfg.llama.width), f"a new one, since {none}"
 
 
 def add_trained(model, path):
@@ -2153,17 +2035,16 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
     Frozen parts come from their own files. On top comes what the stage trained; where no stage did, the
     projector published with the language model. int8: with the language model's weights rounded.
     """
-    dtype = dtype or args.dtype
+    dtype, trained = dtype or args.dtype, None
     folder, tokenizer = pick_llm(args, meta)
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
     sizes = f"has {len(tokenizer):,} tokens, the language model {llama.cfg.vocab:,}"
     check(len(tokenizer) <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}; use the language model's own")
-    trained, cfg = None, copy.deepcopy(PRESETS[args.preset or meta["preset"]])
+    cfg = copy.deepcopy(PRESETS[args.preset or meta["preset"]])
     if stage == 1:
         cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
     elif any((args.out / f"stage{n}" / "model.safetensors").exists() for n in (2, 3)):
-        trained = stage_weights(args, stage)
-        cfg = load_config(trained.parent)
+        trained, cfg = trained_stage(args, stage)
     encoder, parts = None, {"tile_encoder": meta["encoder"]["fingerprint"], "llm": fingerprint(llama)}
     if meta["encoder"]["source"] == IMPORTED_TOKENS:  # they have been through a slide encoder
         cfg.n_visual_tokens = meta["encoder"].get("n_visual_tokens", cfg.n_visual_tokens)
@@ -2181,8 +2062,10 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
         add_trained(model, trained)
     else:
         width = encoder.cfg.width if encoder else meta["encoder"]["width"]
-        model.mm_projector = pick_projector(args, folder, width, cfg, stage)
+        model.mm_projector, which = pick_projector(args, folder, width, cfg, stage)
         cfg.pad_to = model.mm_projector[0].in_features
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Projector: {which}.", file=sys.stderr)
     if int8:
         quantize_int8(llama)
     return model.to(dtype).eval(), tokenizer
@@ -2197,8 +2080,7 @@ def token_embeddings(args, meta):
 
 def load_alignment(args, meta):
     """Stage 1's model -> (its config, WSITextAlignment, token_embeddings' two)."""
-    path = stage_weights(args, 1)
-    cfg = load_config(path.parent)
+    path, cfg = trained_stage(args, 1)
     check_tile_encoder(cfg.slide_encoder, meta, path.parent)
     model = load_strict(on_meta(WSITextAlignment, cfg), read_tensors(path), path)
     return cfg, model.to(args.device).eval(), *token_embeddings(args, meta)
@@ -2211,27 +2093,12 @@ def at_least(low, kind=int, high=2**63):
     """A type for argparse: a number from low to high."""
 
     def number(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if low <= value <= high:
-            return value
-        reason = "no whole number" if kind is int else "no number"
-        reason = f"less than {low}" if value < low else f"more than {high}" if value > high else reason
-        raise argparse.ArgumentTypeError(f"{one_line(text, 40)} is {reason}")
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{one_line(text, 40)} is not from {low} to {high}")
+        return value
 
     return number
-
-
-share = at_least(0, float, 1)
-
-
-def some_path(text):
-    """A type for argparse: a path, where the current folder is "." and not nothing at all."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("an empty path; the current folder is .")
-    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2249,14 +2116,11 @@ class Parser(argparse.ArgumentParser):
         return lambda flag, help, **options: add(flag, help=help, **options)
 
 
-DIR, FILE = ({"metavar": name, "type": some_path} for name in ("DIR", "FILE"))
-
-
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
     add = parser.group("shared by all scripts")
-    add("--data", "prepared slides and questions (default: data)", **DIR, default=Path("data"))
-    add("--out", "what training leaves (default: out)", **DIR, default=Path("out"))
+    add("--data", "prepared slides and questions (default: data)", type=Path, default=Path("data"))
+    add("--out", "what training leaves (default: out)", type=Path, default=Path("out"))
     add("--preset", "sizes of the model (default: what the data were prepared with)", choices=PRESETS)
     add("--device", "cuda, mps or cpu (default: the best there is)", default="auto")
     products = "of matrix products (default: bfloat16 on CUDA, else float32)"
@@ -2267,17 +2131,15 @@ def add_shared_flags(parser):
     add("--workers", readers, type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1))
 
 
-def add_weights_flags(parser, tiles=True, rest=True):
-    """The flags of published weights. tiles: of the tile encoder; rest: of what comes after it."""
+def add_weights_flags(parser):
+    """The flags of published weights, for the scripts that load them."""
     add = parser.group("weights, where they are not where they are looked for")
-    if tiles:
-        add("--tile-encoder", f"Prov-GigaPath's (default: {GIGAPATH}/pytorch_model.bin)", **FILE)
-    if rest:
-        add("--slide-encoder", f"the same (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)", **FILE)
-        add("--llm", f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})", **DIR)
-        add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", **DIR)
-        chat = "how the language model writes a chat down (default: by its tokenizer's special tokens)"
-        add("--chat-format", chat, choices=CHAT_FORMATS)
+    slide = f"Prov-GigaPath's, or a stage 1's (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
+    add("--slide-encoder", slide, type=Path, metavar="FILE")
+    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
+    add("--llm", llm, type=Path, metavar="DIR")
+    adapters = "adapters to merge into the language model, a PEFT or LLaVA folder"
+    add("--lora", adapters, type=Path, metavar="DIR")
 
 
 def resolve_device(args):
@@ -2308,38 +2170,19 @@ def run(main, on_interrupt="interrupted"):
     except BrokenPipeError:  # the pipe's reader has left; Python's own last flush must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("error: the output was closed before all was printed")
-    except OSError as error:
-        named = f"{error.filename}: {error.strerror}" if error.filename else error
-        sys.exit(f"error: {one_line(named, 2000)}; nothing that was finished is lost")
-    except (UserError, UnicodeError) as error:
+    except (UserError, OSError, UnicodeError) as error:
         sys.exit(f"error: {one_line(error, 2000)}")
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
 
 
-def peak_memory(device=None):
-    """The most memory that this process has held, in bytes: a GPU's, or the CPU's (nan on Windows)."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if resource is None:
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-# ---- python wsi_llava.py: the model's sizes and shapes -----------------------------------------------------
+# ---- python wsi_llava.py: the shapes of what passes through the model --------------------------------------
 
 
 @torch.no_grad()
 def main():
-    Parser("Prints the sizes of the model's parts, and the shapes of what passes through them.").parse_args()
-    for preset, cfg in PRESETS.items():
-        model = on_meta(WSILLaVA, cfg)
-        model.tile_encoder = on_meta(TileEncoder, cfg.tile_encoder)
-        for name, part in model.named_children():
-            print(f"{preset:5} {name:14} {sum(p.numel() for p in part.parameters()):15,} parameters")
-    print("\nShapes, for a slide of 12 tiles through the demo's model")
+    Parser("Prints the shapes of what passes through the demo's model, for a slide of 12 tiles.").parse_args()
     model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
 
     def show(name, x):
@@ -2349,7 +2192,7 @@ def main():
     tiles = show("tiles", torch.randint(0, 256, (12, TILE, TILE, 3), dtype=torch.uint8))
     coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * TILE
     features = show("TileEncoder", tile_encoder(show("preprocess_tiles", preprocess_tiles(tiles))))
-    show("SlideEncoder, CLS", model.slide_encoder(features[None], coords[None])[0])
+    show("SlideEncoder, CLS", model.slide_encoder(features, coords, [12])[0])
     visual = show("SlideEncoder, visual tokens", model.encode_slide(features, coords))
     embeds, _ = model.splice(visual[None], [[1, 10, IMAGE_TOKEN, 11, 12]])
     show("Llama, logits", model.llama(embeds=show("spliced into 4 text tokens", embeds)))
