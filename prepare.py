@@ -46,14 +46,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-<<<<<<< HEAD
 from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, few, reading, replacing
 
 with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
-=======
-from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, reading, replacing
->>>>>>> main
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
@@ -848,21 +844,8 @@ def read_foreign(path):
     feats) and coords. Without coords they are visual tokens [576,C], or a slide's one vector [C].
     """
     with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
-<<<<<<< HEAD
         found = read_hdf5(path) if path.suffix == ".h5" else wsi_llava.read_tensors(path)
         found = {"features": found} if isinstance(found, torch.Tensor) else found
-=======
-        if path.suffix.lower() in (".h5", ".hdf5"):
-            found, about = read_hdf5(path)
-        else:
-            found = wsi_llava.read_tensors(path)
-            found = {"features": found} if isinstance(found, torch.Tensor) else found
-            check(
-                isinstance(found, dict),
-                f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict",
-            )
-            about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
->>>>>>> main
         name = next((name for name in MAKERS if name in found), None)
         check(name, f"{path}: holds {list(found)[:5]}, neither features, feats nor tile_embeds")
         features, coords = found[name].half(), found.get("coords")
@@ -1340,11 +1323,7 @@ def prepare_demo(args):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-<<<<<<< HEAD
     yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": Path}
-=======
-    yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": Path}
->>>>>>> main
     add = parser.group("what to prepare")
     add("--slides", "slides, folders of slides", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or folders of them", **paths)
@@ -1359,11 +1338,7 @@ def parse(argv=None):
     add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
     add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
     add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
-<<<<<<< HEAD
     add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=Path)
-=======
-    add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=Path)
->>>>>>> main
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
     add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
     add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
