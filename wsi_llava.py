@@ -243,8 +243,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block of the ViT; the text encoder of stage 1 reuses it, with a padding mask. A
-    learned factor for each channel of a residual branch starts at layer_scale (arXiv 2103.17239)."""
+    """Pre-norm Transformer block of the ViT; stage 1's text encoder reuses it, with a padding mask. A learned
+    factor for each channel of a branch starts at layer_scale (arXiv 2103.17239)."""
 
     def __init__(self, width, heads, mlp_hidden, layer_scale):
         super().__init__()
@@ -285,8 +285,8 @@ class TileEncoder(nn.Module):
 
 @torch.no_grad()
 def untrained_tile_encoder(cfg=None, seed=0):
-    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. A
-    random network still tells colours and textures apart, which is all that the toy cohort asks of it."""
+    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. It
+    still tells colours and textures apart, which is all that the toy cohort asks of it."""
     encoder = TileEncoder(cfg or PRESETS["demo"].tile_encoder).eval()
     rng = np.random.default_rng(seed)
     for name, p in encoder.named_parameters():
@@ -348,13 +348,9 @@ def _attend(q, k, v):
     """Softmax attention with its log-sum-exp: [B,H,n,D] each -> out [B,H,n,D], lse [B,H,n]."""
     if _on_cpu(q):  # PyTorch's fused kernel: no n x n matrix, and any strides
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for i in range(0, q.shape[2], 1024):  # elsewhere a block of queries at a time, so memory stays linear
-        rows = slice(i, i + 1024)
-        s = (q[:, :, rows] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
-        lse[:, :, rows] = s.logsumexp(-1)
-        out[:, :, rows] = (s - lse[:, :, rows, None]).exp().to(q.dtype) @ v
-    return out, lse
+    s = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+    lse = s.logsumexp(-1)
+    return (s - lse[..., None]).exp().to(q.dtype) @ v, lse
 
 
 def _attend_backward(grad, q, k, v, out, lse):
@@ -363,16 +359,10 @@ def _attend_backward(grad, q, k, v, out, lse):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, lse, 0.0, False)
     scale = 1 / math.sqrt(q.shape[3])
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for i in range(0, q.shape[2], 1024):
-        rows = slice(i, i + 1024)
-        p = ((q[:, :, rows] @ k.transpose(2, 3)).float() * scale - lse[:, :, rows, None]).exp()
-        delta = (grad[:, :, rows].float() * out[:, :, rows].float()).sum(-1, keepdim=True)
-        ds = (p * ((grad[:, :, rows] @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
-        dq[:, :, rows] = ds @ k
-        dk += ds.transpose(2, 3) @ q[:, :, rows]
-        dv += p.to(q.dtype).transpose(2, 3) @ grad[:, :, rows]
-    return dq, dk, dv
+    p = ((q @ k.transpose(2, 3)).float() * scale - lse[..., None]).exp()
+    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+    ds = (p * ((grad @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
+    return ds @ k, ds.transpose(2, 3) @ q, p.to(q.dtype).transpose(2, 3) @ grad
 
 
 def _branches(L, H, segments, dilations):
@@ -468,9 +458,9 @@ class _DilatedAttention(torch.autograd.Function):
 # would move 8 LC bytes, with nested loops and smaller blocks. (Keys are read once per block of queries;
 # further reads hit the L2 cache. The backward carries dq, dk and dv in float32 in the same way.)
 #
-# Limits, asserted by the wrapper: NVIDIA GPUs from sm_80 on; float32 (products in full precision, without
-# tensor cores), bfloat16, float16; D from 16 to 128, padded to a power of 2 inside; B * H and the segments of
-# a branch at most 65,535 (the grid); offsets inside a segment within 32 bits, so W * H * D < 2^31.
+# Limits: triton 3; NVIDIA GPUs from sm_80 on; float32 (products in full precision, without tensor cores),
+# bfloat16, float16; D from 16 to 128, padded to a power of 2 inside; B * H and the segments of a branch at
+# most 65,535 (the grid); offsets inside a segment within 32 bits, so W * H * D < 2^31.
 
 if triton is not None:
     # Triton's interpreter (3.9) multiplies the bit patterns of bfloat16 in tl.dot: there, convert first.
@@ -659,33 +649,30 @@ class _TritonDilatedAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None
 
 
-def _kernel_refuses(q, segments, dilations):
-    """What the Triton kernels cannot take of this, or None."""
+def _kernels_serve(q, segments, dilations):
+    """Whether the Triton kernels can take this: see their limits."""
+    if triton is None or int(triton.__version__.split(".")[0]) < 3:
+        return False
     (B, L, H, D), longest = q.shape, min(max(segments), q.shape[1])
     offsets, blocks = max(L, longest * H * D, 2 * max(dilations)), max(B * H, L // min(segments))
-    if triton is None or int(triton.__version__.split(".")[0]) < 3:
-        return 'triton 3 is not installed (Linux only); use impl="torch"'
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the Triton kernels need a GPU, the tensors are on {q.device}"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 16 <= D <= 128:
-        return f"the Triton kernels take no {q.dtype} with heads of {D} channels"
-    if offsets >= 2**31 or blocks > 65535:
-        return f"too much for the Triton kernels: {B * H} heads, {L} tokens in segments of up to {longest}"
-    return None
+    there = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    fits = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and 16 <= D <= 128
+    return there and fits and offsets < 2**31 and blocks <= 65535
 
 
 def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
-    """LongNet's dilated attention: q, k, v [B,L,H,D] -> [B,L,H,D]. Differentiable; memory is linear in L.
+    """LongNet's dilated attention: q, k, v [B,L,H,D] -> [B,L,H,D]. Memory is linear in L (but for MPS's).
     segments, dilations: the branches' W and R, one each. pad_keys: count upstream's zero padding (see above);
     False is the clean variant for training from scratch. A query that no branch keeps gets zeros. impl:
     "torch", "triton", or "auto": Triton on a GPU that it can serve, torch elsewhere. Raises ValueError where
     "triton" cannot serve. Source: torchscale's DilatedAttention as Prov-GigaPath uses it."""
     if len(segments) != len(dilations) or impl not in ("torch", "triton", "auto"):
         raise ValueError(f"as many segments as dilations, and a known impl: {segments}, {dilations}, {impl}")
-    refusal = _kernel_refuses(q, segments, dilations) if impl == "triton" or q.is_cuda else "not on a GPU"
-    if impl == "triton" and refusal:
-        raise ValueError(refusal)
-    function = _DilatedAttention if refusal or impl == "torch" else _TritonDilatedAttention
+    serve = (q.is_cuda or impl == "triton") and _kernels_serve(q, segments, dilations)
+    if impl == "triton" and not serve:
+        what = f"{q.dtype} {list(q.shape)} on {q.device}, segments {segments}"
+        raise ValueError(f"the Triton kernels cannot take {what}: see their limits in wsi_llava.py")
+    function = _TritonDilatedAttention if serve and impl != "torch" else _DilatedAttention
     return function.apply(q, k, v, tuple(segments), tuple(dilations), pad_keys)
 
 
@@ -743,8 +730,8 @@ SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attentio
 @functools.lru_cache(256)
 @torch.inference_mode(False)  # kept, and then used where gradients are taken too
 def short_bias(L, H, segments, dilations, pad_keys):
-    """log m of each query and key, m the number of branches that hold the pair (see the derivation): added to
-    the scores it makes dense attention dilated. [H,L,1+L]; key 0 is a zero key, for those of the padding."""
+    """log m of each query and key, m the number of branches that hold the pair: added to the scores it makes
+    dense attention dilated. [H,L,1+L]; key 0 is a zero key, for those of the padding."""
     counts = torch.zeros(H, L, 1 + L)
     positions = torch.arange(L)[None, :, None].expand(1, L, H)
     for where, padded in _branches(L, H, segments, dilations):
@@ -757,8 +744,8 @@ def short_bias(L, H, segments, dilations, pad_keys):
 
 
 def attend_short(q, k, v, lengths, cfg):
-    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> the same, in one dense
-    call: branch by branch, so few tokens are all overhead."""
+    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] -> the same, in one dense call:
+    branch by branch, so few tokens are all overhead."""
     longest = max(lengths)
     bias = torch.full((len(lengths), cfg.heads, longest, 1 + longest), -math.inf)
     bias[..., 0] = 0  # padding sees the zero key alone
@@ -798,8 +785,8 @@ class SlideAttention(nn.Module):
 
 
 class SlideLayer(nn.Module):
-    """A LongNet layer over packed slides, [sum of L,C] -> the same; lengths: the L of each. All is done token
-    by token but the attention, which is done slide by slide."""
+    """A LongNet layer over packed slides, [sum of L,C] -> the same; lengths: the L of each, for the attention
+    and stochastic depth."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
@@ -811,7 +798,7 @@ class SlideLayer(nn.Module):
         self.ffn = SlideFFN(cfg)
 
     def residual(self, x, update, lengths):
-        """x + update, with dropout; in training now and then without a slide's update (stochastic depth)."""
+        """x + update, with dropout; in training at times without a slide's update (stochastic depth)."""
         update = self.dropout(update)
         if self.training and self.drop_path > 0:
             keep = torch.rand(len(lengths), device=x.device) >= self.drop_path  # [S]
@@ -904,7 +891,7 @@ class TextEncoder(nn.Module):
 
 class WSITextAlignment(nn.Module):
     """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature. A
-    slide's embedding is the mean of its visual tokens: these are what the language model reads later."""
+    slide's embedding is the mean of its visual tokens, which the language model reads later."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -979,8 +966,8 @@ class KVCache:
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head. cos,
-    sin: rotary_tables of the T positions. cache: a KVCache whose `layer` holds those before them, or None."""
+    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head.
+    cos, sin: of the T positions. cache: a KVCache whose `layer` holds those before them, or None."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1143,8 +1130,8 @@ def read_pieces(path):
 
 
 class Tokenizer:
-    """A language model's tokenizer and the prompts that it was trained on: the first of CHAT_FORMATS whose
-    special tokens it has. eos ends an answer; ends: every token that does."""
+    """A language model's tokenizer and its prompts: the first of CHAT_FORMATS whose special tokens it has.
+    eos ends an answer; ends: every token that does."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -1166,8 +1153,8 @@ class Tokenizer:
         return self.decode_ids([i for i in ids if 0 <= i < self.size])
 
     def encode_template(self, template, value):
-        """A template of CHAT_FORMATS with a value for its {} -> ids. The text between special tokens, and
-        around <image>, is encoded piece by piece, each as it stands, as in LLaVA."""
+        """A template of CHAT_FORMATS with a value for its {} -> ids. What stands between special tokens, and
+        around <image>, is encoded piece by piece, as in LLaVA."""
         ids = []
         for i, part in enumerate(re.split(f"({SPECIAL_TOKENS})", template)):
             pieces = [] if i % 2 else re.split("(<image>)", part.replace("{}", value))
@@ -1182,8 +1169,8 @@ class Tokenizer:
         return (self.bos if first else []) + self.encode_template(before + self.chat.human, question)
 
     def encode_chat(self, turns):
-        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists): the answers and the
-        token that ends them, IGNORE elsewhere. After a human's last turn, ids are ready to be continued."""
+        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists): the answers and their
+        end, IGNORE elsewhere. After a human's last turn, ids are ready to be continued."""
         ids, labels = [], []
         for turn in turns:
             if turn["from"] == "human":
@@ -1236,9 +1223,9 @@ class WSILLaVA(nn.Module):
         return self.mm_projector(F.pad(visual.to(weight.dtype), (0, self.cfg.pad_to - visual.shape[-1])))
 
     def splice(self, visual, ids, labels=None):
-        """Puts projected visual tokens where the ids say IMAGE_TOKEN -> embeds [B,T,C], labels [B,T], padded
-        on the right. visual: B slides [V,C], each or all may be None; ids, labels: B lists. Raises ValueError
-        where a slide has no IMAGE_TOKEN in its row, or not just one."""
+        """Puts projected visual tokens where ids say IMAGE_TOKEN -> embeds [B,T,C], labels [B,T], padded on
+        the right. visual: B slides [V,C], each or all may be None; ids, labels: B lists. Raises ValueError
+        where a slide has not just one IMAGE_TOKEN in its row."""
         rows, row_labels = [], []
         for b, row in enumerate(ids):
             label = [IGNORE] * len(row) if labels is None else labels[b]
@@ -1296,14 +1283,14 @@ class WSILLaVA(nn.Module):
 
 # ---- The rest: what is around the model, first of all this machine -----------------------------------------
 
-# Left to themselves, Intel's matrix routines split sums by what the cores happen to be doing, and the last
-# bits differ from run to run. Read at their first use; it costs no measurable time.
+# Left to themselves, Intel's matrix routines split sums by what the cores are doing, and the last bits differ
+# from run to run. Read at their first use; it costs no measurable time.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds; unset, Triton warns
 
 if sys.platform == "linux":
     # Left to itself, glibc keeps freed blocks of up to 32 MB in a heap that fragments: one slide of 10,000
-    # tiles, its activations 31 MB each, trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
+    # tiles trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
@@ -1339,8 +1326,8 @@ class LoRALinear(nn.Module):
 
 
 def replace_linears(llama, make):
-    """Puts make(layer) in the place of each linear layer of the decoder's blocks, one at a time, so that
-    memory never holds the model twice -> the llama."""
+    """Puts make(layer) in the place of each linear layer of the decoder's blocks -> the llama. One at a time:
+    memory never holds the model twice."""
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
@@ -1350,7 +1337,7 @@ def replace_linears(llama, make):
 
 
 def add_lora(llama, rank, alpha, dropout=0.0):
-    """Freezes the llama and gives the linear layers of its blocks adapters, as LLaVA does -> the llama."""
+    """Freezes the llama, gives the linear layers of its blocks adapters, as LLaVA does -> the llama."""
     llama.requires_grad_(False)
     return replace_linears(llama, lambda linear: LoRALinear(linear, rank, alpha, dropout))
 
@@ -1380,8 +1367,8 @@ class Int8Linear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
             y = checkpoint(self.product, x, use_reentrant=False)
         elif _on_cpu(x) and x.shape[:-1].numel() <= 16 and x.shape[-1] % 32 == 0:
-            # Of few rows the cost is that of reading W, and PyTorch's kernel reads it as int8. It takes
-            # bfloat16, and reads past the end of rows that are no multiple of 32.
+            # Of few rows the cost is reading W, which PyTorch's kernel reads as int8. It takes bfloat16, and
+            # reads past the end of rows that are no multiple of 32.
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale.bfloat16())
             y = y.view(*x.shape[:-1], -1).to(x.dtype)
         else:
@@ -1390,8 +1377,8 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the linear layers to int8, adapters merged first -> the llama. The embedding stays: it is looked
-    up; where it is the lm_head too, a rounded copy gives the logits."""
+    """Rounds the linear layers to int8, adapters merged first -> the llama. Of an embedding that is the
+    lm_head too, a rounded copy gives the logits."""
     llama.lm_head = Int8Linear(llama.lm_head or llama.embed_tokens)
     return replace_linears(merge_lora(llama), Int8Linear)
 
@@ -1402,8 +1389,7 @@ COPY_AGAIN = "copy or download it again"
 
 
 def one_line(text, limit=200):
-    """Text of a file, a server or an exception, fit to be printed: its first line, and nothing in it that
-    steers a terminal (control characters, text direction)."""
+    """Text from elsewhere, fit to be printed: its first line, and nothing in it that steers a terminal."""
     line = (str(text).strip().splitlines() or [""])[0]
     line = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", line)
     return line if len(line) <= limit else line[:limit] + "..."
@@ -1417,13 +1403,12 @@ def few(names, n=3):
 
 @contextlib.contextmanager
 def reading(path, hint):
-    """Whatever goes wrong inside, with a user's file, becomes one line: the file, what is wrong, the hint.
-    What a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list."""
+    """Whatever goes wrong inside with a user's file becomes one line: the file, what is wrong, the hint."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # what a damaged file makes libraries raise is no short list
         reason = one_line(error, 120) or type(error).__name__
         known = {KeyError: f"lacks {reason}", FileNotFoundError: "no such file"}
         raise UserError(f"{path}: {known.get(type(error), reason)}; {hint}") from None
@@ -1484,8 +1469,7 @@ def read_metadata(path):
 
 
 def read_tensors(path, hint=COPY_AGAIN):
-    """{name: tensor} of a .safetensors file, or what PyTorch wrote, mapped and not copied; nothing is ever
-    unpickled. Raises UserError."""
+    """{name: tensor} of a .safetensors file, or what PyTorch wrote, mapped; nothing is ever unpickled."""
     with reading(path, hint):
         if Path(path).suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
@@ -1516,8 +1500,8 @@ def load_strict(module, tensors, source):
 
 
 def fingerprint(module):
-    """A short hash of a module's weights, by which files know the model that made them: names, shapes, the
-    first 4,096 values of each tensor (rounded to bfloat16, so that a copy in half precision counts as it)."""
+    """A short hash of a module's weights: names, shapes, the first 4,096 values of each tensor (rounded to
+    bfloat16, so that a copy in half precision counts as it)."""
     digest = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
         sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
@@ -1541,8 +1525,8 @@ def load_tile_encoder(path):
 
 
 def load_slide_encoder(path, n_visual_tokens=576):
-    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off
-    the shapes; or stage 1's file, whose metadata tell what shapes do not: heads, segments, dilations."""
+    """Prov-GigaPath's `slide_encoder.pth`, its size read off the shapes, or stage 1's file, whose metadata
+    tell what shapes do not -> SlideEncoder."""
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's slide encoder"):
         tensors = tensors.get("model", tensors)
@@ -1572,12 +1556,13 @@ PROJECTOR_FILES = ["non_lora_trainables.bin", "mm_projector.bin", "mm_projector.
 
 
 def read_folder(folder, projector=False):
-    """A Hugging Face, LLaVA or PEFT folder -> the tensors of its language model or adapters, or those of its
-    projector, {name here: tensor}, mapped. As in transformers, a whole file comes before an index."""
+    """The tensors of a folder's language model or adapters, or of its projector -> {name here: tensor}. As in
+    transformers, a whole file comes before an index."""
     folder, tensors = Path(folder), {}
     names = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
     places = [folder / f"{name}{index}" for name in names for index in ("", ".index.json")]
-    files = [first(*places, hint="name a folder with weights")]
+    files = [path for path in places if path.is_file()][:1]
+    check(files, f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
     if files[0].suffix == ".json":
         with reading(files[0], COPY_AGAIN):
             names = sorted(set(read_json(files[0], COPY_AGAIN)["weight_map"].values()))
@@ -1596,8 +1581,7 @@ def read_folder(folder, projector=False):
     return tensors
 
 
-# config.json of Hugging Face -> LlamaConfig's field, and what transformers means where it is silent: LLaVA's
-# text_config leaves out even sizes where they are the default.
+# config.json of Hugging Face -> LlamaConfig's field, and what transformers means where it is silent.
 LLAMA_FIELDS = {
     "vocab_size": ("vocab", 32000),
     "hidden_size": ("width", 4096),
@@ -1613,37 +1597,36 @@ LLAMA_FIELDS = {
     "wsi_llava_adapters": ("adapters", ""),  # our own
 }
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# model_type of a config.json -> the family whose decoder it is. LLaVA's own folders put theirs before it.
+# model_type of a config.json -> the family whose decoder it is.
 FAMILIES = {family: family for family in ("llama", "mistral", "qwen2", "qwen3")}
 FAMILIES |= {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 
 
 def read_llama_config(folder):
     """`config.json` of a language model or a LLaVA -> LlamaConfig. Refuses what this decoder does not do."""
-    path, values = Path(folder) / "config.json", {}
-    hint = f"--llm takes a Hugging Face folder of one of these: {', '.join(FAMILIES)}"
+    path, hint = Path(folder) / "config.json", f"--llm takes a folder of one of these: {', '.join(FAMILIES)}"
     with reading(path, hint):
         c = read_json(path, hint)
         c = c.get("text_config", c)
         kind = c.get("model_type", "llama")
-        check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported here; {hint}")
+        check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported; {hint}")
+        values = {"family": FAMILIES[kind]}
         for theirs, (ours, default) in LLAMA_FIELDS.items():
             values[ours] = default if c.get(theirs) is None else c[theirs]
-        family, context = FAMILIES[kind], values["context"]
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
-        for what, supported in (
-            (f"hidden_act {c.get('hidden_act')}", c.get("hidden_act", "silu") in ("silu", "swish")),
-            (f"rope scaling {rope}", rope_type in ("default", "llama3")),
-            (f"a sliding window of {window} below the context of {context}", not window or window >= context),
-            ("biases beside those of Qwen2", not (c.get("attention_bias") or c.get("mlp_bias"))),
-        ):
-            check(supported, f"{path}: {one_line(what)} is not supported here")
+        window = c.get("sliding_window") if c.get("use_sliding_window", kind.endswith("mistral")) else None
+        refused = {
+            f"hidden_act {c.get('hidden_act')}": c.get("hidden_act", "silu") not in ("silu", "swish"),
+            f"rope scaling {rope_type}": rope_type not in ("default", "llama3"),
+            f"a sliding window of {window} below the context": window and window < values["context"],
+            "biases beside those of Qwen2": c.get("attention_bias") or c.get("mlp_bias"),
+        }
+        for what, holds in refused.items():
+            check(not holds, f"{path}: {one_line(what)} is not supported")
         values["rope_theta"] = rope.get("rope_theta") or values["rope_theta"]
-        if rope_type == "llama3":
-            values["rope_scaling"] = [rope[name] for name in ROPE_SCALING]
-        return LlamaConfig.from_dict(values | {"family": family})
+        values["rope_scaling"] = [rope[name] for name in ROPE_SCALING if rope_type == "llama3"]
+        return LlamaConfig.from_dict(values)
 
 
 # What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A, anything, or one of a
@@ -1681,13 +1664,12 @@ def merge_adapters(llama, folder):
 
 
 def load_llama(folder, dtype=None, lora=None):
-    """A Hugging Face folder of a language model or LLaVA (.safetensors or .bin, in shards or not) -> Llama,
-    a PEFT folder's adapters merged into it. Files are mapped: in their own dtype, memory is filled as pages
-    are touched. Raises UserError, strict both ways."""
+    """A Hugging Face folder of a language model or LLaVA -> Llama, a PEFT folder's adapters merged into it.
+    Files are mapped: in their own dtype, memory is filled as pages are touched. Strict both ways."""
     folder = Path(folder)
     cfg = read_llama_config(folder)
     adapters = (folder / "adapter_config.json").exists()
-    check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
+    check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, its base model with --llm")
     tensors = read_folder(folder)
     head = tensors.get("lm_head.weight")
     if cfg.tied and head is not None:  # one of its own counts, as in transformers
@@ -1729,7 +1711,7 @@ def save_llama(llama, folder, tokenizer=None, projector=None):
     config |= {"architectures": [f"{cfg.family.title()}ForCausalLM"], "model_type": cfg.family}
     config |= {"rope_parameters": rope, "sliding_window": None, "hidden_act": "silu"}
     config["torch_dtype"] = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    if tokenizer is not None:  # what begins a prompt and ends an answer here, whatever the base model says
+    if tokenizer is not None:  # what ends an answer here, whatever the base model says
         tokens = {"bos_token_id": (tokenizer.bos or [None])[0], "eos_token_id": sorted(tokenizer.ends)}
         write_text(folder / "generation_config.json", json.dumps(tokens))
         config |= tokens
@@ -1808,7 +1790,7 @@ def read_features(data, slide, max_tiles=0, width=None):
 
 def geojson_tile(x, y, scale, origin=(0, 0), **properties):
     """A tile for QuPath, in level-0 pixels from `origin`. x, y: its corner in tiled pixels of `scale` level-0
-    ones each; properties: what else to tell."""
+    ones each."""
     corners = np.array([(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE), (x, y)])
     ring = (corners * scale - origin).round(2).tolist()
     geometry = {"type": "Polygon", "coordinates": [ring]}
@@ -1816,13 +1798,13 @@ def geojson_tile(x, y, scale, origin=(0, 0), **properties):
 
 
 def visual_tokens_file(data, slide, cfg):
-    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
+    """Where a slide's visual tokens are kept; an ablation has a folder of its own."""
     tiles = f"max-tiles-{cfg.max_tiles}" if cfg.max_tiles else ""
     return slide_file(Path(data, "visual_tokens", "no-slide-encoder" * cfg.no_slide_encoder, tiles), slide)
 
 
 def read_visual_tokens(data, slide, cfg):
-    """What cache_visual_tokens wrote of one slide, or was imported -> float16 [V,C]."""
+    """What cache_visual_tokens wrote, or was imported -> float16 [V,C]."""
     path, hint = visual_tokens_file(data, slide, cfg), "delete it and run again"
     with reading(path, hint):
         tokens = read_tensors(path, hint)["visual_tokens"]
@@ -1832,8 +1814,7 @@ def read_visual_tokens(data, slide, cfg):
 
 def keep_visual_tokens(model, data, slide):
     """Writes a slide's visual tokens, unless imported or as they would be made now -> whether it did. Beside
-    them stands what they follow from: the slide encoder, the text of the files that hold its classes (an
-    edited pool makes new tokens), the slide's features."""
+    them stands what made them: the slide encoder, the text of its classes' files, the slide's features."""
     cfg, made_by, source = model.cfg, None, features_file(data, slide)
     path = visual_tokens_file(data, slide, cfg)
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
@@ -1862,7 +1843,7 @@ def keep_visual_tokens(model, data, slide):
 
 def cache_visual_tokens(model, data, slides, progress=iter):
     """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}.
-    The slide encoder is frozen after stage 1, so it runs once a slide, however often that is asked about."""
+    The slide encoder is frozen after stage 1, so it runs once a slide."""
     written, problems = 0, {}
     for slide in progress(slides):
         try:
@@ -1952,8 +1933,7 @@ def pick_projector(args, llm, width, cfg, stage):
 
 def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). Frozen
-    parts come from their own files. On top comes what the stage trained; where no stage did, the published
-    projector. int8: with the language model's weights rounded."""
+    parts come from their own files; where no stage trained one, the published projector does."""
     dtype, trained = dtype or args.dtype, None
     folder, tokenizer = pick_llm(args, meta)
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
@@ -2078,8 +2058,8 @@ def count(n, thing):
 
 
 def run(main, on_interrupt="interrupted"):
-    """Runs a script's main. What the user can mend becomes one line and exit status 1: a UserError, and what
-    the system refuses (a full disk, a closed pipe). Ctrl-C: status 130. A bug keeps its traceback."""
+    """Runs a script's main. What the user can mend, and what the system refuses (a full disk, a closed pipe),
+    becomes one line and exit status 1. Ctrl-C: status 130. A bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -2093,20 +2073,3 @@ def run(main, on_interrupt="interrupted"):
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
-
-
-@torch.no_grad()
-def main():
-    """Prints the shapes of what passes through the demo's model, for a slide of 12 tiles."""
-    model, tiles = WSILLaVA(PRESETS["demo"]), torch.zeros(12, TILE, TILE, 3, dtype=torch.uint8)
-    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * TILE
-    features = untrained_tile_encoder()(preprocess_tiles(tiles))
-    visual = model.encode_slide(features, coords)
-    embeds, _ = model.splice(visual[None], [[1, 10, IMAGE_TOKEN, 11, 12]])
-    logits = model.llama(embeds=embeds)
-    for name, x in dict(tiles=tiles, features=features, visual=visual, embeds=embeds, logits=logits).items():
-        print(f"{name:10}{list(x.shape)}")
-
-
-if __name__ == "__main__":
-    run(main)
