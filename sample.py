@@ -16,7 +16,6 @@ import csv
 import email.utils
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -26,7 +25,6 @@ import re
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -52,7 +50,7 @@ def load_model(args):
 def prepare_raw(args, name):
     """--slide's file or name -> the name of a slide in data/. A file is prepared first, like any other."""
     folders = [args.data / "features", args.data / "visual_tokens"]
-    if wsi_llava.is_slide_name(name) and any((x / f"{name}.safetensors").exists() for x in folders):
+    if any((folder / f"{name}.safetensors").exists() for folder in folders):
         return name
     check(Path(name).exists(), f"--slide {name}: neither a file nor a slide in {folders[0]}")
     raw = prepare.find_slides([name])
@@ -89,12 +87,13 @@ class Chat:
         """Yields the answer piece by piece. UserError: the talk no longer fits the context."""
         # The first question brings the slide. A later one goes on where the cache ends: after the last
         # answer, less the token or two that generate() yielded and did not read.
-        turn, visual, ends = {"from": "human", "value": question}, [self.visual], self.tokenizer.ends
-        ids = self.tokenizer.encode_chat(wsi_llava.slide_first([turn]))[0]
         if self.cache.length:
             question, visual = wsi_llava.without_image(question), None
             ids = self.tail + self.tokenizer.encode_turn(question, first=False)
-        said, shown, text = [], 0, ""
+        else:
+            turns, visual = wsi_llava.slide_first([{"from": "human", "value": question}]), [self.visual]
+            ids, _ = self.tokenizer.encode_chat(turns)
+        said, shown, text, ends = [], 0, "", self.tokenizer.ends
         for (token,) in self.model.generate(visual, [ids], ends=ends, cache=self.cache, **self.options):
             self.tail = [self.tokenizer.eos] if token in ends else [token, self.tokenizer.eos]
             said += [] if token in ends else [token]
@@ -105,31 +104,23 @@ class Chat:
         yield text[shown:]
 
 
-def questions_of(args):
-    """Yields --ask, or the lines of a person or a pipe until the input ends."""
-    person = sys.stdin.isatty()
-    if args.ask:
-        yield args.ask
-    elif person:
+def talk(chat, question=None):
+    """Streams the answer to a question, or to all lines of a person or a pipe -> the last answer."""
+    person, answer = not question and sys.stdin.isatty(), ""
+    if person:
         print("Ask about the slide; the end of the input (Ctrl-D) ends the chat.")
-    with reading("the input", "it must be UTF-8"), contextlib.suppress(EOFError):
-        while not args.ask:
-            yield input("> " if person else "").strip()
-
-
-def talk(args, chat):
-    """Streams the answers to all questions -> the last one."""
-    answer = ""
-    for question in filter(None, questions_of(args)):
-        started, answer = time.time(), ""
-        try:
-            for piece in chat.reply(question):
-                print(piece, end="", flush=True)
-                answer += piece
-            print(f"\n({time.time() - started:.1f} s)")
-        except UserError as error:  # in a chat a question that cannot be answered costs itself
-            check(not args.ask, str(error))
-            print(f"error: {one_line(error)}", file=sys.stderr)
+    lines = [question] if question else iter(lambda: input("> " if person else "").strip(), None)
+    with contextlib.suppress(EOFError):
+        for asked in filter(None, lines):
+            started, answer = time.time(), ""
+            try:
+                for piece in chat.reply(asked):
+                    print(piece, end="", flush=True)
+                    answer += piece
+                print(f"\n({time.time() - started:.1f} s)")
+            except UserError as error:  # in a chat a question that cannot be answered costs itself
+                check(not question, str(error))
+                print(f"error: {one_line(error)}", file=sys.stderr)
     return answer
 
 
@@ -144,7 +135,7 @@ def ask_about_slide(args):
     visual = wsi_llava.read_visual_tokens(args.data, slide, model.cfg)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed")}
     print(f"{slide}: {len(visual)} visual tokens, on {args.device}.")
-    answer = talk(args, Chat(model, tokenizer, visual, **options))
+    answer = talk(Chat(model, tokenizer, visual, **options), args.ask)
     if args.device.type == "cuda":
         print(f"Peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB.")
     if args.heatmap:
@@ -154,11 +145,9 @@ def ask_about_slide(args):
 # ---- Where the answer comes from ---------------------------------------------------------------------------
 #
 # A tile's relevance is its share of log p(answer | slide), by integrated gradients (arXiv 1703.01365): on the
-# way from a slide of average tiles to the real one, the gradient times the features' change. The shares add
-# up to what the slide does for the answer.
-#
-# Why not attention: the slide encoder has mixed the tiles before. On 50 toy slides whose evidence was planted
-# the hottest tile held it in 3% by chance, 2% by attention, 48% by gradient times features, 100% by this.
+# way from a slide of average tiles to the real one, the gradient times the features' change. Not attention:
+# the slide encoder has mixed the tiles before. On 50 toy slides whose evidence was planted the hottest tile
+# held it in 3% by chance, 2% by attention, 48% by gradient times features, 100% by this.
 
 PASSES = 32  # forward and backward, at the midpoints of as many steps from the average tile to the real ones
 PANEL = 560  # pixels of a panel's longer side
@@ -180,16 +169,11 @@ def tile_relevance(model, tokenizer, features, coords, question, answer):
     for part in filter(None, (model.llama, model.slide_encoder)):
         part.checkpointing = True
     features = features.to(model.device, torch.float32)
-    average = features.mean(0).expand_as(features)
-
-    def logp(tiles):
-        visual = model.encode_slide(tiles, coords)[None]
-        return -model(visual, [ids[:room]], [labels[:room]], "sum")
-
-    relevance = torch.zeros(len(features))
+    average, relevance = features.mean(0).expand_as(features), torch.zeros(len(features))
     for i in tqdm(range(PASSES), unit="pass", leave=False):
         tiles = torch.lerp(average, features, (i + 0.5) / PASSES).requires_grad_()
-        slope = torch.autograd.grad(logp(tiles), tiles)[0]  # [N,C_tile]
+        logp = -model(model.encode_slide(tiles, coords)[None], [ids[:room]], [labels[:room]], "sum")
+        slope = torch.autograd.grad(logp, tiles)[0]  # [N,C_tile]
         relevance += (slope * (features - average)).sum(1).cpu() / PASSES
     return relevance
 
@@ -206,12 +190,12 @@ def draw_heatmap(path, slide, coords, relevance, title):
     coords [N,2], relevance [N]: numpy."""
     pixel, cell, top = max(slide.width, slide.height) / PANEL, PANEL // 3, 90
     picture = slide.thumbnail(pixel)  # pixel: tiled pixels per pixel of the picture
-    canvas = Image.new("RGB", (3 * PANEL + 96, top + PANEL + 24), "white")
-    # The tissue shows through the colours.
-    faded = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.3)
+    white, grey = Image.new("RGB", picture.size, "white"), picture.convert("L").convert("RGB")
+    faded = Image.blend(grey, white, 0.3)  # the tissue shows through the colours
     draw = ImageDraw.Draw(faded, "RGBA")
     for (x, y), shade in zip(coords / pixel, colours(relevance).tolist()):
         draw.rectangle((x, y, x + TILE / pixel, y + TILE / pixel), (*shade, 170))
+    canvas = Image.new("RGB", (3 * PANEL + 96, top + PANEL + 24), "white")
     canvas.paste(picture, (24, top))
     canvas.paste(faded, (48 + PANEL, top))
     draw = ImageDraw.Draw(canvas)
@@ -246,11 +230,11 @@ def explain(args, model, tokenizer, name, answer):
     check(file, f"{name}: its file is not in {place}; give --slide its path")
     scale = wsi_llava.feature_metadata(wsi_llava.features_file(args.data, name))["scale"]
     target = wsi_llava.read_meta(args.data)["mpp"]
+    source = file, target / scale, target  # the um/px that it was prepared with
     features, coords = read_features(args.data, name, model.cfg.max_tiles)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer).numpy()
     print(f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer.")
-    title = "\n".join(one_line(x, 150) for x in (f"{name}: {args.ask}", f"Answer: {answer}"))
-    source = file, target / scale, target  # the um/px that it was prepared with
+    title = f"{one_line(f'{name}: {args.ask}', 150)}\n{one_line(f'Answer: {answer}', 150)}"
     # In a process of its own: a damaged slide may kill who opens it.
     prepare.apart(file, write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
     print(f"Wrote {wsi_llava.few(args.heatmap)}")
@@ -282,7 +266,7 @@ def choices(question):
     for labels, pattern in STYLES.items():
         marks = []  # A, B, C, ... in this order; a stray "protein B." inside an option is passed over
         for match in re.finditer(rf"(?<![!-~]){pattern}", question):
-            if len(marks) < len(labels) and match[1] == labels[len(marks)]:
+            if match[1] == labels[len(marks) : len(marks) + 1]:
                 marks.append(match)
         if len(marks) > 1:
             ends = [match.start() for match in marks[1:]] + [len(question)]
@@ -291,14 +275,18 @@ def choices(question):
 
 
 # An answer is read after every option that it names, by label or words, has become one private character.
-OPTION = "[\ue000-\ue007]"
+OPTION, NOTHING = "[\ue000-\ue007]", "[^\\w\ue000-\ue007]*"
 OPTIONS = rf"{OPTION}(?:(?:[\s,/&()\[\]:*\"'-]|\b(?:and|or|nor)\b)*{OPTION})*"  # one, or several in a row
-REJECTING = r"(?i:\b(?:not|cannot|neither|nor|never|no|exclud\w+|rul\w+ out|rather than|instead of|unlike)\b|\w+n't\b)"
-BETWEEN = r"(?:\s+(?!(?:doubt|only|but)\b)[\w'-]+){0,4}?[\s\"'(*\[]*"  # "not a typical A", not "no doubt: A"
-REJECTED = r"""(?ix: \s+ (?:isn't | is\ (?:\w+\s)? (?:not|wrong|incorrect|false|unlikely|excluded|ruled\ out)
+# "neither A nor B", "not a typical A", but not "no doubt: A"; "A is unlikely".
+REJECTING = rf"""(?ix: \b (?: not | cannot | neither | nor | never | no | exclud\w+ | rul\w+\ out
+    | rather\ than | instead\ of | unlike | \w+n't) \b
+    (?: \s+ (?!(?: doubt | only | but)\b) [\w'-]+ ){{0,4}}? [\s"'(*\[]* ){OPTIONS}"""
+REJECTED = rf"""{OPTIONS}(?ix: \s+ (?: isn't | is\ (?:\w+\s)?
+    (?: not | wrong | incorrect | false | unlikely | excluded | ruled\ out)
     | (?:can|could|may)\ be\ (?:excluded|ruled\ out) | cannot | can't | do(?:es)?n't | do(?:es)?\ not) \b)"""
-SAYING = r"(?i:\b(?:answer|option|choice)\b(?:\s+(?:is|would be|should be))?)"
-STATING = r"(?i:\b(?:(?:answer|option|choice)(?:\s+(?:is|would be|should be)\b|\s?:)|choose|select|pick)(?:\s+option)?)"
+IS = r"(?:\s+(?:is|would be|should be)\b"
+SAYING = rf"(?i:\b(?:answer|option|choice)\b{IS})?)"
+STATING = rf"(?i:\b(?:(?:answer|option|choice){IS}|\s?:)|choose|select|pick)(?:\s+option)?)"
 
 
 def mark_options(text, options):
@@ -312,14 +300,12 @@ def mark_options(text, options):
     any_case, others = f"[{labels}{labels.lower()}]", re.sub(r"[\dA]", "", labels)
     # Capitals by themselves are options; an A before a small word is an article.
     alone = rf"A(?!\s+(?!(?:and|or|nor|is|because|since|as|but|due)\b)[a-z])|[{others}_]"
-    for before, label, after in (
-        (r"(^[^\w\ue000-\ue007]*)", any_case, r"(?=\s?[).:,\]、]|\s+-|\W*$)"),
-        (r"([(\[])", any_case, r"(?=[)\]])"),
-        (rf"({SAYING}\W*)", f"[{labels}]", r"(?!\w)"),
-        (rf"({SAYING}\W*)", any_case, r"(?!\w|\s+[a-z])"),
-        (r"(?<![\w'-])()", alone, r"(?![\w'-])"),
+    for before, label in (
+        (rf"(^{NOTHING}|[(\[])", rf"{any_case}(?=\s?[).:,\]、]|\s+-|\W*$)"),
+        (rf"({SAYING}\W*)", rf"[{labels}](?!\w)|{any_case}(?!\w|\s+[a-z])"),
+        (r"(?<![\w'-])()", rf"(?:{alone})(?![\w'-])"),
     ):
-        text = re.sub(f"{before}({label}){after}", lambda m: m[1] + marks.get(m[2].upper(), m[2]), text)
+        text = re.sub(f"{before}({label})", lambda m: m[1] + marks.get(m[2].upper(), m[2]), text)
     return re.sub(rf"({OPTION})(?:\W*\1)+", r"\1", text)  # "B. Sarcoma" names one option, once
 
 
@@ -327,12 +313,11 @@ def parse_choice(text, options):
     """The label that an answer chooses: "B", "(b)", "B. Sarcoma", "It is sarcoma."; None for none or several.
 
     What it says outright counts ("the answer is ..."), else what it begins with, else all that it names. An
-    option that is rejected ("not A", "neither A nor B", "A is unlikely") is not chosen."""
+    option that is rejected is not chosen."""
     text = mark_options(" ".join(text.split()), options)
-    text = re.sub(f"{REJECTING}{BETWEEN}{OPTIONS}", " ", text)
-    text = re.sub(f"{OPTIONS}{REJECTED}", " ", text)
+    text = re.sub(REJECTED, " ", re.sub(REJECTING, " ", text))
     stated = re.findall(rf"{STATING}[\s:*\"'(\[]*({OPTIONS})", text)
-    first = re.findall(rf"^[^\w\ue000-\ue007]*({OPTIONS})", text)
+    first = re.findall(rf"^{NOTHING}({OPTIONS})", text)
     named = set(re.findall(OPTION, "".join(stated or first or text)))
     return list(options)[ord(named.pop()) - 0xE000] if len(named) == 1 else None
 
@@ -357,7 +342,7 @@ def closed_parser(question, truth):
 
 # Of a line of --predictions, the fields that hold answers -> the systems that they are in the tables.
 FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
-ROOM = 4e9  # bytes of keys and values, of all questions that are answered at once
+ROOM = 8192  # positions that are held at once: 4 GB of a 7B model's keys and values
 
 
 def read_lines(path):
@@ -394,7 +379,7 @@ def read_questions(files, data=None):
         kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
     check(kept, f"{', '.join(map(str, files))}: only questions for training; name a file of test questions")
     if data:
-        found = itertools.chain(*[(data / x).glob("*.*") for x in ("features", "visual_tokens")])
+        found = [*(data / "features").glob("*.*"), *(data / "visual_tokens").glob("*.*")]
         kept = prepare.match_slides(kept, {path.stem for path in found})
     for row in kept:
         turns = row["conversations"]
@@ -404,30 +389,27 @@ def read_questions(files, data=None):
     return rows
 
 
+def chunks(values, n):
+    return [values[start : start + n] for start in range(0, len(values), n)]
+
+
 def prompt_ids(tokenizer, row, image=True):
     """The prompt of a row's last question, after the true earlier turns."""
     return tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], image))[0]
 
 
-def by_length(prompts, at_once):
-    """Indices of prompts in groups of one length: unpadded, every answer is what it is alone."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for _, group in itertools.groupby(order, lambda i: len(prompts[i])):
-        group = list(group)
-        yield from (group[start : start + at_once] for start in range(0, len(group), at_once))
-
-
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
     """Answers to the last question of each row. visual: {slide: visual tokens [V,C]}; None: without it."""
     prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
-    cfg, answers = model.cfg.llama, [None] * len(rows)
-    positions = max(map(len, prompts)) + max_new_tokens + model.cfg.n_visual_tokens
-    bytes_each = 2 * cfg.depth * cfg.kv_heads * cfg.head_dim * model.mm_projector[0].weight.element_size()
-    for group in by_length(prompts, max(1, min(64, int(ROOM / bytes_each / positions)))):
-        slides = visual and [visual[rows[i]["slide"]] for i in group]
-        steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, ends=tokenizer.ends)
-        for i, ids in zip(group, zip(*steps)):
-            answers[i] = tokenizer.decode([t for t in ids if t is not None and t not in tokenizer.ends])
+    answers, by_length = [None] * len(rows), collections.defaultdict(list)
+    for i, ids in enumerate(prompts):
+        by_length[len(ids)].append(i)  # of one length they need no padding: an answer is what it is alone
+    for length, same in by_length.items():
+        for group in chunks(same, max(1, ROOM // (length + max_new_tokens + model.cfg.n_visual_tokens))):
+            slides = visual and [visual[rows[i]["slide"]] for i in group]
+            steps = model.generate(slides, [prompts[i] for i in group], max_new_tokens, ends=tokenizer.ends)
+            for i, ids in zip(group, zip(*steps)):
+                answers[i] = tokenizer.decode([t for t in ids if t is not None and t not in tokenizer.ends])
     return answers
 
 
@@ -454,19 +436,21 @@ def answer_file(args):
     if args.baselines:
         order = np.random.default_rng(args.seed).permutation(good).tolist()
         views |= {"answer_no_image": None, "answer_shuffled": dict(zip(order, order[1:] + order[:1]))}
-    prompts, room = [prompt_ids(tokenizer, row) for row in rows], model.llama.cfg.context
-    long = {n for n, ids in enumerate(prompts) if len(ids) + model.cfg.n_visual_tokens > room}
+    tokens = functools.partial(wsi_llava.read_visual_tokens, args.data, cfg=model.cfg)
+    lengths = [len(prompt_ids(tokenizer, row)) for row in rows]
+    room = model.llama.cfg.context - model.cfg.n_visual_tokens
+    long = {n for n, length in enumerate(lengths) if length > room}
     todo = [row for row in rows if row["n"] not in done.keys() | long and row["slide"] not in problems]
+    todo.sort(key=lambda row: lengths[row["n"]])
     print(f"{len(rows):,} questions about {len(slides):,} slides, {len(todo):,} to ask, into {path}.")
     with file, tqdm(total=len(todo), unit="question") as bar:
-        for group in by_length([prompts[row["n"]] for row in todo], 64):
-            group, answers = [todo[i] for i in group], {}
+        for group in chunks(todo, 64):
             for field, instead in views.items():
-                names = {row["slide"]: instead[row["slide"]] for row in group} if instead else {}
-                visual = {x: wsi_llava.read_visual_tokens(args.data, y, model.cfg) for x, y in names.items()}
-                answers[field] = answer_rows(model, tokenizer, group, visual or None, args.max_new_tokens)
-            for row, *found in zip(group, *answers.values()):
-                row = row | dict(zip(answers, found))
+                visual = instead and {row["slide"]: tokens(instead[row["slide"]]) for row in group}
+                answers = answer_rows(model, tokenizer, group, visual, args.max_new_tokens)
+                for row, answer in zip(group, answers):
+                    row[field] = answer
+            for row in group:
                 del row["conversations"]
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
             bar.update(len(group))
@@ -533,36 +517,46 @@ def find_meteor():
         from nltk.translate.meteor_score import single_meteor_score
 
         wordnet.ensure_loaded()
+        return single_meteor_score
     except (ImportError, LookupError):
-        return lambda reference, candidate: math.nan
-    return single_meteor_score
+        return lambda *_: math.nan
 
 
 # ---- The judge: WSI-Precision and WSI-Relevance ------------------------------------------------------------
 #
 # A language model scores one side's claims against the other's text: the truth's against the answer
-# (precision), or the other way round (relevance). The prompts' forms are no JSON: repeated, they grade nothing.
+# (precision), or the reverse (relevance). The prompts' forms are no JSON: repeated, they grade nothing.
 
 JUDGED = ("WSI-Precision", "WSI-Relevance")
-CLAIMS = """Split this answer to a question about a pathology slide into claims. {scope}One finding or fact a \
-claim, but keep together what only makes sense together; leave out, repeat and add nothing. Reply with strict \
-JSON alone: {{"claims": [a text for each claim]}}"""
-SCORES = """Grade claims about a pathology slide against a text; both answer the same question. A score a claim. \
-1: the text says the same. 0.7: with a small omission or deviation. 0.3: with an error in its core (grade, type, \
-malignant or not). 0: the text says something else{silent} Reply with strict JSON alone, in the claims' order: \
-{{"scores": [a number for each claim]}}"""
+CLAIMS = """Split this answer to a question about a pathology slide into claims. {scope}One finding or fact \
+a claim, but keep together what only makes sense together; leave out, repeat and add nothing. Reply with \
+strict JSON alone: {{"claims": [a text for each claim]}}"""
+SCORES = """Grade claims about a pathology slide against a text; both answer the same question. A score a \
+claim. 1: the text says the same. 0.7: with a small omission or deviation. 0.3: with an error in its core \
+(grade, type, malignant or not). 0: the text says something else{silent} Reply with strict JSON alone, in \
+the claims' order: {{"scores": [a number for each claim]}}"""
 SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
-PROMPTS = {  # of --judge-protocol: for claims, precision, relevance. Judge.score has what else differs
+PROMPTS = {  # of --judge-protocol: for claims, precision, relevance
     "ours": (CLAIMS.format(scope="Take what answers the question and nothing else. "), SILENT, SILENT),
     "authors": (CLAIMS.format(scope=""), SILENT, NULL),
 }
-# What a request asks for, and the words of a server that refuses it.
-SENT = {"temperature": 0, "max_tokens": 4096}
+SENT = {"temperature": 0, "max_tokens": 4096}  # and what a server says that knows no such option:
 REFUSED = {"temperature": "temperature", "max_tokens": "max_tokens|context|completion"}
-ATTEMPTS, AT_ONCE, OPENAI = 7, 8, "https://api.openai.com/v1"  # at one reply; requests
-BACKOFF, TIMEOUT, LONGEST_WAIT = 2.0, 120.0, 600.0  # seconds; the first is doubled by each further failure
-UNUSABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what another form raises
+ATTEMPTS, AT_ONCE, OPENAI = 7, 8, "https://api.openai.com/v1"
+BACKOFF, SILENCE, LONGEST = 2.0, 120.0, 600.0  # seconds: the first wait, each is twice the last; a reply's
+SENDER = urllib.request.OpenerDirector()  # follows no redirect, which would take the key to another host
+for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    SENDER.add_handler(handler())
+
+
+def spoken(choice):
+    """A reply -> (its text without the reasoning, what is wrong: what was cut or refused grades nothing)."""
+    message, end = choice["message"], choice.get("finish_reason") or "stop"
+    text, refusal = without_thoughts(message.get("content") or ""), message.get("refusal") or ""
+    if refusal or not re.match("stop|eos|end|complete", end.lower()):
+        return text, one_line(f"no whole reply (finish_reason {end}) {refusal}")
+    return text, "" if text else "an empty reply"
 
 
 def last_json(text, read):
@@ -571,20 +565,9 @@ def last_json(text, read):
     for match in reversed(list(re.finditer("{", text))):
         try:
             return read(json.JSONDecoder().raw_decode(text, match.start())[0])
-        except UNUSABLE as error:
+        except Exception as error:  # what another form than the expected raises is no short list
             problem = error
     raise problem
-
-
-def spoken(choice):
-    """A reply -> (its text, what is wrong). Reasoning is no part of it; what was cut or refused is none."""
-    message, end = choice["message"], str(choice.get("finish_reason") or "stop")
-    text, refusal = message.get("content") or "", message.get("refusal") or ""
-    if isinstance(text, list):
-        text = "".join(part["text"] for part in text if part.get("type") == "text")
-    if refusal or not re.match("stop|eos|end|complete", end.lower()):
-        return text, one_line(f"no whole reply (finish_reason {end}) {refusal}")
-    return without_thoughts(text), "" if without_thoughts(text) else "an empty reply"
 
 
 def retry_after(told, otherwise):
@@ -596,21 +579,15 @@ def retry_after(told, otherwise):
     return otherwise
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None  # an error: followed, a redirect would take the API key to another host
-
-
 class Judge:
-    """A grading language model behind an OpenAI-compatible endpoint. Usable replies are kept in a file, under
-    the hash of model and prompt: nothing is paid for twice, and an interrupted run goes on."""
+    """A grading model behind an OpenAI-compatible endpoint. Its usable replies are kept in a file, under the
+    hash of model and prompt: nothing is paid for twice, and an interrupted run goes on."""
 
     def __init__(self, url, model, path, protocol="ours"):
         self.where, self.model, self.protocol = f"--judge-url {url}", model, protocol
-        known = re.fullmatch(r"https?://[^/?#@\s]+(/[!-~]*)?", url)
-        check(known, f"{self.where}: not a URL like {OPENAI}")
         self.url, key = f"{url.rstrip('/')}/chat/completions", os.environ.get("OPENAI_API_KEY", "")
         self.key = key.strip()
+        check(re.fullmatch(r"https?://[^/?#@\s]+(/[!-~]*)?", url), f"{self.where}: not a URL like {OPENAI}")
         check(self.key.isascii() and self.key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
         lines, self.file = open_lines(path)
         with reading(path, "not the replies that sample.py keeps; delete it and run again"):
@@ -618,105 +595,101 @@ class Judge:
         self.sent, self.lock, self.over = SENT, threading.Lock(), threading.Event()
         self.problems, self.in_a_row = collections.Counter(), 0
 
-    def stop(self, problem):
-        """Ends the run: zeros in the place of what was never answered are no grades."""
-        self.over.set()
-        raise UserError(f"{self.where}: {problem}")
-
     def read(self, response):
-        """A reply's text, less the key. (A short one may be a word.)"""
-        text = response.read().decode("utf-8", "replace")
+        """The text of a response, less the key (a short one may be a word)."""
+        text, ends = b"", time.time() + LONGEST
+        while piece := response.read1(1 << 16):
+            text += piece
+            if time.time() > ends:
+                raise TimeoutError("it has no end")
+        text = text.decode("utf-8", "replace")
         return text.replace(self.key, "***") if len(self.key) > 7 else text
 
     def post(self, messages):
-        """A reply, as spoken reads it, tried again while its failure may pass. OSError: it is refused."""
+        """A reply, as spoken reads it, tried again while its failure may pass. (None, why): it is refused."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for attempt in range(ATTEMPTS):
             # sent: others drop options meanwhile; a refusal is of what this request sent.
-            sent, wait, code, text = self.sent, BACKOFF * 2**attempt, 200, ""
+            sent, wait, status, text = self.sent, BACKOFF * 2**attempt, 0, ""
             body = json.dumps({"model": self.model, "messages": messages, **sent}).encode()
             request = urllib.request.Request(self.url, body, headers)
             try:
-                with urllib.request.build_opener(NoRedirect).open(request, timeout=TIMEOUT) as response:
+                with SENDER.open(request, timeout=SILENCE) as response:
+                    status, wait = response.status, retry_after(response.headers["Retry-After"], wait)
                     text = self.read(response)
-                return spoken(json.loads(text)["choices"][0])
-            except urllib.error.HTTPError as error:
-                code, wait = error.code, retry_after(error.headers["Retry-After"], wait)
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    text = self.read(error)
-                problem = f"HTTP {code}: {one_line(' '.join(text.split()))}"
-            except (OSError, http.client.HTTPException, *UNUSABLE) as error:
-                said = " ".join(text.split()) or getattr(error, "reason", error)
-                problem = f"no answer ({type(error).__name__}): {one_line(said)}"
-            if 300 <= code < 400 or code in (401, 402, 403, 404):
-                self.stop(f"{problem}; check it, --judge-model and OPENAI_API_KEY")
+                if status == 200:
+                    return spoken(json.loads(text)["choices"][0])
+                problem = f"HTTP {status}"
+            except Exception as error:  # of the network, or of what is no reply
+                problem, text = f"no answer ({type(error).__name__})", text or str(error)
+            problem = f"{problem}: {one_line(' '.join(text.split()))}"
             unwanted = [name for name in sent if re.search(REFUSED[name], text, re.I)]
-            if code in (400, 422) and unwanted:
-                wait, self.sent = 0, {name: x for name, x in self.sent.items() if name not in unwanted}
-            elif 400 <= code < 500 and code not in (408, 409, 425, 429):
-                raise OSError(problem)
-            if attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT or self.over.wait(wait):
-                self.stop(f"{problem}; run the same command again, in {wait:,.0f} s or later: it goes on")
+            if status in (400, 422) and unwanted:
+                self.sent, wait = {name: x for name, x in sent.items() if name not in unwanted}, 0
+            elif status in (401, 402, 403, 404) or 300 <= status < 400:
+                raise UserError(f"{self.where}: {problem}; check it, --judge-model and OPENAI_API_KEY")
+            elif 400 <= status < 500 and status not in (408, 409, 425, 429):
+                return None, problem
+            if attempt == ATTEMPTS - 1 or wait > LONGEST or self.over.wait(wait):
+                again = f"run the same command again, in {wait:,.0f} s or later: it goes on"
+                raise UserError(f"{self.where}: {problem}; {again}")
 
     def ask(self, prompt, content, read):
         """read(the reply's JSON), asked again with the reason where it raises; None if it stays unusable."""
         content = json.dumps(content, ensure_ascii=False)
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
         key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
-        with contextlib.suppress(*UNUSABLE):
+        with contextlib.suppress(Exception):
             return last_json(self.replies.get(key, ""), read)
-        left, found, reply = 4, None, ""
-        while left and found is None:
+        for asked in range(4):
+            reply, problem = self.post(messages)
+            if problem and (reply is None or asked):  # what was cut is asked for once more
+                break
             try:
-                reply, problem = self.post(messages)
-                left = min(left - 1, 1) if problem else left - 1  # of what was cut or refused, once more
                 found = None if problem else last_json(reply, read)
-            except OSError as error:
-                problem, left, reply = str(error), 0, None
-            except UNUSABLE as error:
+            except Exception as error:
                 problem = f"unusable ({type(error).__name__}: {one_line(error)})"
+            with self.lock:
+                if not problem:
+                    print(json.dumps({"key": key, "reply": reply}), file=self.file, flush=True)
+                    self.replies[key], self.in_a_row = reply, 0
+                    return found
             again = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
         with self.lock:
-            if found is not None:
-                print(json.dumps({"key": key, "reply": reply}), file=self.file, flush=True)
-                self.replies[key], self.in_a_row = reply, 0
-                return found
             self.problems[problem] += 1
             self.in_a_row += 1
-            if self.in_a_row == 2 * AT_ONCE and (reply is None or not self.replies):
-                self.stop(problem)
+        # Zeros in the place of what a judge never answered are no grades.
+        check(self.in_a_row < 2 * AT_ONCE, f"{self.where}: {self.in_a_row} times in a row: {problem}")
 
     def score(self, metric, question, truth, answer):
         """The mean score of one side's claims against the other; None if nothing usable came back."""
-        authors, precision = self.protocol == "authors", metric == JUDGED[0]
+        precision, (for_claims, *for_scores) = metric == JUDGED[0], PROMPTS[self.protocol]
         claimed, text = (truth, answer) if precision else (answer, truth)
-        # The authors split the truth by itself, and leave out what it does not address.
-        content = {"answer": claimed} if authors and precision else {"question": question, "answer": claimed}
-        for_claims, *for_scores = PROMPTS[self.protocol]
-        scale = {1, 0.7, 0.3, 0} | ({None} if authors and not precision else set())
+        if not claimed.strip() or not text.strip():
+            return 0.0
+        content, prompt = {"question": question, "answer": claimed}, for_scores[not precision]
+        if self.protocol == "authors" and precision:
+            del content["question"]  # the truth by itself
+        allowed = {1, 0.7, 0.3, 0} | ({None} if prompt is NULL else set())
 
         def read_claims(reply):
-            claims = reply["claims"]
-            if not isinstance(claims, list) or len(claims) < precision or not all(map(str.strip, claims)):
+            claims = reply["claims"] if isinstance(reply["claims"], list) else [""]
+            if len(claims) < precision or not all(re.search(r"\w", claim) for claim in claims):
                 raise ValueError('"claims" must be a list of texts')
             return claims
 
         def read_scores(reply):
-            given = reply["scores"] if isinstance(reply["scores"], list) else ()
-            scores = [x if x is None else float(str(x)) for x in given]  # a text is a number too, true is not
-            if len(scores) != len(claims) or not set(scores) <= scale:
+            scores = [x if x is None else float(str(x)) for x in reply["scores"]]  # true is no number
+            if len(scores) != len(claims) or not set(scores) <= allowed:
                 raise ValueError(f'"scores" must be {len(claims)} numbers, one a claim: 1, 0.7, 0.3 or 0')
             return scores
 
-        if not claimed.strip() or not text.strip():
-            return 0.0
         claims = self.ask(for_claims, content, read_claims)
         if not claims:
             return None if claims is None else 0.0  # an answer may claim nothing
         content = {"question": question, "claims": claims, "text": text}
-        scores = self.ask(for_scores[not precision], content, read_scores) or ()
-        scores = [x for x in scores if x is not None]
+        scores = [x for x in self.ask(prompt, content, read_scores) or () if x is not None]
         return float(np.mean(scores)) if scores else None
 
 
@@ -724,8 +697,8 @@ def grade(judge, rows, systems):
     """Asks the judge about all open questions -> ({system: {metric: values [n]}}, a note)."""
     asked = [i for i, row in enumerate(rows) if not closed_parser(row["question"], row["truth"])]
     todo = list(itertools.product(systems, JUDGED, asked))
-    asking = f"{count(len(asked), 'open question')}, {count(len(systems), 'system')}"
-    print(f"{asking}: at most {2 * len(todo):,} calls of {judge.model}.")
+    what = f"{count(len(asked), 'open question')}, {count(len(systems), 'system')}"
+    print(f"{what}: at most {2 * len(todo):,} calls of {judge.model}.")
 
     def work(item):
         system, metric, i = item
@@ -737,79 +710,67 @@ def grade(judge, rows, systems):
     finally:  # Ctrl-C: what was asked is kept, what waits is not asked
         judge.over.set()
         pool.shutdown(cancel_futures=True)
-    lacking = found.count(None)
-    why = "".join(f"; {n} times: {what}" for what, n in judge.problems.most_common(3))
-    if lacking and lacking == len(todo):
-        judge.stop(f"no grade came back{why}")
-    zero, rule = (math.nan, "are left out") if judge.protocol == "authors" else (0.0, "count as 0")
+    lacking, why = found.count(None), "; ".join(f"{n} times {what}" for what, n in judge.problems.items())
+    check(not todo or lacking < len(todo), f"{judge.where}: no grade came back: {why}")
+    worth, rule = (math.nan, "are left out") if judge.protocol == "authors" else (0.0, "count as 0")
     grades = {system: {metric: np.full(len(rows), np.nan) for metric in JUDGED} for system in systems}
     for (system, metric, i), value in zip(todo, found):
-        grades[system][metric][i] = zero if value is None else value
-    note = f"Judge: {judge.model}, protocol {judge.protocol}."
-    return grades, f"{note} {lacking} grades stayed unusable and {rule}{why}."
+        grades[system][metric][i] = worth if value is None else value
+    note = f"Judge: {judge.model}, protocol {judge.protocol}. {lacking} grades stayed unusable and {rule}"
+    return grades, f"{note}; {why}." if why else f"{note}."
 
 
 # ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
 
-# What others call what we call so, the surest first. "answer" is the truth where a column of SAID is there.
+# Our names, and what others call them, the surest first: "answer" is the truth where another column answers.
+SAID = "prediction pred predicted model_answer model_output output response generated_text generated text"
+TRUTH = "truth t-answer ground_truth groundtruth gt gt_answer correct_answer reference label target answer"
 THEIRS = {"id": "id question_id qid", "slide": "slide slide_id image", "question": "question prompt"}
-THEIRS |= {"task": "task metadata", "cancer": "cancer tumor"}
-THEIRS["truth"] = "truth t-answer ground_truth groundtruth gt gt_answer correct_answer reference label target"
-SAID = "prediction pred predicted model_answer model_output output response generated_text generated text".split()
+THEIRS |= {"task": "task metadata", "cancer": "cancer tumor", "answer": f"{SAID} answer", "truth": TRUTH}
 RESERVED = [*FIELDS.values(), "majority", "training slides", *"kind group metric questions published".split()]
-
-
-def our_names(path):
-    """Anybody's predictions -> (their rows under our names, what was taken for what)."""
-    table = [{x.strip().lower(): y for x, y in row.items()} for _, row in prepare.read_entries(path)]
-    columns = list(dict.fromkeys(itertools.chain(*table)))
-    known = THEIRS | {"answer": " ".join([*SAID, "answer"])}
-    taken = {name: next((x for x in known[name].split() if x in columns), None) for name in known}
-    check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
-    if taken["answer"] != "answer" and "answer" in columns:
-        taken["truth"] = taken["truth"] or "answer"
-    taken = {name: column for name, column in taken.items() if column}
-    note = "took " + ", ".join(f"{column} for the {name}" for name, column in taken.items())
-    return [{name: row.get(column) for name, column in taken.items()} for row in table], note
 
 
 def read_answers(path):
     """A file of predictions -> (its rows under our names, a note)."""
     with reading(path, "expected predictions of sample.py --qa, JSON lines, a JSON list or CSV"):
-        ours = path.read_bytes().startswith(b'{"settings"')
-        if ours:
+        if path.read_bytes().startswith(b'{"settings"'):
             settings, found = read_predictions(path)
-            rows = [row | {"number": (settings.get("questions"), n)} for n, row in sorted(found.items())]
-            note = f"answers {len(rows):,} of {settings.get('asked', len(rows)):,} questions"
+            table, taken = [found[n] for n in sorted(found)], {name: name for name in (*THEIRS, *FIELDS)}
+            note = f"answers {len(table):,} of {settings.get('asked', len(table)):,} questions"
         else:
-            rows, note = our_names(path)
-        for row in rows:
-            for name in [*THEIRS, *FIELDS]:
-                value = "" if row.get(name) is None and name in THEIRS else row.get(name)
-                row[name] = None if value is None else prepare.words(value, name)
-            row["question"] = wsi_llava.without_image(row["question"])
-            row["slide"] = prepare.slide_id(row["slide"]) if row["slide"] and not ours else row["slide"]
-        return rows, note
-
-
-def keys_of(row):
-    """What a question can be known by, the surest first; None or "" where the row lacks a part of it."""
-    question, slide, own = plain(row["question"]), row["slide"], row["id"]
-    keys = own and question and (own, question), slide and question and (slide, question), own
-    return row.get("number"), *keys
+            table = [{x.strip().lower(): y for x, y in row.items()} for _, row in prepare.read_entries(path)]
+            columns = dict.fromkeys(itertools.chain(*table))
+            taken = {ours: [x for x in names.split() if x in columns] for ours, names in THEIRS.items()}
+            check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
+            taken = {ours: names[0] for ours, names in taken.items() if names}
+            if taken.get("truth") == taken["answer"]:
+                del taken["truth"]
+            note = "took " + ", ".join(f"{column} for the {ours}" for ours, column in taken.items())
+        rows = []
+        for entry in table:
+            rows.append(dict.fromkeys(THEIRS, "") | dict.fromkeys(FIELDS))
+            for ours, column in taken.items():
+                if entry.get(column) is not None:
+                    rows[-1][ours] = prepare.words(entry[column], ours)
+            question = wsi_llava.without_image(rows[-1]["question"])
+            slide = rows[-1]["slide"] and prepare.slide_id(rows[-1]["slide"])
+            rows[-1] |= {"question": question, "slide": slide, "asked": plain(question)}
+    return rows, note
 
 
 def match(rows, theirs):
-    """Which of `theirs` answers each row's question -> a list, None where nothing fits. A key that fits
-    several, here or there, fits nothing."""
+    """Which of `theirs` answers each row's question -> (a list, None where nothing fits; those of no use). A
+    key that fits several, here or there, fits nothing."""
     found, used = [None] * len(rows), set()
-    for ours, others in zip(zip(*map(keys_of, rows)), zip(*map(keys_of, theirs))):
-        times, place = collections.Counter(ours + others), {key: j for j, key in enumerate(others)}
+    for parts in (("id", "asked"), ("slide", "asked"), ("id",)):  # the surest first
+        ours, others = ([tuple(row[part] for part in parts) for row in side] for side in (rows, theirs))
+        times, place = collections.Counter(ours + others), dict(zip(others, theirs))
         for i, key in enumerate(ours):
-            if found[i] is None and key and times[key] == 2 and key in place and place[key] not in used:
-                found[i] = theirs[place[key]]
-                used.add(place[key])
-    return found
+            fits = found[i] is None and all(key) and times[key] == 2 and key in place
+            if fits and id(place[key]) not in used:
+                found[i] = place[key]
+                used.add(id(found[i]))
+    return found, [row for row in theirs if id(row) not in used]
 
 
 def read_systems(paths):
@@ -818,23 +779,20 @@ def read_systems(paths):
     rows, systems, notes, stems = [], {}, [], [path.stem for path in paths]
     check(len(set(paths)) == len(paths), "--evaluate: names a file twice")
     for path in paths:
-        theirs, note = read_answers(path)
-        notes.append(f"{path}: {note}.")
+        found, note = read_answers(path)
         if path == paths[0]:
-            rows = found = theirs
-            what = "lacks questions and true answers; name a file of --qa before it"
+            rows, what = found, "lacks questions and true answers; name a file of --qa before it"
             check(all(row["question"] and row["truth"] for row in rows), f"{path}: {what}")
         else:
-            once = list({(*keys_of(row), row["slide"]): row for row in theirs}.values())
-            found, again = match(rows, once), len(theirs) - len(once)
-            if again:
-                notes.append(f"{path}: {count(again, 'row')} answer a question again; the last counts.")
-            matched = set(map(id, found))
-            lost = [row for row in once if id(row) not in matched]
-            first = lost and wsi_llava.few(filter(None, (lost[0][name] for name in THEIRS)))
-            what = f"{count(len(lost), 'row')} match no question, or several; the first: {first}"
-            check(len(lost) < len(once), f"{path}: {what} ({note})")
-            notes += [f"{path}: {what}."] if lost else []
+            once = {(row["id"], row["slide"], row["asked"]): row for row in found}
+            note += f"; of its {count(len(found), 'row')} {len(found) - len(once)} answer a question again"
+            found, lost = match(rows, list(once.values()))
+            first = wsi_llava.few(
+                [lost[0][name] for name in ("id", "slide", "question")] if lost else ["none"]
+            )
+            note += f", {len(lost)} match no question, or several; the first: {first}"
+            check(len(lost) < len(once), f"{path}: {note}")
+        notes.append(f"{path}: {note}.")
         # A name that could mean something else gives way to the path.
         odd = stems.count(path.stem) > 1 or path.stem in RESERVED or re.search(" - |, ", path.stem)
         name = os.path.join(".", path) if odd else path.stem
@@ -846,8 +804,8 @@ def read_systems(paths):
     here = [i for i in range(len(rows)) if all(answers[i] is not None for answers in systems.values())]
     check(here, f"{', '.join(map(str, paths))}: no question is answered by all; sample.py --qa answers them")
     answered = f"{len(here):,} of {len(rows):,} questions answered by all; the others are in no mean"
-    systems = {system: [answers[i] for i in here] for system, answers in systems.items()}
     notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
+    systems = {system: [answers[i] for i in here] for system, answers in systems.items()}
     return [rows[i] for i in here], systems, notes
 
 
@@ -859,11 +817,10 @@ CAPABILITIES = {  # of WSI-Bench's 11 tasks, under the names of both of its shap
     "diagnosis": "Histological_Typing Grading Molecular_Subtyping Molecular_Subtyping_choice Staging "
     "Staging_choice Diagnosis_choice Classification Grade Subtype Stage",
     "treatment": "Treatment_Planing Treatment_Planning Treatment Prognosis Prognosis_TF_question",
-    "report": "report",
 }
 CAPABILITY = {task: name for name, tasks in CAPABILITIES.items() for task in tasks.split()}
 TEXTUAL = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR", "exact match")  # of open questions
-METRICS = (*JUDGED, "accuracy", *TEXTUAL)
+METRICS, SHOWN = (*JUDGED, "accuracy", *TEXTUAL), ("accuracy", "exact match", *JUDGED)
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS.
 PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
 PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
@@ -908,27 +865,29 @@ def interval(values, slides, seed):
 
 def groups(rows):
     """Yields (kind, name, mask [n]) of the questions that the tables have lines for."""
-    tasks = ["report" if wsi_llava.is_report(row) else row["task"] for row in rows]
-    kinds = {"all": ["all" for _ in rows], "capability": [CAPABILITY.get(task, "other") for task in tasks]}
-    kinds |= {"task": [row["task"] for row in rows], "cancer type": [row["cancer"] for row in rows]}
-    for kind, names in kinds.items():
-        for name in sorted(set(names)) if kind == "all" or len(set(names)) > 1 else ():
-            yield kind, name, np.array(names) == name
+    names = {"all": [], "capability": [], "task": [], "cancer type": []}
+    for row in rows:
+        capability = "report" if wsi_llava.is_report(row) else CAPABILITY.get(row["task"], "other")
+        for kind, name in zip(names, ("all", capability, row["task"], row["cancer"])):
+            names[kind].append(name)
+    for kind, of_rows in names.items():
+        for name in sorted(set(of_rows)) if kind == "all" or len(set(of_rows)) > 1 else ():
+            yield kind, name, np.array(of_rows) == name
 
 
 def tabulate(rows, scores, trained_on, seed):
     """Scores {system: {metric: values [n]}} -> lines {kind, group, metric, questions, system: (mean, low,
     high), ...}, with paired differences from the first system. trained_on: {cancer type: slides}."""
-    slides, lines, first = np.array([row["slide"] for row in rows]), [], next(iter(scores))
+    slides, lines, (first, *others) = np.array([row["slide"] for row in rows]), [], scores
     for (kind, group, inside), metric in itertools.product(groups(rows), METRICS):
-        values = {x: np.where(inside, scores[x].get(metric, np.nan), np.nan) for x in scores}
+        values = {x: np.where(inside, found.get(metric, np.nan), np.nan) for x, found in scores.items()}
         line = {"kind": kind, "group": group, "metric": metric}
-        line["questions"] = max(int((~np.isnan(x)).sum()) for x in values.values())
+        line["questions"] = int((~np.isnan(values[first])).sum())
         line["training slides"] = trained_on[group] if kind == "cancer type" and trained_on else None
-        published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
-        line["published"] = published.get(metric)
+        published = dict(zip(METRICS, PUBLISHED.get(group, ())))
+        line["published"] = published.get(metric) if kind == "capability" else None
         line |= {system: interval(x, slides, seed) for system, x in values.items()}
-        for system in list(values)[1:]:
+        for system in others:
             line[f"{system} - {first}"] = interval(values[system] - values[first], slides, seed)
         lines += [line] if line["questions"] else []
     return lines
@@ -940,47 +899,44 @@ def ranks(values):
     return (counts.cumsum() - (counts - 1) / 2)[index]
 
 
-def correlations(scores):
-    """Yields whether text metrics tell what the judge tells: rank correlations over all graded answers."""
-    graded = [found for found in scores.values() if JUDGED[0] in found]
+def correlations(graded):
+    """Whether text metrics tell what the judge tells -> rank correlations over all answers of the systems."""
+    texts = []
     for target, metric in itertools.product(JUDGED, TEXTUAL) if graded else ():
-        x, y = (np.concatenate([found[name] for found in graded]) for name in (metric, target))
+        x, y = (np.concatenate([scores[name] for scores in graded]) for name in (metric, target))
         known = ~np.isnan(x + y)
         if known.sum() > 2:
             with np.errstate(invalid="ignore"):  # one side may be constant
                 rank = np.corrcoef(ranks(x[known]), ranks(y[known]))[0, 1]
-            yield f"{metric} with {target} {rank:.2f} ({known.sum()})"
+            texts.append(f"{metric} with {target} {rank:.2f} ({known.sum()})")
+    return texts
 
 
-def shown(cell, interval=True):
-    """A cell of a line -> a text."""
+def shown(cell):
+    """A cell of a line, a mean with its interval, a number, a text or None -> a text for a table."""
     if isinstance(cell, tuple):
-        return "{:.3f} [{:.3f}, {:.3f}]".format(*cell) if interval else f"{cell[0]:.3f}"
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*cell)
     return "" if cell is None else one_line(cell).replace("|", "\\|")
 
 
 def markdown(table):
-    """Lines of texts, a header first -> a Markdown table in aligned columns."""
+    """Lines of cells, a header first -> a Markdown table in aligned columns."""
+    table = [list(map(shown, line)) for line in table]
     widths = [max(map(len, column)) for column in zip(*table)]
-    table = [table[0], ["-" * width for width in widths], *table[1:]]
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
+    table.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table)
 
 
 def on_screen(lines, systems):
-    """The table for 160 columns, a row a task and one for all; of many systems six, without intervals."""
-    more = [metric for metric in ("ROUGE-L", *JUDGED) if any(line["metric"] == metric for line in lines)]
-    means = {(line["kind"], line["group"], line["metric"]): line[systems[0]] for line in lines}
-    whole, systems = len(systems) < 5 and len(more) < 2, systems[: 6 if len(more) < 2 else 4]
-    names = [shown(name).removesuffix(".jsonl")[-20 if whole else -12 :] for name in systems]
-    table = [["task", "metric", "n", *names, *more]]
+    """The table for 160 columns: the first four systems, a row a task, and those of all questions."""
+    table, rouge = [["task", "metric", "n", *(name[-20:] for name in systems[:4]), "ROUGE-L"]], {}
     for line in lines:
-        if line["kind"] in ("all", "task") and line["metric"] in ("accuracy", "exact match"):
-            cells = [shown(line["group"])[:28], line["metric"], shown(line["questions"])]
-            cells += [shown(line[name], whole) for name in systems]
-            for metric in more:
-                mean = means.get((line["kind"], line["group"], metric))
-                cells.append(shown(mean, False) if line["metric"] == "exact match" else "")
-            table.append(cells)
+        kind, group, metric = line["kind"], line["group"], line["metric"]
+        if metric == "ROUGE-L":  # it comes before the exact match
+            rouge[kind, group] = f"{line[systems[0]][0]:.3f}"
+        if metric in SHOWN[: None if kind == "all" else 2] and kind in ("all", "task"):
+            more = rouge.get((kind, group)) if metric == "exact match" else None
+            table.append([group[:28], metric, line["questions"], *(line[x] for x in systems[:4]), more])
     return markdown(table)
 
 
@@ -999,36 +955,39 @@ def csv_text(lines):
     return file.getvalue()
 
 
+def read_training(path):
+    """data/qa/train.jsonl, if it is there -> {task: its most frequent answer}, {cancer type: slides}."""
+    rows, told = prepare.read_qa(path) if path.exists() else [], collections.defaultdict(collections.Counter)
+    for row in rows:
+        told[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
+    most = {task: answers.most_common(1)[0][0] for task, answers in told.items()}
+    return most, collections.Counter(cancer for cancer, _ in {(row["cancer"], row["slide"]) for row in rows})
+
+
 def evaluate(args, paths):
     """--evaluate: a table on the screen, all of it in evaluation.md and .csv beside the first file."""
-    (rows, systems, notes), scores, grades = read_systems(paths), {}, {}
+    (rows, systems, notes), grades, meteor = read_systems(paths), {}, find_meteor()
     if args.judge_model:
         where = args.judge_url, args.judge_model, paths[0].with_name("judge.jsonl")
         grades, note = grade(Judge(*where, args.judge_protocol), rows, systems)
         notes.append(note)
-    # The answer that is most frequent in training is one more system.
-    train, told, trained_on = args.data / "qa" / "train.jsonl", {}, collections.Counter()
-    trained = prepare.read_qa(train) if train.exists() else []
-    trained_on.update(cancer for cancer, _ in {(row["cancer"], row["slide"]) for row in trained})
-    for row in trained:
-        answers = told.setdefault(row["task"], collections.Counter())
-        answers.update(turn["value"] for turn in row["conversations"][1::2])
-    if any(row["task"] in told for row in rows):
-        most = {task: answers.most_common(1)[0][0] for task, answers in told.items()}
+    train = args.data / "qa" / "train.jsonl"
+    most, trained_on = read_training(train)
+    if any(row["task"] in most for row in rows):
         systems["majority"] = [most.get(row["task"]) for row in rows]
         notes.append(f"majority: a task's most frequent answer in {train}, whatever the slide.")
-    meteor = find_meteor()
+    scores = {}
     for system, answers in systems.items():
         found, unread = score(rows, answers, meteor)
         scores[system] = found | grades.get(system, {})
         if unread:
             what = f"{count(len(unread), 'closed answer')} name no option, or several, and count as wrong"
             notes.append(f"{system}: {what}; the first: {one_line(unread[0], 60)!r}.")
-    if ranked := ", ".join(correlations(scores)):
+    if ranked := ", ".join(correlations([scores[system] for system in grades])):
         notes.append(f"Rank correlations over answers: {ranked}.")
     lines = tabulate(rows, scores, trained_on, args.seed)
     header = [key for key in lines[0] if any(line[key] is not None for line in lines)]  # what holds something
-    table = markdown([[*map(shown, header)], *([shown(line[key]) for key in header] for line in lines)])
+    table = markdown([header, *([line[key] for key in header] for line in lines)])
     notes = "".join(f"- {one_line(note, 2000)}\n" for note in notes)
     path = paths[0].with_name("evaluation.md")
     write_text(path, f"# Evaluation\n\n{notes}\n{table}\n")
@@ -1042,22 +1001,21 @@ def evaluate(args, paths):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    text, file = {"type": str}, {"type": Path, "metavar": "FILE"}
-    number, positive = wsi_llava.at_least(0), wsi_llava.at_least(1)
+    file, number = {"type": Path, "metavar": "FILE"}, wsi_llava.at_least
     add = parser.group("one slide")
-    add("--slide", "a slide file, or the name of a prepared slide", metavar="S", **text)
-    add("--ask", "one question; without it, a chat", metavar="Q", **text)
-    add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", nargs="+", **text)
+    add("--slide", "a slide file, or the name of a prepared slide", metavar="S")
+    add("--ask", "one question; without it, a chat", metavar="Q")
+    add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", nargs="+")
     why = "with --ask: which tiles made the answer; a picture (.png), squares for QuPath (.geojson)"
     add("--heatmap", why, nargs="+", default=[], **file)
     mpp = "um per pixel at level 0, for a raw slide whose metadata lack it"
-    add("--mpp", mpp, type=wsi_llava.at_least(0.05, float, 20))
+    add("--mpp", mpp, type=number(0.05, float, 20))
     add = parser.group("how it answers")
     add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
-    add("--max-new-tokens", "longest answer (default: 512)", type=positive, default=512)
-    sampled = wsi_llava.at_least(0, float, 100)
-    add("--temperature", "0 (default): the most likely token; above: sampled", type=sampled, default=0.0)
-    add("--max-tiles", "of a slide, drawn at random (default: 0, all)", type=number, default=0)
+    add("--max-new-tokens", "longest answer (default: 512)", type=number(1), default=512)
+    sampled = "0 (default): the most likely token; above: sampled"
+    add("--temperature", sampled, type=number(0, float, 100), default=0.0)
+    add("--max-tiles", "of a slide, drawn at random (default: 0, all)", type=number(0), default=0)
     add = parser.group("many questions")
     add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
     add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
@@ -1065,7 +1023,7 @@ def parse(argv=None):
     add = parser.group("evaluation")
     add("--evaluate", "a table of predictions, ours first (default: --predictions)", nargs="*", **file)
     judge = "grade open answers: WSI-Precision, WSI-Relevance; its key: OPENAI_API_KEY"
-    add("--judge-model", judge, metavar="M", **text)
+    add("--judge-model", judge, metavar="M")
     add("--judge-url", "OpenAI-compatible (default: OpenAI's)", metavar="URL", default=OPENAI)
     add("--judge-protocol", "ours (default), or the authors' released one", choices=PROMPTS, default="ours")
     wsi_llava.add_weights_flags(parser)
@@ -1085,10 +1043,10 @@ def main(argv=None):
         check(path.parent.is_dir(), f"--heatmap {path}: its folder does not exist; make it first")
     if args.qa:
         answer_file(args)
+    elif args.slide:
+        ask_about_slide(args)
     if args.evaluate is not None:
         evaluate(args, args.evaluate or [args.predictions])
-    elif args.slide and not args.qa:
-        ask_about_slide(args)
 
 
 if __name__ == "__main__":

@@ -2394,10 +2394,10 @@ WRITTEN = [
     ({"description": APERIO + "AppMag = 40|MPP = 0.5"}, "metadata", 0.5),
     (
         {"description": APERIO + "MPP = 252.1"},
-        r"its um/px are 252.1 \(metadata\), not from 0.05 to 20; give",
+        r"says no um/px from 0.05 to 20 \({'metadata': 252.1}\); give it with --mpp",
         0,
     ),
-    ({}, "its metadata has no um/px; give it with --mpp", 0),
+    ({}, r"says no um/px from 0.05 to 20 \(none at all\); give it with --mpp", 0),
 ]
 
 
@@ -2419,18 +2419,20 @@ def test_where_the_resolution_comes_from(tmp_path, tags, source, mpp):
     else:
         with pytest.raises(UserError, match=source):
             prepare.Slide(path)
-        assert prepare.Slide(path, mpp=0.25).source == "given"
+        assert prepare.Slide(path, mpp=0.25).source == "--mpp-csv"
 
 
 def test_the_resolution_of_plain_pictures(tmp_path):
     Image.new("RGB", (512, 512)).save(tmp_path / "tags.tif", dpi=(25400 / 0.25,) * 2)  # in strips
     slide = prepare.Slide(tmp_path / "tags.tif")
-    assert (slide.source, round(slide.mpp, 4)) == ("dpi", 0.25)
+    assert (slide.source, round(slide.mpp, 4)) == ("resolution", 0.25)
     Image.new("RGB", (600, 10)).save(tmp_path / "screen.png", dpi=(72, 72))
-    with pytest.raises(UserError, match="screen.png: its metadata has no um/px; give it with --mpp"):
+    with pytest.raises(
+        UserError, match="screen.png: says no um/px from 0.05 to 20 .*352.*; give it with --mpp"
+    ):
         prepare.Slide(tmp_path / "screen.png")
-    with pytest.raises(UserError, match=r"screen.png: .* px at 0.001 um/px are over 1000 x 1000 tiles"):
-        prepare.Slide(tmp_path / "screen.png", mpp=20, target=0.001)
+    with pytest.raises(UserError, match=r"screen.png: .* px at 0.5 um/px are over 256000"):
+        prepare.Slide(tmp_path / "screen.png", mpp=500)
 
 
 def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
@@ -2446,7 +2448,7 @@ def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
     prepare.main([*common, "--mpp-csv", str(path)])
     printed = capsys.readouterr().out
     for line in (
-        "mpp.csv: 1 line about no slide here: nobody",
+        "mpp.csv: 2 lines, about 1 of the slides here",
         "1 slide, um/px taken from --mpp: silent",
         "1 slide, um/px taken from --mpp-csv: wrong",
     ):
@@ -2483,7 +2485,7 @@ def touched(folder, *names):
 
 
 def test_slides_are_found_as_an_archive_holds_them(tmp_path, monkeypatch, capsys):
-    """Lists, links, odd names, DICOM folders; hidden files, folders that cannot be read, pipes and Hamamatsu's
+    """Links, odd names, DICOM folders; hidden files, folders that cannot be read, pipes and Hamamatsu's
     parts are no slides."""
     touched(
         tmp_path, "all/a/-x.svs", "all/a/b c.d.ndpi", "all/a/\xfc.SVS", "all/a/._b c.d.ndpi", "all/.old/e.svs"
@@ -2510,13 +2512,10 @@ def test_slides_are_found_as_an_archive_holds_them(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(os, "scandir", guarded)
     found = prepare.find_slides([tmp_path / "all"])
-    assert list(found) == ["-x", "b c.d", "case 7", "linked", "v", "\xfc"] and found["case 7"].name == "1.dcm"
+    assert list(found) == ["-x", "b c.d", "case 7", "v", "\xfc"] and found["case 7"].name == "1.dcm"
     assert "locked: this folder cannot be read (Permission denied); left out" in capsys.readouterr().err
-    (tmp_path / "list.txt").write_text(f"\ufeff{tmp_path}/all/a/b c.d.ndpi\r\n\n{tmp_path}/all/v\n")
-    assert list(prepare.find_slides([tmp_path / "list.txt"])) == ["b c.d", "v"]
-    (tmp_path / "list.txt").write_text("c.svs")
-    with pytest.raises(UserError, match="c.svs: no such file or folder .*list.txt"):
-        prepare.find_slides([tmp_path / "list.txt"])
+    with pytest.raises(UserError, match="c.svs: no such file or folder"):
+        prepare.find_slides([tmp_path / "c.svs"])
 
 
 def test_names_of_slides(tmp_path):
@@ -2537,42 +2536,31 @@ def test_names_of_slides(tmp_path):
         shutil.rmtree(tmp_path / "more")
 
 
-def write_dicom(path, kind, **tags):
-    """The header of a DICOM file: its kind, and what else is known of it, behind a sequence that is to be
-    passed over."""
+def write_dicom(path, kind, series):
+    """The header of a DICOM file: its kind and series, the latter behind a sequence that holds another."""
     path.parent.mkdir(exist_ok=True)
 
     def element(group, number, kind, value):
-        value = value.encode() + b" " * (len(value) % 2)
+        value = value.encode() + b"\0" * (len(value) % 2)
         return struct.pack("<HH2sH", group, number, kind, len(value)) + value
 
-    body = element(8, 8, b"CS", tags.get("type", "ORIGINAL\\PRIMARY\\VOLUME")) + element(8, 0x16, b"UI", kind)
-    body += struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 0xFFFFFFFF) + struct.pack(
-        "<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF
-    )
-    body += element(0x20, 0xE, b"UI", "9.9") + struct.pack("<HHIHHI", 0xFFFE, 0xE00D, 0, 0xFFFE, 0xE0DD, 0)
-    body += element(0x20, 0xE, b"UI", tags["series"]) + element(0x40, 0x512, b"LO", tags.get("container", ""))
+    body = element(8, 8, b"CS", "ORIGINAL") + element(8, 0x16, b"UI", kind)
+    body += struct.pack("<HH2sHI", 8, 0x1140, b"SQ", 0, 40) + element(8, 0x16, b"UI", "9.9")
+    body += element(0x20, 0xE, b"UI", "9.9") + element(0x20, 0xE, b"UI", series)
+    body += element(0x28, 2, b"US", "3") + element(0x20, 0xE, b"UI", "8.8")
     path.write_bytes(bytes(128) + b"DICM" + body)
 
 
 def test_folders_of_dicom_hold_slides_by_series(tmp_path):
     slide, notes = "1.2.840.10008.5.1.4.1.1.77.1.6", "1.2.840.10008.5.1.4.1.1.91.1"
-    write_dicom(tmp_path / "one" / "0.dcm", notes, series="1.1")  # annotations, first in order
-    write_dicom(tmp_path / "one" / "1.dcm", slide, series="1.2", type="ORIGINAL\\PRIMARY\\LABEL")
-    write_dicom(tmp_path / "one" / "2.dcm", slide, series="1.2")
-    for i, (series, container) in enumerate([("2.1", "A"), ("2.2", "B"), ("2.2", "B")]):
-        write_dicom(tmp_path / "two" / f"{i}.dcm", slide, series=series, container=container)
+    write_dicom(tmp_path / "one" / "0.dcm", notes, "1.1")  # annotations, first in order
     for i in (1, 2):
-        write_dicom(tmp_path / "three" / f"{i}.dcm", slide, series=f"3.{i}")
-    write_dicom(tmp_path / "none" / "0.dcm", notes, series="4.1")
+        write_dicom(tmp_path / "one" / f"{i}.dcm", slide, "1.2")
+    for i, series in enumerate(("2.1", "2.2", "2.2")):
+        write_dicom(tmp_path / "two" / f"{i}.dcm", slide, series)
+    write_dicom(tmp_path / "none" / "0.dcm", notes, "4.1")
     found = {name: path.name for name, path in prepare.find_slides([tmp_path]).items()}
-    assert found == {
-        "one": "2.dcm",
-        "two_A": "0.dcm",
-        "two_B": "1.dcm",
-        "three_3.1": "1.dcm",
-        "three_3.2": "2.dcm",
-    }
+    assert found == {"one": "1.dcm", "two_2.1": "0.dcm", "two_2.2": "1.dcm"}
 
 
 # ---- prepare.py: tissue and tiles ------------------------------------------------------------------------
@@ -2675,21 +2663,6 @@ def test_slides_all_of_tissue_are_measured_against_white():
     )
 
 
-def test_glass_is_looked_for_all_over_a_large_slide():
-    dark, glass = np.full((900, 2048, 3), 60, np.uint8), np.full((900, 2048, 3), (231, 228, 236), np.uint8)
-    colour, _ = prepare.find_glass(Image.fromarray(np.concatenate([dark, glass])))
-    assert np.abs(colour - (231, 228, 236)).max() <= 1
-
-
-def test_tissue_is_the_same_in_strips_of_any_size(monkeypatch):
-    picture, _ = scene(GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1))
-    tall = Image.fromarray(np.tile(np.asarray(picture), (4, 1, 1)))
-    whole = prepare.find_tissue(tall)
-    monkeypatch.setattr(prepare, "STRIP", 256 * 40)
-    for a, b in zip(whole, prepare.find_tissue(tall)):
-        assert np.array_equal(a, b)
-
-
 def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     """Silver stains and fluorescence have no colour; fragments may be too small. Ink that was left out is
     named."""
@@ -2702,12 +2675,11 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     prepare.main([*flags, "--data", str(tmp_path / "data")])
     printed = capsys.readouterr().out
     for line in (
-        "no tissue found (no colour: grey, silver and fluorescence slides need --mask): silver",
-        "no tissue found: glass",
         "no tile reaches --min-tissue 0.1; 0.01 would give 1: crumb",
         "ink left out, outlined in red in data/qc (--mask decides otherwise): pen",
     ):
         assert f"1 slide, {line}" in printed
+    assert "2 slides, no tissue found (what has no colour needs --mask): glass, silver" in printed
     features, coords = wsi_llava.read_features(tmp_path / "data", "glass")
     assert features.shape == (0, 128) and coords.shape == (0, 2)
 
@@ -2733,7 +2705,7 @@ def test_other_masks_are_other_features(archive, tmp_path, capsys):
         prepare.main(common)
     want = [[x, y] for y in range(0, 768, 256) for x in range(0, 768, 256)]
     assert wsi_llava.read_features(data, "s0")[1].tolist() == want
-    message = prepare.read_failures(data)["s3"]["message"]
+    message = prepare.read_failures(data)["s3"]
     assert "s3.json: " in message and "--mask takes" in message
     assert "not in --mask, so tissue was looked for by its colour: s1, s2, s4" in capsys.readouterr().out
     picture.save(masks / "s1.png")
@@ -2802,8 +2774,8 @@ def test_geojson_as_a_mask(tmp_path):
     mask = masked(tmp_path, {"type": "FeatureCollection", "features": things}, "s.geojson")
     assert mask[:, :7].all() and mask[:, 25:31].all() and not mask[:, 9:24].any() and not mask[:, 33:].any()
     for things, message in (
-        ([odd[0]], "holds no polygons"),
-        ([{"geometry": {"type": "Circle"}}], "a Circle, not a pol"),
+        ([{"geometry": {"type": "Circle"}}], "holds a Circle"),
+        ([{"geometry": {"type": "Polygon"}}], ".*; --mask takes a picture"),
     ):
         with pytest.raises(UserError, match=f"s.geojson: {message}"):
             masked(tmp_path, {"features": things}, "s.geojson")
@@ -2829,7 +2801,7 @@ def archive(toy_slide, tmp_path_factory):
 
 def contents(data):
     """{file: its bytes} of what a data folder holds of slides."""
-    files = [path for part in ("features", "qc") for path in (data / part).iterdir()]
+    files = [path for part in ("features", "qc") for path in (data / part).glob("[!.]*")]
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
 
 
@@ -2868,14 +2840,10 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
     before = contents(data)
     assert 1 <= len(list(data.glob("features/s*"))) < 5
     assert not [name for name in before if "/s" in name and before[name] != contents(whole)[name]]
-    for name in ("features/.s3.safetensors.1", "features/.s4.safetensors.1", "qc/.s3.jpg.7"):
-        (data / f"{name}.part").write_bytes(b"half")
     command = [sys.executable, "-c", LOCK, HERE, data, "s4"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.PIPE)
     assert holder.stdout.readline() == "True\n"
     prepare_all(slides, data, *FEW)
-    left = [path.name for path in data.rglob(".*.part")]  # those of s4 alone: it is in another's hands
-    assert ".s4.safetensors.1.part" in left and all(name.startswith(".s4.") for name in left)
     assert not (data / "features" / "s4.safetensors").exists()
     holder.kill()
     holder.wait()
@@ -2926,36 +2894,33 @@ def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, c
     shutil.copy(slides / "s0.tif", tmp_path / "b" / "s4.tif")  # siteB/case1.tif, or a rescan
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_all(tmp_path / "b", data, "--max-tiles", 2)
-    message = prepare.read_failures(data)["s4"]["message"]
-    assert "features of another slide of this name; --overwrite replaces them" in message
+    message = prepare.read_failures(data)["s4"]
+    assert "of another slide of this name; --overwrite replaces it" in message
     prepare_all(tmp_path / "b", data, "--max-tiles", 2, "--overwrite")
     assert contents(data)["features/s4.safetensors"] != before["features/s4.safetensors"]
     assert not prepare.read_failures(data)
 
 
 def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
-    """--geojson on finished slides, a picture that was deleted, features that are damaged; features that are
-    whole are not touched."""
+    """--geojson on finished slides, a picture that was deleted; features are not touched."""
     slide, path = archive[0] / "s4.tif", tmp_path / "features" / "s4.safetensors"
     prepare_all(slide, tmp_path, "--max-tiles", 2)
     before, made = contents(tmp_path), path.stat().st_mtime_ns
     (tmp_path / "qc" / "s4.jpg").unlink()
     prepare_all(slide, tmp_path, "--max-tiles", 2, "--geojson")
     assert (tmp_path / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
-    (tmp_path / "qc" / "s4.geojson").unlink()
     path.write_bytes(before["features/s4.safetensors"][:-9])
-    prepare_all(slide, tmp_path, "--max-tiles", 2)
-    assert contents(tmp_path) == before
+    with pytest.raises(UserError, match="s4.safetensors: .*; not a file of features; delete it"):
+        prepare_all(slide, tmp_path, "--max-tiles", 2)
 
 
-def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch):
     def refused(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(prepare.fcntl, "lockf", refused)
     prepare_all(archive[0], tmp_path, *FEW)
     assert contents(tmp_path) == contents(archive[1])
-    assert capsys.readouterr().err.count("its file system has no locks (No locks available)") == 1
 
 
 def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
@@ -3015,7 +2980,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(large, tmp_path, capsys):
     assert wsi_llava.feature_metadata(data / "features" / "one.safetensors")["dropped"] == 1
     assert len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
     failures = prepare.read_failures(data)
-    assert set(failures) == {"bad", "three"} and "cannot be decoded" in failures["three"]["message"]
+    assert set(failures) == {"bad", "three"} and "cannot be decoded" in failures["three"]
     page = (data / "qc" / "index.html").read_text()
     assert page.index("FAILED: ") < page.index("<b>one</b>") and "3 slides, 2 failed" in page
     write_tiff(slides / "three.tif", large)
@@ -3040,7 +3005,7 @@ def test_a_slide_that_kills_its_reader_is_found_out(archive, tmp_path, monkeypat
     made, want = contents(tmp_path), contents(whole)
     features = [name for name in want if name.startswith("features/")]
     assert [name for name in features if made.get(name) != want[name]] == ["features/s2.safetensors"]
-    assert "the process that read it died" in prepare.read_failures(tmp_path)["s2"]["message"]
+    assert "the process that read it died" in prepare.read_failures(tmp_path)["s2"]
     with pytest.raises(UserError, match="s2.tif: the process that read it died"):
         prepare.apart(slides / "s2.tif", die)
 
@@ -3071,17 +3036,8 @@ def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
     save_file(encoder.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_all(archive[0] / "s4.tif", tmp_path, "--tile-encoder", tmp_path / "other.safetensors")
-    message = prepare.read_failures(tmp_path)["s4"]["message"]
-    assert "its features are not finite; try --dtype float32" in message
-
-
-def test_a_batch_too_large_for_the_memory_stops_with_what_to_do(archive, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(prepare, "encode", full)
-    with pytest.raises(UserError, match="64 tiles at once do not fit cpu's memory; try --device cpu"):
-        prepare_all(archive[0], tmp_path)
+    message = prepare.read_failures(tmp_path)["s4"]
+    assert "features that are not finite; try --dtype float32" in message
 
 
 def test_a_full_disk_stops_with_what_to_do(archive, tmp_path, monkeypatch):
@@ -3128,7 +3084,7 @@ def test_pictures_and_geojson_of_a_slide(tmp_path):
 
 def test_the_page_of_all_slides_is_safe_to_open(archive, tmp_path):
     data = shutil.copytree(archive[1], tmp_path / "data")
-    prepare.note_failure(data, "l<o>st", "a/l<o>st.svs", "no & nothing")
+    prepare.note_failure(data, "l<o>st", "no & nothing")
     prepare.write_index(data)
     page = (data / "qc" / "index.html").read_text(encoding="utf-8")
     cards = re.findall(r'<figure class="(.*?)"><a href="(.*?)">.*?<b>(.*?)</b>\n<br>(.*?)</figure>', page)
@@ -3210,15 +3166,14 @@ def test_features_of_others_are_imported(tmp_path, name, names, attributes, flag
 
 GOOD_FOREIGN = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [512, 0]])}
 REFUSED = [
-    ({"x": torch.zeros(1)}, r"keys \['x'\], neither"),
-    ([torch.zeros(2, 8)], "holds a list, neither a tensor nor a dict"),
-    (None, "holds a NoneType, neither"),
-    (torch.zeros(5, 8).to_sparse(), "no plain tensor of numbers"),
-    (GOOD_FOREIGN | {"tile_embeds": [1, 2]}, "no plain tensor of numbers"),
-    (GOOD_FOREIGN | {"coords": "0 0"}, "no plain tensor of numbers"),
+    ({"x": torch.zeros(1)}, r"holds \['x'\], neither"),
+    ([torch.zeros(2, 8)], "neither features, feats nor tile_embeds"),
+    (None, "features are a .pt or .h5"),
+    (GOOD_FOREIGN | {"tile_embeds": [1, 2]}, "features are a .pt or .h5"),
+    (GOOD_FOREIGN | {"coords": "0 0"}, "features are a .pt or .h5"),
     (torch.zeros(7, 8), r"features \[7, 8\] of tiles without coordinates; import the .h5"),
     (torch.zeros(2, 3, 8), r"features \[2, 3, 8\] of tiles without coordinates"),
-    (GOOD_FOREIGN | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\] and 3 coords are not"),
+    (GOOD_FOREIGN | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\], and 3 coords"),
     (GOOD_FOREIGN | {"tile_embeds": torch.full((2, 8), 1e6)}, "not finite in half precision"),
     (GOOD_FOREIGN | {"coords": torch.full((2, 2), torch.nan)}, "not finite"),
     (GOOD_FOREIGN | {"coords": torch.tensor([[-512, 0], [-1024, 0]])}, "negative"),
@@ -3235,28 +3190,22 @@ def test_imports_are_validated(tmp_path, tensors, message):
     torch.save(tensors, tmp_path / "x.pt")
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main(["--features", str(tmp_path / "x.pt"), "--mpp", "0.25", "--data", str(tmp_path)])
-    assert re.search(message, prepare.read_failures(tmp_path)["x"]["message"])
+    assert re.search(message, prepare.read_failures(tmp_path)["x"])
 
 
-def test_imported_features_name_their_encoder_and_are_not_overwritten_by_others(tmp_path):
-    encoder, data = wsi_llava.untrained_tile_encoder(), tmp_path / "data"
-    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
-    torch.save(GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 128)}, tmp_path / "s.pt")
-    torch.save(GOOD_FOREIGN, tmp_path / "narrow.pt")
-    flags = ["--tile-encoder", str(tmp_path / "encoder.safetensors"), "--data", str(data), "--features"]
+def test_imported_features_are_not_overwritten_by_others(tmp_path):
+    torch.save(GOOD_FOREIGN, tmp_path / "s.pt")
+    torch.save(GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 9)}, tmp_path / "wide.pt")
+    flags = ["--data", str(tmp_path / "data"), "--features"]
     for _ in range(2):
         prepare.main([*flags, str(tmp_path / "s.pt"), "--mpp", "0.25"])
-    assert wsi_llava.read_meta(data)["encoder"]["fingerprint"] == wsi_llava.fingerprint(encoder)
     for name, mpp, message in (
         ("s", "0.252", "mpp 0.25, not 0.252; --overwrite makes it again"),
-        ("narrow", "0.25", "8 wide, and --tile-encoder makes 128"),
+        ("wide", "0.25", "was made with tile encoder imported:GigaPath:8, not imported:GigaPath:9"),
     ):
         with pytest.raises(UserError, match="1 slide could not be prepared"):
             prepare.main([*flags, str(tmp_path / f"{name}.pt"), "--mpp", mpp])
-        assert message in prepare.read_failures(data)[name]["message"]
-    with pytest.raises(UserError, match="1 slide could not be prepared"):  # two encoders in one folder
-        prepare.main([*flags[2:], str(tmp_path / "narrow.pt"), "--mpp", "0.25"])
-    assert "another tile encoder" in prepare.read_failures(data)["narrow"]["message"]
+        assert message in prepare.read_failures(tmp_path / "data")[name]
 
 
 def test_coordinates_in_the_padding_of_gigapath_move_as_one(tmp_path):
@@ -3312,52 +3261,37 @@ def test_visual_tokens_and_vectors(tmp_path):
         assert [encoder["n_visual_tokens"], encoder["width"]] == list(want.shape)
     for name, tensor, message in (
         ("one.pt", torch.ones(1024), "1 visual tokens, but"),
-        ("pt_files/bag.pt", tokens, "of tiles without coordinates"),  # CLAM's
+        ("bag.pt", torch.ones(80, 1024), "of tiles without coordinates"),  # CLAM's pt_files
     ):
         write_foreign(tmp_path / name, tensor)
         with pytest.raises(UserError, match="1 slide could not"):
             prepare.main(["--features", str(tmp_path / name), "--data", str(data)])
-        assert message in prepare.read_failures(data)[Path(name).stem]["message"]
+        assert message in prepare.read_failures(data)[Path(name).stem]
 
 
-def test_folders_of_clam_and_trident_are_taken_as_they_are(tmp_path, capsys, monkeypatch):
-    places, features = {"coords": CELLS * 512}, {"features": np.ones((6, 8), np.float32)}
-    job = tmp_path / "trident/20x_256px_0px_overlap"
-    write_foreign(tmp_path / "clam/patches/a.h5", places, patch_size=512, patch_level=0)
-    write_foreign(tmp_path / "clam/feat/h5_files/a.h5", places | features)
-    write_foreign(tmp_path / "clam/feat/pt_files/a.pt", torch.ones(6, 8))
-    write_foreign(job / "patches/a_patches.h5", places, **TRIDENT)
-    write_foreign(job / "features_conch_v15/a.h5", places | features, **TRIDENT)
-    write_foreign(
-        job / "slide_features_titan/a.h5", places | {"features": np.ones(768, np.float32)}, **TRIDENT
-    )
-    for tool, flags, left_out in (
-        ("clam", ["--mpp", "0.25"], "pt_files"),
-        ("trident", [], "slide_features_titan"),
-    ):
-        data = tmp_path / f"data-{tool}"
-        prepare.main(["--features", str(tmp_path / tool), "--data", str(data), *flags])
-        printed = capsys.readouterr().out
-        assert "of 1 file" in printed and re.search(rf"Left out .*{left_out}: ", printed)
-        assert wsi_llava.read_features(data, "a")[1].tolist() == (IN_ORDER * 256).tolist()
-    write_foreign(job / "features_uni_v1/a.h5", places | features, **TRIDENT)
-    with pytest.raises(UserError, match="conch_v15/a.h5 and .*uni_v1/a.h5 have the same name; .* one folder"):
-        prepare.find_features([tmp_path / "trident"])
-    with pytest.raises(UserError, match=r"no .pt or .h5 files below"):
-        prepare.find_features([job / "slide_features_titan"][:0])
+def test_a_folder_is_named_that_holds_the_files(tmp_path, monkeypatch):
+    write_foreign(tmp_path / "features_uni" / "a.pt", GOOD_FOREIGN)
+    write_foreign(tmp_path / "features_conch" / "a.pt", GOOD_FOREIGN)
+    flags = ["--mpp", "0.25", "--data", str(tmp_path / "data"), "--features"]
+    prepare.main([*flags, str(tmp_path / "features_uni")])
+    assert len(wsi_llava.read_features(tmp_path / "data", "a")[0]) == 2
+    with pytest.raises(UserError, match="no .pt or .h5 file there; name the folder that holds them"):
+        prepare.main([*flags, str(tmp_path)])
+    with pytest.raises(UserError, match="uni/a.pt and .*conch/a.pt have the same name; .* one folder"):
+        prepare.main([*flags, str(tmp_path / "features_uni"), str(tmp_path / "features_conch")])
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(UserError, match="a.h5: reading it needs h5py: pip install h5py"):
-        prepare.read_foreign(job / "features_uni_v1/a.h5")
+        prepare.read_foreign(tmp_path / "a.h5")
 
 
 def test_one_bad_file_of_features_fails_alone(tmp_path):
-    for name, tensors in (("a", GOOD_FOREIGN), ("b", [1]), ("c", GOOD_FOREIGN), ("x" * 230, GOOD_FOREIGN)):
+    for name, tensors in (("a", GOOD_FOREIGN), ("b", [1]), ("c", GOOD_FOREIGN)):
         torch.save(tensors, tmp_path / f"{name}.pt")
     flags = ["--features", str(tmp_path), "--mpp", "0.25", "--data", str(tmp_path / "data")]
     with pytest.raises(UserError, match="--dry-run is for --slides alone"):
         prepare.main([*flags, "--dry-run"])
     assert not (tmp_path / "data").exists()
-    with pytest.raises(UserError, match="2 slides could not be prepared"):
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare.main([*flags, "--shard", "2/2"])
     prepare.main([*flags, "--shard", "1/2"])
     assert [path.stem for path in sorted((tmp_path / "data" / "features").iterdir())] == ["a", "c"]
@@ -3391,8 +3325,8 @@ def test_qa_in_both_shapes(tmp_path):
 GOOD = json.dumps({"question_id": "1", "image": "a/b.pt", "question": "q", "T-answer": "a"}) + "\n"
 MALFORMED = [
     ("", "empty"),
-    (GOOD + "{oops\n", "line 2: not JSON"),
-    ('[\n{"id": 1},\n]', "line 3: not JSON"),
+    (GOOD + "{oops\n", "line 2: Expecting .*; not JSON"),
+    ('[\n{"id": 1},\n]', "line 3 .*; not JSON"),
     (
         GOOD + '{"question_id": 1, "image": "x.pt"}\n',
         r"line 2: its fields \(question_id, image\) are of no kind",
@@ -3401,13 +3335,9 @@ MALFORMED = [
     (GOOD + "7", "line 2: 'int' object"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": null}', "line 2: its t-answer is no text: null"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": ["a"]}', "line 2: its t-answer is no text"),
-    (GOOD + '{"image": "x.pt", "question": "q", "T-answer": "\\ud800"}', "line 2: its t-answer is no text"),
-    (
-        GOOD + '{"image": "a/.SVS", "question": "q", "T-answer": "a"}',
-        "line 2: its slide is 'a/.SVS', no name",
-    ),
+    (GOOD + '{"image": "x.pt", "question": "q", "T-answer": "\\ud800"}', "line 2: .*surrogates not allowed"),
     ("slide,report\na.svs\n", "line 2: not as many columns"),
-    ('slide,report\na.svs,"open\n', "line 2: not CSV"),
+    ('slide,report\na.svs,"open\n', "unexpected end of data; not CSV"),
     (b"slide,report\na,Pr\xe4parat\n", "can't decode byte"),
     (
         "file,text\na,b\n",
@@ -3493,8 +3423,8 @@ def test_texts_ids_and_names_as_people_have_them(tmp_path, capsys):
         first["conversations"] == ["<image>\na\u2028b\u0085c", "yes"] and second["conversations"][1] == "5.5"
     )
     printed = capsys.readouterr().err
-    assert "left out 3 rows with an empty text, the first: line 3" in printed
-    assert "left out 1 row about several slides, the first: line 6" in printed
+    left_out = "left out 4 rows about several slides or with an empty text: line 3, line 4, line 5, ..."
+    assert left_out in printed
     prepare.write_qa(tmp_path / "own.jsonl", prepare.read_qa(tmp_path / "q.jsonl"))
     assert prepare.read_qa(tmp_path / "own.jsonl") == prepare.read_qa(tmp_path / "q.jsonl")
 
@@ -3521,24 +3451,21 @@ def test_questions_find_their_slides_by_the_beginning_of_a_name(name, found, cap
     (row,) = prepare.match_slides([{"id": "1", "slide": name, "conversations": TALK}], have)
     assert row == {"id": "1", "slide": found, "conversations": TALK}
     several = "TCGA-A1-A0SF is the beginning of 2 slides' names: took TCGA-A1-A0SF-01Z-00-DX1.63940315"
-    assert (several in capsys.readouterr().err) == (name == "TCGA-A1-A0SF")
+    assert (several in capsys.readouterr().out) == (name == "TCGA-A1-A0SF")
 
 
 @pytest.mark.parametrize(
     "name, split",
-    [
-        ("Grading_test.json", "test"),
-        ("my-TRAIN.csv", "train"),
-        ("vqa.Validation.v2.json", "val"),
-        ("test2.json", "test"),
-        ("WSI-Bench-open-question.jsonl", "test"),
-        ("Report-only.jsonl", "test"),
-        ("latest.json", None),
-        ("train_test.json", None),
-    ],
+    [("Grading_test.json", "test"), ("my-TRAIN.csv", "train"), ("vqa.Validation.v2.json", "val")]
+    + [("test2.json", "test"), ("latest.json", None), ("train_test.json", None)],
 )
-def test_a_split_is_told_by_a_name_that_tells_it(name, split):
-    assert prepare.named_split(f"test/{name}") == split
+def test_a_split_is_told_by_a_name_that_tells_it(tmp_path, name, split):
+    (tmp_path / name).write_text('[{"slide": "s", "question": "Why?", "answer": "So."}]')
+    try:
+        prepare.main(["--qa", str(tmp_path / name), "--data", str(tmp_path / "data")])
+    except UserError as error:
+        assert "its name does not tell the split; give --split train, val or test" in str(error)
+    assert [path.stem for path in tmp_path.glob("data/qa/*.jsonl")] == ([split] if split else [])
 
 
 def write_reports(path, **reports):
@@ -3562,17 +3489,12 @@ def test_question_files_are_added_to_their_split(tmp_path, capsys):
     wrote = f"Wrote 2 questions about 2 slides to {tmp_path}/qa/test.jsonl; 1 of these have no features: s2."
     assert wrote in capsys.readouterr().out
     prepare.main([*flags, str(tmp_path / "b.csv")])
-    assert (
-        held("test") == ["s1", "s2", "s3"]
-        and "1 doubled question of test left out" in capsys.readouterr().out
-    )
+    assert held("test") == ["s1", "s2", "s3"]
     prepare.main([*flags, str(tmp_path / "b.csv"), "--overwrite"])
     assert held("test") == ["s2", "s3"]
-    with pytest.raises(UserError, match="1 question file could not be read, see above; the others are done"):
-        prepare.main([*flags, str(tmp_path / "bad_test.csv"), str(tmp_path / "a.csv")])
-    assert (
-        held("test") == ["s2", "s3", "s1"] and "bad_test.csv: holds no questions" in capsys.readouterr().err
-    )
+    with pytest.raises(UserError, match="bad_test.csv: holds no questions"):  # before anything is written
+        prepare.main([*flags, str(tmp_path / "a.csv"), str(tmp_path / "bad_test.csv")])
+    assert held("test") == ["s2", "s3"]
     reports = {"train": [{"id": "s7", "report": "x"}], "val": [{"id": "s8", "report": "x"}], "test": []}
     (tmp_path / "histgen.json").write_text(json.dumps(reports))
     prepare.main(["--data", str(tmp_path), "--qa", str(tmp_path / "histgen.json")])
@@ -3586,15 +3508,15 @@ def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_pat
     write_reports(tmp_path / "test.csv", **{"TCGA-A1-A0SF-01Z-00-DX2": "f", "x1": "g", "y2": "h"})
     common = ["--data", str(tmp_path), "--qa", str(tmp_path / "test.csv")]
     prepare.main([*common, str(tmp_path / "train.csv")])
-    said = "On both sides of training and test: 2 patients (TCGA-A1-A0SF, x1), 2 questions of training"
+    said = "Found 2 questions of training about patients of the test (--drop-leaks leaves them out)"
     assert said in capsys.readouterr().out
     prepare.main([*common, "--drop-leaks"])
-    assert "left out of it" in capsys.readouterr().out
+    assert "Left out 2 questions of training about patients of the test." in capsys.readouterr().out
     rows = prepare.read_qa(tmp_path / "qa" / "train.jsonl")
     assert [row["slide"] for row in rows] == ["TCGA-A1-A0SG-01Z-00-DX1", "y3"]
     assert len(prepare.read_qa(tmp_path / "qa" / "test.jsonl")) == 3
     prepare.main(common)
-    assert "On both sides of training and test: 0 patients." in capsys.readouterr().out
+    assert "Found 0 questions of training" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (SHARED / "field").exists(), reason="needs the question files in ../shared/field")
@@ -3638,15 +3560,7 @@ def test_demo_cohort_is_balanced_and_disjoint():
         counts = [sum(case[key] == value for case in test) for value in {case[key] for case in test}]
         assert counts == [24 // values] * values
     rows = prepare.write_questions(test[0], np.random.default_rng(0))
-    assert [row["task"] for row in rows] == [
-        "report",
-        "type",
-        "grade",
-        "position",
-        "focus",
-        "subtype",
-        "dialogue",
-    ]
+    assert [row["task"] for row in rows] == [*prepare.ASKED, "dialogue"]
     answers = {row["task"]: row["conversations"][1]["value"] for row in rows}
     for key in ("type", "grade", "position"):
         assert test[0][key] in answers[key] and test[0][key] in answers["report"]
@@ -3742,7 +3656,7 @@ def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source
     lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
     monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
     chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    said = sample.talk(types.SimpleNamespace(ask=None), chat)
+    said = sample.talk(chat)
     out, err = capsys.readouterr()
     assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
     assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
@@ -3767,7 +3681,7 @@ def test_batched_answers_equal_single_ones(tiny, tokenizer, monkeypatch):
     rows[1] = {"slide": "a", "conversations": [{"from": "human", "value": "<image>\nWhat is its grade?"}]}
     visual = {"a": torch.randn(9, 128), "b": torch.randn(9, 128)}
     single = [sample.answer_rows(tiny, tokenizer, [row], visual, max_new_tokens=8)[0] for row in rows]
-    for room in (4e9, 0):
+    for room in (8192, 0):
         monkeypatch.setattr(sample, "ROOM", room)
         assert sample.answer_rows(tiny, tokenizer, rows, visual, max_new_tokens=8) == single
     assert len(set(single)) > 1
@@ -4108,7 +4022,7 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     [
         (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
         (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
-        (said([{"type": "text", "text": '{"claims": ["a", "b"]}'}]), said('{"scores": [1, 0]}', finish=None)),
+        (said('{"claims": ["a", "b"]}'), said('{"scores": [1, 0]}', finish=None)),
         (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
     ],
 )  # fmt: skip
@@ -4127,7 +4041,6 @@ EXAMPLE = '{"scores": [1, 0.3]}'
         (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
         (said("", reasoning=EXAMPLE), 2, "an empty reply"),
         (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
-        (said([{"type": "thinking", "thinking": EXAMPLE}]), 2, "an empty reply"),
         (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
         (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
         (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
@@ -4159,7 +4072,7 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
     judged(judge_server, path)
     assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
     assert (
-        "2 grades stayed unusable and count as 0; 2 times: unusable (ValueError: holds no JSON)"
+        "2 grades stayed unusable and count as 0; 2 times unusable (ValueError: holds no JSON)"
         in capsys.readouterr().out
     )
 
@@ -4359,7 +4272,7 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 1 + 3 and max(map(len, table)) <= 160
     names = [name for name in table[0].split("|") if "long" in name]
-    assert len(set(names)) == len(names) == min(n, 5)
+    assert len(set(names)) == len(names) == min(n, 3)
     assert len([name for name in table_of(tmp_path)["all", "exact match"] if "long_" in name]) == 6 * n
 
 
@@ -4368,7 +4281,7 @@ def test_intervals_and_rank_correlations():
     graded = {x: np.array([2.0, 1, 4, 3, 5, np.nan]) for x in sample.JUDGED}
     graded |= {x: np.array([1.0, 4, 9, 16, 25, 1]) for x in sample.TEXTUAL}
     # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert "ROUGE-L with WSI-Precision 0.80 (5)" in list(sample.correlations({"model": graded}))
+    assert "ROUGE-L with WSI-Precision 0.80 (5)" in sample.correlations([graded])
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
@@ -4381,7 +4294,7 @@ def test_intervals_and_rank_correlations():
 ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-@pytest.mark.parametrize("column", sample.SAID)
+@pytest.mark.parametrize("column", sample.SAID.split())
 def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
@@ -4391,7 +4304,7 @@ def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     evaluated(ours, path)
     line, printed = table_of(tmp_path)["all", "exact match"], capsys.readouterr().out
     assert (line["questions"], line["predictions"], line["theirs"]) == (5, 1, 0)
-    assert f"took question_id for the id, answer for the truth, {column} for the answer" in printed
+    assert f"took question_id for the id, {column} for the answer, answer for the truth" in printed
 
 
 def as_csv(delimiter, first="", end="\n"):
@@ -4424,7 +4337,7 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     path.write_text(text(said), encoding="utf-8")
     evaluated(ours, path)
     assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
-    assert "took id for the id, prediction for the answer." in capsys.readouterr().out
+    assert "took id for the id, prediction for the answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -4432,7 +4345,10 @@ def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
     [
         ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
         ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
-        ("id,answer\nx0,a\nx1,b\n", "a.csv: 2 rows match no question, .*the first: x0.*took id for the id"),
+        (
+            "id,answer\nx0,a\nx1,b\n",
+            "a.csv: took id for the id, .* 2 match no question, or several; the first: x0",
+        ),
         ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
         ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
         ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
@@ -4450,29 +4366,26 @@ def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, mess
     ([{"id": "q0", "question": "<image>\nwhich grade,  0?"}, {"slide": "T/s1.svs", "question": "Which grade, 2?"}], [0, 2], ""),
     ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
     # A key that fits several fits nothing; the same row does not answer two questions.
-    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
-    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 rows match no"),
+    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 match no question"),
+    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 match no"),
     ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
-    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 rows answer a question again; the last counts"),
+    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 answer a question again"),
 ])  # fmt: skip
 def test_answers_go_to_the_one_question_that_they_fit(tmp_path, theirs, right, note):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
     path.write_text(json.dumps([row | {"text": "Grade 2."} for row in theirs]))
     rows, systems, notes = sample.read_systems([ours, path])
-    assert [row["n"] for row in rows] == right and systems["a"] == ["Grade 2."] * len(right)
+    assert [row["id"] for row in rows] == [f"q{n}" for n in right] and systems["a"] == ["Grade 2."] * len(
+        right
+    )
     assert note in " ".join(notes)
 
 
 def test_the_first_files_rows_are_its_own_also_twice(tmp_path):
-    """And a file of the same questions, in whatever order, is matched by their numbers."""
-    ours, other = write_predictions(tmp_path, ASKED[:1] * 4), tmp_path / "other.jsonl"
-    first, *rest = ours.read_text().replace("{}", '{"questions": "abc"}').splitlines()
-    for row in range(4):
-        rest[row] = json.dumps(json.loads(rest[row]) | {"id": "same", "slide": "s"})
-    ours.write_text("\n".join([first, *rest]) + "\n")
-    other.write_text("\n".join([first, *rest[::-1]]) + "\n")
-    rows, systems, _ = sample.read_systems([ours, other])
-    assert len(rows) == 4 and list(systems) == ["predictions", "other"]
+    ours = write_predictions(tmp_path, ASKED[:1] * 4)
+    ours.write_text(re.sub(r'"id": "q\d", "slide": "s\d"', '"id": "same", "slide": "s"', ours.read_text()))
+    rows, systems, _ = sample.read_systems([ours])
+    assert len(rows) == 4 and list(systems) == ["model"]
 
 
 @pytest.mark.parametrize("name", ["majority", "no slide", "questions", "published", "a - b", "a, no slide"])
@@ -4664,7 +4577,7 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsy
 @slow
 def test_demo_runs_end_to_end(demo):
     folder, printed = demo
-    for task in ("type", "grade", "position", "focus", "subtype"):
+    for task in ("type", "grade", "position", "focus"):
         assert re.search(rf"\| {task} +\| exact match +\| 3 ", printed), printed
     assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\| ROUGE-L +\|", printed)
     commands = re.findall(r"^\$ python (\w+\.py .*)", printed, re.M)
