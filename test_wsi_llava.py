@@ -1679,7 +1679,7 @@ def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
     shutil.rmtree(folder)
     refused(f"{folder} or weights/llava-v1.5-7b: no such file; name a language model")
     shutil.rmtree("weights/gigapath")
-    needed = "--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
+    needed = "--preset 7b needs GigaPath's: name it by --tile-encoder"
     with pytest.raises(UserError, match=needed):
         wsi_llava.pick_tile_encoder(prepare.parse(["--preset", "7b", "--demo"]))
 
