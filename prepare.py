@@ -1,28 +1,24 @@
 """Slides -> tile features, question files -> one dataset: everything that train.py and sample.py read.
 
-    python prepare.py --slides PATH...             slides, folders of slides, lists: tissue, tiles, features
-    python prepare.py --features PATH...           the same from features that were made elsewhere
-    python prepare.py --qa FILE... [--split test]  WSI-Bench's question files, either shape, into data/qa/
+    python prepare.py --slides PATH...             slides, folders of slides: tissue, tiles, features
+    python prepare.py --features PATH...           features that were made elsewhere
+    python prepare.py --qa FILE... [--split test]  question files
     python prepare.py --demo                       draws a cohort of toy slides, with reports and questions
 
 A slide is cut into 256-px tiles at 0.5 um/px where there is tissue, and every tile becomes one vector:
 
     data/features/<slide>.safetensors   features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
-    data/qc/<slide>.jpg                 thumbnail with the outlines of tissue and kept tiles: look at it
-    data/qc/index.html                  all of these pictures on one page, and what failed
+    data/qc/<slide>.jpg                 its tissue and tiles: look at it (index.html: all, failures first)
     data/failures/<slide>.json          why a slide could not be prepared
 
-Interrupt it whenever you like, kill it, start it twice: a slide is done once its files are there, and whoever
-works on a slide holds a lock that dies with the process.
+Interrupt it, kill it, start it twice: a slide is done once its files are there, and whoever works on it holds
+a lock that dies with the process.
 """
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import csv
-import datetime
-import errno
 import functools
 import hashlib
 import html
@@ -34,8 +30,6 @@ import multiprocessing
 import os
 import re
 import signal
-import string
-import struct
 import sys
 import threading
 import time
@@ -43,11 +37,6 @@ import urllib.parse
 import zlib
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs on one folder do the same work twice
-    fcntl = None
 
 import numpy as np
 import openslide
@@ -57,14 +46,16 @@ from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 import wsi_llava
-from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, reading, replacing
+from wsi_llava import TILE, UserError, at_least, check, count, feature_metadata, few, reading, replacing
+
+with contextlib.suppress(ImportError):  # Windows has none
+    import fcntl
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
 NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction of it, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px of a slide; TIFFs that say 72 dpi mean nothing by it
-GRID = 1000  # tiles along a side for which the slide encoder has positions
+LONGEST = 256_000  # tiled pixels along a side: the slide encoder has positions for 1000 tiles
 MASK = 32  # tiled pixels per pixel of the tissue mask: 8 x 8 mask pixels a tile
-BLOCK = 4  # tiles along each side of a block: neighbours that are read one after the other
 PICTURE = 768  # pixels along the longer side of the picture to look at
 BATCH = 64  # tiles that pass the encoder together
 DROPPED = 0.01  # a slide fails where more of its tiles, or of its thumbnail, cannot be decoded
@@ -78,107 +69,93 @@ Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an
 
 def number(text):
     """What a file says, as a finite number; 0 where it says none."""
-    try:
-        value = float(text)
-    except (TypeError, ValueError, ArithmeticError):  # Pillow's fractions can be 0/0
-        return 0
-    return value if math.isfinite(value) else 0
+    with contextlib.suppress(TypeError, ValueError, ArithmeticError):  # Pillow's fractions can be 0/0
+        return float(text) if math.isfinite(float(text)) else 0
+    return 0
 
 
 class Slide:
     """A slide seen as one image of width x height pixels at the tiled resolution.
 
-    mpp: um per level-0 pixel, from `source`. scale: level-0 pixels per tiled pixel, exactly target / mpp. The
-    argument mpp wins over what the file says; fallback: those of a file that says nothing. Raises UserError
-    where the file is no slide or its um/px are unknown.
+    mpp: um per level-0 pixel, from `source`. scale: level-0 pixels per tiled pixel. The argument mpp wins
+    over what the file says; fallback: those of a file that says nothing. Raises UserError.
     """
 
-    def __init__(self, path, mpp=None, target=TARGET_MPP, fallback=None):
+    def __init__(self, path, mpp=None, fallback=None):
         # The folder of an MRXS or DICOM slide lies beside the file, not beside a link to it.
         real = os.path.realpath(path)
         self.path, self.notes = path if Path(real).suffix != Path(path).suffix else real, []
-        try:
+        with reading(path, "not a slide that OpenSlide can read"):
             self.open()
-        except Exception as error:  # what OpenSlide and Pillow raise over a damaged file is no short list
-            said = wsi_llava.one_line(error)
-            raise UserError(f"{path}: not a slide that OpenSlide can read ({said})") from None
         claimed = number(self.get("openslide.level[0].tile-width"))
         check(claimed <= 2**16, f"{path}: says that its tiles are {claimed:.0f} px wide; a damaged file")
-        self.mpp, self.source = (mpp, "given") if mpp else self.own_mpp(path, fallback)
-        self.scale = target / self.mpp
+        self.mpp, self.source = (mpp, "--mpp-csv") if mpp else self.own_mpp(path, fallback)
+        self.scale = TARGET_MPP / self.mpp
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
-        large = f"{path}: {self.width} x {self.height} px at {target:g} um/px are over {GRID} x {GRID} tiles"
-        check(max(self.width, self.height) <= GRID * TILE, f"{large}; --mpp-csv gives other um/px")
+        large = f"{path}: {self.width} x {self.height} px at {TARGET_MPP} um/px are over {LONGEST}"
+        check(max(self.width, self.height) <= LONGEST, f"{large}; --mpp-csv gives other um/px")
         self.downsamples = self.file.level_downsamples  # asked for once: the library counts anew each time
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
         self.level = self.level_at(self.scale)
         self.zoom = self.scale / self.scales[self.level]  # level pixels per tiled pixel
         whole = max(1, round(self.zoom))
         self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # the same, if a whole number
-        if self.source in ("objective power", "--mpp", "given"):
-            self.notes.append(f"um/px taken from {self.source.replace('given', '--mpp-csv')}")
-        if self.scale < 1 - NATIVE:
-            self.notes.append("coarser than the target, enlarged")
+        if self.source in ("objective power", "--mpp", "--mpp-csv"):
+            self.notes.append(f"um/px taken from {self.source}")
 
     def open(self):
         """Opens the file, also anew: OpenSlide refuses everything after an error."""
         self.file = openslide.open_slide(self.path)
         self.get = self.file.properties.get
 
-    def hash(self):
-        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a picture, its bytes'."""
-        if quick := self.get("openslide.quickhash-1"):
-            return quick
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     @property
     def corner(self):
         """Level-0 (x, y) where the scanned area begins, as MRXS tells it: QuPath counts from there."""
         return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
+    def hash(self):
+        """What tells this slide from others, wherever it lies: OpenSlide's hash; of a picture, its bytes'."""
+        with open(self.path, "rb") as file:
+            quick = self.get("openslide.quickhash-1")
+            return quick or hashlib.file_digest(file, "sha256").hexdigest()
+
     def own_mpp(self, path, fallback):
         """The um/px that the file says, or the fallback -> (um/px, where they are from)."""
-        text, unit = self.get("tiff.ImageDescription") or "", self.get("tiff.ResolutionUnit")
-        per_unit, written = [self.get("tiff.XResolution"), self.get("tiff.YResolution")], "TIFF tags"
+        text, unit = self.get("tiff.ImageDescription", ""), self.get("tiff.ResolutionUnit", "")
+        per_unit = self.get("tiff.XResolution"), self.get("tiff.YResolution")
         if isinstance(self.file, openslide.ImageSlide):  # a plain picture, which Pillow reads
             with Image.open(self.path) as image:
-                text, unit, written = str(getattr(image, "tag_v2", {}).get(270, "")), "inch", "dpi"
+                text, unit = str(getattr(image, "tag_v2", {}).get(270, "")), "inch"
                 per_unit = image.info.get("dpi") or image.info.get("resolution") or (0, 0)
-        per_unit = [number(side) or math.inf for side in per_unit]
+        wide, high = (number(side) or math.inf for side in per_unit)
+        ome = dict(re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]*)"', text)[:4])
+        imagej = re.search(r"^ImageJ=.*^unit=(\w+|[^\n]+)", text, re.MULTILINE | re.DOTALL)
+        power = number(self.get("openslide.objective-power")) or math.inf
 
-        def microns(unit):  # the sign for micro is written in several ways
+        def um(unit):  # its sign for micro is written in several ways
             return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
 
-        ome = dict(re.findall(r'PhysicalSize([XY](?:Unit)?)="([^"]*)"', text)[:4])
-        imagej = re.search(r"^unit=(.+)$", text, re.MULTILINE) if text.startswith("ImageJ=") else None
-        power = 10 / (number(self.get("openslide.objective-power")) or math.inf)  # 40x is about 0.25 um/px
-        sources = {
-            "OME-XML": [number(ome.get(side)) * microns(ome.get(f"{side}Unit", "um")) for side in "XY"],
-            "ImageJ": [microns(imagej[1]) / side if imagej else 0 for side in per_unit],
-            "metadata": [number(self.get("openslide.mpp-x")), number(self.get("openslide.mpp-y"))],
-            written: [MICRONS.get(unit, 0) / side for side in per_unit],
-            "objective power": [power, power],
+        sources = {  # the most trusted first
+            "OME-XML": [number(ome.get(side)) * um(ome.get(f"{side}Unit", "um")) for side in "XY"],
+            "ImageJ": [um(imagej[1]) / wide, um(imagej[1]) / high] if imagej else [0, 0],
+            "metadata": [number(self.get(f"openslide.mpp-{side}")) for side in "xy"],
+            "resolution": [um(unit) / wide, um(unit) / high],
+            "objective power": [10 / power, 10 / power],  # 40x is about 0.25 um/px
         }
-        found, says = {}, "its metadata has no um/px"
-        for source, (wide, high) in sources.items():
-            wide, high = wide or high, high or wide
-            if MPP_RANGE[0] <= min(wide, high) and max(wide, high) <= MPP_RANGE[1]:
-                found[source] = wide, high
-            elif wide and source not in (written, "objective power"):
-                says = f"its um/px are {wide:g} ({source}), not from 0.05 to 20"
+        said = {source: max(sides) for source, sides in sources.items() if max(sides)}
+        found = [source for source in said if MPP_RANGE[0] <= said[source] <= MPP_RANGE[1]]
         if re.search(r'<Image .*<Image |Size[ZT]="([2-9]|\d\d)', text, re.DOTALL):
             self.notes.append("of several scenes or focal planes, the first is read")
         if not found:
-            check(fallback, f"{path}: {says}; give it with --mpp (0.25 is 40x, 0.5 is 20x) or --mpp-csv")
+            none = f"{path}: says no um/px from 0.05 to 20 ({said or 'none at all'})"
+            check(fallback, f"{none}; give it with --mpp (0.25 is 40x, 0.5 is 20x) or --mpp-csv")
             return fallback, "--mpp"
-        source, (wide, high) = next(iter(found.items()))
+        wide, high = (side or said[found[0]] for side in sources[found[0]])
         oblong = f"{path}: its pixels are not square ({wide:g} x {high:g} um); give one number by --mpp-csv"
         check(abs(wide / high - 1) <= NATIVE, oblong)
-        sizes = [wide for wide, _ in found.values()]
-        if max(sizes) > 1.5 * min(sizes):
+        if max(said[source] for source in found) > 1.5 * min(said[source] for source in found):
             self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
-        return (wide + high) / 2, source
+        return (wide + high) / 2, found[0]
 
     def level_scale(self, level):
         """Level-0 pixels per pixel of a level, one number for both sides; None where it cannot be told.
@@ -189,10 +166,10 @@ class Slide:
         sides, size = self.file.dimensions, self.file.level_dimensions[level]
         tile = number(self.get(f"openslide.level[{level}].tile-width"))
 
-        def padding(scale):
+        def padding(scale):  # pixels of the level, right and below
             return [part - whole / scale for part, whole in zip(size, sides)]
 
-        longer = max(whole / part for part, whole in zip(size, sides) if whole == max(sides))
+        longer = max(sides) / size[sides.index(max(sides))]
         if max(map(abs, padding(max(1, round(longer))))) <= 1:
             return longer
         if tile and size[0] % tile == size[1] % tile == 0:  # padded; a level of one tile may fit several
@@ -234,13 +211,11 @@ class Slide:
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
-    def size_at(self, pixel):  # of the whole slide, `pixel` tiled pixels a pixel
-        return [max(1, round(side / pixel)) for side in (self.width, self.height)]
-
     def thumbnail(self, pixel):
         """The whole slide, `pixel` tiled pixels a pixel, read square by square: without small levels that
         takes time, and not memory. What cannot be decoded stays white, up to 1%."""
-        picture, self.lost = Image.new("RGB", self.size_at(pixel), "white"), 0  # pixels of the picture
+        size = [max(1, round(side / pixel)) for side in (self.width, self.height)]
+        picture, self.lost = Image.new("RGB", size, "white"), 0  # pixels of the picture
         level = self.level_at(self.scale * pixel)
         zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
         step = max(1, int(TILE / zoom))
@@ -256,88 +231,51 @@ class Slide:
                 self.open()
                 self.lost += (right - x) * (bottom - y)
                 much = self.lost > DROPPED * picture.width * picture.height
-                check(not much, f"over {DROPPED:.0%} of its area cannot be decoded ({error})")
+                check(not much, f"{self.path}: over {DROPPED:.0%} of its area cannot be decoded ({error})")
         return picture
 
 
 # ---- Finding slides, and what they are called --------------------------------------------------------------
 
 
-def walk(top):
-    """Every folder below `top` -> (folder, its visible files, sorted). Follows links, and no folder twice."""
-
-    def unreadable(error):
-        print(f"{error.filename}: this folder cannot be read ({error.strerror}); left out", file=sys.stderr)
-
-    seen = set()
-    for folder, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
-        ours = {"qc"} if "meta.json" in files else set()  # pictures of an earlier run
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in set(folders) - ours if name[0] != ".")  # .snapshot, .Trash-1000
-        paths = [Path(folder, name) for name in sorted(files) if name[0] != "."]
-        yield Path(folder), [path for path in paths if path.is_file() or not path.exists()]  # no pipes
+def dicom_series(path):
+    """A DICOM file's series, if it is of a slide; "" if it is of none, or None where it is no DICOM file."""
+    head = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        head = file.read(2**16)
+    # Elements come in order of their tags, with whole sequences between them. So the first kind (0008,0016)
+    # is the file's own, and the last series (0020,000E) before what tells of pixels (0028,0002).
+    kind = re.search(rb"\x08\0\x16\0UI..([0-9.]*)", head, re.DOTALL)
+    before = head.partition(b"\x28\0\x02\0US")[0]
+    series = re.findall(rb"\x20\0\x0e\0UI..([0-9.]*)", before, re.DOTALL)
+    if kind and series and kind[1].endswith(b".77.1.6"):  # VL Whole Slide Microscopy Image Storage
+        return series[-1].decode()
+    return "" if head[128:132] == b"DICM" else None
 
 
-def dicom_tags(path):
-    """A DICOM file's kind (SOP class), series, container and image type, where given -> {name: text}."""
-    wanted = {(8, 0x16): "kind", (0x20, 0xE): "series", (0x40, 0x512): "container", (8, 8): "type"}
-    tags, depth = {}, 0  # depth: of sequences, whose contents are passed over
-    with contextlib.suppress(OSError, struct.error), open(path, "rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return tags
-        while True:
-            group, element, kind, length = struct.unpack("<HH2sH", file.read(8))
-            if group == 0xFFFE:  # an item of a sequence, or an end
-                depth -= element == 0xE0DD
-                continue
-            if kind in (b"OB", b"OD", b"OF", b"OL", b"OW", b"SQ", b"UC", b"UN", b"UR", b"UT"):
-                (length,) = struct.unpack("<I", file.read(4))
-            if group > 0x40 or (length == 0xFFFFFFFF and kind != b"SQ"):
-                break
-            if length == 0xFFFFFFFF:
-                depth += 1
-            elif not depth and (group, element) in wanted:
-                tags[wanted[group, element]] = file.read(length).decode("latin-1").strip("\0 ")
-            else:
-                file.seek(length, os.SEEK_CUR)
-    return tags
-
-
-def dicom_slides(folder, files):
+def dicom_slides(files):
     """The slides of a folder's .dcm files -> [(name, path)]. A slide is a series: a file for each of its
     levels, perhaps label and macro too. Annotations and segmentations are series as well, and no slides."""
-    slides, tags_of = {}, {path: dicom_tags(path) for path in files}
-    for path, tags in tags_of.items():
-        if tags.get("kind", "").endswith(".77.1.6"):  # VL Whole Slide Microscopy Image Storage
-            label = "VOLUME" not in tags.get("type", "")
-            slides.setdefault(tags.get("series", ""), []).append((label, path, tags.get("container")))
+    series_of = {path: dicom_series(path) for path in reversed(files)}
+    slides = {series: path for path, series in series_of.items() if series}
     if not slides:  # what can't be read as DICOM may be a damaged slide: its reader will say so
-        return [(folder.name, path) for path in files if not tags_of[path]][:1]
-    firsts = {series: min(slides[series], key=lambda item: item[:2]) for series in slides}
-    names = [container or series for series, (_, _, container) in firsts.items()]
-    names = names if len(set(names)) == len(names) else list(firsts)
-    names = [f"{folder.name}_{name}" for name in names] if len(names) > 1 else [folder.name]
-    return [(name, path) for name, (_, path, _) in zip(names, firsts.values())]
-
-
-def few(names):
-    """The first of many names, for people."""
-    return ", ".join(map(str, names[:5])) + (", ..." if len(names) > 5 else "")
+        slides = {series: path for path, series in series_of.items() if series is None}
+    several = len(slides) > 1
+    return [(path.resolve().parent.name + f"_{x}" * several, path) for x, path in sorted(slides.items())]
 
 
 def name_slides(slides):
     """[(name, path)] -> {slide id: path}. Names that meet get their folder's name before them."""
     # Some file systems take upper for lower case, and no name that is not UTF-8.
-    slides = [(os.fsencode(name).decode(errors="replace"), path) for name, path in slides]
+    slides = [
+        (re.sub(r"[/\\\x00-\x1f]", "_", os.fsencode(name).decode(errors="replace")), path)
+        for name, path in slides
+    ]
     times, taken, named = collections.Counter(name.casefold() for name, _ in slides), {}, {}
     for name, path in slides:
         if times[name.casefold()] > 1:
             name = f"{path.resolve().parent.name}_{name}"
             print(f"{path}: named {name}, since there are others of its name")
-        name = re.sub(r"[/\\\x00-\x1f]", "_", name)
         other = taken.setdefault(name.casefold(), path)
         check(other is path, f"{other} and {path} have the same name, {name}; rename one")
         check(len(name.encode()) <= 200, f"{path}: its name is too long for files beside it; rename it")
@@ -346,27 +284,32 @@ def name_slides(slides):
 
 
 def find_slides(inputs):
-    """Folders (searched through), files, and .txt lists of both, one a line -> {slide id: path}, sorted. The
-    id is the file's stem; a DICOM slide is a folder of .dcm files, named as the folder."""
-    entries, found = [], {}
+    """Folders (searched through, also by links) and files -> {slide id: path}, sorted. The id is the file's
+    stem; a DICOM slide is a folder of .dcm files, named as the folder."""
+
+    def unreadable(error):
+        print(f"{error.filename}: this folder cannot be read ({error.strerror}); left out", file=sys.stderr)
+
+    found, seen, suffixes = {}, set(), {f".{suffix}" for suffix in SUFFIXES}
     for entry in map(Path, inputs):
-        if entry.suffix.lower() == ".txt" and entry.is_file():
-            lines = entry.read_text("utf-8-sig", "surrogateescape").splitlines()  # names as ls writes them
-            entries += [(Path(line.strip()), entry) for line in lines if line.strip()]
-        else:
-            entries.append((entry, "--slides"))
-    for entry, source in entries:
-        check(entry.is_file() or entry.is_dir(), f"{entry}: no such file or folder ({source})")
-        for folder, files in walk(entry) if entry.is_dir() else [(None, [entry])]:
-            slides = [(path.stem, path) for path in files]
-            if folder:
-                endings = {path.suffix.lower() for path in files}
-                known = {f".{suffix}" for suffix in SUFFIXES} - {".dcm"}
-                known -= {".jpg"} if endings & {".vms", ".vmu"} else set()  # Hamamatsu's: parts of the slide
-                slides = [(name, path) for name, path in slides if path.suffix.lower() in known]
-                slides += dicom_slides(folder.resolve(), [p for p in files if p.suffix.lower() == ".dcm"])
-            for name, path in slides:  # a slide may be named twice, by its folder and in a list
-                found.setdefault((name, os.path.realpath(path)), (name, path))
+        check(entry.is_file() or entry.is_dir(), f"{entry}: no such file or folder (--slides)")
+        if entry.is_file():
+            found[os.path.realpath(entry)] = entry.stem, entry
+        for folder, folders, files in os.walk(entry, followlinks=True, onerror=unreadable):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            if os.path.realpath(folder) in seen or "meta.json" in files:  # data, with pictures of slides
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            paths = [Path(folder, name) for name in sorted(files) if name[0] != "."]
+            paths = [path for path in paths if path.is_file() or not path.exists()]  # no pipes
+            slides = {suffix: [p for p in paths if p.suffix.lower() == suffix] for suffix in suffixes}
+            if slides[".vms"] or slides[".vmu"]:
+                slides[".jpg"] = []  # Hamamatsu's: parts of the slide
+            for name, path in dicom_slides(slides.pop(".dcm")):
+                found.setdefault(os.path.realpath(path), (name, path))
+            for path in itertools.chain(*slides.values()):  # perhaps named by itself, too
+                found.setdefault(os.path.realpath(path), (path.stem, path))
     check(found, f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
     return name_slides(found.values())
 
@@ -374,24 +317,20 @@ def find_slides(inputs):
 def read_mpp_csv(path, slides):
     """Lines of slide,mpp -> {slide id: um/px at level 0}, of these slides {id: path}. A slide is named by its
     id, its file or its path; the first line may be `slide,mpp`."""
-    table, given, used = {}, {}, set()
+    table, given = {}, {}
     with reading(path, "--mpp-csv takes lines of slide,mpp"):
-        rows = list(csv.reader(io.StringIO(Path(path).read_text("utf-8-sig"), newline="")))
-    for line, row in enumerate(rows, 1):
-        row = [cell.strip() for cell in row]
-        if any(row) and (line > 1 or [cell.lower() for cell in row] != ["slide", "mpp"]):
-            fits = len(row) == 2 and row[0] and MPP_RANGE[0] <= number(row[1]) <= MPP_RANGE[1]
-            check(fits, f"{path}, line {line}: not slide,mpp with 0.05 to 20 um per pixel")
-            again = f"{path}, line {line}: {row[0]} again, with {row[1]} and {table.get(row[0])} um/px"
-            check(table.setdefault(row[0], number(row[1])) == number(row[1]), again)
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    for i, row in enumerate(csv.reader(lines), 1):
+        slide, mpp = row if len(row) == 2 else ("", "")
+        if row and (i > 1 or "".join(row).lower() != "slidempp"):
+            fits = slide.strip() and MPP_RANGE[0] <= number(mpp) <= MPP_RANGE[1]
+            check(fits, f"{path}, line {i}: not slide,mpp with 0.05 to 20 um per pixel")
+            again = table.setdefault(slide.strip(), number(mpp))
+            check(again == number(mpp), f"{path}, line {i}: {slide} again, with {mpp} and {again} um/px")
     for name, file in slides.items():
         for key in (os.path.realpath(file), str(file), file.name, file.stem, name):
-            if key in table:
-                given[name] = table[key]  # by its id before all
-                used.add(key)
-    lost = [slide for slide in table if slide not in used]
-    if lost:
-        print(f"{path}: {count(len(lost), 'line')} about no slide here: {few(lost)}")
+            given |= {name: table[key]} if key in table else {}  # by its id before all
+    print(f"{path}: {count(len(table), 'line')}, about {len(given)} of the slides here")
     return given
 
 
@@ -404,14 +343,12 @@ def read_mpp_csv(path, slides):
 # is a stain all the same, unless it is smoother than any tissue.
 
 WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
-STRIP = 2**18  # pixels that are looked at together: a thumbnail has 10 million
-HALO = 12  # pixels that the median, roughness and ink reach into the next strip
 
 
 def box_mean(x, r):
-    """Mean over the (2r+1)^2 pixels around each of float [h,w]."""
+    """Mean over the (2r+1)^2 pixels around each of [h,w], as float32."""
     for _ in range(2):  # columns, then rows
-        padded = np.pad(x, ((r, r), (0, 0)), mode="edge")
+        padded = np.pad(x.astype(np.float32), ((r, r), (0, 0)), mode="edge")
         x = sum(padded[i : i + len(x)] for i in range(2 * r + 1)).T / (2 * r + 1)
     return x
 
@@ -419,17 +356,6 @@ def box_mean(x, r):
 def roughness(x):
     """Standard deviation over the 5 x 5 pixels around each of float [h,w]."""
     return np.sqrt(np.maximum(0, box_mean(x * x, 2) - box_mean(x, 2) ** 2))
-
-
-def strips(picture, every=1):
-    """Every n-th strip of a picture -> (its rows, its pixels uint8 with a margin, where it lies in these)."""
-    rows = max(HALO, STRIP // picture.width)
-    for top in range(0, picture.height, rows * every):
-        above = min(top, HALO)
-        bottom = min(picture.height, top + rows)
-        part = picture.crop((0, top - above, picture.width, min(picture.height, bottom + HALO)))
-        pixels = np.asarray(part.filter(ImageFilter.MedianFilter(3)))
-        yield slice(top, bottom), pixels, slice(above, above + bottom - top)
 
 
 def glass_among(rgb, pink):
@@ -445,20 +371,17 @@ def glass_among(rgb, pink):
     if glass.min() < 178 or np.ptp(glass) > 48 or glass[1] < min(glass[0], glass[2]) - pink:
         return None
     pixels = pixels[abs(pixels - glass).max(-1) < 8]
-    if len(pixels) < 100:
-        return glass, 0.03
     # Stain is what has more colour than the glass's own noise: 4.5 deviations of it (told by its median,
     # which a few stained pixels do not move).
     colour = np.ptp(np.log10(glass / pixels), axis=-1)
     noise = 1.4826 * np.median(abs(colour - np.median(colour)))
-    return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06))
+    least = np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06) if len(pixels) >= 100 else 0.03
+    return glass, float(least)
 
 
-def find_glass(picture):
-    """The colour of a slide's own glass -> (its RGB, or WHITE where none is seen; the least colour that is
-    stain). Glass is bright, smooth, and what most of the brightest smooth pixels look like."""
-    every = max(1, picture.width * picture.height // 2**19)
-    rgb = np.concatenate([pixels[inside] for _, pixels, inside in strips(picture, every)]).astype(np.float32)
+def find_glass(rgb):
+    """The colour of a slide's own glass, of float32 [h,w,3] -> (its RGB, or WHITE where none is seen; the least
+    colour that is stain). Glass is bright, smooth, and what most of the brightest smooth pixels look like."""
     grey = rgb.mean(-1)
     rough = roughness(grey)
     smooth = (grey > 170) & (rough < 4)
@@ -475,36 +398,27 @@ def find_glass(picture):
 
 
 def find_tissue(picture):
-    """RGB thumbnail -> (tissue bool [h,w]; ink bool [h,w]; the share that is dark, without colour)."""
-    glass, least = find_glass(picture)
+    """RGB thumbnail -> (tissue bool [h,w]; ink bool [h,w])."""
+    pixels = np.asarray(picture.filter(ImageFilter.MedianFilter(3)))
+    glass, least = find_glass(pixels.astype(np.float32))
     tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
-    stained, inked = np.zeros((2, picture.height, picture.width), bool)
-    grey = 0  # pixels
-    rough_counts = np.zeros(101, int)  # of ink-coloured pixels, by roughness in thousandths of their density
-    for rows, pixels, inside in strips(picture):
-        r, g, b = (table[pixels[..., i]] for i, table in enumerate(tables))  # optical densities
-        dark, most = (r + g + b) / 3, np.maximum(np.maximum(r, g), b)
-        colour = most - np.minimum(np.minimum(r, g), b)
-        high, low = pixels.max(-1), pixels.min(-1)
-        black = (high < 25) | ((high < 75) & (high - low < high // 2))  # its colour is noise
-        stained[rows] = ((colour > least) & (most > 0.02) & ~black)[inside]
-        grey += ((dark > 0.1) & ~(colour > least))[inside].sum()
-        # Ink takes little light of its own colour: green and blue most of the red, red ink green and blue.
-        cold = (r > 0.12) & (r > g + 0.08) & (r > b + 0.05)
-        red = (r < 0.13) & (g > 0.3) & (b > 0.72 * g)
-        if (cold | red).any():
-            rough, here = roughness(dark), (cold | red)[inside]
-            thousandths = (1000 * rough[inside][here] / dark[inside][here]).clip(0, 100).astype(int)
-            rough_counts += np.bincount(thousandths, minlength=101)
-            smooth = (cold | red) & (rough < 0.004 + 0.036 * dark)  # a scanner's noise grows with density
-            core = Image.fromarray(smooth.view(np.uint8) * 255).filter(ImageFilter.BoxBlur(3))
-            core = core.point([0] * 255 + [255])  # smooth all around; its edges, which are not, come back
-            inked[rows] = (np.asarray(core.filter(ImageFilter.BoxBlur(6))) > 0)[inside]
-    inked &= stained
-    smoother_than_tissue = rough_counts[:25].sum() > rough_counts.sum() / 2
-    if inked.sum() > 0.4 * stained.sum() and not smoother_than_tissue:
-        inked[:] = False
-    return stained & ~inked, inked, grey / stained.size
+    r, g, b = (table[pixels[..., i]] for i, table in enumerate(tables))  # optical densities
+    dark, most = (r + g + b) / 3, np.maximum(np.maximum(r, g), b)
+    colour = most - np.minimum(np.minimum(r, g), b)
+    high, low = pixels.max(-1), pixels.min(-1)
+    black = (high < 25) | ((high < 75) & (high - low < high // 2))  # its colour is noise
+    stained = (colour > least) & (most > 0.02) & ~black
+    # Ink takes little light of its own colour: green and blue most of the red, red ink green and blue.
+    ink = (r > 0.12) & (r > g + 0.08) & (r > b + 0.05)
+    ink |= (r < 0.13) & (g > 0.3) & (b > 0.72 * g)
+    rough = roughness(dark)
+    smoother_than_tissue = ink.any() and np.median(rough[ink] / dark[ink]) < 0.025
+    ink &= rough < 0.004 + 0.036 * dark  # a scanner's noise grows with density
+    core = box_mean(ink, 3) > 0.99  # smooth all around; its edges, which are not, come back
+    ink = stained & (box_mean(core, 6) > 0)
+    if ink.sum() > 0.4 * stained.sum() and not smoother_than_tissue:
+        ink[:] = False
+    return stained & ~ink, ink
 
 
 def given_mask(path, slide, size):
@@ -517,20 +431,17 @@ def given_mask(path, slide, size):
         stretched = (picture.width / picture.height) / (slide.width / slide.height)
         wrong = f"{path}: {picture.width} x {picture.height} px are not of the slide's shape"
         check(abs(stretched - 1) < 0.02 + 1 / min(picture.size), wrong)
-        check(picture.mode[0] not in "IF", f"{path}: of more than 8 bits a pixel; save it with 8")
         if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
         # A photograph would exchange glass and tissue: it has colour, or greys of all kinds.
         small = picture.resize(size, Image.Resampling.NEAREST).convert("RGB")
         coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean()
         greys = np.bincount(np.asarray(small.convert("L").filter(ImageFilter.MedianFilter(5))).ravel() // 8)
-        kinds = (greys > 0.001 * greys.sum()).sum()
-        seen = f"{path}: a picture of the slide, not a mask of few greys; {hint}"
-        check(coloured <= 0.001 and kinds <= 8, seen)
-        grey = picture.convert("L")
-        marked = 127 if grey.getextrema()[1] > 127 else 0  # labels 0, 1, 2... are masks too
-        grey = grey.point([0] * (marked + 1) + [255] * (255 - marked))
-        return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 127
+        plain = coloured <= 0.001 and (greys > 0.001 * greys.sum()).sum() <= 8 and picture.mode[0] not in "IF"
+        check(plain, f"{path}: a picture of the slide, not a mask of few greys, 8 bits each; {hint}")
+        grey = np.asarray(picture.convert("L"))
+        marked = Image.fromarray(grey > (127 if grey.max() > 127 else 0))  # labels 0, 1, 2... are masks too
+        return np.asarray(marked.convert("L").resize(size, Image.Resampling.BOX)) > 127
 
 
 def drawn_mask(path, slide, size):
@@ -538,53 +449,37 @@ def drawn_mask(path, slide, size):
     QuPath ignores (classes Ignore*, missing cores) is no tissue, also inside of other polygons."""
     found = json.loads(path.read_text(encoding="utf-8-sig"))
     features = found.get("features", [found]) if isinstance(found, dict) else found
-    shapes = []  # (whether it is ignored, the rings of a polygon)
+    drawn = {False: np.zeros(size[::-1], bool), True: np.zeros(size[::-1], bool)}  # whether it is ignored
     for feature in features:
         about = feature.get("properties") or {}
         geometry = feature.get("geometry", feature if "coordinates" in feature else None)
-        other = about.get("objectType") in ("tile", "cell", "detection")
-        if other or not geometry or re.fullmatch("(Multi)?(Point|LineString)", geometry["type"]):
+        if not geometry or about.get("objectType") in ("tile", "cell", "detection"):
             continue
-        check(geometry["type"] in ("Polygon", "MultiPolygon"), f"{path}: a {geometry['type']}, not a polygon")
-        polygons = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+        kind, polygons = geometry["type"], geometry.get("coordinates")
+        check(
+            "Polygon" in kind or re.fullmatch("(Multi)?(Point|LineString)", kind), f"{path}: holds a {kind}"
+        )
         name = (about.get("classification") or {}).get("name") or ""
         ignored = name.startswith("Ignore") or bool(about.get("isMissing"))
-        shapes += [(ignored, rings) for rings in polygons]
-    check(shapes or not features, f"{path}: holds no polygons")
-    mask, scale = Image.new("L", size), MASK * slide.scale
-    for ignored, (outer, *holes) in sorted(shapes, key=lambda shape: shape[0]):
-        value = 0 if ignored else 255
-        part = Image.new("L", size) if holes else mask
-        for ring, colour in ((outer, 255 if holes else value), *((hole, 0) for hole in holes)):
-            # Pillow counts from pixel centres
-            corners = (np.array(ring, float)[:, :2] + slide.corner) / scale - 0.5
-            ImageDraw.Draw(part).polygon(corners.ravel().tolist(), colour)
-        if holes:
-            mask.paste(value, mask=part)
-    return np.asarray(mask) > 0
-
-
-def tissue_of(slide, thumbnail, given=None):
-    """-> (bool [h,w]: tissue, by the mask that is given or by its colour; ink; why there may be none)."""
-    if given:
-        mask = given_mask(given, slide, thumbnail.size)
-        return mask, np.zeros_like(mask), ""
-    mask, ink, grey = find_tissue(thumbnail)
-    return mask, ink, " (no colour: grey, silver and fluorescence slides need --mask)" if grey > 0.01 else ""
+        for rings in {"Polygon": [polygons], "MultiPolygon": polygons}.get(kind, []):
+            part = Image.new("L", size)
+            for i, ring in enumerate(rings):  # the outer one, then holes; Pillow counts from pixel centres
+                corners = (np.array(ring, float)[:, :2] + slide.corner) / (MASK * slide.scale) - 0.5
+                ImageDraw.Draw(part).polygon(corners.ravel().tolist(), 0 if i else 255)
+            drawn[ignored] |= np.asarray(part) > 0
+    return drawn[False] & ~drawn[True]
 
 
 def tile_grid(mask, min_tissue, step=TILE):
     """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster
     order. The last tiles of rows and columns may reach beyond the slide, where all is white."""
-    total = np.pad(mask, ((1, 0), (1, 0))).astype(np.int32)  # of the tissue above and left of each corner
+    n = TILE // MASK
+    total = np.pad(mask, ((1, n), (1, n))).astype(np.int32)  # of the tissue above and left of each corner
     total.cumsum(0, out=total).cumsum(1, out=total)
     y, x = (np.arange(0, max(1, side * MASK - TILE + step), step) for side in mask.shape)
-    top, left = np.rint(y / MASK).astype(int), np.rint(x / MASK).astype(int)
-    bottom, right = top + TILE // MASK, left + TILE // MASK
-    top, bottom = np.minimum([top, bottom], mask.shape[0])
-    left, right = np.minimum([left, right], mask.shape[1])
-    tissue = total[bottom][:, right] - total[bottom][:, left] - total[top][:, right] + total[top][:, left]
-    rows, columns = np.nonzero(tissue >= min_tissue * (TILE // MASK) ** 2)
+    top, left = np.rint(y / MASK).astype(int)[:, None], np.rint(x / MASK).astype(int)
+    tissue = total[top + n, left + n] - total[top + n, left] - total[top, left + n] + total[top, left]
+    rows, columns = np.nonzero(tissue >= min_tissue * n * n)
     return np.stack([x[columns], y[rows]], axis=1).astype(np.int32)
 
 
@@ -602,173 +497,136 @@ def draw_tiles(coords, name, max_tiles, seed):
 def draw_qc(path, picture, pixel, mask, ink, coords):
     """A picture of the whole slide, `pixel` tiled pixels a pixel, with the outlines of its tissue (green), of
     ink that was left out (red) and the kept tiles (blue): what a person checks before trusting."""
-    draw = ImageDraw.Draw(picture, "RGBA")
-    side = TILE / pixel
+    draw, side = ImageDraw.Draw(picture, "RGBA"), TILE / pixel
     for x, y in coords / pixel:
-        edge = (30, 80, 255, 140) if side > 6 else None
-        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), edge)
+        draw.rectangle(
+            (x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None
+        )
     for part, colour in ((ink, (220, 0, 0)), (mask, (0, 150, 60))):
-        solid = Image.fromarray(part.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.BILINEAR)
+        solid = Image.fromarray(part).convert("L").resize(picture.size, Image.Resampling.BILINEAR)
         solid = solid.point([0] * 128 + [255] * 128)
         edge = np.asarray(solid) > np.asarray(solid.filter(ImageFilter.BoxBlur(2)))
-        picture.paste(colour, mask=Image.fromarray(edge.astype(np.uint8) * 255))
+        picture.paste(colour, mask=Image.fromarray(edge))
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=90)
 
 
-def write_geojson(path, slide, coords):
-    """The tiles for QuPath: a FeatureCollection of tile objects, squares in level-0 pixels."""
-    about = {"classification": {"name": "Tile"}, "isLocked": True}
-    tiles = [wsi_llava.geojson_tile(x, y, slide.scale, slide.corner, **about) for x, y in coords.tolist()]
-    wsi_llava.write_text(path, json.dumps({"type": "FeatureCollection", "features": tiles}))
-
-
-PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
+PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{0}</title><style>
 figure {{ display: inline-block; vertical-align: top; width: 240px; overflow-wrap: anywhere }}
 img {{ max-width: 240px; max-height: 240px }} .failed {{ outline: 3px solid #c00 }}
-</style><h1>{title}</h1>
+</style><h1>{0}</h1>
 """
-CARD = """<figure class="{kind}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{name}</b>
-<br>{text}</figure>
+CARD = """<figure class="{}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{}</b>
+<br>{}</figure>
 """
 
 
 def write_index(data):
     """data/qc/index.html: every slide's picture, name and number of tiles, what failed first."""
-    failures, tiles, cards = read_failures(data), {}, []
-    for path in (data / "features").glob("*.safetensors"):
+    failures, texts, page = read_failures(data), {}, ""
+    for path in sorted((data / "features").glob("*.safetensors")):
         with contextlib.suppress(UserError):
-            tiles[path.stem] = feature_metadata(path)["tiles"]
-    for name in sorted({*tiles, *failures}, key=lambda name: (name not in failures, name)):
-        kind, text = "", count(tiles.get(name, 0), "tile")
-        if name in failures:
-            kind, text = "failed", f"FAILED: {failures[name]['message']}"
+            texts[path.stem] = count(feature_metadata(path)["tiles"], "tile")
+    for name in [*failures, *sorted(texts.keys() - failures.keys())]:
+        kind, text = ("failed", f"FAILED: {failures[name]}") if name in failures else ("", texts[name])
         href = urllib.parse.quote(f"{name}.jpg")
-        cards.append(CARD.format(kind=kind, href=href, name=html.escape(name), text=html.escape(text)))
-    title = f"{count(len(cards), 'slide')}, {len(failures)} failed"
-    wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title=title) + "".join(cards))
+        page += CARD.format(kind, html.escape(name), html.escape(text), href=href)
+    title = f"{count(page.count('<figure'), 'slide')}, {len(failures)} failed"
+    wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title) + page)
 
 
 # ---- A folder of features, which several runs may work on --------------------------------------------------
 
 
-def check_same(path, made, params):
-    """Raises UserError where a file of features was made with other parameters."""
+def check_same(path, made, params, hint="--overwrite makes it again"):
+    """Raises UserError where a file, or a folder, was made with other parameters."""
     for k in params | made:
         other = f"{path} was made with {k} {made.get(k)}, not {params.get(k)}"
-        check(made.get(k) == params.get(k), f"{other}; --overwrite makes it again")
-
-
-@functools.cache
-def warn(text):  # once, however often it is called
-    print(text, file=sys.stderr)
+        check(made.get(k) == params.get(k), f"{other}; {hint}")
 
 
 def claim(claims, name):
-    """Whether this process alone may work on a slide from now on, until it closes the file or dies.
-
-    claims: data/.claims, of which one byte is locked, at an offset that follows from the name: nothing is
-    left to clean up. It is opened once: the first close of a file drops all of a process's locks on it.
-    """
+    """Whether this process alone may work on a slide from now on, until it closes the file or dies: it locks
+    a byte of data/.claims, at an offset that follows from the name. The file is opened once: the first close
+    drops all of a process's locks on it."""
     offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
-        if fcntl:
-            fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # another process has it
-            return False
-        none = f"{claims.name}: its file system has no locks ({error.strerror})"
-        warn(f"{none}; don't prepare the same slides in two runs at once")
+        fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except (
+        OSError,
+        AttributeError,
+    ) as error:  # taken; or there are no locks here, and two runs would both do it
+        return not isinstance(error, (BlockingIOError, PermissionError))
     return True
 
 
 def read_failures(data):
-    """data/failures -> {slide: {"path", "message"}}."""
-    failures, hint = {}, "not what prepare.py writes; delete it"
-    for path in sorted((data / "failures").glob("*.json")):
-        entry = wsi_llava.read_json(path, hint)
-        with reading(path, hint):
-            failures[str(entry["slide"])] = {"path": str(entry["path"]), "message": str(entry["message"])}
-    return failures
+    """data/failures -> {slide: why it failed}."""
+    hint = "not what prepare.py writes; delete it"
+    files = sorted((data / "failures").glob("*.json"))
+    return {file.stem: str(wsi_llava.read_json(file, hint).get("message")) for file in files}
 
 
-def note_failure(data, name, path, message=None):
+def note_failure(data, name, message=None):
     """Puts a slide on the record of failures, or takes it off."""
     file = data / "failures" / f"{name}.json"
+    file.unlink(missing_ok=True)
     if message:
         file.parent.mkdir(parents=True, exist_ok=True)
-        wsi_llava.write_text(file, json.dumps({"slide": name, "path": str(path), "message": message}))
-    else:
-        file.unlink(missing_ok=True)
+        wsi_llava.write_text(file, json.dumps({"message": message}))
 
 
 def write_meta(data, preset, encoder):
-    """Makes the folder and its meta.json, or checks them -> what meta.json holds."""
+    """Makes the folder and its meta.json, or checks it: one folder holds the features of one tile encoder."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    meta = {
-        "version": wsi_llava.VERSION,
-        "preset": preset,
-        "tile_size": TILE,
-        "mpp": TARGET_MPP,
-        "encoder": encoder,
-    }
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": TARGET_MPP}
     if not (data / "meta.json").exists():
-        wsi_llava.write_text(data / "meta.json", json.dumps(meta, indent=2))
+        wsi_llava.write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
-    was, now = (f"{made_by['source']}, {made_by.get('width')} wide" for made_by in (old["encoder"], encoder))
-    same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
-    other = f"{data} holds features of another tile encoder ({was}, {old['mpp']} um/px; not {now})"
-    check(same, f"{other}; name a new folder with --data")
-    return old
+    made = {"um/px": old["mpp"], "tile encoder": old["encoder"]["fingerprint"]}
+    wanted = {"um/px": TARGET_MPP, "tile encoder": encoder["fingerprint"]}
+    check_same(data, made, wanted, "name a new folder with --data")
 
 
-def open_data(args):
-    """One folder holds the features of one tile encoder -> (data/meta.json, made or checked; the encoder)."""
-    old = wsi_llava.read_meta(args.data) if (args.data / "meta.json").exists() else None
-    if args.dry_run:
-        return old or {"encoder": {"source": "", "fingerprint": None}}, None
-    if old:  # by default, the encoder that made what is there
-        args.preset, source = args.preset or old["preset"], old["encoder"]["source"]
-        if source != "untrained" and not source.startswith("imported"):
-            args.tile_encoder = args.tile_encoder or Path(source)
+def open_encoder(args):
+    """The tile encoder, by default the one that made what the folder holds -> (it, its fingerprint)."""
+    if (args.data / "meta.json").exists():
+        old = wsi_llava.read_meta(args.data)
+        args.preset, source = args.preset or old["preset"], Path(old["encoder"]["source"])
+        args.tile_encoder = args.tile_encoder or (source if source.is_file() else None)
     encoder, source = wsi_llava.pick_tile_encoder(args)
+    if not source:
+        print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
-    info["width"] = encoder.cfg.width
-    meta = write_meta(args.data, args.preset or ("7b" if source else "demo"), info)
-    return meta, encoder.to(args.device, args.dtype)
-
-
-def save_features(path, features, coords, metadata):
-    # One entry: safetensors writes several in random order, and the same slide should give the same bytes.
-    about = {"wsi_llava": json.dumps(metadata)}
-    wsi_llava.write_tensors(path, {"features": features, "coords": coords}, about)
+    if not args.dry_run:
+        info["width"] = encoder.cfg.width
+        write_meta(args.data, args.preset or ("7b" if source else "demo"), info)
+    return encoder.to(args.device, args.dtype), info["fingerprint"]
 
 
 # ---- From slides to features -------------------------------------------------------------------------------
 #
-# Slides are opened in readers alone: processes, since a damaged file may take its process with it. A reader
-# surveys a slide (what is there to read of it?), or reads a batch of tiles into memory that all processes
-# share. The main process takes one slide after the other: it encodes its batches and writes its features,
-# while the readers are at its next batches and survey the slides behind it.
+# A damaged file may take the process that opens it with it, so slides are opened in others than this one: the
+# surveyor sees what there is to read of a slide while the one before it is encoded, and readers read this
+# one's tiles, a batch each, into memory that all share.
 
 # Forked, they share what is loaded, PyTorch too.
 FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 DIED = "the process that read it died (a damaged file, or no memory left)"
-open_slide = functools.lru_cache(maxsize=2)(Slide)  # in each reader: the slide at hand, and the next one
+open_slide = functools.lru_cache(maxsize=1)(Slide)  # in each of them: the slide at hand
 
 
 def begin_reader(memory):
-    """What a reader does first. memory: for tiles, shared by all; None where only results travel."""
     global shared
-    shared = None if memory is None else np.frombuffer(memory, np.uint8).reshape(-1, TILE, TILE, 4)
+    shared = np.frombuffer(memory, np.uint8).reshape(-1, TILE, TILE, 4)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word,
     parent = multiprocessing.parent_process()  # and so does the end of its parent, even by kill -9
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def start_readers(n, memory=None):
+def start_readers(n, memory=b""):
     return ProcessPoolExecutor(n, FORK, begin_reader, (memory,))
 
 
@@ -783,96 +641,72 @@ def apart(path, function, *arguments):
 
 def slide_job(args, name, path, given, mask, encoder):
     """One slide of a run -> dict: its files, and the parameters that its features depend on. given, mask: its
-    um/px by --mpp-csv and its file of --mask, or None."""
-    digest, pictures = None, [args.data / "qc" / f"{name}.jpg"]
-    if mask:
-        with reading(mask, "a mask of --mask"):
-            digest = hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
-    if args.geojson:
-        pictures.append(args.data / "qc" / f"{name}.geojson")
+    um/px by --mpp-csv and its file of --mask, or None. encoder: a fingerprint."""
+    digest = mask and hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
     params = {"tile": TILE, "target_mpp": TARGET_MPP, "min_tissue": args.min_tissue, "mask": digest}
     params |= {"step": args.step, "max_tiles": args.max_tiles, "seed": args.seed if args.max_tiles else None}
-    return {
-        "name": name,
-        "slide": (str(path), given, TARGET_MPP, args.mpp),  # what Slide takes
-        "file": [os.path.abspath(path), os.path.getsize(path) if os.path.exists(path) else 0],
-        "mask": mask,
-        "params": params | {"encoder": encoder},
-        "features": wsi_llava.features_file(args.data, name),
-        "pictures": pictures,
-    }
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    job = {"name": name, "slide": (str(path), given, args.mpp), "file": [os.path.abspath(path), size]}
+    job |= {"params": params | {"encoder": encoder}, "mask": mask}
+    job["pictures"] = [args.data / "qc" / f"{name}.{ending}" for ending in ("jpg", "geojson")]
+    return job | {"features": wsi_llava.features_file(args.data, name)}
 
 
 def is_done(args, job, digest=None):
     """Whether a slide's files are there: known by its path and size, or, once it is open, by its hash. Raises
     UserError where they are another slide's, or were made with other parameters."""
-    if args.overwrite or not job["features"].exists():
+    path, (_, given, fallback) = job["features"], job["slide"]
+    if args.overwrite or not path.exists():
         return False
-    try:
-        with reading(job["features"], "a damaged file"):
-            made = feature_metadata(job["features"])
-            old = made["params"] | {"mpp": made.get("mpp")}
-            *file, known = made.get("file", [None, None, None])  # imported features have none
-    except UserError:
-        return False  # made again
-    _, given, _, fallback = job["slide"]
-    mpp = given or (fallback if made.get("mpp_source") == "--mpp" else None) or old["mpp"]
-    check_same(job["features"], old, job["params"] | {"mpp": mpp})
-    if digest is None:
-        return file == job["file"] and all(path.exists() for path in job["pictures"])
-    other = f"{job['features']}: features of another slide of this name; --overwrite replaces them"
-    check(known == digest, other)
-    return True
+    made = feature_metadata(path)
+    mpp = given or (fallback if made.get("mpp_source") == "--mpp" else None) or made.get("mpp")
+    check_same(path, made["params"] | {"mpp": made.get("mpp")}, job["params"] | {"mpp": mpp})
+    if digest:
+        check(made["file"][2] == digest, f"{path}: of another slide of this name; --overwrite replaces it")
+        return True
+    pictures = job["pictures"][: 2 if args.geojson else 1]
+    return made["file"][:2] == job["file"] and all(picture.exists() for picture in pictures)
 
 
-def survey(args, job, place):
-    """In a reader: what there is to read of a slide -> dict; its pictures are drawn, and its first batch of
-    tiles is read to the `place` in memory while the slide is open.
+def survey(args, job):
+    """In a process of its own: what there is to read of a slide -> dict; its pictures are drawn.
 
     Raises UserError, whatever is wrong with the slide, and OSError where a picture cannot be written.
     """
-    try:
+    with reading(job["slide"][0], "the slide is damaged, or of a kind that is not read"):
         slide = open_slide(*job["slide"])
-        digest, notes = slide.hash(), list(slide.notes)
-        done = is_done(args, job, digest)
+        file = [*job["file"], slide.hash()]
+        done = is_done(args, job, file[-1])
         # One picture is read, for the mask and to look at: without small levels it takes minutes.
-        pixel = max(slide.width, slide.height) / PICTURE
-        picture = slide.thumbnail(MASK / max(1, round(MASK / pixel)))
-        thumbnail = picture.resize(slide.size_at(MASK), Image.Resampling.BOX)
-        mask, ink, why = tissue_of(slide, thumbnail, job["mask"])
+        picture = slide.thumbnail(MASK / max(1, round(MASK * PICTURE / max(slide.width, slide.height))))
+        size = [max(1, round(side / MASK)) for side in (slide.width, slide.height)]
+        thumbnail = picture.resize(size, Image.Resampling.BOX)
+        mask, ink = find_tissue(thumbnail)
+        if job["mask"]:
+            mask, ink = given_mask(job["mask"], slide, thumbnail.size), np.zeros_like(ink)
         coords = tile_grid(mask, args.min_tissue, args.step)
-        least = len(tile_grid(mask, 0.01, args.step))
+        small = 0 if len(coords) else len(tile_grid(mask, 0.01, args.step))
         coords = draw_tiles(coords, job["name"], args.max_tiles, args.seed)
-    except Exception as error:
-        open_slide.cache_clear()  # a handle that has failed once fails for good
-        reason, path = wsi_llava.one_line(error, 500), job["slide"][0]
-        raise UserError(reason if path in reason else f"{path}: {reason}") from None
-    if slide.lost:
-        notes.append(f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded")
-    if ink.mean() > 0.001:
-        notes.append("ink left out, outlined in red in data/qc (--mask decides otherwise)")
-    if args.mask and not job["mask"]:
-        notes.append("not in --mask, so tissue was looked for by its colour")
-    if not len(coords):
-        few_tiles = f"no tile reaches --min-tissue {args.min_tissue:g}; 0.01 would give {least}"
-        notes.append((few_tiles if least else "no tissue found") + why)
-    # All batches are full but the last: a feature's bits depend on the slide alone. Neighbours are read one
-    # after the other: OpenSlide keeps the last 32 MB of the JPEG tiles that they share.
-    order = np.lexsort((*coords.T, *(coords.T // (BLOCK * TILE))))
-    batches = np.split(order, range(BATCH, len(order), BATCH))
+    told = dict.fromkeys(slide.notes, True) | {
+        f"some places (under {DROPPED:.0%}) not searched for tissue: they cannot be decoded": slide.lost,
+        "ink left out, outlined in red in data/qc (--mask decides otherwise)": ink.mean() > 0.001,
+        "not in --mask, so tissue was looked for by its colour": args.mask and not job["mask"],
+        f"no tile reaches --min-tissue {args.min_tissue:g}; 0.01 would give {small}": small,
+        "no tissue found (what has no colour needs --mask)": not len(coords) and not small,
+    }
+    plan = {"coords": coords, "done": done, "notes": [note for note in told if told[note] and not done]}
     width, height = slide.file.dimensions
-    facts = {"mpp": slide.mpp, "mpp_source": slide.source, "scale": slide.scale, "params": job["params"]}
-    facts |= {"file": [*job["file"], digest], "width": width, "height": height}
-    plan = {"coords": coords, "batches": batches, "facts": facts, "notes": [] if done else notes}
-    size = f"{width} x {height} px, {slide.mpp:.6} um/px ({slide.source})"
-    plan["line"] = f"{job['name']}: {size}, level {slide.level}, {count(len(coords), 'tile')}"
+    plan["facts"] = {"mpp": slide.mpp, "mpp_source": slide.source, "scale": slide.scale, "file": file}
+    plan["facts"] |= {"params": job["params"], "width": width, "height": height}
+    size = f"{width} x {height} px, {slide.mpp:.6} um/px ({slide.source}), level {slide.level}"
+    plan["line"] = f"{job['name']}: {size}, {count(len(coords), 'tile')}"
     if not args.dry_run:
-        picture = picture.resize(slide.size_at(pixel), Image.Resampling.BICUBIC)
-        draw_qc(job["pictures"][0], picture, pixel, mask, ink, coords)
-        for path in job["pictures"][1:]:
-            write_geojson(path, slide, coords)
-        if not done:
-            plan["first"] = read_tiles(job["slide"], coords[batches[0]], place)
+        picture.thumbnail((PICTURE, PICTURE))
+        draw_qc(job["pictures"][0], picture, slide.width / picture.width, mask, ink, coords)
+    if args.geojson and not args.dry_run:
+        about = {"classification": {"name": "Tile"}, "isLocked": True}
+        tiles = [wsi_llava.geojson_tile(*xy, slide.scale, slide.corner, **about) for xy in coords.tolist()]
+        wsi_llava.write_text(job["pictures"][1], json.dumps({"type": "FeatureCollection", "features": tiles}))
     return plan
 
 
@@ -880,14 +714,12 @@ def read_tiles(slide, coords, place):
     """In a reader: tiles into the memory, from `place` on -> (place, which could be read, the last error)."""
     read, failed = [], None
     for n, (x, y) in enumerate(coords.tolist()):
-        for _ in range(2):
-            try:
-                shared[place + len(read)] = open_slide(*slide).tile(x, y)
-                read.append(n)
-                break
-            except Exception as error:  # OpenSlide refuses everything after one: opened anew
-                failed = wsi_llava.one_line(error)
-                open_slide.cache_clear()
+        try:
+            shared[place + len(read)] = open_slide(*slide).tile(x, y)
+            read.append(n)
+        except Exception as error:  # OpenSlide refuses everything after one: the next tile opens it anew
+            failed = wsi_llava.one_line(error)
+            open_slide.cache_clear()
     return place, read, failed
 
 
@@ -902,111 +734,84 @@ def encode(encoder, tiles, device):
 
 def prepare_slide(args, encoder, readers, memory, job, plan, bar):
     """Encodes the tiles of a slide that was surveyed and writes its features, in raster order -> how many."""
-    coords, read, lost, path = plan["coords"], [], 0, job["slide"][0]
-    features = [torch.empty(0, encoder.cfg.width, dtype=torch.float16, device=args.device)]
+    coords, read, problem = plan["coords"], [], None
+    # All batches are full but the last: a feature's bits depend on the slide alone. Neighbours, 4 x 4, are
+    # read one after the other: OpenSlide keeps the last 32 MB of the JPEG tiles that they share.
+    order = np.lexsort((*coords.T, *(coords.T // (4 * TILE))))
+    batches = np.split(order, range(BATCH, len(order), BATCH))
     tiles = torch.frombuffer(memory, dtype=torch.uint8).view(-1, TILE, TILE, 4)
-    places = itertools.cycle(range((1 + args.workers) * BATCH, len(tiles), BATCH))
-    ahead, coming = collections.deque(), iter(plan["batches"][1:])
-    for numbers in plan["batches"]:
+    places, coming, ahead = itertools.cycle(range(0, len(tiles), BATCH)), iter(batches), collections.deque()
+    features = [torch.empty(0, encoder.cfg.width, dtype=torch.float16, device=args.device)]
+    for numbers in batches:
         for later in itertools.islice(coming, 1 + args.workers - len(ahead)):  # read while this is encoded
             ahead.append(readers.submit(read_tiles, job["slide"], coords[later], next(places)))
-        place, kept, error = plan.pop("first", None) or ahead.popleft().result()
-        lost += len(numbers) - len(kept)
-        if lost > DROPPED * len(coords):
-            concurrent.futures.wait(ahead)  # or they write to the memory when the next slide is there
-            many = f"over {DROPPED:.0%} of its {len(coords)} tiles cannot be decoded ({error})"
-            raise UserError(f"{path}: {many}")
+        place, kept, error = ahead.popleft().result()
         if kept:
             features.append(encode(encoder, tiles[place : place + len(kept)], args.device))
-        read += numbers[kept].tolist()
+        read, problem = read + numbers[kept].tolist(), error or problem
         bar.set_postfix_str(f"{job['name'][:24]}, {len(read)} of {len(coords)} tiles")
+    lost = len(coords) - len(read)
+    many = f"over {DROPPED:.0%} of its {len(coords)} tiles cannot be decoded ({problem})"
+    check(lost <= DROPPED * len(coords), f"{job['slide'][0]}: {many}")
     if lost:
         plan["notes"].append(f"some tiles (under {DROPPED:.0%}) left out that cannot be decoded")
     features = torch.cat(features).cpu()[np.argsort(read)]
-    check(features.isfinite().all(), f"{path}: its features are not finite; try --dtype float32")
-    facts = plan["facts"] | {"dropped": lost}
-    save_features(job["features"], features, torch.from_numpy(coords[sorted(read)]), facts)
+    check(features.isfinite().all(), f"{job['slide'][0]}: features that are not finite; try --dtype float32")
+    save_features(job["features"], features, coords[sorted(read)], plan["facts"] | {"dropped": lost})
     return len(read)
 
 
-def prepare_all(args, encoder, todo, claims):
-    """The loop over slides. claims: see claim; None for a dry run -> failures [(path, message)], notes
-    {text: names of slides}, tiles of each slide that was written."""
-    failures, notes, written = [], collections.defaultdict(list), []
-    places = 3 + 2 * args.workers  # each surveyed slide's first batch; those on their way and at the encoder
-    memory = FORK.RawArray("B", places * BATCH * TILE * TILE * 4)
-    readers, surveys, alone, n = start_readers(args.workers, memory), {}, False, 0
-    with tqdm(total=len(todo), unit="slide", disable=not todo) as bar:
-        while n < len(todo):
-            name, path, failure = todo[n]["name"], todo[n]["slide"][0], None
-            try:
-                # Surveys of this slide, and of those behind it, unless another run is at work on them.
-                for i in range(n, min(len(todo), n + 1 if alone else n + 1 + args.workers)):
-                    if i not in surveys and (args.dry_run or claim(claims, todo[i]["name"])):
-                        place = i % (1 + args.workers) * BATCH
-                        surveys[i] = readers.submit(survey, args, todo[i], place)
-                plan = surveys[n].result() if n in surveys else {"notes": ["left to another run"]}
-                if "first" in plan:
-                    written.append(prepare_slide(args, encoder, readers, memory, todo[n], plan, bar))
-                elif args.dry_run:
-                    tqdm.write(plan["line"])
-                    written.append(len(plan["coords"]))
-                for note in plan["notes"]:
-                    notes[note].append(name)
-            except (
-                BrokenProcessPool
-            ):  # this slide's fault, or that of one behind it: it is tried again, alone
-                readers.shutdown()  # the other readers are ended, and write to the memory no more
-                readers, surveys, alone = start_readers(args.workers, memory), {}, not alone
-                if alone:
-                    continue
-                failure = f"{path}: {DIED}"
-            except UserError as error:
-                failure = str(error)
-            except torch.OutOfMemoryError:
-                full = f"{BATCH} tiles at once do not fit {args.device}'s memory; try --device cpu"
-                raise UserError(full) from None
-            if failure:
-                failures.append((path, failure))
-            if not args.dry_run and (failure or n in surveys):
-                note_failure(args.data, name, path, failure)
-            surveys.pop(n, None)
-            alone, n = False, n + 1
-            bar.update()
-    readers.shutdown()
-    return failures, notes, written
+def save_features(path, features, coords, facts):
+    tensors = {"features": features, "coords": torch.from_numpy(coords)}
+    wsi_llava.write_tensors(path, tensors, {"wsi_llava": json.dumps(facts)})
 
 
 def prepare_slides(args, slides, number=0, shares=1):
     """All slides of {id: path}, or every `shares`-th from `number` on -> failures [(path, message)]."""
-    started, claims = time.time(), None
-    table = read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
-    (meta, encoder), slides = open_data(args), list(slides.items())[number::shares]
+    started, table = time.time(), read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
     masks = {file.stem: file for file in sorted(args.mask.iterdir())} if args.mask else {}
-    facts = [(name, path, table.get(name), masks.get(name)) for name, path in slides]
-    jobs = [slide_job(args, *fact, meta["encoder"]["fingerprint"]) for fact in facts]
-    todo = {job["name"]: job for job in jobs if not is_done(args, job)}
-    if meta["encoder"]["source"] == "untrained":
-        print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
-    print(
-        f"Found {count(len(jobs), 'slide')}, {len(jobs) - len(todo)} done already; {len(todo)} to tile at "
-        f"{TARGET_MPP} um/px and encode on {args.device}, with {count(args.workers, 'reader')}."
-    )
-    with contextlib.ExitStack() as stack:
-        if not args.dry_run:
-            claims = stack.enter_context(open(args.data / ".claims", "ab"))
-            names = {job["name"] for job in jobs}
-            for half in itertools.chain(args.data.glob("features/.*.part"), args.data.glob("qc/.*.part")):
-                name = half.name[1:].rsplit(".", 3)[0]  # .<slide>.<ending>.<at random>.part
-                if name in names and claim(claims, name):  # nobody is at work on it: a kill left it
-                    half.unlink(missing_ok=True)
-        failures, notes, written = prepare_all(args, encoder, list(todo.values()), claims)
-    tiles, seconds = sum(written), time.time() - started
-    spent = f"{datetime.timedelta(seconds=round(seconds))} ({tiles / seconds:.0f} tiles/s)"
-    what = f"{count(tiles, 'tile')} of {count(len(written), 'slide')}"
-    print(f"Found {what}." if args.dry_run else f"Wrote {what} to {args.data}/features in {spent}.")
+    encoder, made_by = open_encoder(args)
+    slides = list(slides.items())[number::shares]
+    jobs = [slide_job(args, name, path, table.get(name), masks.get(name), made_by) for name, path in slides]
+    todo = [job for job in jobs if not is_done(args, job)]
+    done = f"{count(len(jobs), 'slide')}, {len(jobs) - len(todo)} done already"
+    print(f"Found {done}; {len(todo)} to tile at {TARGET_MPP} um/px and encode on {args.device}.")
+    # One batch is at the encoder; each reader is at one, and one lies ready.
+    memory = FORK.RawArray("B", (2 + args.workers) * BATCH * TILE * TILE * 4)
+    surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {}
+    failures, notes, written = [], collections.defaultdict(list), []
+    claims = None if args.dry_run else open(args.data / ".claims", "ab")  # noqa: SIM115 (open to the end)
+    bar = tqdm(todo, unit="slide", disable=not todo)
+    for n, job in enumerate(bar):
+        path, failure = job["slide"][0], None
+        try:
+            for i in (n, n + 1):  # this slide's survey, and, once it is there, the next one's
+                if i < len(todo) and i not in plans and (args.dry_run or claim(claims, todo[i]["name"])):
+                    plans[i] = surveyor.submit(survey, args, todo[i])
+                plan = plans[n].result() if n in plans else {"notes": ["left to another run"], "done": True}
+            if args.dry_run:
+                tqdm.write(plan["line"])
+                written.append(len(plan["coords"]))
+            elif not plan["done"]:
+                written.append(prepare_slide(args, encoder, readers, memory, job, plan, bar))
+            for note in plan["notes"]:
+                notes[note].append(job["name"])
+        except UserError as error:
+            failure = str(error)
+        except BrokenProcessPool:
+            failure = f"{path}: {DIED}"
+            surveyor.shutdown()
+            readers.shutdown()  # those that live write to the memory no more
+            surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {n: None}
+        failures += [(path, failure)] if failure else []
+        if n in plans and not args.dry_run:
+            note_failure(args.data, job["name"], failure)
+    seconds, tiles = time.time() - started, count(sum(written), "tile")
+    wrote = f"{tiles} of {count(len(written), 'slide')}"
+    rate = f"{seconds:.0f} s ({sum(written) / seconds:.0f} tiles/s)"
+    print(f"Found {wrote}." if args.dry_run else f"Wrote {wrote} to {args.data}/features in {rate}.")
     for note, names in notes.items():
-        print(f"{count(len(names), 'slide')}, {note}: {few(names)}")
+        print(f"{count(len(names), 'slide')}, {note}: {few(names, 5)}")
     return failures
 
 
@@ -1014,111 +819,76 @@ def prepare_slides(args, slides, number=0, shares=1):
 
 TOKENS = "visual tokens"  # the kind of a file that holds what a slide encoder made: [V,C], or one vector [C]
 MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
-# Of CLAM's and TRIDENT's folders these tell less of a slide than one beside them.
-LESSER = ("patches", "pt_files", "slide_features_")
-
-
-def find_features(inputs):
-    """Files, and folders to search, CLAM's and TRIDENT's as they are -> {slide id: path}, sorted."""
-    found, endings = {}, (".pt", ".pth", ".h5", ".hdf5")
-    for entry in inputs:
-        check(entry.exists(), f"{entry}: no such file or folder (--features)")
-        for folder, files in walk(entry) if entry.is_dir() else [(entry, [entry])]:
-            files = [path for path in files if path.suffix.lower() in endings or path == entry]
-            if files and folder != entry and folder.name.startswith(LESSER):
-                print(f"Left out {folder}: a folder beside it tells more. Name it alone to take it.")
-                continue
-            for path in files:
-                other = found.setdefault(path.stem, path)
-                check(other == path, f"{other} and {path} have the same name; rename one, or name one folder")
-    check(found, f"no .pt or .h5 files below {', '.join(map(str, inputs))}")
-    return dict(sorted(found.items()))
 
 
 def read_hdf5(path):
-    """-> its datasets {name: tensor}; the attributes of the file and of these {name: plain value}."""
+    """-> its datasets {name: tensor}, with the attributes of these and of the file."""
     try:
         import h5py
     except ImportError:
         raise UserError(f"{path}: reading it needs h5py: pip install h5py") from None
-    tensors = {}
     with h5py.File(path) as file:
-        about = dict(file.attrs)
+        found = dict(file.attrs)
         for name in file.keys() & {"features", "feats", "coords"}:
             inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
             check(inside, f"{path}: its {name} lie in another file; copy them into this one")
             # Float64 holds every coordinate; torch knows no big-endian numbers and few unsigned ones.
-            tensors[name] = torch.from_numpy(np.asarray(file[name], np.float64))
-            about |= file[name].attrs
-    return tensors, {name: np.ravel(value)[0] for name, value in about.items() if np.size(value) == 1}
+            found |= {**file[name].attrs, name: torch.from_numpy(np.asarray(file[name], np.float64))}
+    return found
 
 
 def read_foreign(path):
-    """One file of features -> (its kind, features float16 [N,C], coords float64 [N,2] or None, attributes).
+    """One file of features -> (their kind, features float16 [N,C], coords float64 [N,2] or None, attributes).
 
     A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
     feats) and coords. Without coords they are visual tokens [576,C], or a slide's one vector [C].
     """
     with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
-        if path.suffix.lower() in (".h5", ".hdf5"):
-            found, about = read_hdf5(path)
-        else:
-            found = wsi_llava.read_tensors(path)
-            found = {"features": found} if isinstance(found, torch.Tensor) else found
-            check(
-                isinstance(found, dict),
-                f"{path}: holds a {type(found).__name__}, neither a tensor nor a dict",
-            )
-            about = {name: value for name, value in found.items() if isinstance(value, (int, float, str))}
+        found = read_hdf5(path) if path.suffix == ".h5" else wsi_llava.read_tensors(path)
+        found = {"features": found} if isinstance(found, torch.Tensor) else found
         name = next((name for name in MAKERS if name in found), None)
-        check(name, f"{path}: holds keys {list(found)[:5]}, neither features, feats nor tile_embeds")
-        for x in (found[name], found.get("coords", found[name])):
-            plain = isinstance(x, torch.Tensor) and x.layout is torch.strided and not x.is_complex()
-            check(plain, f"{path}: its {name} or coords are no plain tensor of numbers")
-            values = x.half() if x is found[name] else x
-            check(values.isfinite().all(), f"{path}: some values are not finite in half precision")
-        kind, features, coords = MAKERS[name], found[name].half(), found.get("coords")
-        vector = features.dim() == 1 or about.get("feat_type") in ("slide", "patient")
-        if features.dim() == 3 and len(features) == 1:  # a batch of one slide
-            features = features[0]
-        coords = None if coords is None else coords.detach().double().reshape(-1, 2)
-        if coords is not None and not len(coords):  # a slide without tissue
-            features = features.reshape(0, features.shape[-1])
-        elif vector or coords is None:  # TRIDENT's vectors come with the places of the tiles they are made of
-            kind, coords, features = TOKENS, None, features.reshape(-1, features.shape[-1])
-            bag = path.parent.name.startswith(("pt_files", "features_")) or len(features) not in (1, 576)
-            bare = f"{path}: features {list(found[name].shape)} of tiles without coordinates"
-            check(vector or not bag, f"{bare}; import the .h5 with both (visual tokens are [576,C] or [C])")
-        n = len(features) if coords is None else len(coords)
-        fits = features.dim() == 2 and n == len(features)
-        check(fits, f"{path}: features {list(features.shape)} and {n} coords are not [N,C] and [N,2]")
-    return kind, features, coords, about
+        check(name, f"{path}: holds {list(found)[:5]}, neither features, feats nor tile_embeds")
+        features, coords = found[name].half(), found.get("coords")
+        coords = torch.zeros(0, 2) if coords is None else coords.double().reshape(-1, 2)
+        vector = features.numel() and (features.dim() == 1 or found.get("feat_type") in ("slide", "patient"))
+        features = features[None] if features.dim() == 1 else features.flatten(0, -2)  # also [1,N,C]
+        tokens = vector or "coords" not in found  # a vector comes with the coords of its tiles
+        sizes = f"{path}: features {list(found[name].shape)}"
+        bare = f"{sizes} of tiles without coordinates; import the .h5 with both (visual tokens are [576,C])"
+        check(not tokens or len(features) in (1, 576), bare)
+        features = features if tokens or len(coords) else features[:0]  # a slide without tissue
+        check(tokens or len(features) == len(coords), f"{sizes}, and {len(coords)} coords")
+        finite = features.isfinite().all() and coords.isfinite().all()
+        check(finite, f"{path}: some values are not finite in half precision")
+    return TOKENS if tokens else MAKERS[name], features, coords, found
 
 
-def tiled_coords(path, coords, about, given, args):
+def tiled_coords(path, coords, about, mpp, step):
     """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels).
 
-    given: the slide's um/px by --mpp-csv, or None. Raises UserError where the scale is not known, or makes
-    tiles that do not lie --step apart: it is wrong, or the tiles are of another resolution.
+    mpp: the slide's um/px, if given. Raises UserError where the scale is not known, or makes tiles that do
+    not lie `step` apart: it is wrong, or the tiles are of another resolution.
     """
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
-        tile, pixels = (float(about.get(name, 0)) for name in ("patch_size_level0", "patch_size"))
-        zoom, magnification = tile / (pixels or 1), float(about.get("target_magnification", 0))
-        step = tile - zoom * float(about.get("overlap", 0))
-        scale = TARGET_MPP / (given or args.mpp or math.inf)
-        if "tile_size_um" in about or about.get("unit") == "um":  # STAMP's coordinates are in um
-            scale, step = TARGET_MPP, float(about.get("tile_size_um", 0))
-        elif zoom > 0 and magnification > 0 and not given:  # 20x is 0.5 um/px there
-            scale = zoom * TARGET_MPP * magnification / 10
+        tile, pixels, overlap = (
+            float(about.get(x, 0)) for x in ("patch_size_level0", "patch_size", "overlap")
+        )
+        zoom = tile / (pixels or 1)  # TRIDENT's; its 20x is 0.5 um/px
+        scale, apart = (
+            zoom * float(about.get("target_magnification", 0)) / 10 * TARGET_MPP,
+            tile - zoom * overlap,
+        )
+        if "tile_size_um" in about:  # STAMP's coordinates are in um
+            scale, apart = TARGET_MPP, float(about["tile_size_um"])
+        scale = scale or TARGET_MPP / (mpp or math.inf)  # of level 0
         check(scale, f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
-        coords, step = coords[order] / scale, step / scale
-        if not step:  # the file does not say: what lies most often between neighbours of a row
-            steps = coords.diff(dim=0)
-            steps = steps[steps[:, 1] == 0, 0].round()
-            step = steps.mode().values.item() if len(steps) else args.step
-        apart = f"{path}: its tiles lie {step:.0f} px apart at {TARGET_MPP} um/px, not {args.step}"
-        check(abs(step / args.step - 1) <= NATIVE, f"{apart}: the wrong --mpp, or give --step {step:.0f}")
+        coords = coords[order] / scale
+        steps = coords.diff(dim=0)
+        steps = steps[steps[:, 1] == 0, 0].round()  # between neighbours of a row: what lies most often
+        apart = apart / scale or (steps.mode().values.item() if len(steps) else step)
+        wrong = f"{path}: its tiles lie {apart:.0f} px apart at {TARGET_MPP} um/px, not {step}"
+        check(abs(apart / step - 1) <= NATIVE, f"{wrong}: the wrong --mpp, or give --step {apart:.0f}")
         # GigaPath pads a slide on all sides to whole tiles: the first may lie up to a tile outside; all move.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
         check(outside.max() <= step, f"{path}: negative coordinates, more than a tile outside of the slide")
@@ -1127,17 +897,12 @@ def tiled_coords(path, coords, about, given, args):
     return order, coords.int()
 
 
-def import_file(args, name, path, given, encoder):
-    """One slide's features from elsewhere -> their kind. given: its um/px by --mpp-csv, or None. encoder:
-    what meta.json is to say of the one that --tile-encoder names, or None."""
-    check(len(os.fsencode(name)) <= 200, f"{path}: its name is too long for a file beside it; rename it")
+def import_file(args, name, path, mpp):
+    """One slide's features from elsewhere -> their kind. mpp: its um/px, if given."""
     kind, features, coords, about = read_foreign(path)
     old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
-    n, width = features.shape
-    if not n:
-        width = old.get("width", width)
-        check(width, f"{path}: has no tiles, nor a width; import it again after another slide")
-        features = features.new_zeros(0, width)
+    n, width = features.shape[0], features.shape[1] or old.get("width")
+    check(width, f"{path}: has no tiles, nor a width; import it again after another slide")
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
     if kind == TOKENS:  # a model takes as many of every slide
         info["n_visual_tokens"] = there = old.get("n_visual_tokens", n)
@@ -1147,35 +912,37 @@ def import_file(args, name, path, given, encoder):
         file.parent.mkdir(exist_ok=True)
         wsi_llava.write_tensors(file, {"visual_tokens": features}, {"made_by": info["source"]})
         return kind
-    order, coords = tiled_coords(path, coords, about, given, args)
-    info, file = encoder or info, wsi_llava.features_file(args.data, name)
-    check(info["width"] == width, f"{path}: {width} wide, and --tile-encoder makes {info['width']}")
+    order, coords = tiled_coords(path, coords, about, mpp, args.step)
     write_meta(args.data, args.preset or "7b", info)
-    params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": given or args.mpp}
-    params |= {"encoder": info["fingerprint"], "file": [str(path.resolve()), path.stat().st_size]}
+    params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": mpp, "encoder": info["fingerprint"]}
+    params["file"] = [str(path.resolve()), path.stat().st_size]
+    file = wsi_llava.features_file(args.data, name)
     if file.exists() and not args.overwrite:
         check_same(file, feature_metadata(file)["params"], params)
     else:
-        save_features(file, features[order], coords, {"params": params})
+        save_features(file, features.reshape(n, width)[order], coords.numpy(), {"params": params})
     return kind
 
 
-def import_features(args, number=0, shares=1):
-    """--features -> data/features or data/visual_tokens, and the failures [(path, message)]."""
-    failures, kinds, encoder, files = [], collections.Counter(), None, find_features(args.features)
+def import_features(args, number, shares):
+    """--features: files, or folders that hold them (CLAM's h5_files, TRIDENT's features_...) ->
+    data/features or data/visual_tokens, and the failures [(path, message)]."""
+    files, failures, kinds = {}, [], collections.Counter()
+    for entry in args.features:
+        check(entry.exists(), f"{entry}: no such file or folder (--features)")
+        found = [entry] if entry.is_file() else [*entry.glob("[!.]*.pt"), *entry.glob("[!.]*.h5")]
+        check(found, f"{entry}: no .pt or .h5 file there; name the folder that holds them")
+        for path in found:
+            other = files.setdefault(path.stem, path)
+            check(other == path, f"{other} and {path} have the same name; rename one, or name one folder")
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
-    if args.tile_encoder:
-        model = wsi_llava.load_tile_encoder(args.tile_encoder)
-        encoder = {"source": str(args.tile_encoder), "fingerprint": wsi_llava.fingerprint(model)}
-        encoder["width"] = model.cfg.width
-    for name, path in tqdm(list(files.items())[number::shares], unit="file"):
-        failure = None
+    for name, path in tqdm(sorted(files.items())[number::shares], unit="file"):
         try:
-            kinds[import_file(args, name, path, table.get(name), encoder)] += 1
+            kinds[import_file(args, name, path, table.get(name, args.mpp))] += 1
+            note_failure(args.data, name)
         except UserError as error:
-            failure = str(error)
-            failures.append((path, failure))
-        note_failure(args.data, name, path, failure)
+            failures.append((path, str(error)))
+            note_failure(args.data, name, str(error))
     what = ", ".join(f"{count(n, 'slide')} of {kind}" for kind, n in kinds.items()) or "nothing"
     print(f"Imported {what} of {count(len(files), 'file')}.")
     return failures
@@ -1196,6 +963,7 @@ QUESTION_KINDS = [
 ]
 WHAT_IS_READ = [f"{kind} ({', '.join(sorted({*fields} - {None}))})" for kind, *fields in QUESTION_KINDS]
 WHAT_IS_READ = "read are " + ", ".join(WHAT_IS_READ)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
@@ -1204,60 +972,52 @@ FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 def words(value, what):
     """A text, or a number that stands for one; pandas writes nan for an empty one. None is none: "None" would
     be taught as the truth."""
-    value = str(value) if type(value) in (int, float) and abs(value) != math.inf else value
-    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")  # nor is half a surrogate pair
-    return "" if value.strip().lower() == "nan" else value
+    if type(value) not in (str, int, float):
+        raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")
+    str(value).encode()  # half a surrogate pair is no text either
+    return "" if str(value).strip().lower() in ("nan", "inf") else str(value)
 
 
 def slide_id(value):
     """A slide as files name it -> its id: less its folders, Windows' too, and its endings, in any case."""
-    name = re.sub(FILE_ENDING, "", re.split(r"[/\\]", value.strip())[-1], flags=re.I)
-    if not name:
-        raise ValueError(f"its slide is {value!r}, no name")
-    return name
+    return re.sub(FILE_ENDING, "", re.split(r"[/\\]", value.strip())[-1], flags=re.I)
 
 
-def read_closed(entry, question, answer):
-    """A question and its answer with the row's options (a list, an object by letter, columns A, B, C...), if
-    there are any -> (the question, an option a line; the answer, its letter first)."""
-    letters = string.ascii_uppercase
-    options = next((entry[field] for field in ("options", "choices", "choice") if entry.get(field)), None)
-    if options is None and "a" in entry:
-        options = {letter: entry[letter.lower()] for letter in letters if letter.lower() in entry}
+def read_options(entry):
+    """The options of a closed question: a list, an object by letter, columns A, B, C... -> {letter: text}."""
+    options = entry.get("options") or entry.get("choices") or entry.get("choice") or {}
+    if "a" in entry and not options:
+        options = {letter: entry[letter.lower()] for letter in LETTERS if letter.lower() in entry}
     if isinstance(options, list):
-        options = dict(itertools.zip_longest(letters[: len(options)], options))
-    options = options or {}
-    if not isinstance(options, dict) or not set(options) <= set(letters):
+        options = dict(itertools.zip_longest(LETTERS[: len(options)], options))
+    if not isinstance(options, dict) or not set(options) <= set(LETTERS):
         raise ValueError("its options are neither a list of 26 at most nor named by letters")
-    options = {letter: words(text, "option").strip() for letter, text in options.items() if text is not None}
-    said_already = all(re.match(rf"\(?{letter}[).:] ", text) for letter, text in options.items())
-    chosen = answer.strip(" ().:").upper()
-    for letter, text in options.items():
-        text = text[text.index(" ") :].strip() if said_already else text
-        question += f"\n{letter}) {text}" if text else ""
-        options[letter] = text
-        if text.lower().split() == re.sub(rf"^\(?{letter}[).:] ", "", answer.strip()).lower().split():
-            chosen = letter
-    return question, f"{chosen}) {options[chosen]}" if options.get(chosen) else answer
+    options = {letter: words(x, "option").strip() for letter, x in options.items() if x is not None}
+    if all(re.match(rf"\(?{letter}[).:] ", text) for letter, text in options.items()):  # said already
+        options = {letter: text.partition(" ")[2].strip() for letter, text in options.items()}
+    return {letter: text for letter, text in options.items() if text}
 
 
 def read_turns(entry, question, answer):
-    """A row's fields -> its turns [{"from", "value"}]. question, answer: as in QUESTION_KINDS."""
+    """A row's fields -> its turns [{"from", "value"}]. question, answer: as in QUESTION_KINDS. With options, a
+    question names one a line, and its answer begins with a letter."""
     if question == "conversations":
         turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
-    else:
-        asked = words(entry[question], "question") if question else "Write a report of this slide."
-        asked, said = read_closed(entry, asked, words(entry[answer], answer))
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-    if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise ValueError("is malformed: conversations must alternate human and gpt")
-    for asked, said in zip(turns[::2], turns[1::2]):
-        letter = re.fullmatch(r"\(?([A-Z])[).]*", said["value"].strip())
-        closed = letter and question not in (None, "conversations")
-        if closed and not re.search(rf"\b{letter[1]} *[).:]", asked["value"]):
-            raise ValueError(f"its answer is {said['value']!r}, and it has no such option")
-    return turns
+        if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+            raise ValueError("is malformed: conversations must alternate human and gpt")
+        return turns
+    asked = words(entry[question], "question") if question else "Write a report of this slide."
+    said, options = words(entry[answer], answer), read_options(entry)
+    chosen = said.strip(" ().:").upper()
+    for letter, text in options.items():
+        asked += f"\n{letter}) {text}"
+        if text.lower().split() == re.sub(rf"^\(?{letter}[).:] ", "", said.strip()).lower().split():
+            chosen = letter
+    said = f"{chosen}) {options[chosen]}" if chosen in options else said
+    letter = re.fullmatch(r"\(?([A-Z])[).]*", said.strip())
+    if letter and question and not re.search(rf"\b{letter[1]} *[).:]", asked):
+        raise ValueError(f"its answer is {said!r}, and it has no such option")
+    return [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
 
 
 def read_row(entry, stem, number):
@@ -1277,10 +1037,9 @@ def read_row(entry, stem, number):
     report = not question or "caption" in stem.lower()
     row["task"] = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
     row["cancer"] = "".join(re.split(r"[/\\]", names[0])[-2:-1])
-    for name, fields in (("task", ("narrow category", "metadata", "task")), ("cancer", ("tumor", "cancer"))):
-        for field in fields:  # objects and lists are passed over
-            if type(entry.get(field)) in (str, int) and entry[field] != "":
-                row[name] = words(entry[field], field)
+    for field in ("narrow category", "metadata", "task", "tumor", "cancer"):
+        if type(entry.get(field)) in (str, int) and entry[field] != "":  # objects and lists are passed over
+            row["cancer" if field in ("tumor", "cancer") else "task"] = words(entry[field], field)
     row["conversations"] = wsi_llava.slide_first(read_turns(entry, question, answer))
     if entry.get("split"):
         row["split"] = SPLITS.get(str(entry["split"]).lower())
@@ -1289,49 +1048,39 @@ def read_row(entry, stem, number):
     return row
 
 
-def parse_json(path, text, line=1):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg})") from None
-
-
 def read_csv(path, text):
     """A table whose first line names its columns -> [(where, {column: text})]."""
     csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
     named = re.match("sep=(.)\r?\n", text)  # as spreadsheets tell it
-    lines = io.StringIO(text[named.end() :] if named else text, newline="")
+    text = text[named.end() :] if named else text
     delimiter = named[1] if named else max(",;\t", key=text.partition("\n")[0].count)
-    reader, entries = csv.DictReader(lines, strict=True, delimiter=delimiter), []
-    try:
+    reader, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter), []
+    with reading(path, "not CSV"):
         for entry in reader:
             entries.append((f"line {reader.line_num}", entry))
             fits = None not in entry and None not in entry.values()  # the module marks other lines so
             check(fits, f"{path}, line {reader.line_num}: not as many columns as the first line has")
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.reader.line_num}: not CSV ({error})") from None
     return entries
 
 
 def read_entries(path):
     """A list in JSON, an object {split: list}, JSON lines, or CSV -> its entries [(where, entry)]."""
-    text = path.read_bytes().decode("utf-8-sig")
-    check(text.strip(), f"{path}: empty; {WHAT_IS_READ}")
-    if text.lstrip()[0] not in "[{":
+    text = path.read_bytes().decode("utf-8-sig").strip()
+    check(text, f"{path}: empty; {WHAT_IS_READ}")
+    if text[:1] not in ("[", "{"):
         return read_csv(path, text)
-    if text.lstrip()[0] == "[":
-        return [(f"item {i}", entry) for i, entry in enumerate(parse_json(path, text), 1)]
-    lines = text.split("\n")  # splitlines also splits at U+2028 and U+0085, inside of texts
-    first = {}  # of an object of many lines
-    with contextlib.suppress(json.JSONDecodeError):
-        first = json.loads(next(filter(str.strip, lines)))
-    if any(field.lower() not in SPLITS for field in first):
-        numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-        return [(f"line {i}", parse_json(path, line, i)) for i, line in numbered]
+    if text[0] == "[":
+        with reading(path, "not JSON"):
+            return [(f"item {i}", entry) for i, entry in enumerate(json.loads(text), 1)]
+    with contextlib.suppress(json.JSONDecodeError):  # one object, of one line or many
+        splits = json.loads(text)
+        if all(name.lower() in SPLITS and isinstance(splits[name], list) for name in splits):
+            parts = [[{"split": name} | entry for entry in splits[name]] for name in splits]
+            return [(f"item {i}", entry) for i, entry in enumerate(itertools.chain(*parts), 1)]
     entries = []
-    for split, part in parse_json(path, text).items():
-        check(isinstance(part, list), f"{path}: '{split}' is no list of rows, one a split; {WHAT_IS_READ}")
-        entries += [(f"{split}, item {i}", {"split": split} | entry) for i, entry in enumerate(part, 1)]
+    for i, line in enumerate(text.split("\n"), 1):  # splitlines also splits at U+2028, inside of texts
+        with reading(f"{path}, line {i}", "not JSON"):
+            entries += [(f"line {i}", json.loads(line))] if line.strip() else []
     return entries
 
 
@@ -1339,52 +1088,41 @@ def read_qa(path):
     """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"},
     with "split" where the file says it. Rows about several slides or with an empty text are left out, and
     counted. Raises UserError that names the line or the item."""
-    path, rows, left_out = Path(path), [], collections.defaultdict(list)
+    path, rows, left_out = Path(path), [], []
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
         entries = read_entries(path)
     for number, (where, entry) in enumerate(entries, 1):
         with reading(f"{path}, {where}", WHAT_IS_READ):
             row = read_row(entry, path.stem, number)
-        if len(set(row["slide"])) != 1:
-            left_out["about several slides"].append(where)
-        elif not all(wsi_llava.without_image(turn["value"]).strip() for turn in row["conversations"]):
-            left_out["with an empty text"].append(where)
-        else:
+        said = [wsi_llava.without_image(turn["value"]).strip() for turn in row["conversations"]]
+        if len(set(row["slide"])) == 1 and all(said):
             rows.append(row | {"slide": row["slide"][0]})
-    for what, places in left_out.items():
-        print(f"{path}: left out {count(len(places), 'row')} {what}, the first: {places[0]}", file=sys.stderr)
+        else:
+            left_out.append(where)
+    if left_out:
+        what = f"{count(len(left_out), 'row')} about several slides or with an empty text"
+        print(f"{path}: left out {what}: {few(left_out)}", file=sys.stderr)
     check(rows, f"{path}: holds no questions; {WHAT_IS_READ}")
     return rows
 
 
 def write_qa(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     wsi_llava.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def match_slides(rows, have):
     """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds it, a
     patient's the first of hers, which is said. What is not there keeps its name."""
-    beginnings, found = collections.defaultdict(list), []
-    for name in sorted(have, key=str.lower):
-        for word in re.finditer(r"[^\W_]+", name):  # 117 is no beginning of 1170
-            beginnings[name[: word.end()].lower()].append(name)
-    for row in rows:
-        name = row["slide"]
-        matches = [name] if name in have else beginnings.get(name.lower(), [name])
-        found.append(row | {"slide": matches[0]})
+    found = {}
+    for name in dict.fromkeys(row["slide"] for row in rows):
+        whole = re.compile(rf"{re.escape(name)}(?![^\W_])", re.I)  # 117 is no beginning of 1170
+        matches = [name] if name in have else sorted(filter(whole.match, have), key=str.lower)
+        found[name] = matches[0] if matches else name
         if len(matches) > 1:
-            warn(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}")
-    return found
-
-
-def named_split(path):
-    """The split that a file's name tells, between any separators and in any case, or None."""
-    name = Path(path).stem.lower()
-    if re.search("open[-_ ]question|report[-_ ]only", name):  # WSI-Bench's own names
-        return "test"
-    named = {SPLITS[word] for word in re.split("[^a-z]+", name) if word in SPLITS}
-    return named.pop() if len(named) == 1 else None
+            print(f"{name} is the beginning of {len(matches)} slides' names: took {matches[0]}")
+    return [row | {"slide": found[row["slide"]]} for row in rows]
 
 
 def patient_of(slide):
@@ -1393,86 +1131,56 @@ def patient_of(slide):
     return barcode[0].upper() if barcode else slide
 
 
-def find_leaks(train, others, drop):
-    """Says which patients training shares with test and validation -> training's rows about no such."""
-    shared = {patient_of(row["slide"]) for row in train} & {patient_of(row["slide"]) for row in others}
-    clean = [row for row in train if patient_of(row["slide"]) not in shared]
-    both = count(len(shared), "patient")
-    if shared:
-        both += f" ({few(sorted(shared))}), {len(train) - len(clean):,} questions of training: "
-        both += "left out of it" if drop else "--drop-leaks leaves them out"
-    print(f"On both sides of training and test: {both}.")
-    return clean
-
-
 def import_qa(args):
     """--qa: question files -> data/qa/<split>.jsonl, added to what is there or (--overwrite) in its place."""
-    new, splits, failures = collections.defaultdict(list), {}, 0
+    rows_of = {"train": [], "val": [], "test": []}
     for file in args.qa:
-        try:
-            rows, split = read_qa(file), args.split or named_split(file)
-            tells = split or all("split" in row for row in rows)
-            check(tells, f"{file}: its name does not tell the split; give --split train, val or test")
-            for row in rows:
-                new[row.pop("split", split)].append(row)
-        except UserError as error:
-            if len(args.qa) == 1:
-                raise
-            print(f"failed: {wsi_llava.one_line(error, 2000)}", file=sys.stderr)
-            failures += 1
-    paths = {name: args.data / "qa" / f"{name}.jsonl" for name in ("train", "val", "test")}
-    have = {path.stem for path in args.data.glob("features/*.safetensors")}
-    have |= {path.stem for path in args.data.glob("visual_tokens/*.safetensors")}
-    for name, path in paths.items():
-        keep = path.exists() and path.stat().st_size and not (args.overwrite and name in new)
-        rows, unique = match_slides([*(read_qa(path) if keep else []), *new[name]], have), {}
+        rows, name = read_qa(file), re.split("[^a-z]+", file.stem.lower())
+        named = {args.split} if args.split else {SPLITS[word] for word in name if word in SPLITS}
+        told = len(named) == 1 or all("split" in row for row in rows)
+        check(told, f"{file}: its name does not tell the split; give --split train, val or test")
         for row in rows:
+            rows_of[row.pop("split", min(named, default=None))].append(row)
+    changed = {split for split in rows_of if rows_of[split]}
+    paths = {split: args.data / "qa" / f"{split}.jsonl" for split in rows_of}
+    have = [*args.data.glob("features/*.safetensors"), *args.data.glob("visual_tokens/*.safetensors")]
+    have = {path.stem for path in have}
+    for split, path in paths.items():
+        keep = path.exists() and path.stat().st_size and not (args.overwrite and split in changed)
+        unique = {}
+        for row in match_slides([*(read_qa(path) if keep else []), *rows_of[split]], have):
             unique.setdefault((row["slide"], *(turn["value"] for turn in row["conversations"])), row)
-        splits[name] = list(unique.values())
-        if len(unique) < len(rows):
-            print(f"{count(len(rows) - len(unique), 'doubled question')} of {name} left out.")
-    changed = {name for name in paths if new[name]}
-    if changed and splits["train"] and splits["test"] + splits["val"]:
-        clean = find_leaks(splits["train"], splits["test"] + splits["val"], args.drop_leaks)
-        if args.drop_leaks and len(clean) < len(splits["train"]):
-            splits["train"], changed = clean, changed | {"train"}
-    for name in sorted(changed):
-        rows, slides = splits[name], {row["slide"] for row in splits[name]}
-        paths[name].parent.mkdir(parents=True, exist_ok=True)
-        write_qa(paths[name], rows)
-        lack = sorted(slides - have)
-        lack = f"; {len(lack):,} of these have no features: {few(lack)}" if lack else ""
-        wrote = f"{count(len(rows), 'question')} about {count(len(slides), 'slide')}"
-        print(f"Wrote {wrote} to {paths[name]}{lack}.")
-    check(
-        not failures, f"{count(failures, 'question file')} could not be read, see above; the others are done"
-    )
+        rows_of[split] = list(unique.values())
+    others = {patient_of(row["slide"]) for row in rows_of["test"] + rows_of["val"]}
+    clean = [row for row in rows_of["train"] if patient_of(row["slide"]) not in others]
+    leaks = len(rows_of["train"]) - len(clean)
+    if others and clean:
+        what = f"{count(leaks, 'question')} of training about patients of the test"
+        print(f"Left out {what}." if args.drop_leaks else f"Found {what} (--drop-leaks leaves them out).")
+    if leaks and args.drop_leaks:
+        rows_of["train"], changed = clean, changed | {"train"}
+    for split in sorted(changed):
+        slides = {row["slide"] for row in rows_of[split]}
+        write_qa(paths[split], rows_of[split])
+        wrote = f"{count(len(rows_of[split]), 'question')} about {count(len(slides), 'slide')}"
+        lack = f"{len(slides - have):,} of these have no features: {few(sorted(slides - have))}"
+        print(f"Wrote {wrote} to {paths[split]}{'; ' + lack if slides - have else ''}.")
 
 
 # ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
 
 SIDE = 1536  # pixels of a toy slide, at 0.5 um/px: 6 x 6 tiles
-# each type's colour between the nuclei of the tumour; pixels from one nucleus to the next, their radius
+# each type's colour; how many bumps its texture has across a slide
 TYPES = {
-    "adenocarcinoma": ((214, 160, 200), 84, 5.5),
-    "squamous cell carcinoma": ((228, 138, 168), 34, 7),
-    "small cell carcinoma": ((186, 160, 206), 17, 6),
-    "mucinous carcinoma": ((206, 212, 234), 92, 6),
+    "adenocarcinoma": ((176, 104, 168), 48),
+    "squamous cell carcinoma": ((214, 112, 146), 96),
+    "small cell carcinoma": ((122, 78, 150), 192),
+    "mucinous carcinoma": ((186, 190, 226), 24),
 }
-# the tumour's share of the tissue, as a number and in words
-GRADES = {
-    "grade 1": ((0.15, 0.25), "about a fifth"),
-    "grade 2": ((0.42, 0.54), "about half"),
-    "grade 3": ((0.76, 0.90), "most"),
-}
+# the tumour's share of the tissue
+GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}
+SHARES = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
-SUBTYPES = {
-    ("positive", "negative"): "luminal A",
-    ("positive", "positive"): "luminal B",
-    ("negative", "positive"): "HER2-enriched",
-    ("negative", "negative"): "basal-like",
-}
-NUCLEUS, LUMEN = (112, 72, 146), (246, 240, 246)
 
 
 def noise(rng, cells, size=SIDE // 8):
@@ -1481,90 +1189,48 @@ def noise(rng, cells, size=SIDE // 8):
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def scatter(rng, mask, spacing):
-    """Jittered grid points (x, y) in full pixels where the mask (at SIDE / 8) is True."""
-    grid = np.stack(np.meshgrid(np.arange(0, SIDE, spacing), np.arange(0, SIDE, spacing)), -1).reshape(-1, 2)
-    points = (grid + rng.uniform(0, spacing, grid.shape)).clip(0, SIDE - 1)
-    return points[mask[points[:, 1].astype(int) // 8, points[:, 0].astype(int) // 8]]
-
-
-def dots(rng, draw, points, radius, colour):
-    """A dot at each point, of about that radius and colour."""
-    sizes, shades = radius * rng.uniform(0.85, 1.15, len(points)), rng.uniform(-14, 14, len(points))
-    for (x, y), size, shade in zip(points, sizes, shades):
-        draw.ellipse((x - size, y - size, x + size, y + size), tuple(int(c + shade) for c in colour))
-
-
-def draw_tumour(rng, draw, kind, tumour):
-    """The nuclei of a tumour, in the arrangement that is its type's."""
-    _, spacing, radius = TYPES[kind]
-    centres = scatter(rng, tumour, spacing)
-    if kind == "adenocarcinoma":  # glands: a lumen in a ring of nuclei
-        dots(rng, draw, centres, 22, LUMEN)
-        angles = np.linspace(0, 2 * math.pi, 17)[:-1]
-        ring = 29 * np.stack([np.cos(angles), np.sin(angles)], -1)
-        dots(rng, draw, (centres[:, None] + ring).reshape(-1, 2), radius, NUCLEUS)
-    elif kind == "mucinous carcinoma":  # clusters that float in pools of mucin
-        cluster = rng.normal(0, 11, (len(centres), 7, 2))
-        dots(rng, draw, (centres[:, None] + cluster).reshape(-1, 2), radius, NUCLEUS)
-    elif kind == "small cell carcinoma":  # crowded, small, dark
-        dots(rng, draw, centres, radius, (78, 38, 112))
-    else:  # sheets with keratin pearls
-        dots(rng, draw, centres, radius, NUCLEUS)
-        for x, y in scatter(rng, tumour, 150):
-            for size, shade in ((34, 0), (26, 22), (18, 0), (10, 22)):
-                draw.ellipse((x - size, y - size, x + size, y + size), (240 - shade, 104 + shade, 128))
-
-
-def draw_slide(case, path=None):
-    """A round piece of tissue, in it a tumour whose texture is the type and whose share is the grade, a
-    necrosis in one quadrant, and pigment or none -> (RGB image, or None where it is written to a path; the
-    corners of the tiles that hold the pigment)."""
+def draw_slide(case):
+    """A round piece of tissue, in it a tumour whose colour and texture are the type and whose share is the
+    grade, a necrosis in one quadrant, and pigment or none -> (RGB image, corners of the tiles with pigment)."""
     rng = np.random.default_rng(case["seed"])
-    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1
+    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # drawn at an eighth of its size
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
     dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
     necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.29 + 0.03 * noise(rng, 8))
-    viable = tissue & ~necrosis
     field = noise(rng, 5) + 0.25 * noise(rng, 16)
-    tumour = viable & (field > np.quantile(field[viable], 1 - rng.uniform(*GRADES[case["grade"]][0])))
-
+    least = np.quantile(field[tissue & ~necrosis], 1 - rng.uniform(*GRADES[case["grade"]]))
     colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
-    ground = TYPES[case["type"]][0]
-    for region, rgb in ((viable, (235, 184, 204)), (tumour, ground), (necrosis, (216, 190, 178))):
-        colour[region] = rgb
-    colour += (tissue * (5 * noise(rng, 12) + 5 * noise(rng, 64)))[..., None]
-    picture = Image.fromarray(colour.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7))
-    picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-
-    draw = ImageDraw.Draw(picture)
-    for x, y in scatter(rng, viable & ~tumour, 46):  # fibroblasts: few, slender
-        dx, dy = rng.uniform(-9, 9, 2)
-        draw.line((x - dx, y - dy, x + dx, y + dy), (118, 76, 150), width=5)
-    dots(rng, draw, scatter(rng, necrosis, 22), 2, (150, 120, 120))  # ghosts and dust, no nuclei
-    draw_tumour(rng, draw, case["type"], tumour)
-    planted = []
+    ground, bumps = TYPES[case["type"]]
+    for where, rgb, cells in (
+        (tissue, (235, 184, 204), 64),
+        (tissue & (field > least), ground, bumps),
+        (necrosis, (216, 190, 178), 12),
+    ):
+        colour[where] = (rgb + 9 * noise(rng, cells)[..., None])[where]
+    colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # no two laboratories stain alike
+    picture = Image.fromarray(colour.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    draw, planted = ImageDraw.Draw(picture), []
     if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
         inside = np.argwhere(tissue.reshape(SIDE // TILE, 32, -1, 32).mean((1, 3)) > 0.95)
         for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
-            corner = np.array([column, row]) * TILE
-            spots = TILE / 2 + rng.uniform(-24, 24, 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64)
-            dots(rng, draw, corner + spots, 7, (109, 66, 22))
-            planted.append(corner.tolist())
-    stain = rng.uniform(0.85, 1.15)  # no two laboratories stain alike
-    picture = picture.point([round(255 * (i / 255) ** stain) for i in range(256)] * 3)
-    if not path:
-        return picture, planted
+            planted.append([int(column) * TILE, int(row) * TILE])
+            for x, y in np.add(planted[-1], TILE / 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64):
+                draw.ellipse((x - 7, y - 7, x + 7, y + 7), (109, 66, 22))
+    return picture, planted
+
+
+def draw_case(case, path):
+    """One toy slide, written as a picture whose dpi say its um/px -> the corners of its tiles with pigment."""
+    picture, planted = draw_slide(case)
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
-    return None, planted
+    return planted
 
 
 def invent_cases(n_train, n_test, seed):
     """What each toy slide shows: each value as often as the others, and no finding tells of another."""
     rng, cases = np.random.default_rng(seed), []
-    values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS}
-    values |= {"focus": ("present", "absent"), "receptors": SUBTYPES}
+    values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS, "focus": ("present", "absent")}
     for split, n in (("train", n_train), ("test", n_test)):
         orders = {finding: rng.permutation(np.arange(n) % len(values[finding])) for finding in values}
         for i in range(n):
@@ -1573,46 +1239,36 @@ def invent_cases(n_train, n_test, seed):
     return cases
 
 
-# task -> ways to ask, and the answer, filled in from what the slide shows. The subtype's question gives its
-# answer away: a model without the slide does as well, and the table shows it.
+# task -> ways to ask, and the answer, filled in from what the slide shows
 ASKED = {
     "report": "Write a report of this slide.|What does this slide show?",
     "type": "What is the histological type of the tumor?|Which type of tumor is this?",
     "grade": "What is the grade of the tumor?|How is this tumor graded by its share of the tissue?",
     "position": "Where on the slide is the necrosis?|Which part of the slide is necrotic?",
     "focus": "Is there a focus of brown pigment?|Can brown pigment be found on this slide?",
-    "subtype": "Estrogen receptor is {er} and HER2 is {her2}. What is the molecular subtype?",
 }
 ANSWERS = {
     "type": "The tumor is {a_type}.",
     "grade": "The tumor is {grade}.",
     "position": "The necrosis is at the {position}.",
     "focus": "{yes_no}, brown pigment is {focus}.",
-    "subtype": "The molecular subtype is {subtype}.",
 }
 # Three pathologists, who differ in their words and in what they mention first.
 REPORTS = (
     "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
-    "the {position}. {pigment[0]}",
-    "Sections show {a_type} of {grade} with necrosis at the {position}. {pigment[1]} Tumor fills {share} of "
-    "the tissue.",
-    "{pigment[2]} The {position} is necrotic. With {share} of the tissue taken up, this is {a_type}, "
-    "{grade}.",
+    "the {position}. Brown pigment is {focus}.",
+    "Sections show {a_type} of {grade} with necrosis at the {position}. A focus of brown pigment is {focus}. "
+    "Tumor fills {share} of the tissue.",
+    "Pigment, brown: {focus}. The {position} is necrotic. With {share} of the tissue taken up, this is "
+    "{a_type}, {grade}.",
 )
-PIGMENT = {
-    "present": "A focus of brown pigment is present.|There is a focus of brown pigment.|"
-    "Brown pigment is found.",
-    "absent": "Brown pigment is absent.|There is no brown pigment.|No brown pigment is found.",
-}
 
 
 def write_questions(case, rng):
     """Rows of the dataset about one slide: its report, one question of each kind, and a dialogue of three."""
-    er, her2 = case["receptors"]
-    words = {**case, "er": er, "her2": her2, "subtype": SUBTYPES[er, her2], "share": GRADES[case["grade"]][1]}
-    words["a_type"] = f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"
-    words["yes_no"] = "Yes" if case["focus"] == "present" else "No"
-    words["pigment"], talks, rows = PIGMENT[case["focus"]].split("|"), {}, []
+    words = case | {"a_type": f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"}
+    words |= {"share": SHARES[case["grade"]], "yes_no": "Yes" if case["focus"] == "present" else "No"}
+    talks, rows = {}, []
     for task, asked in ASKED.items():
         question, answer = rng.choice(asked.split("|")), ANSWERS.get(task) or rng.choice(REPORTS)
         turns = ("human", question), ("gpt", answer)
@@ -1628,13 +1284,12 @@ def write_questions(case, rng):
 def draw_cohort(args, cases, folder):
     """Slides into the folder, and their questions into data/qa; notes in each case where its pigment is."""
     print(f"Drawing {len(cases)} toy slides into {folder}: {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px.")
-    for path in (folder, args.data / "qa"):
-        path.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{case['slide']}.jpg" for case in cases]
     spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
     with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        drawn = tqdm(pool.map(draw_slide, cases, paths, chunksize=4), total=len(cases), unit="slide")
-        for case, (_, planted) in zip(cases, drawn):
+        drawn = tqdm(pool.map(draw_case, cases, paths, chunksize=4), total=len(cases), unit="slide")
+        for case, planted in zip(cases, drawn):
             case["planted"] = planted
     for split in ("train", "test"):
         about = [case for case in cases if case["split"] == split]
@@ -1646,23 +1301,21 @@ def prepare_demo(args):
     """--demo: draws the cohort, unless it is there (data/cohort.json), and prepares it as real slides are."""
     args.preset, folder, path = "demo", args.data / "slides", args.data / "cohort.json"
     recipe = {"train": args.demo, "test": args.demo // 5, "seed": args.seed}
-    own = (args.data / "meta.json").exists() and not path.exists()
-    check(not own, f"{args.data} holds data of your own; give the demo a folder of its own with --data")
     cases = invent_cases(recipe["train"], recipe["test"], args.seed)
     if path.exists():
         old = wsi_llava.read_json(path, "delete the folder, or name another --data").get("recipe")
-        check(
-            old == recipe, f"{args.data} holds another demo cohort ({old}, not {recipe}); name another --data"
-        )
+        other = f"{args.data} holds another demo cohort ({old}, not {recipe}); name another --data"
+        check(old == recipe, other)
     else:
+        own = f"{args.data} holds data of your own; give the demo a folder of its own with --data"
+        check(not (args.data / "meta.json").exists(), own)
         draw_cohort(args, cases, folder)
         wsi_llava.write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // 2))  # this small encoder takes no more time than the readers
     failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
     torch.set_num_threads(threads)
-    check(not failures, f"{len(failures)} toy slides failed, the first: {failures[0][1] if failures else ''}")
-    write_index(args.data)
+    return failures
 
 
 # ---- Flags and main --------------------------------------------------------------------------------------
@@ -1672,8 +1325,8 @@ def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": Path}
     add = parser.group("what to prepare")
-    add("--slides", "slides, folders of slides, .txt lists of paths", **paths)
-    add("--features", "features made elsewhere (.pt, .h5), or their folders", **paths)
+    add("--slides", "slides, folders of slides", **paths)
+    add("--features", "features made elsewhere (.pt, .h5), or folders of them", **paths)
     add("--qa", f"question files; {WHAT_IS_READ}", **paths)
     drawn = "draw the toy cohort, N slides to train on (500 if not said) and a fifth more, and prepare it"
     add("--demo", drawn, nargs="?", metavar="N", type=at_least(5), const=500)
@@ -1709,22 +1362,21 @@ def main(argv=None):
     check(given, "nothing to do: give --slides, --features, --qa or --demo (--help explains)")
     check(not (args.dry_run and (args.demo or args.features or args.qa)), "--dry-run is for --slides alone")
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
-    share = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    number, shares = map(int, share.groups()) if share else (0, 0)
-    check(1 <= number <= shares, f"--shard {args.shard}: I/N with I from 1 to N, such as 3/16")
+    share = re.fullmatch("([1-9][0-9]*)/([1-9][0-9]*)", args.shard)
+    check(share and int(share[1]) <= int(share[2]), f"--shard {args.shard}: I/N with I from 1 to N, as 3/16")
     wsi_llava.resolve_device(args)
-    if args.demo:
-        prepare_demo(args)
-    failures = import_features(args, number - 1, shares) if args.features else []
+    failures = prepare_demo(args) if args.demo else []
+    if args.features:
+        failures += import_features(args, int(share[1]) - 1, int(share[2]))
     if args.slides:
-        failures += prepare_slides(args, find_slides(args.slides), number - 1, shares)
-        if not args.dry_run:
-            write_index(args.data)
+        failures += prepare_slides(args, find_slides(args.slides), int(share[1]) - 1, int(share[2]))
+    if (args.slides or args.demo) and not args.dry_run:
+        write_index(args.data)
     if args.qa:
         import_qa(args)
     for _, message in failures:
         print(f"failed: {wsi_llava.one_line(message, 2000)}", file=sys.stderr)
-    where = f" and in {args.data}/failures); the others are done" if not args.dry_run else ")"
+    where = ")" if args.dry_run else f" and in {args.data}/failures); the others are done"
     check(not failures, f"{count(len(failures), 'slide')} could not be prepared (listed above{where}")
 
 
