@@ -125,9 +125,7 @@ def ask_about_slide(args):
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, [slide])
     check(not problems, f"--slide {slide}: {problems.get(slide)}")
     visual = wsi_llava.read_visual_tokens(args.data, slide, model.cfg)
-    print(
-        f"{slide}: {len(visual)} visual tokens, on {args.device}." + " Ctrl-D ends the chat." * (not args.ask)
-    )
+    print(f"{slide}: {len(visual)} visual tokens, on {args.device}. Ctrl-D ends a chat.")
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed")}
     answer = talk(Chat(model, tokenizer, visual, **options), args.ask)
     if args.heatmap:
@@ -140,8 +138,7 @@ def ask_about_slide(args):
 # of average tiles. On 50 toy slides the hottest tile held the planted evidence in 100%; by attention in 2%,
 # since the slide encoder mixes the tiles.
 
-PASSES = 32  # forward and backward, at the midpoints of as many steps of that way
-PANEL = 560  # pixels of a panel's longer side
+PASSES, PANEL = 32, 560  # at the midpoints of as many steps of that way; pixels of a panel's longer side
 # Pale to dark, evenly in lightness: read rightly in grey, and by the colour-blind.
 ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 90), (60, 10, 85)])
 
@@ -220,8 +217,8 @@ def explain(args, model, tokenizer, name, answer):
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer).numpy()
     print(f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer.")
     title = one_line(f"{name}: {args.ask} - {answer}", 150)
-    # As it was prepared; a damaged slide may kill the process that opens it.
-    source = file, mpp / wsi_llava.feature_metadata(notes)["scale"], mpp
+    source = file, mpp / wsi_llava.feature_metadata(notes)["scale"], mpp  # as it was prepared
+    # In a process of its own: a damaged slide may kill who opens it.
     prepare.apart(file, write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
     print(f"Wrote {few(args.heatmap)}")
 
@@ -267,7 +264,7 @@ OPTIONS = rf"{OPTION}(?:(?:[\s,/&()\[\]:*\"'-]|\b(?:and|or|nor)\b)*{OPTION})*"  
 REJECTING = rf"""(?ix: \b (?: not | cannot | neither | nor | never | no | exclud\w+ | rul\w+\ out
     | rather\ than | instead\ of | unlike | \w+n't) \b
     (?: \s+ (?!(?: doubt | only | but)\b) [\w'-]+ ){{0,4}}? [\s"'(*\[]* ){OPTIONS}"""
-REJECTED = rf"""{OPTIONS}(?ix: (?: \s+ (?!and|or|but) \w+ ){{0,2}}? \s+
+REJECTED = rf"""{OPTIONS}(?ix: (?: \s+ (?: is|can|could|may|be|does|do|very|\w+ly) ){{0,3}}? \s+
     (?: \w+n't | cannot | not | wrong | incorrect | false | unlikely | excluded | ruled\ out) \b)"""
 IS = r"(?:\s+(?:is|would be|should be)\b"
 SAYING = rf"(?i:\b(?:answer|option|choice)\b{IS})?)"
@@ -381,10 +378,10 @@ def answer_file(args):
     """--qa: every question of the files -> --predictions; resumes by itself."""
     check(not args.temperature, "--temperature: --qa answers greedily")
     rows, (model, tokenizer), path = read_questions(args.qa, args.data), load_model(args), args.predictions
-    digest, cfg = hashlib.sha256(json.dumps(rows).encode()).hexdigest(), model.cfg
-    settings = {"questions": digest[:16], "asked": len(rows), "model": wsi_llava.fingerprint(model)}
-    settings |= {name: str(getattr(args, name)) for name in ("dtype", "baselines", "max_new_tokens", "seed")}
-    settings["max_tiles"] = cfg.max_tiles
+    digest, cfg = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], model.cfg
+    settings = {name: str(getattr(args, name)) for name in ("dtype", "baselines", "max_new_tokens", "seed")}
+    settings |= {"questions": digest, "asked": len(rows), "max_tiles": cfg.max_tiles}
+    settings["model"] = wsi_llava.fingerprint(model)
     lines, file = open_lines(path)
     with reading(path, "not what sample.py --qa writes; name another"):
         old, done = lines[0]["settings"] if lines else settings, {row["n"] for row in lines[1:]}
@@ -477,10 +474,9 @@ def rouge_l(reference, candidate):
 def find_meteor():
     """METEOR of (reference, candidate) tokens; not a number without nltk and its WordNet."""
     try:
-        from nltk.corpus import wordnet
         from nltk.translate.meteor_score import single_meteor_score
 
-        wordnet.ensure_loaded()
+        single_meteor_score(["a"], ["b"])  # is WordNet there?
         return single_meteor_score
     except (ImportError, LookupError):
         return lambda *_: math.nan
@@ -515,15 +511,6 @@ for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
     SENDER.add_handler(handler)
 
 
-def spoken(choice):
-    """A reply -> (its text without the reasoning, what is wrong)."""
-    message, end = choice["message"], choice.get("finish_reason") or "stop"
-    text, refusal = without_thoughts(message.get("content") or ""), message.get("refusal") or ""
-    if refusal or not re.match("stop|eos|end|complete", end.lower()):
-        return text, one_line(f"no whole reply (finish_reason {end}) {refusal}")
-    return text, "" if text else "an empty reply"
-
-
 def last_list(text, name, allowed, lengths):
     """-> (the last list of that name in a reply's JSON, ""), or (None, why there is none that fits)."""
     problem = "unusable (it holds no JSON)"
@@ -547,7 +534,7 @@ def retry_after(told, otherwise):
 
 
 class Judge:
-    """A grading model behind an OpenAI-compatible endpoint. Usable replies are kept: nothing is paid twice."""
+    """A grading model behind an OpenAI-compatible endpoint. Usable replies are kept, none is paid twice."""
 
     def __init__(self, url, model, path, protocol="ours"):
         self.where, self.model, self.protocol = f"--judge-url {url}", model, protocol
@@ -562,7 +549,7 @@ class Judge:
         self.problems, self.in_a_row = Counter(), 0
 
     def post(self, messages):
-        """A reply, as spoken reads it, or (None, why) where it is refused."""
+        """-> (a reply without its reasoning, what is wrong with it); (None, why) where it is refused."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for attempt in range(ATTEMPTS):
             # A refusal is of what this request sent; others drop options meanwhile.
@@ -573,7 +560,11 @@ class Judge:
                     status, wait = response.status, retry_after(response.headers["Retry-After"], wait)
                     text = response.read().decode("utf-8", "replace").replace(self.secret, "***")
                 if status == 200:
-                    return spoken(json.loads(text)["choices"][0])
+                    choice = json.loads(text)["choices"][0]
+                    said, end = choice["message"].get("content"), choice.get("finish_reason") or "stop"
+                    said, refusal = without_thoughts(said or ""), choice["message"].get("refusal") or ""
+                    whole = said and not refusal and re.match("stop|eos|end|complete", end.lower())
+                    return said, "" if whole else one_line(f"no whole reply (finish_reason {end}) {refusal}")
                 problem = f"HTTP {status}"
             except Exception as error:  # of the network, or of what is no reply
                 problem, text = f"no answer ({type(error).__name__})", text or str(error)
@@ -635,12 +626,11 @@ class Judge:
         return float(np.mean(scores)) if scores else None
 
 
-def grade(judge, rows, systems):
-    """Asks the judge about all open questions -> ({system: {metric: values [n]}}, a note)."""
+def grade(judge, rows, systems, notes):
+    """Asks the judge about all open questions -> {system: {metric: values [n]}}, and what to note."""
     asked = [i for i, row in enumerate(rows) if not closed_parser(row["question"], row["truth"])]
-    todo = list(product(systems, JUDGED, asked))
-    what = f"{count(len(asked), 'open question')}, {count(len(systems), 'system')}"
-    print(f"{what}: at most {2 * len(todo):,} calls of {judge.model}.")
+    todo, what = list(product(systems, JUDGED, asked)), count(len(asked), "open question")
+    print(f"{what}, {count(len(systems), 'system')}: at most {2 * len(todo):,} calls of {judge.model}.")
 
     def work(item):
         system, metric, i = item
@@ -652,14 +642,14 @@ def grade(judge, rows, systems):
     finally:  # Ctrl-C: what was asked is kept, what waits is not asked
         judge.over.set()
         pool.shutdown(cancel_futures=True)
-    note = f"Judge: {judge.model}, protocol {judge.protocol}; {found.count(None)} grades stayed unusable"
-    note += "".join(f"; {n} times {what}" for what, n in judge.problems.items())
-    check(not todo or found.count(None) < len(todo), f"{judge.where}: no grade came back. {note}")
-    worth = math.nan if judge.protocol == "authors" else 0.0  # the authors leave them out
+    zero, rule = (math.nan, "left out") if judge.protocol == "authors" else (0.0, "counted as 0")
+    note = f"Judge: {judge.model}, protocol {judge.protocol}; {found.count(None)} unusable grades are {rule}"
+    notes.append(note + "".join(f"; {n} times {what}" for what, n in judge.problems.items()) + ".")
+    check(not todo or found.count(None) < len(todo), f"{judge.where}: no grade came back. {notes[-1]}")
     grades = {system: {metric: np.full(len(rows), np.nan) for metric in JUDGED} for system in systems}
     for (system, metric, i), value in zip(todo, found):
-        grades[system][metric][i] = worth if value is None else value
-    return grades, f"{note}; these {'are left out' if np.isnan(worth) else 'count as 0'}."
+        grades[system][metric][i] = zero if value is None else value
+    return grades
 
 
 # ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
@@ -759,7 +749,7 @@ PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
 
 
 def score(rows, answers, meteor):
-    """Answers [n] -> ({metric: values [n], nan where it says nothing}; closed answers that choose nothing)."""
+    """Answers [n] -> ({metric: values [n], nan where it says nothing}; closed answers without a choice)."""
     scores, unread = {metric: np.full(len(rows), np.nan) for metric in METRICS[2:]}, []
     for i, (row, answer) in enumerate(zip(rows, answers)):
         parser, truth = closed_parser(row["question"], row["truth"]), row["truth"]
@@ -794,12 +784,9 @@ def interval(values, slides, seed):
 def tabulate(rows, scores, trained_on, seed):
     """{system: {metric: values [n]}} -> lines {kind, group, metric, ..., system: (mean, low, high), ...}."""
     slides, lines, (first, *others) = np.array([row["slide"] for row in rows]), [], scores
-    kinds = {"all": [], "capability": [], "task": [], "cancer type": []}
-    for row in rows:
-        task = "report" if wsi_llava.is_report(row) else re.match("[^_ ]*", row["task"])[0]
-        of_row = "all", CAPABILITY.get(task, "other"), row["task"], row["cancer"]
-        for groups, group in zip(kinds.values(), of_row):
-            groups.append(group)
+    tasks = ["report" if wsi_llava.is_report(row) else re.split("[_ ]", row["task"])[0] for row in rows]
+    kinds = {"all": ["all"] * len(rows), "capability": [CAPABILITY.get(task, "other") for task in tasks]}
+    kinds |= {"task": [row["task"] for row in rows], "cancer type": [row["cancer"] for row in rows]}
     for kind, groups in kinds.items():
         names = sorted(set(groups)) if kind == "all" or len(set(groups)) > 1 else []
         for group, metric in product(names, METRICS):
@@ -808,8 +795,8 @@ def tabulate(rows, scores, trained_on, seed):
             line = {"kind": kind, "group": group, "metric": metric}
             line["questions"] = int((~np.isnan(values[first])).sum())
             line["training slides"] = trained_on[group] if kind == "cancer type" and trained_on else None
-            published = dict(zip(METRICS, PUBLISHED.get(group, ())))
-            line["published"] = published.get(metric) if kind == "capability" else None
+            published = dict(zip(METRICS, PUBLISHED.get(group, ()))) if kind == "capability" else {}
+            line["published"] = published.get(metric)
             line |= {system: interval(x, slides, seed) for system, x in values.items()}
             for system in others:  # paired
                 line[f"{system} - {first}"] = interval(values[system] - values[first], slides, seed)
@@ -864,8 +851,7 @@ def csv_text(lines):
     for line in lines:
         rows.append({})
         for key, cell in line.items():
-            cell = cell if isinstance(cell, tuple) else [cell]
-            rows[-1] |= zip((key, f"{key} low", f"{key} high"), cell)
+            rows[-1] |= zip((key, f"{key} low", f"{key} high"), cell if isinstance(cell, tuple) else [cell])
     header = list(dict.fromkeys(chain(*rows)))
     for cells in (header, *([row.get(key) for key in header] for row in rows)):
         cells = [f"'{x}" if isinstance(x, str) and x[:1] in tuple("=+-@\t\r") else x for x in cells]
@@ -879,8 +865,7 @@ def evaluate(args, paths):
     if args.judge_model:
         kept = paths[0].with_name("judge.jsonl")
         judge = Judge(args.judge_url, args.judge_model, kept, args.judge_protocol)
-        grades, note = grade(judge, rows, systems)
-        notes.append(note)
+        grades = grade(judge, rows, systems, notes)
     train, told, seen = args.data / "qa" / "train.jsonl", defaultdict(Counter), set()
     for row in prepare.read_qa(train) if train.exists() else []:
         told[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
