@@ -83,8 +83,7 @@ def relative(a, b):
 
 
 def agrees(what, got, want, tolerance):
-    """Asserts that two tensors are the same within a tolerance, and prints how far apart they are (pytest -rP
-    shows it)."""
+    """Asserts that two tensors are the same within a tolerance; prints how far apart (pytest -rP shows it)."""
     error = relative(got, want)
     print(f"{what}: error {error:.1e} of the largest value")
     assert error < tolerance, what
@@ -152,10 +151,9 @@ def greedy(llama, ids, n, cached):
 def hf_llama(folder, family="Llama", **changes):
     """A small language model of transformers with random weights, saved to the folder."""
     transformers = pytest.importorskip("transformers")
-    config = dict(
-        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    config |= dict(intermediate_size=112, max_position_embeddings=128, rope_theta=5000.0) | changes
+    config = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, intermediate_size=112)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, rope_theta=5000.0)
+    config |= dict(max_position_embeddings=128) | changes
     torch.manual_seed(1)
     config = getattr(transformers, f"{family}Config")(**config)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -167,30 +165,22 @@ def hf_llama(folder, family="Llama", **changes):
 
 
 def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4), levels=()):
-    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4:
-    OpenSlide's generic-tiff.
-
-    levels: pictures of some of them {downsample: picture}. Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte
-    entries, and every tile a JPEG of its own."""
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, OpenSlide's generic-tiff: per level a directory of
+    12-byte entries. levels: pictures of some of them {downsample: picture}."""
     body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
     for downsample in downsamples:
         size = tuple(side // downsample for side in image.size)
-        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
-        picture = dict(levels).get(downsample, picture)
-        size = picture.size
-        offsets, lengths = [], []
-        for y in range(0, size[1], 256):
-            for x in range(0, size[0], 256):
-                tile = io.BytesIO()
-                picture.crop((x, y, x + 256, y + 256)).save(tile, "JPEG", quality=80)
-                offsets.append(len(body))
-                lengths.append(len(tile.getvalue()))
-                body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
+        picture = dict(levels).get(downsample, image.resize(size, Image.Resampling.BOX))
+        size, offsets, lengths = picture.size, [], []
+        for y, x in itertools.product(range(0, size[1], 256), range(0, size[0], 256)):
+            tile = io.BytesIO()
+            picture.crop((x, y, x + 256, y + 256)).save(tile, "JPEG", quality=80)
+            offsets.append(len(body))
+            lengths.append(len(tile.getvalue()))
+            body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
         values = len(body)
-        per_cm = round(1e4 / mpp / downsample)
-        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(
-            f"<{2 * len(offsets)}I", *offsets, *lengths
-        )
+        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / mpp / downsample), 1)
+        body += struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
         entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
             (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
             (256, 4, 1, size[0]),
@@ -207,14 +197,12 @@ def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4), levels=()):
             (324, 4, len(offsets), values + 16),  # TileOffsets
             (325, 4, len(offsets), values + 16 + 4 * len(offsets)),  # TileByteCounts
         ]
-        if len(offsets) == 1:
-            raise ValueError("a level of one tile would keep its offset in the entry itself")
+        assert len(offsets) > 1  # a level of one tile would keep its offset in the entry itself
         struct.pack_into("<I", body, offset_of_next, len(body))
         body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
         offset_of_next = len(body)
         body += struct.pack("<I", 0)
-    with wsi_llava.replacing(path) as temporary:
-        temporary.write_bytes(body)
+    path.write_bytes(body)
 
 
 CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
@@ -246,10 +234,9 @@ def demo(tmp_path_factory):
 
 # ---- wsi_llava.py: parity with upstream ------------------------------------------------------------------
 
-# assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet,
-# transformers), and the names and shapes of its checkpoints, which `fill` fills; the tests make the inputs.
-# Of tokens and logits it has every 13th channel: each sums over all channels of the layer before, so a fault
-# shows in any of them.
+# assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet) and the
+# names and shapes of its checkpoints, which `fill` fills. Of tokens it has every 13th channel: each sums over
+# all channels of the layer before, so a fault shows in any of them.
 
 
 def fill(name, shape):
@@ -318,22 +305,6 @@ def test_slide_encoder_equals_upstream(tmp_path):
         agrees(f"visual tokens of {n} tiles", pooled, want[f"n{n}.pooled"], 1e-3)
 
 
-def test_llama_equals_upstream(tmp_path):
-    state, want = golden("llama_d3_w64")
-    config = dict(vocab_size=320, hidden_size=64, intermediate_size=172, num_hidden_layers=3)
-    config |= dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096)
-    config |= dict(rms_norm_eps=1e-5, tie_word_embeddings=False)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    llama = wsi_llava.load_llama(tmp_path)
-    with torch.no_grad():
-        agrees("Llama, logits of ids", llama(want["ids"])[..., ::13], want["logits"], 2e-4)
-        embeds = fill("inputs_embeds", (1, 50, 64))
-        agrees("Llama, logits of embeddings", llama(embeds=embeds)[..., ::13], want["embeds_logits"], 2e-4)
-    for cached in (False, True):
-        assert torch.equal(greedy(llama, want["greedy"][:, :33], 24, cached), want["greedy"])
-
-
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES = {
@@ -349,8 +320,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_language_models_equal_transformers(tmp_path, name):
-    """Logits and greedy ids, from shards; back again, what save_llama writes, as AutoModelForCausalLM reads
-    it; with adapters and in int8."""
+    """Logits and greedy ids, from shards; what save_llama writes; with adapters and in int8."""
     transformers = pytest.importorskip("transformers")
     family, changes = FAMILIES[name]
     theirs = hf_llama(tmp_path, family, **changes)
@@ -371,6 +341,7 @@ def test_language_models_equal_transformers(tmp_path, name):
     with torch.no_grad():
         adapted = with_adapters(ours)(ids)
         assert relative(want, adapted) > 0.05
+        agrees("adapters, merged", wsi_llava.merge_lora(ours)(ids), adapted, 1e-5)
         assert 0 < relative(wsi_llava.quantize_int8(ours)(ids), adapted) < 0.05
 
 
@@ -378,8 +349,7 @@ def test_language_models_equal_transformers(tmp_path, name):
 
 
 def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
-    """The definition, head by head with an L x L matrix: how often query i and key j meet, over all
-    branches."""
+    """The definition, head by head with an L x L matrix: how often query i and key j meet."""
     B, L, H, D = q.shape
     out = torch.zeros_like(q)
     position = torch.arange(L)
@@ -397,67 +367,14 @@ def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
     return out
 
 
-SHAPES = [  # L, H, D, segments, dilations: chosen to break things
-    (1, 1, 16, (4,), (1,)),
-    (2, 3, 16, (8, 16), (1, 2)),
-    (7, 4, 16, (8, 16), (1, 2)),  # W - 1
-    (8, 4, 16, (8, 16), (1, 2)),  # W
-    (9, 4, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
-    (53, 5, 24, (8, 20, 40), (1, 2, 4)),  # a prime; H not divisible by R; a rest in every branch
-    (61, 3, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
-    (97, 16, 48, (16, 64, 256), (1, 2, 16)),  # shorter than the longest segment
-]
-
-
-@pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("L, H, D, segments, dilations", SHAPES)
-def test_dilated_attention_equals_its_definition(L, H, D, segments, dilations, pad_keys):
-    q, k, v, grad = torch.randn(4, 2, L, H, D, dtype=torch.float64)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want = dense_dilated_attention(*leaves, segments, dilations, pad_keys)
-    want_grads = torch.autograd.grad(want, leaves, grad)
-    leaves = [x.float().requires_grad_() for x in (q, k, v)]
-    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys)
-    grads = torch.autograd.grad(got, leaves, grad.float())
-    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
-    for a, b in zip(grads, want_grads):
-        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
-
-
-def test_dilated_attention_without_the_fused_kernel_is_the_same(monkeypatch):
-    """As on MPS, where PyTorch's fused CPU kernel is not."""
-    q, k, v, grad = torch.randn(4, 1, 150, 2, 16)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    fused = wsi_llava.dilated_attention(*leaves, (120, 400), (1, 2))
-    fused_grads = torch.autograd.grad(fused, leaves, grad)
-    monkeypatch.setattr(wsi_llava, "_on_cpu", lambda x: False)
-    plain = wsi_llava.dilated_attention(*leaves, (120, 400), (1, 2))
-    torch.testing.assert_close(plain, fused, atol=1e-5, rtol=1e-4)
-    for a, b in zip(torch.autograd.grad(plain, leaves, grad), fused_grads):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-# ---- wsi_llava.py: the Triton kernels, interpreted or on a GPU, and compiled for GPUs that are not here ----
-
-compiled = os.environ["TRITON_INTERPRET"] == "0"
-needs_triton = pytest.mark.skipif(
-    wsi_llava.triton is None or compiled and not torch.cuda.is_available(), reason="needs triton"
-)
-KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
+SHAPES = [  # B, L, H, D, segments, dilations: chosen to break things
     (1, 1, 1, 16, (4,), (1,)),
     (1, 3, 2, 16, (8, 16, 32), (1, 2, 4)),  # shorter than the shortest segment
     (1, 7, 2, 16, (8, 16), (1, 2)),  # W - 1, then W, and W + 1: a last segment of one token
     (1, 8, 2, 16, (8, 16), (1, 2)),
     (1, 9, 2, 16, (8, 16), (1, 2)),
     (1, 53, 3, 16, (20, 40), (1, 2)),  # a prime; H not divisible by R
-    (
-        1,
-        21,
-        2,
-        16,
-        (10, 30),
-        (3, 7),
-    ),  # R does not divide W, more offsets than heads: some queries get nothing
+    (1, 21, 2, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some get nothing
     (1, 29, 5, 24, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
     (1, 23, 2, 48, (16, 32), (1, 2)),
     (1, 23, 1, 80, (16, 32), (1, 2)),
@@ -467,43 +384,48 @@ KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
     (1, 19, 8, 16, (16, 2**40), (4, 8)),  # a rest of 3 tokens, fewer than R; 64 bits of offsets
     (2, 26, 3, 16, (5, 13), (5, 4)),  # R = W; every branch pads; a batch of two
 ]
-HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roundings of the largest value
+compiled = os.environ["TRITON_INTERPRET"] == "0"
+needs_triton = pytest.mark.skipif(
+    wsi_llava.triton is None or compiled and not torch.cuda.is_available(), reason="needs triton"
+)
 
 
-def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_attention):
+@gpu
+@needs_triton
+@pytest.mark.parametrize("pad_keys", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "impl, dtype, tolerance",
+    [  # in half precision a few roundings of the largest value
+        ("torch", torch.float32, 3e-6),
+        ("mps", torch.float32, 3e-6),  # where PyTorch's fused CPU kernel is not
+        ("triton", torch.float32, 3e-6),
+        ("triton", torch.bfloat16, 2e-2),
+        ("triton", torch.float16, 2.5e-3),
+    ],
+)
+def test_dilated_attention_equals_its_definition(shape, impl, dtype, tolerance, pad_keys, monkeypatch):
+    """Output and gradients, branch by branch and by the kernels, interpreted or on a GPU."""
     B, L, H, D, segments, dilations = shape
-    torch.manual_seed(L * 1000 + D)
-    device = machine()[0]
     q, k, v, grad = (x.to(dtype) for x in torch.randn(4, B, L, H, D))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    want = definition(*leaves, segments, dilations, pad_keys)
+    want = dense_dilated_attention(*leaves, segments, dilations, pad_keys)
     want = [want, *torch.autograd.grad(want, leaves, grad.double())]
+    device = machine()[0]
     leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys, impl="triton")
+    if impl == "mps":
+        monkeypatch.setattr(wsi_llava, "_on_cpu", lambda x: False)
+    impl = impl.replace("mps", "torch")
+    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys, impl=impl)
     got = [got, *torch.autograd.grad(got, leaves, grad.to(device))]
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, want):
         largest = max(1.0, b.abs().max().item())
         error = (a.double().cpu() - b).abs().max() / largest
         print(f"{shape}, {dtype}, {name}: error {error:.1e} of the largest value")
-        torch.testing.assert_close(a.double().cpu(), b, atol=tolerance * largest, rtol=0)
-    return got
+        assert error < tolerance, name
 
 
-@gpu
-@needs_triton
-@pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
-def test_kernel_equals_the_definition(shape, pad_keys):
-    check_kernel(shape, pad_keys, torch.float32, 3e-6)
-
-
-@gpu
-@needs_triton
-@pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
-@pytest.mark.parametrize("shape", KERNEL_SHAPES[2:], ids=str)
-def test_kernel_in_half_precision(shape, dtype, tolerance, pad_keys):
-    check_kernel(shape, pad_keys, dtype, tolerance)
+# ---- wsi_llava.py: the Triton kernels, and compiled for GPUs that are not here ---------------------------
 
 
 @gpu
@@ -524,8 +446,7 @@ def test_kernel_takes_any_strides_and_gives_the_same_bits_twice():
 @pytest.mark.parametrize(
     "shape, dtype, W",
     [
-        ((1, 4, 1, 8), torch.float32, 4),  # heads too narrow, then too wide
-        ((1, 4, 1, 256), torch.float32, 4),
+        ((1, 4, 1, 8), torch.float32, 4),  # heads too narrow, and in double precision
         ((1, 4, 1, 16), torch.float64, 4),
         ((1, 1, 70000, 16), torch.float32, 4),  # too many heads, tokens, offsets in a segment, segments
         ((1, 2**31, 1, 16), torch.float32, 4),
@@ -535,9 +456,8 @@ def test_kernel_takes_any_strides_and_gives_the_same_bits_twice():
 )
 def test_kernels_refuse_what_is_beyond_their_limits(shape, dtype, W):
     x = torch.empty(shape, dtype=dtype, device="meta")
-    with pytest.raises(
-        ValueError, match=re.escape(f"the Triton kernels cannot take {dtype} {list(shape)} on meta")
-    ):
+    refusal = re.escape(f"the Triton kernels cannot take {dtype} {list(shape)} on meta")
+    with pytest.raises(ValueError, match=refusal):
         wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
 
 
@@ -556,17 +476,15 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
 def kernel_resources():
-    """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list
-    of dicts. spills: stores of registers to memory and loads back. mma: tensor core instructions."""
-    kernels = (wsi_llava._forward_kernel, wsi_llava._dq_kernel, wsi_llava._dkv_kernel)
+    """What the kernels take of GPUs that need not be there, off the machine code. spills: stores of registers
+    to memory and loads back. mma: tensor core instructions."""
+    kernels, rows = (wsi_llava._forward_kernel, wsi_llava._dq_kernel, wsi_llava._dkv_kernel), []
     types = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    rows = []
     cases = [(gpu, 48) for gpu in SHARED_LIMIT] + [(86, 128), (90, 128)]
     for kernel, (gpu, D), dtype in itertools.product(kernels, cases, types):
-        rows.append(
-            {"kernel": kernel.__name__.strip("_"), "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
-            | compiled_resources(kernel, gpu, types[dtype], wsi_llava._launch_options(kernel, D, dtype))
-        )
+        row = {"kernel": kernel.__name__, "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
+        options = wsi_llava._launch_options(kernel, D, dtype)
+        rows.append(row | compiled_resources(kernel, gpu, types[dtype], options))
     return rows
 
 
@@ -591,17 +509,13 @@ def compiled_resources(kernel, gpu, dtype, options):
         options={name: options[name] for name in ("num_warps", "num_stages")},
     )
     cuobjdump = Path(wsi_llava.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    said = {}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        for flag in ("--dump-resource-usage", "-sass"):
-            said[flag] = subprocess.run(
-                [cuobjdump, flag, cubin], capture_output=True, text=True, check=True
-            ).stdout
+        said = subprocess.check_output([cuobjdump, "--dump-resource-usage", "-sass", cubin], text=True)
     return {
-        "registers": int(re.search(r"REG:(\d+)", said["--dump-resource-usage"])[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", said["-sass"])),
+        "registers": int(re.search(r"REG:(\d+)", said)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", said)),
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[gpu],
         "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", compiled.asm["ptx"])),
@@ -622,19 +536,13 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
     there, here = (load_file(wsi_llava.features_file(d / "data", slide.stem)) for d in (folder, tmp_path))
     agrees("features", there["features"].float(), here["features"].float(), 3e-2)
     model = wsi_llava.load_slide_encoder(folder / "out" / "stage1" / "slide_encoder.safetensors")
-    n = [len(there["coords"])]
-    want = model(there["features"].float(), there["coords"], n)[1]
+    features, coords, n = there["features"], there["coords"], [len(there["coords"])]
+    want = model(features.float(), coords, n)[1]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
-        model.to("cuda", dtype)
-        got = model(there["features"].to("cuda", dtype), there["coords"].to("cuda"), n)[1]
+        got = model.to("cuda", dtype)(features.to("cuda", dtype), coords.to("cuda"), n)[1]
         agrees(f"slide encoder, {dtype}", got.float().cpu(), want, tolerance)
-    ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8]
-    for command in (
-        [*ask, "--heatmap", tmp_path / "heat.png"],
-        [*ask, "--int8"],
-        ["sample.py", "--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", tmp_path / "p.jsonl"],
-        ["train.py", "--stage", 3, "--full", "--epochs", 1],
-    ):
+    ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8, "--int8"]
+    for command in ([*ask, "--heatmap", tmp_path / "heat.png"], ["train.py", "--stage", 3, "--full"]):
         done = script(*command, *places)
         assert done.returncode == 0, done.stderr
     subprocess.run(torchrun(1, "--stage", 1, "--epochs", 1, *places), cwd=tmp_path, check=True)  # by NCCL
@@ -643,8 +551,7 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
 @slow
 @needs_triton
 def test_the_kernels_compile_for_real_gpus_without_spills():
-    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward
-    and backward."""
+    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100)."""
     code = "import json, test_wsi_llava; print(json.dumps(test_wsi_llava.kernel_resources()))"
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
@@ -713,8 +620,7 @@ def test_a_slide_is_the_same_alone_and_in_company():
     "branches", [((64, 256), (1, 2)), ((8, 32), (2, 4)), ((1024, 5792, 32768), (1, 2, 4))], ids=str
 )
 def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch):
-    """One dense call over all of them, forward and backward, also first seen in inference mode, also where no
-    branch keeps a query."""
+    """In one dense call, forward and backward, also first in inference mode, and where queries get nothing."""
     cfg = wsi_llava.SlideEncoderConfig(
         64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0
     )
@@ -731,28 +637,6 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
         found.append([cls.detach(), tokens.detach(), *(p.grad for p in encoder.parameters())])
     for branch_by_branch, dense in zip(*found):
         torch.testing.assert_close(dense, branch_by_branch, rtol=1e-5, atol=2e-5)  # log m is float32
-
-
-def test_dropout_is_the_same_with_gradients_and_without():
-    """The gradient cache embeds a batch without gradients first, and must meet the same dropout again."""
-    cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=2, dropout=0.25, drop_path=0.3)
-    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg).train(), packed([700, 40])
-    drawn = []
-    for grad in (True, False):
-        torch.manual_seed(3)
-        with torch.set_grad_enabled(grad):
-            drawn.append(encoder(features, coords, [700, 40])[1].detach())
-    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-5)
-
-
-def test_standardized_inputs_have_mean_0_and_deviation_1():
-    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
-    features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
-    before = {n: p.clone() for n, p in encoder.named_parameters() if "proj" in n}
-    encoder.standardize_inputs(features)
-    standard = (features - features.mean(0)) / features.std(0)
-    want = F.linear(standard, before["patch_embed.proj.weight"], before["patch_embed.proj.bias"])
-    torch.testing.assert_close(encoder.patch_embed["proj"](features), want, atol=1e-4, rtol=1e-4)
 
 
 # ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 -------------------
@@ -773,15 +657,6 @@ def with_adapters(llama):
         if name.endswith("lora_b"):
             torch.nn.init.normal_(p, std=0.1)
     return llama
-
-
-@torch.no_grad()
-def test_merged_adapters_give_the_same_logits(tiny):
-    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
-    adapted = with_adapters(tiny.llama)(ids)
-    merged = wsi_llava.merge_lora(tiny.llama)
-    assert not any(isinstance(module, wsi_llava.LoRALinear) for module in merged.modules())
-    torch.testing.assert_close(merged(ids), adapted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 6e-3), (torch.bfloat16, 1e-2)])
@@ -809,12 +684,11 @@ def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, o
 def test_int8_halves_the_linear_layers_of_bfloat16(tied):
     """Of a tied embedding a copy is rounded, and the words going in stay."""
     llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, 2, 128, tied=tied)).bfloat16()
-    ids, words = torch.randint(97, (2, 17)), llama.embed_tokens.weight.clone()
+    words = llama.embed_tokens.weight.clone()
     before = 2 * sum(p.numel() for p in [*llama.layers.parameters(), words])
-    want, llama = llama(ids), wsi_llava.quantize_int8(llama).bfloat16()  # cast, as load_model does
+    wsi_llava.quantize_int8(llama).bfloat16()  # cast, as load_model does
     weights = [x for name, x in llama.named_buffers() if name.endswith("weight")]
     assert len(weights) == 2 * 7 + 1 and sum(x.numel() * x.element_size() for x in weights) < 0.51 * before
-    assert 0 < relative(llama(ids), want) < 0.03
     assert torch.equal(llama.embed_tokens.weight, words)
 
 
@@ -898,10 +772,6 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
 
 
-def test_ids_that_a_tokenizer_lacks_decode_to_nothing(tokenizer):
-    assert tokenizer.decode([*tokenizer.encode("It is"), tokenizer.size, 10**6, IMAGE_TOKEN]) == "It is"
-
-
 def test_a_dialogue_is_vicunas_and_its_labels_are_the_answers(tokenizer):
     ids, labels = tokenizer.encode_chat(TALK)
     answers = [tokenizer.encode(TALK[i]["value"]) + [tokenizer.eos] for i in (1, 3)]
@@ -912,6 +782,8 @@ def test_a_dialogue_is_vicunas_and_its_labels_are_the_answers(tokenizer):
     assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
     asked, labels = tokenizer.encode_chat(TALK[:3])  # ready to be answered
     assert ids[: len(asked)] == asked and labels[-1] == IGNORE
+    beyond = [IMAGE_TOKEN, tokenizer.size, 10**6]  # an embedding may hold more tokens
+    assert tokenizer.decode([*tokenizer.encode("It is"), *beyond]) == "It is"
 
 
 @pytest.mark.parametrize("asked", ["<image>\nWhat is its grade?", "What is its grade?\n<image>"])
@@ -935,10 +807,6 @@ def test_plain_form_is_image_then_report(tokenizer):
 # ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
 
 
-def stand_in(data):
-    return wsi_llava.pick_llm(train.parse(["--data", str(data)]), {"preset": "demo"})
-
-
 def stage_1(out):
     return wsi_llava.trained_stage(argparse.Namespace(out=out), 1)
 
@@ -952,7 +820,6 @@ def stage_1(out):
         (stage_1, "stage1", None, "holds no trained model; train it"),
         (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
         (wsi_llava.read_folder, "model.safetensors.index.json", "{}", "lacks 'weight_map'; copy or download"),
-        (stand_in, "llm", None, "no such file; name a language model with --llm"),
         (lambda d: wsi_llava.Tokenizer(d / "t.model"), "t.model", "?", "copy the language model's tokenizer"),
         (lambda d: prepare.read_qa(d / "q.jsonl"), "q.jsonl", None, "no such file; python prepare.py"),
         (lambda d: prepare.read_qa(d / "q.jsonl"), "q.jsonl", '{"a": 1}\n', r"line 1: its fields \(a\) are"),
@@ -1188,9 +1055,7 @@ def test_llama_loader_names_what_is_wrong(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         ({"model_type": "mistral", "sliding_window": 100}, "window of 100 below the context"),
         ({"head_dim": 8}, r"layers.0.self_attn.k_proj.weight is \[32, 32\], not \[16, 32\]"),
-        ({"num_hidden_layers": 10**9}, "depth cannot be 1000000000"),
         ({"rms_norm_eps": math.nan}, "eps cannot be nan"),
-        ({"vocab_size": "many"}, "vocab cannot be many"),
     ]:
         path.write_text(json.dumps(config | changes))
         with pytest.raises(UserError, match=message):
@@ -1216,8 +1081,7 @@ def save_shards(tensors, folder, stem="pytorch_model", ending="bin"):
 
 
 def published_llm(folder, layout, **changes):
-    """A miniature in one of the layouts in which the weights are published -> (transformers' Llama, projector
-    or None)."""
+    """A miniature in one of the published layouts -> (transformers' Llama, projector or None)."""
     theirs = hf_llama(folder, **changes)
     config, state = json.loads((folder / "config.json").read_text()), theirs.state_dict()
     for file in folder.iterdir():
@@ -1242,7 +1106,7 @@ def published_llm(folder, layout, **changes):
 
 
 @pytest.mark.parametrize("layout", ["vicuna", "llava", "llava-hf"])
-def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
+def test_every_published_layout_equals_transformers(tmp_path, layout):
     theirs, projector = published_llm(tmp_path, layout)
     ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
     with torch.no_grad():
@@ -1251,7 +1115,7 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
     assert (found is None) == (projector is None)
     assert projector is None or torch.equal(found[0].weight, projector[0].weight)
     torch.save({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "mm_projector.bin")  # LLaVA-1.0's
-    with pytest.raises(UserError, match=r"lacks 'mm_projector.0.weight'|mm_projector.weight is \[4, 4\]"):
+    with pytest.raises(UserError, match="mm_projector"):
         wsi_llava.load_projector(tmp_path)
 
 
@@ -1315,8 +1179,7 @@ PEFTS_DEFAULTS = {  # as PEFT 0.18 writes them
 
 
 def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensors", **changes):
-    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights, computed
-    here."""
+    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights."""
     folder.mkdir()
     merged, adapters = copy.deepcopy(theirs), {}
     targets = changes.get("target_modules", ["q_proj", "down_proj"])
@@ -1365,9 +1228,7 @@ def test_lora_of_another_kind_is_refused_by_name(tmp_path):
         ({"peft_type": "IA3"}, "peft_type IA3"),
         ({"alpha_pattern": {"model.layers.1.mlp.down_proj": 2}}, "alpha_pattern {"),
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens \[5\]"),
-        ({"layers_to_transform": 3}, "layers_to_transform 3"),
         ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow 0.5"),
-        ({"lora_alpha": None}, "float.. argument must be"),
         ({"lora_alpha": math.nan}, "no adapters; --lora takes a PEFT or LLaVA LoRA folder"),
         ({"r": 8}, r"layers.0.mlp.down_proj's are \[4, 112\] and \[64, 4\], not of rank 8"),
     ]:
@@ -1417,8 +1278,7 @@ def test_damaged_shards_are_named_and_a_whole_file_comes_before_them(tmp_path, e
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, toy_slide, tokenizer):
-    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one
-    prepared slide and its report."""
+    """A folder to work in: GigaPath's and Vicuna's weights, LoRA folders, one prepared slide, its report."""
     monkeypatch.chdir(tmp_path)
     gigapath, vicuna = tmp_path / "weights" / "gigapath", tmp_path / "weights" / "vicuna-7b-v1.5"
     gigapath.mkdir(parents=True)
@@ -1462,10 +1322,6 @@ def test_stage_1_starts_from_gigapaths_slide_encoder(published):
     assert all(torch.equal(p, theirs[name]) for name, p in start().state_dict().items())
     new = start("--from-scratch")
     assert new.cfg.in_width == 64 and not torch.equal(new.cls_token, theirs["cls_token"])
-    wide = wsi_llava.SlideEncoderConfig(width=128, depth=1, mlp_hidden=128)  # for features 1,536 wide
-    torch.save({"model": wsi_llava.SlideEncoder(wide).state_dict()}, path)
-    with pytest.raises(UserError, match="features 1536 wide and of any, these are 64 and .*--from-scratch"):
-        start()
     with pytest.raises(UserError, match="--from-scratch or --slide-encoder: not both"):
         start("--from-scratch", "--slide-encoder", str(path))
     path.unlink()
@@ -1507,25 +1363,12 @@ def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
         wsi_llava.pick_tile_encoder(prepare.parse(["--preset", "7b", "--demo"]))
 
 
-@slow
-def test_features_of_another_encoder_are_refused(demo, tmp_path):
-    """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
-    folder, _ = demo
-    other = wsi_llava.untrained_tile_encoder(seed=1)
-    save_file(other.state_dict(), tmp_path / "other.safetensors")
-    places = ["--slides", str(folder / "data" / "slides"), "--data", str(folder / "data")]
-    with pytest.raises(UserError, match="features of another tile encoder"):
-        prepare.main([*places, "--tile-encoder", str(tmp_path / "other.safetensors")])
-    args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
-    wsi_llava.resolve_device(args)
-    for name, value, message in (
-        ("fingerprint", "0123", "features 128 wide and of .*, these are 128 and of 0123"),
-        ("width", 1536, "features 128 wide and of .*, these are 1536"),
-    ):
-        meta = wsi_llava.read_meta(args.data)
-        meta["encoder"][name] = value
-        with pytest.raises(UserError, match=f"stage1.*: takes tile {message}"):
-            wsi_llava.load_model(args, meta, 3)
+@pytest.mark.parametrize("width, mark", [(128, "0123"), (1536, "abcd")])
+def test_a_slide_encoder_refuses_features_of_another_tile_encoder(width, mark):
+    cfg = wsi_llava.SlideEncoderConfig(in_width=128, trained_on="abcd")
+    meta = {"encoder": {"width": width, "fingerprint": mark}}
+    with pytest.raises(UserError, match=f"stage1: .* 128 wide and of abcd, these are {width} and of {mark}"):
+        wsi_llava.check_tile_encoder(cfg, meta, "stage1")
 
 
 # ---- train.py: what is trained on ------------------------------------------------------------------------
