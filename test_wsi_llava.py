@@ -83,7 +83,7 @@ def relative(a, b):
 
 
 def agrees(what, got, want, tolerance):
-    """Asserts that two tensors are the same within a tolerance; prints how far apart (pytest -rP shows it)."""
+    """Asserts that two tensors are the same within a tolerance; prints how far apart (see pytest -rP)."""
     error = relative(got, want)
     print(f"{what}: error {error:.1e} of the largest value")
     assert error < tolerance, what
@@ -165,8 +165,8 @@ def hf_llama(folder, family="Llama", **changes):
 
 
 def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4), levels=()):
-    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, OpenSlide's generic-tiff: per level a directory of
-    12-byte entries. levels: pictures of some of them {downsample: picture}."""
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles: per level a directory of 12-byte entries. levels:
+    pictures of some of them {downsample: picture}."""
     body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
     for downsample in downsamples:
         size = tuple(side // downsample for side in image.size)
@@ -620,7 +620,7 @@ def test_a_slide_is_the_same_alone_and_in_company():
     "branches", [((64, 256), (1, 2)), ((8, 32), (2, 4)), ((1024, 5792, 32768), (1, 2, 4))], ids=str
 )
 def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch):
-    """In one dense call, forward and backward, also first in inference mode, and where queries get nothing."""
+    """In one dense call, forward and backward, also where queries get nothing."""
     cfg = wsi_llava.SlideEncoderConfig(
         64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0
     )
@@ -704,7 +704,7 @@ def test_int8_halves_the_linear_layers_of_bfloat16(tied):
     ],
 )
 def test_ids_around_the_slide_are_llavas(tokenizer, said, pieces):
-    """Spaces included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, and then `▁`, newline."""
+    """Spaces included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, `▁`, newline."""
     vicuna, want = wsi_llava.CHAT_FORMATS["vicuna"], [1]
     for i, piece in enumerate([f"{vicuna.start}USER: {pieces[0]}", *pieces[1:]]):
         want += [IMAGE_TOKEN] * (i > 0) + tokenizer.encode(piece)
@@ -1151,12 +1151,12 @@ def test_the_tokenizer_with_more_tokens_is_read(tmp_path, tokenizer):
 def test_an_export_ends_where_answers_end(tmp_path, tokenizer):
     """By the chat's token as well as the base model's own, whatever transformers reads of the two files."""
     hf_llama(tmp_path)
-    shutil.copy(tokenizer.path, tmp_path / "tokenizer.model")
+    shutil.copy(tokenizer.path, tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     folder, ends = wsi_llava.pick_llm(train.parse(["--llm", str(tmp_path)]), {"preset": "7b"})
     wsi_llava.save_llama(wsi_llava.load_llama(folder), tmp_path / "export", ends)
-    for name in ("generation_config.json", "config.json"):
-        assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == [tokenizer.eos, 7]
+    for file in (tmp_path / "export").glob("*config.json"):
+        assert json.loads(file.read_text())["eos_token_id"] == [tokenizer.eos, 7]
 
 
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
