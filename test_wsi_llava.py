@@ -772,6 +772,12 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
 
 
+@pytest.mark.parametrize("chat", ["chatml", "llama3", "mistral"])
+def test_a_chat_format_whose_tokens_are_not_there_is_refused(tokenizer, chat):
+    with pytest.raises(UserError, match=rf"lacks (<\||\[INST).* of --chat-format {chat}; leave it out"):
+        wsi_llava.Tokenizer(tokenizer.path, chat)
+
+
 def test_a_dialogue_is_vicunas_and_its_labels_are_the_answers(tokenizer):
     ids, labels = tokenizer.encode_chat(TALK)
     answers = [tokenizer.encode(TALK[i]["value"]) + [tokenizer.eos] for i in (1, 3)]
@@ -1524,7 +1530,7 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
     result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
     for name in ("whole", "again"):
         train_with(demo, tmp_path / "out", *flags)
-        result.rename(tmp_path / name)
+        shutil.copy(result, tmp_path / name)
     assert same_weights(tmp_path / "whole", tmp_path / "again")
 
     real = train.schedule
@@ -4189,6 +4195,13 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
     with pytest.raises(SystemExit):
         program.parse(flags.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--slides", ""], ["--features", ""], ["--slides", ".", "--mask", ""]])
+def test_an_unset_variable_is_not_the_current_folder(capsys, flags):
+    with pytest.raises(SystemExit):
+        prepare.parse(flags)
+    assert "error: an empty argument (an unset variable?)" in capsys.readouterr().err
 
 
 def flags_of(name):

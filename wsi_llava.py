@@ -1130,18 +1130,20 @@ def read_pieces(path):
 
 
 class Tokenizer:
-    """A language model's tokenizer and its prompts: the first of CHAT_FORMATS whose special tokens it has.
-    eos ends an answer; ends: every token that does."""
+    """A language model's tokenizer and its prompts, by default the first of CHAT_FORMATS whose special tokens
+    it has. eos ends an answer; ends: every token that does."""
 
-    def __init__(self, path):
+    def __init__(self, path, chat=None):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
             # encode: a text -> its ids, a list; id: a special token -> its id, or None
             self.encode, self.decode_ids, self.id, self.size = read_pieces(self.path)
-        for self.chat in CHAT_FORMATS.values():
+        for self.chat in [CHAT_FORMATS[chat]] if chat else CHAT_FORMATS.values():
             tokens = re.findall(SPECIAL_TOKENS, self.chat.start + self.chat.human + self.chat.end)
-            if None not in map(self.id, tokens):  # vicuna, the last, has none
+            lacking = [token for token in tokens if self.id(token) is None]
+            if not lacking:  # vicuna, the last, has none
                 break
+        check(not lacking, f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out")
         self.bos = [i for i in [self.id(self.chat.bos)] if i is not None]
         ends = map(self.id, [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"])
         ends = [end for end in ends if end is not None]
@@ -1389,7 +1391,7 @@ COPY_AGAIN = "copy or download it again"
 
 
 def one_line(text, limit=200):
-    """Text from elsewhere, fit to be printed: its first line, and nothing in it that steers a terminal."""
+    """Text from elsewhere, fit to be printed: its first line, less what steers a terminal."""
     line = (str(text).strip().splitlines() or [""])[0]
     line = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", line)
     return line if len(line) <= limit else line[:limit] + "..."
@@ -1403,7 +1405,7 @@ def few(names, n=3):
 
 @contextlib.contextmanager
 def reading(path, hint):
-    """Whatever goes wrong inside with a user's file becomes one line: the file, what is wrong, the hint."""
+    """Whatever goes wrong with a user's file becomes one line: the file, what is wrong, the hint."""
     try:
         yield
     except UserError:
@@ -1892,7 +1894,7 @@ def pick_llm(args, meta):
         with reading(more, COPY_AGAIN):
             ids = [token["id"] for token in read_json(more, COPY_AGAIN)["added_tokens"]]
             path = more if max(ids, default=0) >= Tokenizer(path).size else path
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, args.chat_format)
     for file in (folder / "generation_config.json", folder / "config.json"):
         ends = read_json(file, COPY_AGAIN).get("eos_token_id") if file.exists() else None
         ends = ends if isinstance(ends, list) else [ends]
@@ -2004,10 +2006,15 @@ def at_least(low, kind=int, high=2**63):
 
 
 class Parser(argparse.ArgumentParser):
-    """A script's flags. A wrong one gets one line and exit status 2, not a screen of all there are."""
+    """A script's flags. A wrong one gets one line and exit status 2."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, argv=None):
+        if "" in (sys.argv[1:] if argv is None else argv):
+            self.error("an empty argument (an unset variable?)")
+        return super().parse_args(argv)
 
     def error(self, message):
         self.exit(2, f"error: {one_line(message.removeprefix('argument '))}; --help lists the flags\n")
@@ -2033,15 +2040,16 @@ def add_shared_flags(parser):
 
 
 def add_weights_flags(parser):
-    """The flags of published weights, for the scripts that load them."""
+    """The flags of published weights."""
     add = parser.group("weights, where they are not where they are looked for")
     add("--slide-encoder", f"default: that of out/stage1, or {GIGAPATH}/slide_encoder.pth", type=Path)
     add("--llm", f"language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})", type=Path)
     add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", type=Path)
+    add("--chat-format", "default: told by the tokenizer's special tokens", choices=CHAT_FORMATS)
 
 
 def resolve_device(args):
-    """Turns --device and --dtype into what torch takes. Raises UserError for a device that is not there."""
+    """Turns --device and --dtype into what torch takes. Raises UserError."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         args.device = torch.device(best if args.device == "auto" else args.device)
@@ -2058,8 +2066,8 @@ def count(n, thing):
 
 
 def run(main, on_interrupt="interrupted"):
-    """Runs a script's main. What the user can mend, and what the system refuses (a full disk, a closed pipe),
-    becomes one line and exit status 1. Ctrl-C: status 130. A bug keeps its traceback."""
+    """Runs a script's main. What the user can mend, or the system refuses (a full disk), becomes one line and
+    exit status 1. Ctrl-C: status 130. A bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         stream.reconfigure(errors="backslashreplace")
     try:
