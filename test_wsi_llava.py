@@ -3134,28 +3134,12 @@ def sample_with(demo, *arguments, data=None):
     )
 
 
-def test_why_a_slide_cannot_be_asked_about(tmp_path, tiny):
-    for folder in ("features", "visual_tokens"):
-        (tmp_path / folder).mkdir()
-    save_file({"visual_tokens": torch.zeros(36, 128)}, tmp_path / "visual_tokens" / "imported.safetensors")
-    tensors = {"features": torch.zeros(0, 128), "coords": torch.zeros(0, 2)}
-    save_file(tensors, tmp_path / "features" / "glass.safetensors")
-    (tmp_path / "features" / "cut.safetensors").write_bytes(b"half")
-    args = types.SimpleNamespace(data=tmp_path)
-    assert [sample.prepare_raw(args, name) for name in ("imported", "cut")] == ["imported", "cut"]
-    with pytest.raises(UserError, match=f"nobody: neither a file nor a slide in {tmp_path}/features"):
-        sample.prepare_raw(args, "nobody")
-    _, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["glass", "cut"])
-    assert "no tissue was found" in problems["glass"] and "prepare the slide again" in problems["cut"]
-
-
 @slow
 def test_zero_shot_equals_stage_one(demo, capsys):
-    """The probabilities are the softmax over what training would embed."""
-    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
+    """The probabilities are the softmax over what training would embed; equal texts are two lines."""
+    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin", "mucin"]
     sample_with(demo, "--slide", "demo_0015", "--zero-shot", *texts)
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(texts) :]]
-    found = {text: float(p) for p, text in lines}
+    found = sorted(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(texts) :])
     args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
     wsi_llava.resolve_device(args)
     _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
@@ -3163,10 +3147,10 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     with torch.no_grad():
         slides = model.embed_slides(features.float(), coords, [len(coords)])
         embedded = model.embed_words([tokenizer.encode(text) for text in texts], words)
-        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
-    assert [found[text] for text in texts] == pytest.approx(want.tolist(), abs=1e-4)
-    sample_with(demo, "--slide", "demo_0015", "--zero-shot", "mucin", "mucin")
-    assert capsys.readouterr().out.count("0.5000  mucin") == 2
+        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1).tolist()
+    want = sorted([f"{share:.4f}", text] for share, text in zip(want, texts))
+    assert [text for _, text in found] == [text for _, text in want]
+    assert [float(p) for p, _ in found] == pytest.approx([float(p) for p, _ in want], abs=2e-4)
 
 
 def test_chat_continues_as_if_read_anew(tiny, tokenizer):
@@ -3185,21 +3169,11 @@ def test_chat_continues_as_if_read_anew(tiny, tokenizer):
     assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
-def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
-    """From a person, who is told how, or a pipe; a line that does not fit costs itself."""
-    lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
-    monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
-    chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    said = sample.talk(chat)
-    out, err = capsys.readouterr()
-    assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
-    assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
+def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is its grade?\n\nWhat is its grade?"))
+    said = sample.talk(sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5))
+    out = capsys.readouterr().out
+    assert out.count(" s)\n") == 2 and said in out
 
 
 @slow
@@ -3245,50 +3219,36 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
         sample.read_questions([tmp_path / "qa.json"], tmp_path)
 
 
-def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
-    ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
-    assert ids == tokenizer.encode_chat(TALK[:3])[0]
-    bare = sample.prompt_ids(tokenizer, {"conversations": TALK[:1]}, image=False)
-    assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith(
-        "USER: Which type of tumor is this? ASSISTANT:"
-    )
-
-
-def asking(demo, data, *flags):
-    """The flags that answer qa.jsonl beside `data`, and its model -> (flags, predictions, model, tokenizer)."""
-    path = data.parent / "predictions.jsonl"
-    flags = ["--qa", data.parent / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, *flags]
-    args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out"), *map(str, flags)])
-    wsi_llava.resolve_device(args)
-    return flags, path, *sample.load_model(args)
-
-
 @slow
 def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     """Grouped, with baselines, cut short by a kill and resumed; a slide that is damaged or not there costs its own
     questions, which are answered when it is."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
+    data, path = shutil.copytree(demo[0] / "data", tmp_path / "data"), tmp_path / "predictions.jsonl"
     rows = prepare.read_qa(data / "qa" / "test.jsonl")
     far = {"id": "far-1", "slide": "far", "task": "Grading", "cancer": "demo", "conversations": TALK[:2]}
     long = {**rows[0], "id": "long", "conversations": [{"from": "human", "value": "word " * 600}, TALK[1]]}
     prepare.write_qa(tmp_path / "qa.jsonl", [*rows, far, far | {"slide": "cut"}, long])
     (data / "features" / "cut.safetensors").write_bytes(b"half")
-    flags, path, model, tokenizer = asking(demo, data, "--baselines")
-    sample_with(demo, *flags, data=data)
-    printed = capsys.readouterr().out
-    assert (
-        "30 questions about 5 slides, 27 to ask" in printed
-        and "Answered 27 questions; 1 are too long" in printed
-    )
+    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, "--baselines"]
+
+    def answers_of():
+        sample_with(demo, *flags, "--evaluate", data=data)
+        return {
+            row["n"]: row for row in map(json.loads, path.read_text().splitlines()[1:])
+        }, capsys.readouterr().out
+
+    answers, printed = answers_of()
+    assert "30 questions about 5 slides, 27 to ask" in printed and "27 questions; 1 are too long" in printed
     assert (
         "about far: " in printed and "far.safetensors: no such" in printed and "cut.safetensors: " in printed
     )
-    _, answers = sample.read_predictions(path)
     assert sorted(answers) == list(range(27))
-
+    args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out")])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = sample.load_model(args)
     slides = sorted({row["slide"] for row in rows})
     visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
-    questions = sample.read_questions([tmp_path / "qa.jsonl"])
+    questions = sample.read_questions([tmp_path / "qa.jsonl"], data)
     assert [row["turn"] for row in questions if row["task"] == "dialogue"] == [0, 1, 2] * 3
     for row in questions[:27]:
         got = answers[row["n"]]
@@ -3297,42 +3257,16 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         others = [visual[s] for s in slides if s != row["slide"]]
         others = [sample.answer_rows(model, tokenizer, [row], {row["slide"]: x}, 6)[0] for x in others]
         assert got["answer_shuffled"] in others
-
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a line
     shutil.copy(data / "features" / "demo_0000.safetensors", data / "features" / "far.safetensors")
-    sample_with(demo, *flags, "--evaluate", data=data)
-    _, again = sample.read_predictions(path)
-    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers) and sorted(again) == list(
-        range(28)
-    )
-    assert "answers 28 of 30 questions" in capsys.readouterr().out
-    with pytest.raises(UserError, match="was made with max_new_tokens 6, not 7; name another --predictions"):
-        sample_with(demo, *flags, "--max-new-tokens", 7, data=data)
-    with pytest.raises(UserError, match="--temperature: --qa answers greedily"):
-        sample_with(demo, *flags, "--temperature", 1, data=data)
+    again, printed = answers_of()
+    assert "answers 28 of 30 questions" in printed and sorted(again) == list(range(28))
+    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers)
+    with pytest.raises(UserError, match="was made with max_tiles 0, not 4; name another --predictions"):
+        sample_with(demo, *flags, "--max-tiles", 4, data=data)
     path.write_text('{"my": "data"}\n')
-    with pytest.raises(
-        UserError, match="predictions.jsonl: lacks 'settings'; not what sample.py --qa writes"
-    ):
-        sample_with(demo, *flags, data=data)
-
-
-@slow
-def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo, tmp_path):
-    """The answers of a model that sees so many tiles as one trained with as many draws them."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
-    shutil.copy(data / "qa" / "test.jsonl", tmp_path / "qa.jsonl")
-    flags, path, model, tokenizer = asking(demo, data)
-    sample_with(demo, *flags, "--max-tiles", 4, data=data)
-    settings, rows = sample.read_predictions(path)
-    features, coords = wsi_llava.read_features(data, rows[0]["slide"], 4)
-    with torch.no_grad():
-        visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
-    questions = sample.read_questions([tmp_path / "qa.jsonl"])
-    assert len(features) == settings["max_tiles"] == 4
-    assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
-    with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
+    with pytest.raises(UserError, match="predictions.jsonl: lacks 'settings'; not what"):
         sample_with(demo, *flags, data=data)
 
 
@@ -3345,7 +3279,7 @@ CLOSED = {  # what is chosen of them: by which answers
     "B": """B|B)|(b)|b.|**B**|'B'|B:|"B"|[B]|B、|B. Squamous cell carcinoma|The answer is B.|Answer: (b) squamous
 The answer is B because option A lacks glands.|It is B, not A.|B is likelier than A|It is not A but B.
 Adenocarcinoma is unlikely; this is squamous cell carcinoma.|A can be excluded, so B|Between A and B, I choose B.
-There is no doubt that it is B|squamous cell carcinoma (B)""",
+There is no doubt that it is B|squamous cell carcinoma (B)|B shows sheets not seen in A|A is very unlikely, so B""",
     "C": """It is mucinous adenocarcinoma.|I choose C because of the mucin|The correct option is C, I think.|choice C""",
     "A": "adenocarcinoma|A|The answer is A because of glands",
     None: """|B or C|A and B|The answer is a tumor.|A tumor of unknown origin|None of these|yes|It is not A.|A, B and C
@@ -3389,24 +3323,23 @@ def test_options_in_any_style_are_read(style):
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
 def test_every_closed_truth_of_the_benchmark_is_read():
     for file in sorted((SHARED / "wsi_bench").glob("*.json*")):
-        for row in sample.read_questions([file]):
+        for row in sample.read_questions([file], SHARED):
             parser = sample.closed_parser(row["question"], row["truth"])
             closed = any(kind in file.name for kind in ("choice", "TF"))
             assert bool(parser) == closed, (file, row["question"])
             assert not parser or parser(row["truth"]) in ("A", "B", "C", "D", "yes", "no")
-            assert row["task"] == "Report" or row["task"] in sample.CAPABILITY, row["task"]
+            assert row["task"].split("_")[0] in ("Report", *sample.CAPABILITY), row["task"]
 
 
 def check_metrics(references, candidates):
     """Against nltk and the rouge package, on the same tokens."""
-    bleu, rouge = pytest.importorskip("nltk.translate.bleu_score"), pytest.importorskip("rouge").Rouge()
+    nltk, rouge = pytest.importorskip("nltk.translate.bleu_score"), pytest.importorskip("rouge").Rouge()
+    smooth = nltk.SmoothingFunction().method4
     for reference, candidate in zip(references, candidates):
         r, c = sample.tokenize(reference), sample.tokenize(candidate)
-        for n, mine in enumerate(sample.bleu(r, c), 1):
-            smooth, weights = bleu.SmoothingFunction().method4, (1 / n,) * n + (0,) * (4 - n)
-            assert mine == pytest.approx(
-                bleu.sentence_bleu([r], c, weights, smoothing_function=smooth), abs=1e-6
-            )
+        weights = [(1 / n,) * n + (0,) * (4 - n) for n in range(1, 5)]
+        bleu = [nltk.sentence_bleu([r], c, weight, smoothing_function=smooth) for weight in weights]
+        assert sample.bleu(r, c) == pytest.approx(bleu, abs=1e-6)
         theirs = rouge.get_scores(" ".join(c), " ".join(r))[0]["rouge-l"]["f"]
         assert sample.rouge_l(r, c) == pytest.approx(theirs, abs=1e-6)
 
@@ -3426,9 +3359,6 @@ def test_text_metrics_equal_the_packages():
 def test_text_metrics_at_their_ends():
     tokens = sample.tokenize("Tumor cells, grade 3+4=7; Barrett's 3.5 cm.")
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
-    assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(
-        tokens, tokens
-    ) == pytest.approx(1)
     assert sample.bleu(tokens, ["none"]) == [0] * 4
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
 
@@ -3436,13 +3366,12 @@ def test_text_metrics_at_their_ends():
 @slow
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
 def test_text_metrics_equal_the_packages_on_real_reports():
-    reports = [row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"])]
+    rows = prepare.read_qa(SHARED / "wsi_bench" / "1_Report_test.json")
+    reports = [row["conversations"][1]["value"] for row in rows]
     check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
     treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
-    same = [
-        treebank.tokenize(s) == sample.tokenize(s) for r in reports for s in re.split(r"(?<=[.?!])\s+", r)
-    ]
-    assert np.mean(same) > 0.99
+    sentences = [x for report in reports for x in re.split(r"(?<=[.?!])\s+", report)]
+    assert np.mean([treebank.tokenize(x) == sample.tokenize(x) for x in sentences]) > 0.99
 
 
 # ---- sample.py: the judge --------------------------------------------------------------------------------
@@ -3478,8 +3407,7 @@ def judge_server(monkeypatch):
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for piece in [text] if isinstance(text, str) else text:
-                    self.wfile.write(piece.encode())
+                self.wfile.write(text.encode())
 
         def log_message(self, *arguments):
             pass
@@ -3497,17 +3425,11 @@ def judge_server(monkeypatch):
 def write_predictions(folder, rows, **more):
     """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
     path, lines = folder / "predictions.jsonl", [{"settings": {}}]
-    for n, (task, question, truth, answer) in enumerate(rows):
-        row = {
-            "n": n,
-            "id": f"q{n}",
-            "slide": f"s{n // 2}",
-            "task": task,
-            "cancer": "rare" if n > 5 else "common",
-        }
-        row |= {"question": question, "truth": truth, "answer": answer}
-        lines.append(row | {name: values[n] for name, values in more.items()})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for n, row in enumerate(rows):
+        known = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "cancer": "rare" if n > 5 else "common"}
+        known |= zip(("task", "question", "truth", "answer"), row)
+        lines.append(known | {name: values[n] for name, values in more.items()})
+    prepare.write_qa(path, lines)
     return path
 
 
@@ -3539,33 +3461,25 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     """And no usable reply is paid for twice, also where a kill cut the last one."""
     path = write_predictions(tmp_path, OPEN)
     judge_server.script += [(429, {"Retry-After": "0"}, ""), (500, {}, "busy"), (200, {}, '{"half')]
-    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["", "a"]}')]
+    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["...", "a"]}')]
     judged(judge_server, path)
     printed = capsys.readouterr().out
-    assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
+    assert means_of(tmp_path) == MEANS and "; 0 unusable grades are counted as 0." in printed
     assert "8 open questions, 1 system: at most 32 calls of wise." in printed
     assert len(judge_server.requests) == 32 + 6
-    complaints = [
-        body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
-    ]
-    assert any("must be a list of" in text for text in complaints) and any(
-        "no JSON" in text for text in complaints
-    )
+    told = str([body["messages"][-1] for _, _, body in judge_server.requests if len(body["messages"]) > 2])
+    assert 'no list "claims" of 1' in told and "no JSON" in told
     with open(tmp_path / "judge.jsonl", "r+") as file:
         file.truncate(len(file.read()) - 9)  # in the middle of the last line
     judged(judge_server, path)
     assert len(judge_server.requests) == 32 + 6 + 1 and means_of(tmp_path) == MEANS
 
 
-@pytest.mark.parametrize(
-    "claims, scores",
-    [
-        (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
-        (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
-        (said('{"claims": ["a", "b"]}'), said('{"scores": [1, 0]}', finish=None)),
-        (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("claims, scores", [
+    (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
+    (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}', finish=None)),
+    (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
+])  # fmt: skip
 def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, claims, scores):
     judge_server.script += [claims, scores]
     judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
@@ -3575,26 +3489,19 @@ def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, cl
 EXAMPLE = '{"scores": [1, 0.3]}'
 
 
-@pytest.mark.parametrize(
-    "reply, asked, reason",
-    [
-        (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
-        (said("", reasoning=EXAMPLE), 2, "an empty reply"),
-        (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
-        (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
-        (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
-        (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
-        (said(sample.SILENT), 4, "unusable"),
-        (said('{"scores": [1]}'), 4, '"scores" must be 2 numbers, one a claim: 1, 0.7, 0.3 or 0'),
-        (said('{"scores": [0.5, 1]}'), 4, "2 numbers, one a claim"),
-        (said('{"scores": [true, 1]}'), 4, "unusable (ValueError"),
-        (said('{"scores": [null, 1]}'), 4, "2 numbers, one a claim"),
-        (said('{"scores": [NaN, 1]}'), 4, "2 numbers, one a claim"),
-        (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
-        (said('{"a":' * 100_000), 4, "unusable"),
-        ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reply, asked, reason", [
+    (said(None, reasoning_content=EXAMPLE), 2, "no whole reply"),
+    (said(f"<think>They want {EXAMPLE}"), 2, "no whole reply"),
+    (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
+    (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
+    (said(sample.SILENT), 4, "unusable"),
+    (said('{"scores": [1]}'), 4, 'unusable (no list "scores" of 2, as asked for)'),
+    (said('{"scores": [0.5, 1]}'), 4, "unusable"),
+    (said('{"scores": [true, 1]}'), 4, "unusable"),
+    (said('{"scores": [null, 1]}'), 4, "unusable"),
+    (said('{"a":' * 100_000), 4, "unusable"),
+    ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
+])  # fmt: skip
 def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
     """Out of reasoning, of what was cut or refused, of our own prompt, of another form; and none of it is kept."""
     judge_server.script += [said('{"claims": ["a", "b"]}'), *[reply] * 4]
@@ -3606,39 +3513,29 @@ def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
 
 def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, tmp_path, capsys):
     path = write_predictions(tmp_path, OPEN)
-    judge_server.rule = lambda body: (
-        said("?") if "The tumor 3" in body["messages"][1]["content"] else graded(body)
-    )
+    judge_server.rule = lambda body: said("?") if "The tumor 3" in str(body) else graded(body)
     judged(judge_server, path)
     assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
-    assert (
-        "2 grades stayed unusable and count as 0; 2 times unusable (ValueError: holds no JSON)"
-        in capsys.readouterr().out
-    )
+    note = "2 unusable grades are counted as 0; 2 times unusable (it holds no JSON)."
+    assert note in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "reply, message",
-    [
-        ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
-        ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
-        ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
-        ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
-        ((404, {}, "no such model"), "HTTP 404: no such model; check it"),
-        ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
-        ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
-        ((422, {}, "no"), "HTTP 422: no"),
-        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
-        ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
-        ((200, {}, "[" * 100_000), "no answer .RecursionError"),
-        (said(None, reasoning_content=EXAMPLE), "an empty reply"),
-        ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reply, message", [
+    ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
+    ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
+    ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
+    ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
+    ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
+    ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
+    ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
+    ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
+    (said(None, reasoning_content=EXAMPLE), "no whole reply"),
+    ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
+])  # fmt: skip
 def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
     judge_server, tmp_path, monkeypatch, reply, message
 ):
-    """In one line; also after some grades, which are kept; it holds the key's place only."""
+    """In one line; also after some grades, which are kept."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
     path = write_predictions(tmp_path, OPEN * 3)
     judge_server.rule = lambda body: reply
@@ -3650,15 +3547,12 @@ def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
     assert judge_server.requests[0][0] == "Bearer sk-0123456789"
 
 
-@pytest.mark.parametrize(
-    "status, words, unwanted",
-    [
-        (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
-        (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
-        (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
-        (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("status, words, unwanted", [
+    (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
+    (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
+    (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
+    (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
+])  # fmt: skip
 def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
     judge_server, tmp_path, status, words, unwanted
 ):
@@ -3674,29 +3568,15 @@ def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
     judge_server.rule = rule
     judged(judge_server, path)
     assert means_of(tmp_path) == MEANS
-    kept = {"temperature", "max_tokens"} - set(unwanted)
-    assert all(
-        (name in judge_server.requests[-1][2]) == (name in kept) for name in ("temperature", "max_tokens")
-    )
+    assert {"temperature", "max_tokens"} - judge_server.requests[-1][2].keys() == set(unwanted)
 
 
 def test_a_server_says_when_to_ask_again():
     """As a number or a date; what it says otherwise is not heard."""
     later = email.utils.formatdate(time.time() + 3600, usegmt=True)
     assert 3500 <= sample.retry_after(later, 3) <= 3600
-    past = "Wed, 21 Oct 2015 07:28:00 GMT"
-    for told, wait in {
-        "7": 7,
-        "1.5": 1.5,
-        "0": 0,
-        past: 0,
-        "soon": 3,
-        "nan": 3,
-        "-1": 3,
-        "": 3,
-        None: 3,
-    }.items():
-        assert sample.retry_after(told, 3) == wait
+    assert sample.retry_after("Wed, 21 Oct 2015 07:28:00 GMT", 3) == 0 and sample.retry_after("1.5", 3) == 1.5
+    assert [sample.retry_after(told, 3) for told in ("soon", "nan", "-1", "", None)] == [3] * 5
 
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
@@ -3707,21 +3587,17 @@ def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsy
         content = json.loads(body["messages"][1]["content"])
         if "claims" not in content:
             return said('{"claims": ["this", "that"]}')
-        return said(
-            "?"
-            if "Tumor 1" in content["text"]
-            else '{"scores": [1, null]}'
-            if "null" in str(body)
-            else EXAMPLE
-        )
+        if "Tumor 1" in content["text"]:
+            return said("?")
+        return said('{"scores": [1, null]}' if "null" in str(body) else EXAMPLE)
 
     judge_server.rule = rule
     judged(judge_server, path, "--judge-protocol", "authors")
     assert means_of(tmp_path) == {"WSI-Precision": 0.65, "WSI-Relevance": 1}
     contents = [json.loads(body["messages"][1]["content"]) for _, _, body in judge_server.requests]
-    assert {("question" in x) for x in contents if x.get("answer") == "A tumor."} == {False}
-    assert all("question" in x for x in contents if x.get("answer") != "A tumor.")
-    assert "protocol authors. 1 grades stayed unusable and are left out" in capsys.readouterr().out
+    assert all(("question" in x) == (x.get("answer") != "A tumor.") for x in contents)
+    printed = capsys.readouterr().out
+    assert "protocol authors; 1 unusable grades are left out; 1 times" in printed
 
 
 def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_server, tmp_path):
@@ -3732,28 +3608,25 @@ def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_s
 
 
 def test_urls_and_keys_are_checked_before_anything_is_sent(tmp_path, monkeypatch):
-    file = tmp_path / "judge.jsonl"
     for url in ("http://", "https://a b/v1", "https://me@host/v1", "host:1", "file:///etc/passwd"):
         with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
-            sample.Judge(url, "wise", file)
+            sample.Judge(url, "wise", tmp_path / "judge.jsonl")
     monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
     with pytest.raises(UserError, match="OPENAI_API_KEY: not a key"):
-        sample.Judge("https://judge.example/v1", "wise", file)
+        sample.Judge("https://judge.example/v1", "wise", tmp_path / "judge.jsonl")
 
 
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
-    asked = []
+    asked, judge = [], sample.Judge("http://localhost", "wise", tmp_path / "judge.jsonl")
 
     def score(*question):
         asked.append(question)
         time.sleep(0.01)
         raise KeyboardInterrupt
 
-    judge = sample.Judge("http://localhost", "wise", tmp_path / "judge.jsonl")
     judge.score = score
-    rows = [{"question": "What?", "truth": "That."}] * 200
     with pytest.raises(KeyboardInterrupt):
-        sample.grade(judge, rows, {"model": ["This."] * 200})
+        sample.grade(judge, [{"question": "What?", "truth": "That."}] * 200, {"model": ["This."] * 200}, [])
     assert len(asked) < 100
 
 
@@ -3770,26 +3643,21 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows += [("Prognosis_TF_question", "Is it poor?", "No", "no.")]
     rows += [("Report", "Describe it.", "A tumor of grade 2.", "A tumor of grade 2.")]
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
-    blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
-    path = write_predictions(tmp_path, rows, answer_no_image=blind)
+    path = write_predictions(tmp_path, rows, answer_no_image=["A", "A", "B", "B", "yes", "", None, "grade 3"])
     path.write_text(path.read_text().rstrip("\n"))  # a whole last row is one without its line end
     evaluated(path)
     printed, table = capsys.readouterr().out, table_of(tmp_path)
     choice, report = table["Staging_choice", "accuracy"], table["report", "BLEU-4"]
-    assert (choice["questions"], choice["model"], choice["no slide"]) == (4, 0.5, 0.5)
-    assert choice["model low"] <= 0.5 <= choice["model high"] and choice["no slide - model"] == 0
-    assert (
-        table["diagnosis", "accuracy"]["published"] == 0.863 and table["treatment", "accuracy"]["model"] == 1
+    assert (choice["questions"], choice["model"], choice["no slide"], choice["no slide - model"]) == (
+        4,
+        0.5,
+        0.5,
+        0,
     )
+    assert choice["model low"] <= 0.5 <= choice["model high"]
     assert (report["questions"], report["model"], report["no slide"]) == (1, pytest.approx(1), 0)
-    graded = table["Grading", "exact match"]
-    assert [graded[name] for name in ("model", "model low", "model high", "no slide - model")] == [
-        1,
-        1,
-        1,
-        -1,
-    ]
-    assert sample.find_meteor() or "METEOR: n/a" in printed
+    published = table["diagnosis", "accuracy"]["published"], table["treatment", "accuracy"]["published"]
+    assert published == (0.863, 1.0) and table["Grading", "exact match"]["no slide - model"] == -1
     for note in (
         "7 of 8 questions answered by all; the others are in no mean",
         "model: 1 closed answer name no option, or several, and count as wrong; the first: 'Who knows'",
@@ -3800,7 +3668,7 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert {kind for kind, _ in table} >= {"all", "capability", "task", "cancer type", "common", "rare"}
 
 
-@pytest.mark.parametrize("n", [1, 4, 9, 30])
+@pytest.mark.parametrize("n", [1, 9])
 def test_one_table_fits_the_screen(tmp_path, capsys, n):
     """However many systems there are, and however they are called."""
     rows = [(f"Regional_Structure_Description_{task}", "What?", "This.", "This.") for task in range(3)]
@@ -3817,11 +3685,10 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
 
 
 def test_intervals_and_rank_correlations():
-    assert sample.ranks(np.array([3.0, 1, 7, 3])).tolist() == [2.5, 1, 4, 2.5]
-    graded = {x: np.array([2.0, 1, 4, 3, 5, np.nan]) for x in sample.JUDGED}
-    graded |= {x: np.array([1.0, 4, 9, 16, 25, 1]) for x in sample.TEXTUAL}
-    # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert "ROUGE-L with WSI-Precision 0.80 (5)" in sample.correlations([graded])
+    graded = {x: np.array([2.0, 1, 4, 3, 5, 5, np.nan]) for x in sample.JUDGED}
+    graded |= {x: np.array([1.0, 4, 9, 16, 25, 25, 1]) for x in sample.TEXTUAL}
+    # Pearson's of the ranks 2 1 4 3 5.5 5.5 and 1 2 3 4 5.5 5.5
+    assert "ROUGE-L with WSI-Precision 0.88" in sample.correlations(graded)
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
@@ -3834,7 +3701,7 @@ def test_intervals_and_rank_correlations():
 ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-@pytest.mark.parametrize("column", sample.SAID.split())
+@pytest.mark.parametrize("column", ["prediction", "output", "generated_text"])
 def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
@@ -3847,54 +3714,31 @@ def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     assert f"took question_id for the id, {column} for the answer, answer for the truth" in printed
 
 
-def as_csv(delimiter, first="", end="\n"):
-    def text(rows):
-        return first + end.join(
-            delimiter.join(cells) for cells in ([*rows[0]], *(row.values() for row in rows))
-        )
-
-    return text
+THEIRS = "id,prediction,seconds\nq0,Grade 2.,1\nq1,Grade 3.,2\n"
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("a.csv", as_csv(",")),
-        ("a.csv", as_csv(",", "\ufeff", "\r\n")),
-        ("a.csv", as_csv(";")),
-        ("a.csv", as_csv(",", "sep=,\r\n", "\r\n")),
-        ("a.csv", as_csv("|", "sep=|\n")),
-        ("a.tsv", as_csv("\t")),
-        ("a.txt", as_csv(";")),
-        ("a.json", json.dumps),
-        ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
-        ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
-    ],
-)
-def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
+@pytest.mark.parametrize("name, text", [
+    ("a.csv", "sep=|\n" + THEIRS.replace(",", "|")),
+    ("a.txt", THEIRS.replace(",", ";")),
+    ("a.tsv", THEIRS.replace(",", "\t")),
+    ("a.json", '{"test": [{"id": "q0", "prediction": "Grade 2."},\n{"id": "q1", "prediction": "Grade 3."}]}'),
+])  # fmt: skip
+def test_predictions_are_read_in_any_shape(tmp_path, name, text):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / name
-    said = [{"id": f"q{n}", "prediction": f"Grade {2 + n % 2}.", "seconds": "=1+1"} for n in range(6)]
-    path.write_text(text(said), encoding="utf-8")
-    evaluated(ours, path)
-    assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
-    assert "took id for the id, prediction for the answer" in capsys.readouterr().out
+    path.write_text(text)
+    _, systems, notes = sample.read_systems([ours, path])
+    assert systems["a"] == ["Grade 2.", "Grade 3."] and "id for the id, prediction for the answer" in str(
+        notes
+    )
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
-        ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
-        (
-            "id,answer\nx0,a\nx1,b\n",
-            "a.csv: took id for the id, .* 2 match no question, or several; the first: x0",
-        ),
-        ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
-        ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
-        ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
-        ("", "a.csv: empty"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
+    ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
+    ("id,answer\nx0,a\nx1,b\n", "a.csv: took id for the id, .*; 2 rows match no question, or .*; the first: x0"),
+    ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
+    ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
+])  # fmt: skip
 def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -3906,10 +3750,10 @@ def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, mess
     ([{"id": "q0", "question": "<image>\nwhich grade,  0?"}, {"slide": "T/s1.svs", "question": "Which grade, 2?"}], [0, 2], ""),
     ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
     # A key that fits several fits nothing; the same row does not answer two questions.
-    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 match no question"),
-    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 match no"),
+    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
+    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 rows match no"),
     ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
-    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 answer a question again"),
+    ([{"id": "q0"}, {"id": "q0"}, {"id": "q1"}], [1], "2 rows match no question, or not one alone; the first: q0"),
 ])  # fmt: skip
 def test_answers_go_to_the_one_question_that_they_fit(tmp_path, theirs, right, note):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
@@ -3928,7 +3772,7 @@ def test_the_first_files_rows_are_its_own_also_twice(tmp_path):
     assert len(rows) == 4 and list(systems) == ["model"]
 
 
-@pytest.mark.parametrize("name", ["majority", "no slide", "questions", "published", "a - b", "a, no slide"])
+@pytest.mark.parametrize("name", ["majority", "no slide", "published", "a - b", "a, no slide"])
 def test_a_file_called_like_a_column_gets_its_path_as_its_name(tmp_path, name):
     (tmp_path / "x").mkdir()
     ours = write_predictions(tmp_path, ASKED)
@@ -3936,8 +3780,6 @@ def test_a_file_called_like_a_column_gets_its_path_as_its_name(tmp_path, name):
     for path in paths[1:]:
         shutil.copy(ours, path)
     assert list(sample.read_systems(paths)[1]) == list(map(str, paths))
-    with pytest.raises(UserError, match="--evaluate: names a file twice"):
-        sample.read_systems([paths[0], paths[0]])
 
 
 def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
@@ -3959,17 +3801,14 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "predictions.jsonl: no such file; expected predictions of sample.py --qa"),
-    ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
+    ('{"settings": {}}\n{oops\n', "predictions.jsonl, line 2: .*not JSON"),
     ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all; sample.py --qa answers them"),
     ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers; name a file of --qa before it"),
-    ('{"settings": {}}\n{"n": 0, "answer": "a"}\n', "lacks questions and true answers; name a file of --qa"),
     ('{"settings": {}}\n{"n": 0, "answer": ["a", "b"]}\n', "predictions.jsonl: its answer is no text"),
 ])  # fmt: skip
 def test_bad_files_of_predictions_are_named(tmp_path, text, message):
     path = tmp_path / "predictions.jsonl"
-    if text is not None:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(UserError, match=message):
         evaluated(path)
 
@@ -4044,11 +3883,6 @@ def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
 
 
-def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
-    with pytest.raises(UserError, match="--heatmap: the answer is empty, so there is nothing to explain"):
-        sample.tile_relevance(tiny, tokenizer, torch.zeros(4, 128), GRID[:4], QUESTION, "")
-
-
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     slide = prepare.Slide(toy_slide[0])
     coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
@@ -4062,7 +3896,7 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
 
 
-def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide, monkeypatch):
+def test_geojson_is_in_level_0_pixels(tmp_path, toy_slide):
     coords, relevance, path = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0]), tmp_path / "map.geojson"
     sample.write_heatmaps([path], (toy_slide[0], 0.25), coords, relevance, "")
     first, second = json.loads(path.read_text())["features"]
@@ -4070,45 +3904,16 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide, m
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
-    monkeypatch.setattr(prepare.Slide, "corner", [100, 12])  # as of MRXS
-    sample.write_heatmaps([path], (toy_slide[0], 0.25), coords, relevance, [])
-    assert json.loads(path.read_text())["features"][0]["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
-def test_a_slide_without_a_file_has_no_map(tmp_path):
-    args = types.SimpleNamespace(slide="toy", data=tmp_path)
-    with pytest.raises(UserError, match="toy: its file is not in .*slides; give --slide its path"):
-        sample.explain(args, None, None, "toy", "A tumor.")
-
-
-def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
-    asked = ["--slide", "s", "--ask", "?"]
-    for flags, message in (
-        (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        ([*asked, "--heatmap", tmp_path / "a.jpg"], "must end in .png or .geojson"),
-        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
-    ):
-        with pytest.raises(UserError, match=message):
-            sample.main([*map(str, flags)])
-
-
-@slow
-def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """The language model in int8: gradients pass."""
-    folder, _ = demo
-    files = [str(tmp_path / "map.png"), str(tmp_path / "map.geojson")]
-    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", "--heatmap", *files]
-    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args)
-    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
-    printed = capsys.readouterr().out
-    gain = float(re.search(r"this one adds about (-?[\d.]+) nats", printed)[1])
-    assert math.isfinite(gain)
-    assert Image.open(args.heatmap[0]).size == (1776, 674)
-    tiles = json.loads(args.heatmap[1].read_text())["features"]
-    assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
-    assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
+@pytest.mark.parametrize("flags, message", [
+    (["--heatmap", "a.png"], "needs --slide and --ask"),
+    (["--ask", "?", "--heatmap", "a.jpg"], "must end in .png or .geojson"),
+    (["--ask", "?", "--heatmap", "no/a.png"], "in a folder that is there"),
+])  # fmt: skip
+def test_heatmap_flags_are_checked_before_the_model_is_loaded(flags, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(["--slide", "s", *flags])
 
 
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
