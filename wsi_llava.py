@@ -1105,7 +1105,7 @@ def without_image(text):
 
 
 def slide_first(turns, image=True):
-    """Moves the <image> placeholder to the front of the first turn, as LLaVA does; image False: drops it."""
+    """Moves <image> to the front of the first turn, as LLaVA does; image False: drops it."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
     turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
     return turns
@@ -1166,7 +1166,7 @@ class Tokenizer:
         return ids
 
     def encode_turn(self, question, first=True):
-        """One question, ready to be answered -> ids. A later one follows the end of the answer before it."""
+        """One question, ready to be answered -> ids. A later one follows an answer's end."""
         before = self.chat.start if first else self.chat.between
         return (self.bos if first else []) + self.encode_template(before + self.chat.human, question)
 
@@ -1515,7 +1515,7 @@ def fingerprint(module):
 
 
 def load_tile_encoder(path):
-    """Prov-GigaPath's `pytorch_model.bin` (or safetensors) -> TileEncoder, its size read off the shapes."""
+    """Prov-GigaPath's `pytorch_model.bin` -> TileEncoder, its size read off the shapes."""
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's tile encoder"):
         width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
