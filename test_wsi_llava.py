@@ -3213,9 +3213,7 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
     assert [row["slide"] for row in found] == ["TCGA-AA-0001-01Z", "TCGA-BB-0002-01Z"]
     assert [row["id"] for row in found] == ["2", "3"] and "split" not in found[0]
     (tmp_path / "qa.json").write_text(json.dumps(rows[:1]))
-    with pytest.raises(
-        UserError, match="qa.json: only questions for training; name a file of test questions"
-    ):
+    with pytest.raises(UserError, match="qa.json: only questions for training; name a file of test"):
         sample.read_questions([tmp_path / "qa.json"], tmp_path)
 
 
@@ -3359,17 +3357,6 @@ def test_text_metrics_at_their_ends():
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
     assert sample.bleu(tokens, ["none"]) == [0] * 4
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
-
-
-@slow
-@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
-def test_text_metrics_equal_the_packages_on_real_reports():
-    rows = prepare.read_qa(SHARED / "wsi_bench" / "1_Report_test.json")
-    reports = [row["conversations"][1]["value"] for row in rows]
-    check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
-    treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
-    sentences = [x for report in reports for x in re.split(r"(?<=[.?!])\s+", report)]
-    assert np.mean([treebank.tokenize(x) == sample.tokenize(x) for x in sentences]) > 0.99
 
 
 # ---- sample.py: the judge --------------------------------------------------------------------------------
@@ -3792,9 +3779,10 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
     evaluated(ours, path)
     table = table_of(tmp_path)
     line = table["all", "accuracy"]
-    means = [line[name] for name in ("questions", "predictions", "'=1+1", "majority")]
-    assert means == [13, pytest.approx(10 / 13), 1, 1]
-    assert line["majority - predictions"] == pytest.approx(3 / 13) and line["majority - predictions low"] >= 0
+    means = [
+        line[name] for name in ("questions", "predictions", "'=1+1", "majority", "majority - predictions")
+    ]
+    assert means == [13, pytest.approx(10 / 13), 1, 1, pytest.approx(3 / 13)]
     assert [table[kind, "accuracy"]["training slides"] for kind in ("common", "rare")] == [0, 3]
 
 
