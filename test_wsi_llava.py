@@ -3208,6 +3208,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     questions, which are answered when it is."""
     data, path = shutil.copytree(demo[0] / "data", tmp_path / "data"), tmp_path / "predictions.jsonl"
     rows = prepare.read_qa(data / "qa" / "test.jsonl")
+    n = sum(len(row["conversations"]) // 2 for row in rows)
     far = {"id": "far-1", "slide": "far", "task": "Grading", "cancer": "demo", "conversations": TALK[:2]}
     long = {**rows[0], "id": "long", "conversations": [{"from": "human", "value": "word " * 600}, TALK[1]]}
     prepare.write_qa(tmp_path / "qa.jsonl", [*rows, far, far | {"slide": "cut"}, long])
@@ -3216,16 +3217,13 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
 
     def answers_of():
         sample_with(demo, *flags, "--evaluate", data=data)
-        return {
-            row["n"]: row for row in map(json.loads, path.read_text().splitlines()[1:])
-        }, capsys.readouterr().out
+        lines = map(json.loads, path.read_text().splitlines()[1:])
+        return {row["n"]: row for row in lines}, capsys.readouterr().out
 
     answers, printed = answers_of()
-    assert "30 questions about 5 slides, 27 to ask" in printed and "27 questions; 1 are too long" in printed
-    assert (
-        "about far: " in printed and "far.safetensors: no such" in printed and "cut.safetensors: " in printed
-    )
-    assert sorted(answers) == list(range(27))
+    assert f"{n + 3} questions about 5 slides, {n} to ask" in printed and "; 1 are too long" in printed
+    assert "about far: " in printed and "far.safetensors: no such" in printed
+    assert "cut.safetensors: " in printed and sorted(answers) == list(range(n))
     args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out")])
     wsi_llava.resolve_device(args)
     model, tokenizer = sample.load_model(args)
@@ -3233,7 +3231,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
     questions = sample.read_questions([tmp_path / "qa.jsonl"], data)
     assert [row["turn"] for row in questions if row["task"] == "dialogue"] == [0, 1, 2] * 3
-    for row in questions[:27]:
+    for row in questions[:n]:
         got = answers[row["n"]]
         assert got["answer"] == sample.answer_rows(model, tokenizer, [row], visual, 6)[0]
         assert got["answer_no_image"] == sample.answer_rows(model, tokenizer, [row], None, 6)[0]
@@ -3244,7 +3242,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     path.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a line
     shutil.copy(data / "features" / "demo_0000.safetensors", data / "features" / "far.safetensors")
     again, printed = answers_of()
-    assert "answers 28 of 30 questions" in printed and sorted(again) == list(range(28))
+    assert f"answers {n + 1} of {n + 3} questions" in printed and sorted(again) == list(range(n + 1))
     assert all(again[n]["answer"] == answers[n]["answer"] for n in answers)
     with pytest.raises(UserError, match="was made with max_tiles 0, not 4; name another --predictions"):
         sample_with(demo, *flags, "--max-tiles", 4, data=data)
@@ -3907,7 +3905,7 @@ SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
 @slow
 def test_demo_runs_end_to_end(demo):
     folder, printed = demo
-    for task in ("type", "grade", "position", "focus", "subtype"):
+    for task in ("type", "grade", "position", "focus"):
         assert re.search(rf"\| {task} +\| exact match +\| 3 ", printed), printed
     assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\| ROUGE-L +\|", printed)
     commands = re.findall(r"^\$ python (\w+)\.py ", printed, re.M)
@@ -4401,7 +4399,7 @@ def lasting(folder):
     found = {}
     for path in folder.rglob("*"):
         passing = (".claims", ".stdout", ".stderr", "log.jsonl", "loss.svg")
-        if path.is_dir() or path.name in passing or path.suffix == ".part":
+        if path.is_dir() or path.name in passing:
             continue
         body = b"" if path.name == "train_state.pt" else path.read_bytes()  # it holds the log
         found[str(path.relative_to(folder))] = re.sub(rb'"(seconds|peak_memory)": [\d.]+', b"", body)
@@ -4410,7 +4408,7 @@ def lasting(folder):
 
 def kills(master, commands=WRITERS):
     """Kills each command right before and right after each of its renames, a stage also where a finished one
-    lies, and runs it again: the same files as without, but half-written ones. -> the faults."""
+    lies, and runs it again: the same files as without. -> the faults."""
     faults = []
     for command in commands:
         start, argv = fresh_copy(master, WRITERS[command], "start"), command.split()
@@ -4434,6 +4432,8 @@ def kills(master, commands=WRITERS):
             fresh_copy(done if is_stage and kill_at % 3 == 0 else start)
             renames.value = 0
             run_forked(argv, folder, replace=functools.partial(replace, kill_at=kill_at))
+            for half in folder.rglob(".*.part"):
+                os.utime(half, (0, 0))  # of days ago: the next one to write that file sweeps it up
             status, _, err = run_forked([*argv, *["--resume"] * is_stage], folder)
             again = lasting(folder)
             odd = [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)]

@@ -1192,7 +1192,7 @@ class Tokenizer:
 
 
 class WSILLaVA(nn.Module):
-    """Slide encoder, projector, language model. The tile encoder stays outside: its features are on disk."""
+    """Slide encoder, projector, language model. The tile encoder's features are on disk."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1255,7 +1255,7 @@ class WSILLaVA(nn.Module):
 
     @torch.no_grad()
     def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, seed=0, ends=(2,), cache=None):
-        """Yields a list of each row's next token (None after its end) until all rows have ended. Rows must be
+        """Yields a list of each row's next token (None after its end) until all have ended. Rows must be
         of equal length: no padding enters. temperature 0 is greedy. cache: an earlier turn's KVCache, which
         goes on and holds all but the last token. Raises UserError for a prompt beyond the context."""
         if len(set(map(len, ids))) != 1:
@@ -1306,7 +1306,7 @@ def add_update(linear, a, b, scale):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a trainable update of low rank (arXiv 2106.09685): Wx + (alpha / r) BAx."""
+    """A frozen linear layer and an update of low rank (arXiv 2106.09685): Wx + (alpha / r) BAx."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
@@ -1417,14 +1417,18 @@ def reading(path, hint):
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
         mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
+        with contextlib.suppress(OSError):  # what a kill left a day ago or before
+            for left in path.parent.glob(f".{path.name}.*.part"):
+                if left.stat().st_mtime < temporary.stat().st_mtime - 86400:
+                    left.unlink()
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:  # of a full disk, all three
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:  # a full disk
         if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
@@ -1434,7 +1438,7 @@ def replacing(path):
 
 
 def first(*paths, hint):
-    """The first of these paths that exists; a UserError that names them all where none does."""
+    """The first of these paths that exists, or a UserError."""
     for path in paths:
         if path.exists():
             return path
@@ -1840,8 +1844,7 @@ def keep_visual_tokens(model, data, slide):
 
 
 def cache_visual_tokens(model, data, slides, progress=iter):
-    """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}.
-    The slide encoder is frozen after stage 1: it runs once a slide."""
+    """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}."""
     written, problems = 0, {}
     for slide in progress(slides):
         try:
@@ -1858,7 +1861,7 @@ LLMS = [Path("weights/vicuna-7b-v1.5"), Path("weights/llava-v1.5-7b")]
 
 
 def trained_stage(args, stage):
-    """out/stageN -> (its model.safetensors, its WSILLaVAConfig). Raises UserError where it is not trained."""
+    """out/stageN -> (its model.safetensors, its WSILLaVAConfig). Raises UserError."""
     path = args.out / f"stage{stage}" / "model.safetensors"
     train = f"train it: python train.py --stage {stage}"
     check(path.exists(), f"{path.parent} holds no trained model; {train}")
@@ -1868,7 +1871,7 @@ def trained_stage(args, stage):
 
 
 def pick_tile_encoder(args):
-    """--tile-encoder's or GigaPath's -> (TileEncoder, its file); with no file, the demo's untrained one."""
+    """--tile-encoder's or GigaPath's -> (TileEncoder, its file); or the demo's untrained one."""
     path = args.tile_encoder or GIGAPATH / "pytorch_model.bin"
     if args.tile_encoder or (path.exists() and args.preset != "demo"):
         return load_tile_encoder(path), path
