@@ -875,7 +875,7 @@ def test_damaged_bytes_are_one_line(tmp_path, tokenizer, ending):
 
 
 def test_nothing_half_written_under_a_final_name(tmp_path):
-    target = tmp_path / "file"
+    target = tmp_path / "a**[1]"
     target.write_text("old")
     with pytest.raises(RuntimeError), wsi_llava.replacing(target) as path:
         path.write_text("half")
