@@ -158,11 +158,9 @@ class Slide:
         return (wide + high) / 2, found[0]
 
     def level_scale(self, level):
-        """Level-0 pixels per pixel of a level, one number for both sides; None where it cannot be told.
-
-        OpenSlide's own is the mean of both sides' ratios: on a long strip it drifts, and where levels are
-        padded to whole tiles (Philips' slides, and what is saved anew from them) it is of other places.
-        """
+        """Level-0 pixels per pixel of a level, one number for both sides; None where it cannot be told."""
+        # OpenSlide's own is the mean of both sides' ratios: on a long strip it drifts, and where levels are
+        # padded to whole tiles (Philips' slides, and what is saved anew from them) it is of other places.
         sides, size = self.file.dimensions, self.file.level_dimensions[level]
         tile = number(self.get(f"openslide.level[{level}].tile-width"))
 
@@ -193,12 +191,9 @@ class Slide:
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4].
-
-        It lies where the exact scale puts it, to half a level pixel: no error adds up to the right. Where a
-        tiled pixel is a whole number of level pixels, give or take 2%, it is their mean; otherwise the tile
-        is resampled with Lanczos' filter, a margin that the filter reaches into read along.
-        """
+        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4]. Each is the mean of level
+        pixels where these are a whole number, give or take 2%; else the tile is resampled."""
+        # It lies where the exact scale puts it, to half a level pixel: no error adds up to the right.
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
         side = self.average * TILE if self.average else math.ceil((TILE + 2 * margin) * self.zoom)
@@ -267,15 +262,13 @@ def dicom_slides(files):
 def name_slides(slides):
     """[(name, path)] -> {slide id: path}. Names that meet get their folder's name before them."""
     # Some file systems take upper for lower case, and no name that is not UTF-8.
-    slides = [
-        (re.sub(r"[/\\\x00-\x1f]", "_", os.fsencode(name).decode(errors="replace")), path)
-        for name, path in slides
-    ]
+    slides = [(os.fsencode(name).decode(errors="replace"), path) for name, path in slides]
     times, taken, named = collections.Counter(name.casefold() for name, _ in slides), {}, {}
     for name, path in slides:
         if times[name.casefold()] > 1:
             name = f"{path.resolve().parent.name}_{name}"
             print(f"{path}: named {name}, since there are others of its name")
+        name = re.sub(r"[/\\\x00-\x1f]", "_", name)
         other = taken.setdefault(name.casefold(), path)
         check(other is path, f"{other} and {path} have the same name, {name}; rename one")
         check(len(name.encode()) <= 200, f"{path}: its name is too long for files beside it; rename it")
@@ -324,9 +317,10 @@ def read_mpp_csv(path, slides):
         slide, mpp = row if len(row) == 2 else ("", "")
         if row and (i > 1 or "".join(row).lower() != "slidempp"):
             fits = slide.strip() and MPP_RANGE[0] <= number(mpp) <= MPP_RANGE[1]
-            check(fits, f"{path}, line {i}: not slide,mpp with 0.05 to 20 um per pixel")
-            again = table.setdefault(slide.strip(), number(mpp))
-            check(again == number(mpp), f"{path}, line {i}: {slide} again, with {mpp} and {again} um/px")
+            fits = fits and table.setdefault(slide.strip(), number(mpp)) == number(mpp)
+            check(
+                fits, f"{path}, line {i}: not slide,mpp with 0.05 to 20 um/px, or that slide with other um/px"
+            )
     for name, file in slides.items():
         for key in (os.path.realpath(file), str(file), file.name, file.stem, name):
             given |= {name: table[key]} if key in table else {}  # by its id before all
@@ -337,10 +331,9 @@ def read_mpp_csv(path, slides):
 # ---- Tissue and tiles --------------------------------------------------------------------------------------
 #
 # Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue is
-# where it takes more of one colour than of another; glass, dust and black borders take all alike. Whatever
-# else is on the slide, a dark control or a pen, has no say. Ink has colours that tissue rarely has (green and
-# blue; a red that takes green and blue alike), and is smooth; a smooth colour that is most of what is stained
-# is a stain all the same, unless it is smoother than any tissue.
+# where it takes more of one colour than of another; glass, dust and black borders take all alike. Ink has
+# colours that tissue rarely has, and is smooth; a smooth colour that is most of what is stained is a stain
+# all the same, unless it is smoother than any tissue.
 
 WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
 
@@ -380,8 +373,8 @@ def glass_among(rgb, pink):
 
 
 def find_glass(rgb):
-    """The colour of a slide's own glass, of float32 [h,w,3] -> (its RGB, or WHITE where none is seen; the least
-    colour that is stain). Glass is bright, smooth, and what most of the brightest smooth pixels look like."""
+    """Float32 [h,w,3] -> (the RGB of the slide's own glass, or WHITE where none is seen; the least colour
+    that is stain). Glass is bright, smooth, and what most of the brightest smooth pixels look like."""
     grey = rgb.mean(-1)
     rough = roughness(grey)
     smooth = (grey > 170) & (rough < 4)
@@ -456,9 +449,8 @@ def drawn_mask(path, slide, size):
         if not geometry or about.get("objectType") in ("tile", "cell", "detection"):
             continue
         kind, polygons = geometry["type"], geometry.get("coordinates")
-        check(
-            "Polygon" in kind or re.fullmatch("(Multi)?(Point|LineString)", kind), f"{path}: holds a {kind}"
-        )
+        known = "Polygon" in kind or re.fullmatch("(Multi)?(Point|LineString)", kind)
+        check(known, f"{path}: holds a {kind}")
         name = (about.get("classification") or {}).get("name") or ""
         ignored = name.startswith("Ignore") or bool(about.get("isMissing"))
         for rings in {"Polygon": [polygons], "MultiPolygon": polygons}.get(kind, []):
@@ -499,9 +491,8 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
     ink that was left out (red) and the kept tiles (blue): what a person checks before trusting."""
     draw, side = ImageDraw.Draw(picture, "RGBA"), TILE / pixel
     for x, y in coords / pixel:
-        draw.rectangle(
-            (x, y, x + side, y + side), (30, 80, 255, 24), (30, 80, 255, 140) if side > 6 else None
-        )
+        edge = (30, 80, 255, 140) if side > 6 else None
+        draw.rectangle((x, y, x + side, y + side), (30, 80, 255, 24), edge)
     for part, colour in ((ink, (220, 0, 0)), (mask, (0, 150, 60))):
         solid = Image.fromarray(part).convert("L").resize(picture.size, Image.Resampling.BILINEAR)
         solid = solid.point([0] * 128 + [255] * 128)
@@ -511,28 +502,21 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
         picture.save(temporary, "JPEG", quality=90)
 
 
-PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{0}</title><style>
-figure {{ display: inline-block; vertical-align: top; width: 240px; overflow-wrap: anywhere }}
-img {{ max-width: 240px; max-height: 240px }} .failed {{ outline: 3px solid #c00 }}
-</style><h1>{0}</h1>
-"""
-CARD = """<figure class="{}"><a href="{href}"><img loading="lazy" src="{href}" alt=""></a><b>{}</b>
-<br>{}</figure>
-"""
+PAGE = '<!DOCTYPE html><meta charset="utf-8"><style>img {{ width: 240px }}</style><h1>{}</h1>\n'
+CARD = '<p><a href="{href}"><img loading="lazy" src="{href}" alt=""></a> <b>{}</b> {}\n'
 
 
 def write_index(data):
     """data/qc/index.html: every slide's picture, name and number of tiles, what failed first."""
-    failures, texts, page = read_failures(data), {}, ""
+    failures, texts = read_failures(data), {}
     for path in sorted((data / "features").glob("*.safetensors")):
         with contextlib.suppress(UserError):
             texts[path.stem] = count(feature_metadata(path)["tiles"], "tile")
-    for name in [*failures, *sorted(texts.keys() - failures.keys())]:
-        kind, text = ("failed", f"FAILED: {failures[name]}") if name in failures else ("", texts[name])
-        href = urllib.parse.quote(f"{name}.jpg")
-        page += CARD.format(kind, html.escape(name), html.escape(text), href=href)
-    title = f"{count(page.count('<figure'), 'slide')}, {len(failures)} failed"
-    wsi_llava.write_text(data / "qc" / "index.html", PAGE.format(title) + page)
+    failed = {name: f"FAILED: {message}" for name, message in failures.items()}
+    page = PAGE.format(f"{count(len(failed | texts), 'slide')}, {len(failed)} failed")
+    for name, text in (failed | texts | failed).items():
+        page += CARD.format(html.escape(name), html.escape(text), href=urllib.parse.quote(f"{name}.jpg"))
+    wsi_llava.write_text(data / "qc" / "index.html", page)
 
 
 # ---- A folder of features, which several runs may work on --------------------------------------------------
@@ -546,9 +530,8 @@ def check_same(path, made, params, hint="--overwrite makes it again"):
 
 
 def claim(claims, name):
-    """Whether this process alone may work on a slide from now on, until it closes the file or dies: it locks
-    a byte of data/.claims, at an offset that follows from the name. The file is opened once: the first close
-    drops all of a process's locks on it."""
+    """Whether this process alone may work on a slide from now on, until it closes data/.claims or dies."""
+    # A byte is locked, at an offset that follows from the name. The first close drops all locks of a process.
     offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
@@ -640,8 +623,8 @@ def apart(path, function, *arguments):
 
 
 def slide_job(args, name, path, given, mask, encoder):
-    """One slide of a run -> dict: its files, and the parameters that its features depend on. given, mask: its
-    um/px by --mpp-csv and its file of --mask, or None. encoder: a fingerprint."""
+    """One slide of a run -> dict: its files, and the parameters that its features depend on. given: its um/px
+    by --mpp-csv, or None. mask: its file of --mask, or None. encoder: a fingerprint."""
     digest = mask and hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
     params = {"tile": TILE, "target_mpp": TARGET_MPP, "min_tissue": args.min_tissue, "mask": digest}
     params |= {"step": args.step, "max_tiles": args.max_tiles, "seed": args.seed if args.max_tiles else None}
@@ -669,10 +652,8 @@ def is_done(args, job, digest=None):
 
 
 def survey(args, job):
-    """In a process of its own: what there is to read of a slide -> dict; its pictures are drawn.
-
-    Raises UserError, whatever is wrong with the slide, and OSError where a picture cannot be written.
-    """
+    """In a process of its own: what there is to read of a slide -> dict; its pictures are drawn. Raises
+    UserError, whatever is wrong with the slide, and OSError where a picture cannot be written."""
     with reading(job["slide"][0], "the slide is damaged, or of a kind that is not read"):
         slide = open_slide(*job["slide"])
         file = [*job["file"], slide.hash()]
@@ -838,11 +819,8 @@ def read_hdf5(path):
 
 
 def read_foreign(path):
-    """One file of features -> (their kind, features float16 [N,C], coords float64 [N,2] or None, attributes).
-
-    A .pt holds a tensor, or a dict of features (GigaPath: tile_embeds) and coords; an .h5 features (STAMP:
-    feats) and coords. Without coords they are visual tokens [576,C], or a slide's one vector [C].
-    """
+    """One file of features -> (their kind, features float16 [N,C], coords float64 [N,2], all that it holds).
+    A .pt may hold one tensor. Without coords they are visual tokens [576,C], or a slide's one vector [C]."""
     with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
         found = read_hdf5(path) if path.suffix == ".h5" else wsi_llava.read_tensors(path)
         found = {"features": found} if isinstance(found, torch.Tensor) else found
@@ -864,23 +842,16 @@ def read_foreign(path):
 
 
 def tiled_coords(path, coords, about, mpp, step):
-    """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels).
-
-    mpp: the slide's um/px, if given. Raises UserError where the scale is not known, or makes tiles that do
-    not lie `step` apart: it is wrong, or the tiles are of another resolution.
-    """
+    """A file's coordinates -> (their raster order [N], int32 [N,2] in that order, in tiled pixels). mpp: the
+    slide's, if given. Raises UserError where the scale is not known, or tiles do not lie `step` apart."""
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
-        tile, pixels, overlap = (
-            float(about.get(x, 0)) for x in ("patch_size_level0", "patch_size", "overlap")
-        )
-        zoom = tile / (pixels or 1)  # TRIDENT's; its 20x is 0.5 um/px
-        scale, apart = (
-            zoom * float(about.get("target_magnification", 0)) / 10 * TARGET_MPP,
-            tile - zoom * overlap,
-        )
-        if "tile_size_um" in about:  # STAMP's coordinates are in um
+        scale, apart = TARGET_MPP / (mpp or math.inf), 0  # of level 0; from tile to tile, if the file says it
+        if about.get("target_magnification"):  # TRIDENT's 20x is 0.5 um/px
+            zoom = float(about["patch_size_level0"]) / float(about["patch_size"])
+            scale = zoom * TARGET_MPP * float(about["target_magnification"]) / 10
+            apart = float(about["patch_size_level0"]) - zoom * float(about.get("overlap", 0))
+        elif "tile_size_um" in about:  # STAMP's coordinates are in um
             scale, apart = TARGET_MPP, float(about["tile_size_um"])
-        scale = scale or TARGET_MPP / (mpp or math.inf)  # of level 0
         check(scale, f"{path}: does not say the um/px of its coordinates (level 0); give --mpp or --mpp-csv")
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
         coords = coords[order] / scale
@@ -950,7 +921,7 @@ def import_features(args, number, shares):
 
 # ---- Questions ---------------------------------------------------------------------------------------------
 
-# What is read: a kind's name, and its fields, in lower case, for a row's slide, question (None: a report) and
+# What is read: a kind's name; its fields, in lower case, for the slide, the question (None: a report) and the
 # answer ("conversations" are both). A row is of the first kind whose fields it has.
 QUESTION_KINDS = [
     ("this project's rows", "slide", "conversations", "conversations"),
@@ -999,8 +970,8 @@ def read_options(entry):
 
 
 def read_turns(entry, question, answer):
-    """A row's fields -> its turns [{"from", "value"}]. question, answer: as in QUESTION_KINDS. With options, a
-    question names one a line, and its answer begins with a letter."""
+    """A row's fields -> its turns [{"from", "value"}]; options stand in the question, a line each, and the
+    answer begins with a letter then. question, answer: as in QUESTION_KINDS."""
     if question == "conversations":
         turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
         if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
@@ -1021,8 +992,7 @@ def read_turns(entry, question, answer):
 
 
 def read_row(entry, stem, number):
-    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one. Raises
-    ValueError, or what Python raises over other types than expected."""
+    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one."""
     entry = {field.strip().lower(): value for field, value in entry.items()}
     fit = [kind for kind in QUESTION_KINDS if all(field in entry for field in kind[1:] if field)]
     if not fit:
@@ -1086,8 +1056,7 @@ def read_entries(path):
 
 def read_qa(path):
     """One file of questions, of any of QUESTION_KINDS -> rows {"id","slide","task","cancer","conversations"},
-    with "split" where the file says it. Rows about several slides or with an empty text are left out, and
-    counted. Raises UserError that names the line or the item."""
+    with "split" where the file says it. Raises UserError that names the line or the item."""
     path, rows, left_out = Path(path), [], []
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
@@ -1113,8 +1082,8 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode finds it, a
-    patient's the first of hers, which is said. What is not there keeps its name."""
+    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode, or a
+    patient's, which finds the first of hers. What is not there keeps its name."""
     found = {}
     for name in dict.fromkeys(row["slide"] for row in rows):
         whole = re.compile(rf"{re.escape(name)}(?![^\W_])", re.I)  # 117 is no beginning of 1170
@@ -1154,7 +1123,7 @@ def import_qa(args):
     others = {patient_of(row["slide"]) for row in rows_of["test"] + rows_of["val"]}
     clean = [row for row in rows_of["train"] if patient_of(row["slide"]) not in others]
     leaks = len(rows_of["train"]) - len(clean)
-    if others and clean:
+    if others and rows_of["train"]:
         what = f"{count(leaks, 'question')} of training about patients of the test"
         print(f"Left out {what}." if args.drop_leaks else f"Found {what} (--drop-leaks leaves them out).")
     if leaks and args.drop_leaks:
@@ -1191,7 +1160,7 @@ def noise(rng, cells, size=SIDE // 8):
 
 def draw_slide(case):
     """A round piece of tissue, in it a tumour whose colour and texture are the type and whose share is the
-    grade, a necrosis in one quadrant, and pigment or none -> (RGB image, corners of the tiles with pigment)."""
+    grade, a necrosis in one quadrant, and pigment or none -> (RGB image, corners of tiles with pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # drawn at an eighth of its size
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1220,7 +1189,7 @@ def draw_slide(case):
 
 
 def draw_case(case, path):
-    """One toy slide, written as a picture whose dpi say its um/px -> the corners of its tiles with pigment."""
+    """One toy slide, written as a picture whose dpi say its um/px -> corners of its tiles with pigment."""
     picture, planted = draw_slide(case)
     with replacing(path) as temporary:
         picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
