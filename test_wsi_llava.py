@@ -6,7 +6,6 @@ that needs only this repository.
 """
 
 import argparse
-import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -36,7 +35,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
 import zlib
 from pathlib import Path
@@ -1728,24 +1726,27 @@ def same_weights(a, b, tolerance=0.0):
 
 def write_train(data, rows):
     """data/qa/train.jsonl of these rows, given as (slide, task, answer)."""
-    asked = {"from": "human", "value": "What is it?"}
     written = []
     for i, (slide, task, answer) in enumerate(rows):
-        talk = [asked, {"from": "gpt", "value": answer}]
+        talk = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": answer}]
         written.append({"id": str(i), "slide": slide, "task": task, "cancer": "", "conversations": talk})
     (data / "qa").mkdir(parents=True, exist_ok=True)
     prepare.write_qa(data / "qa" / "train.jsonl", written)
 
 
+def light_copy(demo, folder):
+    """The demo's data without slides and pictures, to be changed -> its folder."""
+    ignored = shutil.ignore_patterns("slides", "qc")
+    return shutil.copytree(demo[0] / "data", folder / "data", ignore=ignored)
+
+
 @slow
 def test_rows_that_cannot_be_trained_on_are_named(demo, tmp_path, capsys):
     """Slides without features, no reports in stage 2, no answer in a row that somebody wrote by hand."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns("slides"))
+    data = light_copy(demo, tmp_path)
     flags = ["--data", data, "--out", demo[0] / "out"]
     write_train(data, [("far2", "Report", "x"), ("far1", "Report", "x")])
-    with pytest.raises(
-        UserError, match="names 2 slides without features, the first: far1; prepare them, or --skip-missing"
-    ):
+    with pytest.raises(UserError, match="names 2 slides without features, the first: far1; prepare them, or"):
         train.load_rows(train_args(*flags))
     assert not train.load_rows(train_args(*flags, "--skip-missing"))
     write_train(data, [("demo_0000", "report", " "), ("demo_0001", "grade", "Grade 2.")])
@@ -1770,9 +1771,6 @@ def test_slides_with_visual_tokens_only_need_no_slide_encoder(demo, tmp_path):
     assert model.slide_encoder is None and wsi_llava.cache_visual_tokens(model, data, ["T.1"]) == (0, {})
     visual = wsi_llava.read_visual_tokens(data, "T.1", model.cfg)
     assert torch.equal(visual, tokens.half()) and model.project(visual).shape == (576, 128)
-    torch.save(torch.randn(512), tmp_path / "few.pt")
-    prepare.main(["--features", str(tmp_path / "few.pt"), "--data", str(tmp_path / "few")])
-    assert wsi_llava.load_model(args, wsi_llava.read_meta(tmp_path / "few"), 1)[0].cfg.n_visual_tokens == 1
 
 
 def test_validation_comes_from_the_whole_file_and_keeps_patients_apart():
@@ -1806,9 +1804,8 @@ def test_an_epoch_is_every_row_once_and_a_batch_has_some_for_every_process(monke
     assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == list(range(37)) and seen[0] != seen[2]
     for epochs, steps in ((0, 0), (1e-3, 1)):
         assert train.size_of_run(2, dataclasses.replace(recipe, epochs=epochs), 37)[1] == steps
-    for stage, rows, size in ((1, 1, 32), (1, 7, 1)):  # stage 1 contrasts slides
-        with pytest.raises(UserError, match="a batch of 1 is too small for stage 1"):
-            train.size_of_run(stage, dataclasses.replace(recipe, batch_size=size), rows)
+    with pytest.raises(UserError, match="a batch of 1 is too small for stage 1"):  # it contrasts slides
+        train.size_of_run(1, dataclasses.replace(recipe, batch_size=1), 7)
     monkeypatch.setattr(train, "WORLD", 8)
     with pytest.raises(UserError, match="a batch of 7 is too small for stage 2 in 8 processes"):
         train.size_of_run(2, recipe, 7)
@@ -1857,10 +1854,9 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
     for earlier in range(1, stage):
         shutil.copytree(demo[0] / "out" / f"stage{earlier}", tmp_path / "out" / f"stage{earlier}")
     result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
-    train_with(demo, tmp_path / "out", *flags)
-    result.rename(tmp_path / "whole")
-    train_with(demo, tmp_path / "out", *flags)
-    result.rename(tmp_path / "again")
+    for name in ("whole", "again"):
+        train_with(demo, tmp_path / "out", *flags)
+        result.rename(tmp_path / name)
     assert same_weights(tmp_path / "whole", tmp_path / "again")
 
     real = train.schedule
@@ -1883,18 +1879,15 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
 
 @slow
 def test_the_stand_in_is_the_same_again_and_follows_the_texts(demo, tmp_path, monkeypatch):
-    """It is trained once; again where the texts are others, and a kill amid that leaves nothing that looks
-    whole."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns("slides", "qc"))
-    args, made = train_args("--data", data), data / "llm" / "model.safetensors"
+    """It is trained once, and again where the texts are others; killed amid that, it does not look whole."""
+    data = light_copy(demo, tmp_path)
+    args, made, mark = train_args("--data", data), data / "llm" / "model.safetensors", data / "llm" / "texts"
     first = made.read_bytes()
-    (data / "llm" / "texts").unlink()  # as killed before the end
+    mark.unlink()  # as killed before the end
     train.stand_in(args)
-    assert made.read_bytes() == first and (data / "llm" / "texts").exists()
+    assert made.read_bytes() == first and mark.exists()
     trained = []
-    monkeypatch.setattr(
-        train, "train_stand_in", lambda args: trained.append((data / "llm" / "texts").exists())
-    )
+    monkeypatch.setattr(train, "train_stand_in", lambda args: trained.append(mark.exists()))
     train.stand_in(args)
     assert trained == []
     rows = prepare.read_qa(data / "qa" / "train.jsonl")
@@ -1903,91 +1896,29 @@ def test_the_stand_in_is_the_same_again_and_follows_the_texts(demo, tmp_path, mo
     assert trained == [False]
 
 
-class Killed(BaseException):
-    """What stands for kill -9 in this process."""
-
-
-@slow
-@pytest.mark.parametrize("stage, flags", [(1, []), (2, ["--batch-size", 6])], ids=str)
-def test_a_kill_around_any_rename_leaves_what_can_be_finished(demo, tmp_path, monkeypatch, stage, flags):
-    """Before and after each, with a finished run in the folder and without: the resumed run ends with the
-    same bits."""
-    flags = ["--stage", stage, "--epochs", 1, "--val", 0.3, "--eval-every", 1, *flags]
-    real, names, earlier = os.replace, [], tmp_path / "earlier"
-    earlier.mkdir()
-    for n in range(1, stage):
-        shutil.copytree(demo[0] / "out" / f"stage{n}", earlier / f"stage{n}")
-    shutil.copytree(earlier, tmp_path / "whole")
-    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(Path(b).name), real(a, b)))
-    train_with(demo, tmp_path / "whole", *flags)
-    finished = tmp_path / "whole" / f"stage{stage}"
-    assert names.index("model.safetensors") < len(names) - 1 - names[::-1].index("train_state.pt")
-    for at in range(2 * len(names)):
-        out, countdown = tmp_path / f"killed-{at}", [at // 2]
-        shutil.copytree(tmp_path / "whole" if at % 3 == 0 else earlier, out)
-
-        def replace(a, b, countdown=countdown, after=at % 2):
-            countdown[0] -= 1
-            if countdown[0] >= 0 or after:
-                real(a, b)
-            if countdown[0] < 0:
-                raise Killed
-
-        monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(Killed):
-            train_with(demo, out, *flags)
-        monkeypatch.setattr(os, "replace", real)
-        folder = out / f"stage{stage}"
-        (folder / ".train_state.pt.00000000.part").touch()  # of a kill amid writing
-        if (folder / "model.safetensors").exists():  # then it is whole, and its config is beside it
-            assert same_weights(folder / "model.safetensors", finished / "model.safetensors")
-            assert (folder / "config.json").exists()
-        train_with(demo, out, *flags, "--resume")
-        files = [{path.name for path in where.iterdir()} for where in (folder, finished)]
-        assert files[0] == files[1], names[at // 2]
-        assert same_weights(folder / "model.safetensors", finished / "model.safetensors"), names[at // 2]
-        shutil.rmtree(out)
-
-
 @slow
 def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
-    """Its recipe, its flags, its data, what it stands on: whatever differs is named; a state that is damaged
-    too. A result that is gone is written again."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns("slides", "qc"))
-    out = shutil.copytree(demo[0] / "out", tmp_path / "out")
-    flags = [
-        "--stage",
-        "3",
-        "--epochs",
-        "1",
-        "--val",
-        "0.2",
-        "--resume",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-    ]
+    """Whatever differs is named; a state that is damaged too. A result that is gone is written again."""
+    data, out = light_copy(demo, tmp_path), shutil.copytree(demo[0] / "out", tmp_path / "out")
+    flags = f"--stage 3 --epochs 1 --val 0.2 --resume --data {data} --out {out}".split()
     train.main(flags)  # as the demo ran it
     for changed, what in (
         ("--lora-alpha 8", "lora_alpha 32, not 8.0"),
         ("--full", "full False, not True"),
-        ("--no-image", "no_image False, not True"),
-        ("--max-length 300", "max_length 2048, not 300"),
         ("--clip 0.5", "clip 1.0, not 0.5"),
-        ("--seed 5 --llm /llm", "seed 0, not 5"),
+        (f"--seed 5 --llm {data}/llm", "seed 0, not 5"),
         ("--epochs 2", "steps 2, not 4"),
     ):
-        changed = changed.replace("/llm", str(data / "llm")).split()
         with pytest.raises(UserError, match=f"train_state.pt belongs to another run: .*{what}"):
-            train.main([*flags, *changed])
-    for same in (["--micro-batch", "3"], ["--checkpointing"], ["--eval-every", "1"], ["--val-rows", "7"]):
-        train.main([*flags, *same])
+            train.main([*flags, *changed.split()])
+    for same in ("--micro-batch 3", "--checkpointing", "--eval-every 1", "--val-rows 7"):
+        train.main([*flags, *same.split()])
     result, path = out / "stage3" / "model.safetensors", out / "stage3" / "train_state.pt"
     before = result.read_bytes()
     result.unlink()
+    (out / "stage3" / ".train_state.pt.00000000.part").touch()  # of a kill amid writing
     train.main(flags)
-    assert result.read_bytes() == before
+    assert result.read_bytes() == before and not list((out / "stage3").glob("*.part"))
     state = torch.load(path, weights_only=True)
     for what in ("the training rows", "what it started from"):
         torch.save(state | {"run": state["run"] | {what: "x"}}, path)
@@ -2007,27 +1938,18 @@ def test_one_run_at_a_time_in_a_stages_folder(demo, tmp_path):
     with train.alone_in(tmp_path / "stage2"):
         done = script("train.py", *flags)
         assert done.returncode == 1 and "stage2: another run is training here; wait for it" in done.stderr
-    assert script("train.py", *flags).returncode == 0
+    train.main(list(map(str, flags)))
     assert (tmp_path / "stage2" / "model.safetensors").exists()
 
 
 @slow
-def test_a_clip_of_0_is_none(demo, tmp_path):
-    """As in nanoGPT; and the gradient of an unclipped step is not scaled."""
-    for name, clip in (("off", 0), ("high", 1e9)):
-        shutil.copytree(demo[0] / "out" / "stage1", tmp_path / name / "stage1")
-        train_with(demo, tmp_path / name, "--stage", 2, "--epochs", 2, "--clip", clip)
-    assert same_weights(*(tmp_path / name / "stage2" / "model.safetensors" for name in ("off", "high")))
-
-
-@slow
 def test_what_is_not_finite_stops_the_run_and_is_never_done(demo, tmp_path, monkeypatch):
-    """A loss, with the ids of its batch; what is held out, after the last step; the weights themselves."""
+    """A loss, with the ids of its batch (a clip of 0 is none); what is held out; the weights themselves."""
     shutil.copytree(demo[0] / "out" / "stage1", tmp_path / "stage1")
     monkeypatch.setattr(train, "schedule", lambda step, steps, warmup: 1e30)
     flags = ["--stage", 2, "--batch-size", 4]
     with pytest.raises(UserError, match=r"'step': 2, 'loss': (nan|inf).*try a lower --lr.*batch: demo_0\d+-"):
-        train_with(demo, tmp_path, *flags, "--epochs", 5)
+        train_with(demo, tmp_path, *flags, "--epochs", 5, "--clip", 0)
     with pytest.raises(UserError, match=r"'step': 1, .*'val_loss': (nan|inf).*is not finite"):
         train_with(demo, tmp_path, *flags, "--epochs", 0.1, "--val", 0.3)
 
@@ -2041,68 +1963,54 @@ def test_what_is_not_finite_stops_the_run_and_is_never_done(demo, tmp_path, monk
     assert not list((tmp_path / "stage2").glob("*.safetensors")) + list((tmp_path / "stage2").glob("*.pt"))
 
 
-@pytest.fixture(scope="session")
-def foreign(tmp_path_factory):
-    """Features of an encoder 48 wide, imported, and questions about them -> data/."""
-    folder = tmp_path_factory.mktemp("foreign")
+@slow
+def test_features_of_any_width_train(tmp_path, capsys):
+    """All stages, then an answer, on features of an encoder 48 wide: the slide encoder takes their width."""
     for i in range(7):
         cells = np.argwhere(np.random.default_rng(i).random((7, 6)) < 0.8)[:, ::-1]
         coords, features = torch.from_numpy(cells * 256).float(), torch.randn(len(cells), 48)
-        torch.save({"features": features, "coords": coords}, folder / f"s{i}.pt")
-    flags = ["--features", folder, "--preset", "demo", "--mpp", "0.5", "--data", folder / "data"]
-    prepare.main(list(map(str, flags)))
-    rows = []
-    for i in range(8):  # two reports of s6
-        for task, answer in (("report", f"This is case {i}."), ("grade", f"It is grade {i % 3}.")):
-            rows.append((f"s{min(i, 6)}", task, answer))
-    write_train(folder / "data", rows)
-    return folder / "data"
+        torch.save({"features": features, "coords": coords}, tmp_path / f"s{i}.pt")
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    prepare.main(["--features", str(tmp_path), "--preset", "demo", "--mpp", "0.5", *places])
+    write_train(tmp_path / "data", [(f"s{min(i, 6)}", "report", f"This is case {i}.") for i in range(8)])
+    flags = [*places, "--val", "0", "--epochs", "1"]
+    for stage in "123":
+        train.main(["--stage", stage, *flags])
+    config = json.loads((tmp_path / "out" / "stage1" / "config.json").read_text())
+    assert config["slide_encoder"]["in_width"] == 48
+    args, meta = train_args(*flags), wsi_llava.read_meta(tmp_path / "data")
+    contrasted = train.Alignment(1, args, train.RECIPES["demo"][1], meta).train
+    assert sorted(row["slide"] for row in contrasted) == [f"s{i}" for i in range(7)]  # s6 has two reports
+    capsys.readouterr()
+    sample.main(["--slide", "s6", "--ask", "What is it?", "--max-new-tokens", "3", *places])
+    assert "s6: 36 visual tokens" in capsys.readouterr().out
 
 
 @slow
-def test_features_of_any_width_train(foreign, tmp_path, capsys):
-    """All stages, then an answer: the slide encoder takes the data's width; the slide comes first, and long
-    rows lose the end of their answers."""
-    flags = ["--data", str(foreign), "--out", str(tmp_path), "--val", "0", "--epochs", "1"]
-    for stage in "123":
-        train.main(["--stage", stage, *flags])
-    assert json.loads((tmp_path / "stage1" / "config.json").read_text())["slide_encoder"]["in_width"] == 48
-    capsys.readouterr()
-    sample.main(["--slide", "s6", "--ask", "What is it?", "--max-new-tokens", "3", *flags[:4]])
-    assert "s6: 36 visual tokens" in capsys.readouterr().out
-    args, meta = train_args("--stage", "3", *flags), wsi_llava.read_meta(foreign)
-    recipe = train.pick_recipe(3, args, meta)
+def test_a_row_is_its_slide_and_its_talk_and_loses_its_end_where_it_is_too_long(demo):
+    """Without room for the answer it teaches nothing. Stage 2 sees a slide and its report, nothing else."""
+    args = train_args("--data", demo[0] / "data", "--out", demo[0] / "out")
+    meta, recipe = wsi_llava.read_meta(args.data), train.RECIPES["demo"][3]
     task = train.Conversation(3, args, recipe, meta)
-    row = next(row for row in task.train if row["slide"] == "s6" and row["task"] == "grade")
-    read = task.read(row)
+    row = next(row for row in task.train if row["task"] == "grade")
+    read, talk = task.read(row), wsi_llava.slide_first(row["conversations"])
+    assert (read["ids"], read["labels"]) == task.tokenizer.encode_chat(talk) and not read["cut"]
+    assert torch.equal(read["visual"], wsi_llava.read_visual_tokens(args.data, row["slide"], task.cfg))
     embeds, _ = task.model.splice([read["visual"]], [read["ids"]])
-    assert read["positions"] == embeds.shape[1] and not read["cut"]
-    assert torch.equal(read["visual"], wsi_llava.read_visual_tokens(foreign, "s6", task.cfg))
-    assert (read["ids"], read["labels"]) == task.tokenizer.encode_chat(
-        wsi_llava.slide_first(row["conversations"])
-    )
+    assert read["positions"] == embeds.shape[1]
     task.longest = read["positions"] - 1
     cut = task.read(row)
     assert cut["ids"] == read["ids"][:-1] and cut["positions"] == task.longest and cut["cut"]
-    for task.longest in (36, 20):  # no room for the answer, none for the slide
+    for task.longest in (len(read["visual"]), 20):  # no room for the answer, none for the slide
         assert task.read(row)["labels"] == [IGNORE] and task.read(row)["visual"] is None
-    names = ["projector", "LoRA adapters of rank 16"]
-    assert [(group["name"], group["peak"]) for group in task.groups] == list(zip(names, [1e-3, 3e-3]))
-    alone = train.Conversation(3, args, dataclasses.replace(recipe, projector_lr=0.0, lora_rank=0), meta)
-    assert [(group["name"], group["peak"]) for group in alone.groups] == [("projector", 3e-3)]
-    reports = train.Conversation(2, args, train.pick_recipe(2, args, meta), meta)
-    for row in reports.train:  # a slide and its report, nothing else
-        plain = task.tokenizer.encode_plain(row["conversations"][-1]["value"])
-        assert (reports.read(row)["ids"], reports.read(row)["labels"]) == plain
-    first = train.Alignment(1, args, train.RECIPES["demo"][1], meta)
-    assert sorted(row["slide"] for row in first.train) == [f"s{i}" for i in range(7)]
-    samples = [first.read(row) for row in first.train]
-    alone = [first.embed([sample])[0] for sample in samples]
-    torch.testing.assert_close(first.embed(samples)[0], torch.cat(alone))
-    encoder = tmp_path / "gigapath.pth"
-    torch.save({"model": wsi_llava.SlideEncoder(SMALL_GIGAPATH).state_dict()}, encoder)
-    with pytest.raises(UserError, match="takes tile features of width 1536, these are 48: .* --from-scratch"):
-        train.main(["--stage", "1", *flags, "--slide-encoder", str(encoder)])
+    with pytest.raises(UserError, match="--max-length 20: no room for the answer of demo_.*; raise it"):
+        task.backward([0])
+    rates = {group["name"]: group["peak"] for group in task.groups}
+    assert rates == {"projector": 1e-3, "LoRA adapters of rank 16": 3e-3}
+    reports = train.Conversation(2, args, train.RECIPES["demo"][2], meta)
+    plain = task.tokenizer.encode_plain(reports.train[0]["conversations"][-1]["value"])
+    read = reports.read(reports.train[0])
+    assert (read["ids"], read["labels"]) == plain
 
 
 def test_only_a_second_ctrl_c_stops_at_once():
@@ -2117,78 +2025,52 @@ def test_only_a_second_ctrl_c_stops_at_once():
 
 
 @slow
-def test_validation_tells_the_loss_after_another_slide(demo, tmp_path):
-    """Every slide's questions after another's tokens: equal where the model does not look at them."""
-    out = shutil.copytree(demo[0] / "out", tmp_path / "out")
-    flags = ["--data", demo[0] / "data", "--out", out, "--val", 0.3]
-    for more, differs in (([], True), (["--no-image"], False)):
-        args = train_args(*flags, *more)
-        task = train.Conversation(3, args, train.RECIPES["demo"][3], wsi_llava.read_meta(args.data))
-        shown = []
-        task.read = lambda row, read=task.read, shown=shown: (
-            shown.append((row["id"], row["slide"])) or read(row)
-        )
-        losses = task.validate()
-        assert ("loss after another slide" in losses) == differs
-        slides = {}
-        for i, slide in shown:
-            slides.setdefault(i, set()).add(slide)
-        assert {len(seen) for seen in slides.values()} == ({2} if differs else {1})
-        if differs:
-            assert losses["loss"] != losses["loss after another slide"]
+@pytest.mark.parametrize("flags, looks", [([], True), (["--no-image"], False)])
+def test_validation_tells_the_loss_after_another_slide(demo, flags, looks):
+    """Every row once after its own slide's tokens, once after another's, where the model sees slides."""
+    args = train_args("--data", demo[0] / "data", "--out", demo[0] / "out", "--val", 0.3, *flags)
+    task = train.Conversation(3, args, train.RECIPES["demo"][3], wsi_llava.read_meta(args.data))
+    slides, read = collections.defaultdict(list), task.read
+    task.read = lambda row: slides[row["id"]].append(row["slide"]) or read(row)
+    losses = task.validate()
+    assert len(set(losses.values())) == len(losses) == 1 + looks
+    assert ("loss after another slide" in losses) == looks
+    assert all(len(set(shown)) == len(shown) == 1 + looks for shown in slides.values())
 
 
 @slow
 def test_training_goes_on_without_a_slide_that_cannot_be_read(demo, tmp_path, capsys):
-    shutil.copytree(demo[0], tmp_path / "demo")
-    data, out = tmp_path / "demo" / "data", tmp_path / "demo" / "out"
+    data, out = light_copy(demo, tmp_path), shutil.copytree(demo[0] / "out", tmp_path / "out")
     path = wsi_llava.features_file(data, "demo_0003")
     tensors = load_file(path) | {"features": torch.full((40, 128), math.inf).half()}
     wsi_llava.write_tensors(path, tensors, wsi_llava.read_metadata(path))
     (data / "visual_tokens" / path.name).unlink()
-    train.main(["--stage", "3", "--epochs", "0.1", "--data", str(data), "--out", str(out)])
+    train.main(["--stage=3", "--epochs=0.1", "--max-length=110", "--data", str(data), "--out", str(out)])
     printed = capsys.readouterr().out
     assert f"Left out slides that cannot be read: 1, such as {path}: " in printed
-    assert "Stage 3 is done" in printed
-
-
-@slow
-def test_samples_cut_by_max_length_are_counted(demo, tmp_path, capsys):
-    """What leaves no word of an answer to a whole batch is refused."""
-    shutil.copytree(demo[0] / "out", tmp_path / "out")
-    train_with(demo, tmp_path / "out", "--stage", 3, "--epochs", 1, "--max-length", 110)
-    assert re.search(r"\d+ rows were longer than --max-length", capsys.readouterr().out)
-    for short in (20, 36, 40):
-        with pytest.raises(UserError, match=f"--max-length {short}: no room for the answer of demo_"):
-            train_with(demo, tmp_path / "out", "--stage", 3, "--max-length", short)
+    assert re.search(r"Stage 3 is done.*; \d+ rows were longer than --max-length, and cut", printed)
 
 
 @slow
 @pytest.mark.parametrize("flags", [["--stage", 1], ["--stage", 3], ["--stage", 3, "--full"]], ids=str)
 def test_two_processes_equal_one(demo, tmp_path, flags):
-    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP with
-    --full. (Stage 2 does what stage 3 does, with fewer weights.)"""
+    """Same losses and weights on the same global batches: gathered embeddings, summed gradients, FSDP."""
     flags = [*flags, "--epochs", {1: 4, 3: 0.5}[flags[1]], "--batch-size", 6, "--micro-batch", 2]
     losses, stage = {}, f"stage{flags[1]}"
-    sharded = "processes: 2, each with a share of the weights"
     for n in "12":
         shutil.copytree(demo[0] / "out", tmp_path / n)
     train_with(demo, tmp_path / "1", *flags)
     command = torchrun(2, *flags, "--data", demo[0] / "data", "--out", tmp_path / "2")
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (sharded in done.stdout) == ("--full" in flags)
+    assert ("processes: 2, each with a share of the weights" in done.stdout) == ("--full" in flags)
     for processes in "12":
         log = (tmp_path / processes / stage / "log.jsonl").read_text().splitlines()
         losses[processes] = [json.loads(line)["loss"] for line in log]
     assert losses["1"] == pytest.approx(losses["2"], rel=1e-5, abs=1.1e-5)  # the log holds five decimals
-    paths = [tmp_path / n / stage / "model.safetensors" for n in "12"]
-    if stage != "stage1":
-        assert same_weights(*paths, tolerance=1e-3)
-    else:  # by the norm: of a weight whose gradient is all rounding, AdamW takes the sign, whichever it is
-        one, two = map(load_file, paths)
-        for name, want in one.items():
-            assert (two[name] - want).norm() < 3e-4 * want.norm(), name
+    one, two = (load_file(tmp_path / n / stage / "model.safetensors") for n in "12")
+    for name, want in one.items():  # by the norm: of a gradient that is all rounding AdamW takes the sign
+        assert (two[name] - want).norm() < 3e-4 * want.norm(), name
 
 
 @slow
@@ -2219,39 +2101,29 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
 def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
     """To transformers, to our loader, and to sample.py, which then needs no out/ any more."""
     transformers = pytest.importorskip("transformers")
-    data, out, folder = demo[0] / "data", demo[0] / "out", tmp_path / "exported"
+    data, folder = demo[0] / "data", tmp_path / "exported"
+    out = shutil.copytree(demo[0] / "out", tmp_path / "out")
     if flags:
-        out = shutil.copytree(demo[0] / "out", tmp_path / "out")
         train_with(demo, out, "--stage", 3, *flags)
-    train.main(["--export", str(folder), "--data", str(data), "--out", str(out)])
-    model = assembled(3, "--data", data, "--out", out)
-    ids = torch.randint(3, 300, (1, 40))
-    assert (folder / "mm_projector.safetensors").exists()
+    train_with(demo, out, "--export", folder)
+    model, ids = assembled(3, "--data", data, "--out", out), torch.randint(3, 300, (1, 40))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    llm = ["--llm", folder, "--slide-encoder", folder / "slide_encoder.safetensors"]
+    again = assembled(3, *llm, "--data", data, "--out", tmp_path / "none")
     with torch.no_grad():
         agrees("an exported model in transformers", theirs(ids).logits, model.llama(ids), 1e-5)
-    encoder = folder / "slide_encoder.safetensors"
-    places = ["--data", data, "--out", tmp_path / "none"]
-    again = assembled(3, "--llm", folder, "--slide-encoder", encoder, *places)
-    with torch.no_grad():
         assert relative(again.llama(ids), model.llama(ids)) < 1e-5
-    for ours, exported in zip(model.mm_projector.parameters(), again.mm_projector.parameters()):
-        assert torch.equal(ours, exported)
+    assert all(map(torch.equal, model.mm_projector.parameters(), again.mm_projector.parameters()))
     slide = wsi_llava.read_features(data, "demo_0015")
     assert torch.equal(again.encode_slide(*slide), model.encode_slide(*slide))
     assert (folder / "tokenizer.model").exists() and not list(folder.glob(".*"))
     assert theirs.generation_config.eos_token_id == [2]
     with pytest.raises(UserError, match="exported: holds a model already; name a new folder"):
-        train.main(["--export", str(folder), "--data", str(data), "--out", str(out)])
-
-
-@slow
-def test_an_ablation_is_refused_by_export(demo, tmp_path):
-    out = shutil.copytree(demo[0] / "out", tmp_path / "out")
-    cfg = wsi_llava.load_config(out / "stage3")
-    (out / "stage3" / "config.json").write_text(dataclasses.replace(cfg, no_slide_encoder=True).to_json())
+        train_with(demo, out, "--export", folder)
+    config = out / "stage3" / "config.json"
+    config.write_text(config.read_text().replace('"no_slide_encoder": false', '"no_slide_encoder": true'))
     with pytest.raises(UserError, match="has no slide encoder, which no published layout can say"):
-        train_with(demo, out, "--export", tmp_path / "exported")
+        train_with(demo, out, "--export", tmp_path / "new")
 
 
 # ---- prepare.py: slides ----------------------------------------------------------------------------------
@@ -4569,6 +4441,8 @@ def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsy
 
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
 
+SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
+
 
 @slow
 def test_demo_runs_end_to_end(demo):
@@ -4576,27 +4450,20 @@ def test_demo_runs_end_to_end(demo):
     for task in ("type", "grade", "position", "focus"):
         assert re.search(rf"\| {task} +\| exact match +\| 3 ", printed), printed
     assert re.search(r"\| model +\| no slide +\| other slide +\| majority +\| ROUGE-L +\|", printed)
-    commands = re.findall(r"^\$ python (\w+\.py .*)", printed, re.M)
-    assert [command.split()[0] for command in commands] == [
-        "prepare.py",
-        *["train.py"] * 3,
-        *["sample.py"] * 2,
-    ]
+    commands = re.findall(r"^\$ python (\w+)\.py ", printed, re.M)
+    assert commands == ["prepare", "train", "train", "train", "sample", "sample"]
     assert re.search(r"Took \d+ s: slides \d+, stage 1 \d+, .*heatmap \d+\.", printed)
     assert Image.open(folder / "out" / "heatmap.png").width > 1000
     for stage in (1, 2, 3):
-        made = {p.name for p in (folder / "out" / f"stage{stage}").iterdir()}
-        left = {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.svg", ".claims"}
-        assert made == left | ({"slide_encoder.safetensors"} if stage == 1 else set())
-        log = (folder / "out" / f"stage{stage}" / "log.jsonl").read_text().splitlines()
-        speeds = [line["tokens_per_s"] for line in map(json.loads, log) if "tokens_per_s" in line]
-        assert speeds and 1 < min(speeds) and max(speeds) < 1e8
-        curves = (folder / "out" / f"stage{stage}" / "loss.svg").read_text()
+        out = folder / "out" / f"stage{stage}"
+        made = {"model.safetensors", "config.json", "train_state.pt", "log.jsonl", "loss.svg", ".claims"}
+        made |= {"slide_encoder.safetensors"} if stage == 1 else set()
+        assert {p.name for p in out.iterdir()} == made
+        curves = (out / "loss.svg").read_text()
         assert curves.count("<polyline") == 1 and curves.count("h0") > 0  # dots
     features = {p.stem for p in (folder / "data" / "features").iterdir()}
-    assert len(features) == 18 and {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {
-        "index"
-    }
+    assert len(features) == 18  # and a picture of each
+    assert {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
     sides = [prepare.read_qa(folder / "data" / "qa" / f"{split}.jsonl") for split in ("train", "test")]
     assert not set(train.slides_in(sides[0])) & set(train.slides_in(sides[1]))
 
@@ -4620,15 +4487,14 @@ def test_the_readme_shows_what_the_demo_prints(demo):
 
 @slow
 def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
-    """All that need no download, no judge and no shell: on the demo's data, and on two slides of one's own."""
+    """All that need no download, judge or shell: on the demo's data, and on two slides of one's own."""
     for name in ("data", "out"):
         shutil.copytree(demo[0] / name, tmp_path / name)
     (tmp_path / "slides").mkdir()
     for name in "ab":
         shutil.copy(toy_slide[0], tmp_path / "slides" / f"{name}.svs")
     for split in ("train", "test"):
-        rows = "a,A tumor.\nb,No tumor.\n"
-        (tmp_path / f"questions_{split}.csv").write_text(f"slide,report\n{rows}")
+        (tmp_path / f"questions_{split}.csv").write_text("slide,report\na,A tumor.\nb,No tumor.\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n"))
     ran = 0
@@ -4636,7 +4502,7 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
         for line in block if "done" not in block else ():  # a loop of the shell
             if line.startswith("python ") and not re.search("--demo|--judge|--lora|test_wsi", line):
                 _, script, *flags = shlex.split(line.replace("demo_0500", "demo_0015"), comments=True)
-                {"prepare.py": prepare, "train.py": train, "sample.py": sample}[script].main(flags)
+                SCRIPTS[script].main(flags)
                 ran += 1
     assert ran >= 12 and (tmp_path / "map.png").exists() and (tmp_path / "mine" / "out" / "stage3").exists()
 
@@ -4644,28 +4510,13 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "program, flags, message",
     [
-        (train, "--micro-batch 0", "--micro-batch: 0 is not from "),
         (train, "--lr nan", "--lr: nan is not from "),
-        (train, "--lr inf", "--lr: inf is not from "),
-        (train, "--lr 11", "--lr: 11 is not from "),
         (train, "--epochs inf", "--epochs: inf is not from "),
         (train, "--val 1", "--val: 1 is not from "),
-        (train, "--val -1", "--val: -1 is not from "),
-        (train, "--clip -1", "--clip: -1 is not from "),
-        (train, "--lora-dropout 2", "--lora-dropout: 2 is not from "),
-        (train, "--warmup 2", "--warmup: 2 is not from "),
         (train, f"--seed {10**400}", "is not from 0 to 4294967295"),
-        (train, f"--seed {2**70}", "is not from 0 to 4294967295"),
-        (train, "--val-rows 0", "--val-rows: 0 is not from "),
-        (train, "--epochs -1", "--epochs: -1 is not from "),
         (train, "--max-tiles -1", "--max-tiles: -1 is not from "),
-        (train, "--demo --workers 0", "--workers: 0 is not from "),
-        (prepare, "--step 0", "--step: 0 is not from "),
         (prepare, "--slides . --mpp 40", "--mpp: 40 is not from "),
-        (prepare, "--slides . --min-tissue 25", "--min-tissue: 25 is not from "),
-        (prepare, "--seed -1", "--seed: -1 is not from "),
         (prepare, "--demo 4", "--demo: 4 is not from "),
-        (sample, "--max-tiles -1", "--max-tiles: -1 is not from "),
         (sample, "--temperature 101", "--temperature: 101 is not from "),
     ],
 )
@@ -4675,123 +4526,78 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "program, flags, message",
-    [
-        (train, "", "nothing to do: give --stage, --export or --demo"),
-        (sample, "", "nothing to do: give --slide, --qa or --evaluate"),
-        (prepare, "--slides . --device abacus", "--device abacus: "),
-        (prepare, "--features nowhere", "nowhere: no such file or folder (--features)"),
-        (prepare, "--demo --dry-run", "--dry-run is for --slides alone"),
-        (
-            prepare,
-            "--slides s.png --mpp-csv no.csv",
-            "no.csv: no such file; --mpp-csv takes lines of slide,mpp",
-        ),
-    ],
-)
-def test_what_cannot_be_done_is_refused_before_anything_is(tmp_path, monkeypatch, program, flags, message):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (300, 300)).save("s.png")
-    with pytest.raises(UserError, match=re.escape(message)):
-        program.main(flags.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["s.png"]
+def flags_of(name):
+    """A script's flags, as argparse keeps them, but those that run anything else than is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wsi_llava.Parser, "parse_args", lambda parser, argv: parser)
+        flags = SCRIPTS[name].parse([])._actions
+    return [flag for flag in flags if flag.dest not in ("help", "demo", "device")]
 
 
-@pytest.mark.parametrize("script", [prepare, train, sample])
-def test_the_defaults_that_help_tells_are_the_defaults(script, monkeypatch):
-    seen = []
-    monkeypatch.setattr(wsi_llava.Parser, "parse_args", lambda self, argv: seen.append(self) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        script.parse([])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_defaults_that_help_tells_are_the_defaults(name):
     told = {}
-    for flag in seen[0]._actions:
+    for flag in flags_of(name):
         number = re.search(r"\(default: ([\d.,]*\d)\b", flag.help or "")
         if number:
             told[flag.dest] = float(number[1].replace(",", "")), flag.default
-    assert len(told) >= 3
-    assert all(said == default for said, default in told.values()), told
+    assert len(told) >= 3 and all(said == default for said, default in told.values()), told
 
 
 @slow
-def test_bad_input_is_one_line(demo, tmp_path):
-    """Each a non-zero exit and one line that names the file or flag and what to do."""
-    folder, _ = demo
-    data = ["--data", folder / "data"]
-    (tmp_path / "empty").mkdir()
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("train.py", "nothing to do: give --stage, --export or --demo"),
+        ("sample.py", "nothing to do: give --slide, --qa or --evaluate"),
+        ("prepare.py --slides broken.svs --device abacus", "--device abacus: "),
+        ("prepare.py --features nowhere", "nowhere: no such file or folder (--features)"),
+        ("prepare.py --demo --dry-run", "--dry-run is for --slides alone"),
+        ("prepare.py --slides broken.svs --mpp-csv no.csv", "no.csv: no such file; --mpp-csv takes lines of"),
+        ("prepare.py --slides new", "no slides below"),
+        ("prepare.py --slides broken.svs --data new", "1 slide could not be prepared"),
+        ("prepare.py --qa missing.json", "no such file; python prepare.py --qa"),
+        ("train.py --stage 1 --data new", "run python prepare.py"),
+        ("train.py --stage 1 --no-slide-encoder", "stage 1 trains it; start with --stage 2"),
+        ("train.py --stage 2 --out new", "run python train.py --stage 1 first"),
+        ("sample.py --slide demo_0015 --out new", "run python train.py --stage"),
+        ("sample.py --slide nobody", "neither a file nor a slide in"),
+        ("sample.py --slide broken.svs --data new", "not a slide that OpenSlide can"),
+        (f"sample.py --slide demo_0015 --ask {'word' * 2000}", "the prompt is too long"),
+        ("sample.py --slide demo_0015 --llm nowhere", "no such"),
+    ],
+)
+def test_bad_input_is_one_line(demo, tmp_path, monkeypatch, command, message):
+    """Each a non-zero exit and one line that names the file or flag and what to do. What was there stays."""
+    for name in ("data", "out"):
+        (tmp_path / name).symlink_to(demo[0] / name)
     (tmp_path / "broken.svs").write_bytes(b"not a slide")
-    long = "word " * 2000
-    cases = [
-        (["prepare.py"], "nothing to do"),
-        (["prepare.py", "--slides", tmp_path / "empty"], "no slides below"),
-        (["prepare.py", "--slides", tmp_path / "nowhere"], "no such file or folder"),
-        (
-            ["prepare.py", "--slides", tmp_path / "broken.svs", "--data", tmp_path / "d"],
-            "1 slide could not be prepared",
-        ),
-        (["prepare.py", "--qa", tmp_path / "missing.json"], "no such file; python prepare.py --qa"),
-        (
-            ["prepare.py", "--slides", tmp_path / "empty", "--tile-encoder", tmp_path / "no.bin"],
-            "no slides below",
-        ),
-        (["train.py", "--stage", 1, "--data", tmp_path / "none"], "run python prepare.py"),
-        (
-            ["train.py", "--stage", 1, *data, "--no-slide-encoder"],
-            "stage 1 trains it; start with --stage 2",
-        ),
-        (["train.py", "--stage", 2, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
-        (["train.py", "--stage", 3, *data, "--out", tmp_path / "o"], "run python train.py --stage 1 first"),
-        (
-            ["sample.py", "--slide", "demo_0015", *data, "--out", tmp_path / "o"],
-            "run python train.py --stage",
-        ),
-        (
-            ["sample.py", "--slide", "nobody", *data, "--out", folder / "out"],
-            "neither a file nor a slide in",
-        ),
-        (
-            ["sample.py", "--slide", "nobody", *data, "--out", folder / "out", "--zero-shot", "x"],
-            "neither a file nor",
-        ),
-        (
-            ["sample.py", "--slide", tmp_path / "broken.svs", "--data", tmp_path / "d"],
-            "not a slide that OpenSlide can",
-        ),
-        (
-            ["sample.py", "--slide", "demo_0015", "--ask", long, *data, "--out", folder / "out"],
-            "the prompt is too long",
-        ),
-        (["sample.py", "--slide", "demo_0015", *data, "--llm", tmp_path / "no"], "no such"),
-    ]
-    for number, ((name, *flags), message) in enumerate(cases):
-        flags = list(map(str, flags))
-        with pytest.raises(UserError) as caught:
-            {"prepare.py": prepare, "train.py": train, "sample.py": sample}[name].main(flags)
-        assert message in str(caught.value) and "\n" not in str(caught.value), (name, flags)
-        if number in (0, 6, 11):  # as a user sees it
-            done = script(name, *flags)
-            errors = [
-                line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")
-            ]
-            assert done.returncode == 1 and len(errors) == 1 and message in errors[0], (
-                name,
-                flags,
-                done.stderr,
-            )
-            assert "Traceback" not in done.stderr
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path)
+    name, *flags = command.split()
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        SCRIPTS[name].main(flags)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out", "broken.svs", "new"}
+
+
+@slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_mistake_ends_as_a_user_sees_it_in_one_line(name):
+    """Also on a terminal that cannot show it."""
+    flags = {"prepare.py": "--slides", "train.py": "--stage 1 --data", "sample.py": "--slide"}[name].split()
+    done = script(name, *flags, "größe", env={"PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 1 and re.fullmatch(r"error: .*gr\S+e.*\n", done.stderr), done.stderr
 
 
 # ---- Secrets and paths: what files, servers and names that others made cannot do -------------------------
 
 
-class Payload:
-    """Makes the file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
+class Payload(str):
+    """A path, which is written to when this is unpickled."""
 
     def __reduce__(self):
-        return open, (self.path, "w")
+        return open, (str(self), "w")
 
 
 @pytest.mark.parametrize("way", ["zip", "legacy", "bare"])
@@ -4802,15 +4608,12 @@ class Payload:
         ("pytorch_model.bin", lambda path: wsi_llava.read_folder(path.parent)),
         ("slide_encoder.pth", wsi_llava.load_slide_encoder),
         ("mm_projector.bin", wsi_llava.load_projector),
-        ("adapter_model.bin", lambda path: wsi_llava.read_folder(path.parent)),
-        ("non_lora_trainables.bin", wsi_llava.read_tensors),
         ("train_state.pt", lambda path: train.resume(path, {}, torch.nn.Linear(1, 1), None)),
         ("features.pt", prepare.read_foreign),
-        ("features.pth", prepare.read_foreign),
     ],
 )
 def test_nothing_is_unpickled(tmp_path, name, read, way):
-    path, bad = tmp_path / name, {"model": torch.zeros(2), "run": Payload(str(tmp_path / "ran"))}
+    path, bad = tmp_path / name, {"model": torch.zeros(2), "run": Payload(tmp_path / "ran")}
     if way == "bare":
         path.write_bytes(pickle.dumps(bad))
     else:
@@ -4828,22 +4631,18 @@ def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeyp
     """Also where the server repeats it, in an error, in a reply or in an address."""
     monkeypatch.setenv("OPENAI_API_KEY", key := "sk-0123456789abcdef")
     path = write_predictions(tmp_path, [("open", "What is it?", "A tumor.", "A tumor. Large")] * 3)
-    argv = ["--evaluate", path, "--judge-model", "wise", "--judge-url", judge_server.url]
+    argv = ["--evaluate", str(path), "--judge-model", "wise", "--judge-url", judge_server.url]
     echo = {"choices": [{"message": {"content": json.dumps({"claims": [f"The key is {key}."]})}}]}
     judge_server.script += [(500, {"Retry-After": "0"}, f"{key} is busy"), (200, {}, json.dumps(echo))]
-    sample.main(list(map(str, argv)))
+    sample.main(argv)
     assert judge_server.requests[0][0] == f"Bearer {key}" and (tmp_path / "judge.jsonl").read_text()
-    for reply, message in (
-        (
-            (401, {}, json.dumps({"error": {"message": f"Incorrect API key: {key}"}})),
-            "Incorrect API key: ***",
-        ),
-        ((302, {"Location": f"https://elsewhere/?key={key}"}, ""), "HTTP 302: "),
-    ):
+    wrong = json.dumps({"error": {"message": f"Incorrect API key: {key}"}})
+    moved = {"Location": f"https://elsewhere/?key={key}"}
+    for reply, message in (((401, {}, wrong), "Incorrect API key: ***"), ((302, moved, ""), "HTTP 302: ")):
         judge_server.script += [reply]
         (tmp_path / "judge.jsonl").unlink()
         with pytest.raises(UserError, match=re.escape(message)) as caught:
-            sample.main(list(map(str, argv)))
+            sample.main(argv)
         said = capsys.readouterr()
         assert key not in said.out + said.err + str(caught.value)
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
@@ -4851,62 +4650,58 @@ def test_the_key_is_in_no_file_and_never_printed(judge_server, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["../out", "/etc/passwd", "..", "a/../../b"])
 def test_questions_cannot_name_a_slide_outside(tmp_path, monkeypatch, name):
-    tmp_path = tmp_path / "inner" / "inner"  # "..", if it were looked through, is small
-    (tmp_path / "data" / "qa").mkdir(parents=True)
+    write_train(tmp_path / "data", [(name, "report", "A tumor.")])
     monkeypatch.chdir(tmp_path)
-    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A tumor."}]
-    row = {"id": "1", "slide": name, "task": "report", "cancer": "x", "conversations": turns}
-    (tmp_path / "data" / "qa" / "train.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match="not the name of a slide"):
         train.load_rows(train.parse([]))
-    (tmp_path / "test.json").write_text(
-        json.dumps([{"slide": f"{name}.svs", "question": "Q?", "answer": "None"}])
-    )
+    asked = {"slide": f"{name}.svs", "question": "Q?", "answer": "None"}
+    Path("test.json").write_text(json.dumps([asked]))
     assert "/" not in prepare.read_qa("test.json")[0]["slide"]
-    with pytest.raises(UserError, match="meta.json|neither|no such|not a slide|no slides"):
-        sample.main(["--slide", name, "--ask", "What?", "--data", "data"])
 
 
 def test_parts_of_a_file_lie_in_its_folder(tmp_path):
-    """Shards that an index names, and datasets of HDF5 that are links, kept outside or put together."""
+    """Shards that an index names; datasets of HDF5 that are links, kept outside or put together."""
     save_file({"a": torch.zeros(2)}, tmp_path / "secret.safetensors")
-    (tmp_path / "llm").mkdir()
-    for name in (
-        "../secret.safetensors",
-        str(tmp_path / "secret.safetensors"),
-        "../llm/../secret.safetensors",
-    ):
-        (tmp_path / "llm" / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": name}})
-        )
+    index = tmp_path / "llm" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(UserError, match="its weight_map leads out of this folder"):
-            wsi_llava.read_folder(tmp_path / "llm")
+            wsi_llava.read_folder(index.parent)
     h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "secret.h5", "w") as file:
-        file["features"] = np.zeros((3, 4), np.float32)
-    layout = h5py.VirtualLayout((3, 4), np.float32)
-    layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "features", (3, 4))
-    for number, make in enumerate(
-        [
-            lambda file: file.update({"features": h5py.ExternalLink(tmp_path / "secret.h5", "features")}),
-            lambda file: file.update(
-                {
-                    "x": h5py.ExternalLink(tmp_path / "secret.h5", "/"),
-                    "features": h5py.SoftLink("/x/features"),
-                }
-            ),
-            lambda file: file.create_dataset("features", (3, 4), np.float32, external=[("secret.h5", 0, 48)]),
-            lambda file: file.create_virtual_dataset("features", layout),
-        ]
+    secret, path, shape = tmp_path / "secret.h5", tmp_path / "features.h5", (3, 4)
+    with h5py.File(secret, "w") as file:
+        file["features"] = np.zeros(shape, np.float32)
+    through = {"x": h5py.ExternalLink(secret, "/"), "features": h5py.SoftLink("/x/features")}
+    layout = h5py.VirtualLayout(shape, np.float32)
+    layout[:] = h5py.VirtualSource(secret, "features", shape)
+    for make in (
+        lambda file: file.update({"features": h5py.ExternalLink(secret, "features")}),
+        lambda file: file.update(through),
+        lambda file: file.create_dataset("features", shape, np.float32, external=[("secret.h5", 0, 48)]),
+        lambda file: file.create_virtual_dataset("features", layout),
     ):
-        path = tmp_path / f"{number}.h5"
         with h5py.File(path, "w") as file:
             make(file)
         with pytest.raises(UserError, match=f"{path}: its features lie in another file"):
             prepare.read_foreign(path)
 
 
-def test_who_may_read_what_is_replaced_is_the_umasks_to_say(tmp_path, monkeypatch):
+def test_what_is_no_output_of_ours_is_never_replaced_and_no_link_followed(tmp_path, monkeypatch):
+    """A temporary name cannot be foreseen; and if it could, it is a new file or none."""
+    mine = tmp_path / "thesis"
+    mine.write_text("years of work")
+    for path in (mine, tmp_path):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            sample.open_lines(path)
+    monkeypatch.setattr(os, "urandom", bytes)
+    (tmp_path / ".out.00000000.part").symlink_to(mine)
+    with pytest.raises(FileExistsError):
+        wsi_llava.write_text(tmp_path / "out", "theirs")
+    assert mine.read_text() == "years of work" and not (tmp_path / "out").exists()
+
+
+def test_who_may_read_what_is_replaced_is_the_umasks_to_say(tmp_path):
     umask = os.umask(0o027)
     try:
         for _ in range(2):  # new, and replaced
@@ -4917,42 +4712,22 @@ def test_who_may_read_what_is_replaced_is_the_umasks_to_say(tmp_path, monkeypatc
         os.umask(umask)
 
 
-def test_a_link_that_lies_in_wait_is_not_followed(tmp_path, monkeypatch):
-    """A temporary name cannot be foreseen; and if it could, it is a new file or none."""
-    monkeypatch.setattr(os, "urandom", bytes)
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / ".out.00000000.part").symlink_to(tmp_path / "mine")
-    with pytest.raises(FileExistsError):
-        wsi_llava.write_text(tmp_path / "out", "theirs")
-    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "out").exists()
-
-
-def test_what_is_no_output_of_ours_is_never_replaced(tmp_path):
-    (tmp_path / "thesis").write_text("years of work")
-    for name in ("thesis", "."):
-        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
-            sample.open_lines(tmp_path / name)
-    assert (tmp_path / "thesis").read_text() == "years of work"
-
-
 # ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ---------
 
-SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
-QUESTION_FILE = [{"slide": "demo_0001", "question": "Which grade?", "answer": "B", "A": "low", "B": "high"}]
 # Command -> the files that it reads, as patterns in the demo's folder.
 READERS = {
-    "sample.py --slide demo_0010 --ask Which": "data/meta.json data/features/demo_0010* data/visual_tokens/demo_0010* "
+    "sample.py --slide demo_0010 --ask Which": "data/meta.json data/*/demo_0010.safetensors "
     "data/tokenizer.model data/llm/* out/stage3/*",
-    "sample.py --qa asked_test.json": "asked_test.json out/stage3/* data/features/demo_0001* data/qa/train.jsonl",
+    "sample.py --qa asked_test.json": "asked_test.json out/stage3/* data/*/demo_0001* data/qa/train.jsonl",
     "sample.py --evaluate out/said.jsonl": "out/said.jsonl data/qa/train.jsonl",
-    "prepare.py --slides data/slides/demo_0003.jpg": "data/slides/demo_0003.jpg data/meta.json data/failures/* "
-    "data/features/demo_0003* data/qc/demo_0003.jpg data/.claims",
+    "prepare.py --slides data/slides/demo_0003.jpg": "data/slides/demo_0003.jpg data/meta.json "
+    "data/failures/* data/features/demo_0003* data/qc/demo_0003.jpg data/.claims",
     "prepare.py --features foreign --mpp 0.5 --data new": "foreign/*",
     "prepare.py --qa asked_test.json": "asked_test.json data/qa/t*.jsonl",
     "prepare.py --demo 10": "data/cohort.json data/meta.json",
     "train.py --stage 1 --epochs 0.1": "data/qa/train.jsonl data/meta.json data/features/demo_000*",
     "train.py --stage 2 --epochs 0.1": "data/llm/* data/tokenizer.model out/stage1/* data/qa/train.jsonl",
-    "train.py --stage 3 --epochs 0.1": "out/stage2/* out/stage1/* data/llm/* data/qa/train.jsonl out/stage3/log*",
+    "train.py --stage 3 --epochs 0.1": "out/stage[12]/* data/llm/* data/qa/train.jsonl out/stage3/log*",
     "train.py --stage 3 --epochs 1 --resume": "out/stage3/*",
     "train.py --export exported": "out/stage3/* data/llm/*",
 }
@@ -4961,43 +4736,25 @@ WRITERS = {
     "prepare.py --slides data/slides": "data/features/demo_000[0-2]* data/qc/*",
     "prepare.py --features foreign --mpp 0.5 --data new": "",
     "prepare.py --qa asked_test.json --data new": "",
-    "train.py --stage 1 --epochs 2 --eval-every 1 --resume": "out/stage1",
-    "train.py --stage 2 --epochs 2 --eval-every 1 --resume": "out/stage2 data/visual_tokens/*",
-    "train.py --stage 3 --epochs 1 --eval-every 1 --resume": "out/stage3 data/llm data/tokenizer.model",
+    "train.py --stage 1 --epochs 2 --eval-every 1": "out/stage1",
+    "train.py --stage 2 --epochs 2 --eval-every 1": "out/stage2 data/visual_tokens/*0.*",
+    "train.py --stage 3 --epochs 1 --eval-every 1": "out/stage3 data/llm data/tokenizer.model",
     "train.py --export exported": "",
     "sample.py --qa asked_test.json --evaluate": "",
 }
-ODD_TEXTS = [
-    "",
-    "-1",
-    "0",
-    "1e308",
-    "nan",
-    "inf",
-    "99999999999999999999",
-    "x",
-    "data",
-    "\udcff",
-    "/",
-    "a" * 300,
-]
+ODD_TEXTS = ["", "-1", "0", "1e308", "nan", "inf", "9" * 20, "x", "data", "\udcff", "/", "a" * 300]
 ODD_JSON = [None, True, -1, 1.5, math.nan, 10**400, "", "\ud800", "x" * 300, [], {}, [None], [[1]], {"a": 1}]
 
 
-def set_out(folder, demo=None):
-    """A finished demo in the folder, or a copy of one, and a file of each kind that the commands read."""
-    places = ["--data", folder / "data", "--out", folder / "out"]
-    if demo:
-        shutil.copytree(demo, folder)
-    else:
-        done = script("train.py", "--demo", 10, "--epochs", 1, *places)
-        assert done.returncode == 0, done.stderr
+def set_out(folder):
+    """Adds to a finished demo a file of each kind that the commands read."""
     (folder / "foreign").mkdir()
     coords = torch.tensor([[0, 0], [256, 0], [512, 0]])
     torch.save({"features": torch.zeros(3, 8), "coords": coords}, folder / "foreign" / "a.pt")
-    (folder / "asked_test.json").write_text(json.dumps(QUESTION_FILE))
-    asked = ["--qa", folder / "asked_test.json", "--predictions", folder / "out" / "said.jsonl"]
-    done = script("sample.py", *asked, *places)
+    asked = {"slide": "demo_0001", "question": "Which grade?", "answer": "B", "A": "low", "B": "high"}
+    (folder / "asked_test.json").write_text(json.dumps([asked]))
+    flags = ["--qa", folder / "asked_test.json", "--predictions", folder / "out" / "said.jsonl"]
+    done = script("sample.py", *flags, "--data", folder / "data", "--out", folder / "out")
     assert done.returncode == 0, done.stderr
 
 
@@ -5041,57 +4798,32 @@ def damaged(rng, name, body):
     return ways[rng.integers(len(ways))]
 
 
-@functools.cache
-def flags_of(name):
-    """The flags of a script, by its own help."""
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        SCRIPTS[name].parse(["--help"])
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text.getvalue()))
-    return sorted(found - {"--help", "--demo", "--device"})
+def in_child(argv, folder, replace, before):
+    """A script's main, in a process that was forked for it: no time goes into imports."""
+    os.setsid()
+    os.chdir(folder)
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    sys.stdout, sys.stderr = open(".stdout", "w"), open(".stderr", "w")  # noqa: SIM115
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
+    sys.argv, os.replace = argv, replace
+    before()
+    wsi_llava.run(SCRIPTS[argv[0]].main)
 
 
-def run_forked(argv, folder, seconds=120, replace=os.replace, before=None):
-    """Runs a script's main in a forked child -> (exit status, or less the signal; stdout; stderr; its peak
-    memory). before: called in the child first."""
-    pid = os.fork()
-    if not pid:
-        status = 70
-        try:
-            os.setsid()
-            os.chdir(folder)
-            torch.set_num_threads(1)  # a fork has none of its parent's threads
-            for fd, name in ((1, ".stdout"), (2, ".stderr")):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-            sys.argv, os.replace = argv, replace
-            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
-            if before:
-                before()
-            try:
-                wsi_llava.run(SCRIPTS[argv[0]].main)
-                status = 0
-            except SystemExit as done:
-                status = done.code if isinstance(done.code, int) else 1
-                print("" if isinstance(done.code, int) else done.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-    ends, done = time.monotonic() + seconds, 0
-    while not done:
-        time.sleep(0.005)
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if not done and time.monotonic() > ends:
-            os.killpg(pid, signal.SIGKILL)
+def run_forked(argv, folder, replace=os.replace, before=lambda: None):
+    """-> (exit status, or less the signal; stdout; stderr). before: called in the child first."""
+    child = multiprocessing.get_context("fork").Process(target=in_child, args=(argv, folder, replace, before))
+    child.start()
+    child.join(120)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # what it left running
+        os.killpg(child.pid, signal.SIGKILL)  # it, where it hangs; what it left running
+    child.join()
     read = [(folder / name).read_bytes().decode(errors="replace") for name in (".stdout", ".stderr")]
-    return os.waitstatus_to_exitcode(status), *read, usage.ru_maxrss * 1024
+    return child.exitcode, *read
 
 
-def verdict(status, out, err, memory):
+def verdict(status, out, err):
     """What became of a command: "worked", "refused" in one line, or the fault."""
     lines = [line for line in re.split("[\r\n]+", err) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
@@ -5099,7 +4831,7 @@ def verdict(status, out, err, memory):
         return "traceback"
     if status < 0:
         return "hang or abort"
-    if memory > 4e9:
+    if resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 4e6:  # kB, of the largest so far
         return "memory"
     if status == 0:
         return "wrong success" if errors or re.search(r"\bnan\b", out) else "worked"
@@ -5107,8 +4839,7 @@ def verdict(status, out, err, memory):
 
 
 def fresh_copy(master, gone="", name="case"):
-    """A copy of a folder beside it, in the place of an earlier one -> the copy. gone: what it lacks,
-    patterns."""
+    """A copy of a folder beside it, in the place of an earlier one. gone: what it lacks, patterns."""
     folder = master.with_name(name)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(master, folder)
@@ -5117,52 +4848,43 @@ def fresh_copy(master, gone="", name="case"):
     return folder
 
 
-def fuzz_case(rng, master):
-    """Damages one file or flag of a copy of a demo -> (what, the command, the verdict, its stderr)."""
-    folder = fresh_copy(master)
-    commands = list(READERS)
-    command = commands[rng.integers(len(commands))]
-    argv = command.split()
-    if rng.random() < 0.25:
-        flags = flags_of(argv[0])
-        argv += [flags[rng.integers(len(flags))], ODD_TEXTS[rng.integers(len(ODD_TEXTS))]]
-        what = "a flag"
-    else:
-        files = [path for pattern in READERS[command].split() for path in sorted(folder.glob(pattern))]
-        files = [path for path in files if path.is_file()]
-        path = files[rng.integers(len(files))]
-        what, body = str(path.relative_to(folder)), path.read_bytes()
-        path.unlink()
-        if rng.random() < 0.05:
-            path.mkdir()  # a folder in the place of a file
+def fuzz(master, cases=1000, seed=0):
+    """Damages one file or flag of a copy of a demo, and runs a command that reads it, again and again. Prints
+    how often it worked or refused, and what went wrong -> the faults, (seed, case) each."""
+    counts, faults = collections.Counter(), []
+    for i in range(int(cases)):
+        rng, folder, commands = np.random.default_rng([int(seed), i]), fresh_copy(master), list(READERS)
+        command = commands[rng.integers(len(commands))]
+        argv, what = command.split(), "a flag"
+        if rng.random() < 0.25:
+            flags = flags_of(argv[0])
+            flag = flags[rng.integers(len(flags))].option_strings[0]
+            argv += [flag, ODD_TEXTS[rng.integers(len(ODD_TEXTS))]]
         else:
-            path.write_bytes(damaged(rng, path.name, body))
-    status, out, err, memory = run_forked(argv, folder)
-    out = "" if argv[-3:].count("nan") else out  # a folder that is called so
-    return what, " ".join(argv), verdict(status, out, err, memory), err
-
-
-def fuzz(master, cases, seed):
-    """Prints a table of what was damaged and what came of it -> the faults, (seed, case) each."""
-    table, faults = collections.Counter(), []
-    for i in range(cases):
-        what, command, said, err = fuzz_case(np.random.default_rng([seed, i]), master)
-        table[re.sub(r"\d+", "*", what), said] += 1
+            files = [path for pattern in READERS[command].split() for path in sorted(folder.glob(pattern))]
+            files = [path for path in files if path.is_file()]
+            path = files[rng.integers(len(files))]
+            what, body = path.relative_to(folder), path.read_bytes()
+            path.unlink()
+            if rng.random() < 0.05:
+                path.mkdir()  # a folder in the place of a file
+            else:
+                path.write_bytes(damaged(rng, path.name, body))
+        status, out, err = run_forked(argv, folder)
+        said = verdict(status, "" if argv[-1] == "nan" else out, err)  # a folder that is called so
+        counts[said] += 1
         if said not in ("worked", "refused"):
             faults.append((seed, i))
-            print(f"seed {seed}, case {i}: {what}: {command!r}: {said}\n{err[-2000:]}\n", flush=True)
-    kinds = sorted({said for _, said in table})
-    print(f"{'damaged':40}" + "".join(f"{said:>15}" for said in kinds))
-    for what in sorted({what for what, _ in table}):
-        print(f"{what:40}" + "".join(f"{table[what, said]:15}" for said in kinds))
+            print(f"seed {seed}, case {i}: {what}: {argv}: {said}\n{err[-2000:]}\n", flush=True)
+    print(dict(counts))
     return faults
 
 
 @pytest.fixture(scope="session")
 def finished(demo, tmp_path_factory):
     """A demo and a file of each kind that the commands read -> its folder, whose neighbours are free."""
-    folder = tmp_path_factory.mktemp("finished") / "master"
-    set_out(folder, demo[0])
+    folder = shutil.copytree(demo[0], tmp_path_factory.mktemp("finished") / "master")
+    set_out(folder)
     return folder
 
 
@@ -5172,45 +4894,11 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @slow
 @forks
 def test_damaged_files_and_odd_flags_are_refused_in_one_line(finished):
-    assert not fuzz(finished, 50, seed=0)
+    assert not fuzz(finished, 50)
 
 
-def full_disk(size):
-    """No file grows beyond the size."""
-    resource = pytest.importorskip("resource")
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def no_room_for_tensors():
-    """A disk that is full when features are written; a limit on files would stop the readers' shared memory."""
-
-    def refused(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    wsi_llava.save_file = refused
-
-
-def read_only():
-    """Nothing is made in the current folder, for root neither."""
-
-    def refused(path, *_, **__):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    def checked(open, writes):
-        def checked_open(path, *how, **named):
-            here = isinstance(path, (str, Path)) and not os.path.isabs(path)
-            mode = how[0] if how else named.get("mode")
-            return (refused if here and mode and writes(mode) else open)(path, *how, **named)
-
-        return checked_open
-
-    os.open, os.mkdir = checked(os.open, lambda flags: flags & os.O_CREAT), refused
-    builtins.open = io.open = checked(open, lambda mode: set("wax") & set(mode))
-
-
-def ascii_terminal():
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="ascii", errors="strict")
+def full_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # no file grows beyond
 
 
 def closed_pipe():
@@ -5220,110 +4908,85 @@ def closed_pipe():
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
 
 
-# What is taken away, the command, and its surroundings.
-ODD_SURROUNDINGS = [
-    ("out/stage1", "train.py --stage 1 --epochs 0.1", full_disk(200_000)),
-    ("data/visual_tokens/*", "train.py --stage 2 --epochs 0.1", full_disk(5000)),
-    ("out/stage2", "train.py --stage 2 --epochs 0.1", full_disk(200_000)),
-    ("data/llm data/tokenizer.model", "train.py --stage 3", full_disk(100_000)),
-    ("", "train.py --export exported", full_disk(500_000)),
-    ("", "sample.py --slide demo_0010 --ask Which --heatmap new.png", full_disk(5000)),
-    ("out/evaluation.*", "sample.py --evaluate out/said.jsonl", full_disk(500)),
-    ("data/features/* data/qc/*", "prepare.py --slides data/slides", no_room_for_tensors),
-    ("", "prepare.py --qa data/qa/train.jsonl --split train --data new", full_disk(2000)),
-    ("out/stage1", "train.py --stage 1 --epochs 0.1", read_only),
-    ("", "train.py --stage 2 --epochs 0.1", read_only),
-    ("", "train.py --export exported", read_only),
-    ("", "sample.py --qa asked_test.json --evaluate", read_only),
-    ("data/features/* data/qc/*", "prepare.py --slides data/slides", read_only),
-    ("", "prepare.py --qa asked_test.json", read_only),
-    ("", "prepare.py --features foreign --mpp 0.5 --data new", read_only),
-    ("", "sample.py --evaluate out/said.jsonl", closed_pipe),
-    ("", "sample.py --slide demo_0010 --ask Which", closed_pipe),
-    ("", "prepare.py --slides data/slides --dry-run", closed_pipe),
-    ("", "prepare.py --qa asked_test.json", closed_pipe),
-    ("", "sample.py --slide größe --ask Größe?", ascii_terminal),
-    ("", "prepare.py --slides data/größe.jpg --data neü", ascii_terminal),
-    ("", "prepare.py --slides data/slides --workers 3000", None),
-]
+@slow
+@forks
+@pytest.mark.parametrize(
+    "gone, command, before, named",
+    [
+        ("out/stage1", "train.py --stage 1 --epochs 0.1", full_disk, "out/stage1"),
+        ("", "train.py --export exported", full_disk, "exported"),
+        ("", "sample.py --slide demo_0010 --ask Which --heatmap new.png", full_disk, "new.png"),
+        ("", "prepare.py --qa data/qa/train.jsonl --split train --data new", full_disk, "new/qa"),
+        ("", "sample.py --evaluate out/said.jsonl", closed_pipe, ""),
+        ("", "prepare.py --slides data/slides --workers 3000", lambda: None, ""),
+    ],
+)
+def test_odd_surroundings_are_one_line_and_leave_whole_files(finished, gone, command, before, named):
+    folder = fresh_copy(finished, gone)
+    status, _, err = run_forked(command.split(), folder, before=before)
+    assert verdict(status, "", err) == "refused", err[-2000:]
+    assert re.search(f"error: .*{named}", err), err
+    assert not list(folder.rglob(".*.part"))
+    for path in folder.rglob("*.safetensors"):
+        wsi_llava.read_tensors(path)
+
+
+def lasting(folder):
+    """What must be the same after a kill {file: contents}: all but times and what is written in passing."""
+    found = {}
+    for path in folder.rglob("*"):
+        passing = (".claims", ".stdout", ".stderr", "log.jsonl", "loss.svg")
+        if path.is_dir() or path.name in passing or path.suffix == ".part":
+            continue
+        body = b"" if path.name == "train_state.pt" else path.read_bytes()  # it holds the log
+        found[str(path.relative_to(folder))] = re.sub(rb'"(seconds|peak_memory)": [\d.]+', b"", body)
+    return found
+
+
+def kills(master, commands=WRITERS):
+    """Kills each command right before and right after each of its renames, a stage also where a finished one
+    lies, and runs it again: the same files as without, half-written ones under no final name. -> the faults."""
+    faults = []
+    for command in commands:
+        start, argv = fresh_copy(master, WRITERS[command], "start"), command.split()
+        is_stage = "--stage" in command
+        renames = multiprocessing.get_context("fork").Value("i", 0)
+
+        def replace(source, target, kill_at=None, real=os.replace, renames=renames):
+            with renames.get_lock():  # another process of the command renames too
+                mine, renames.value = renames.value, renames.value + 1
+            if kill_at == 2 * mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+            if kill_at == 2 * mine + 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        folder = fresh_copy(start)
+        status, _, err = run_forked(argv, folder, replace=replace)
+        assert status == 0, err
+        whole, done, n = lasting(folder), fresh_copy(folder, name="done"), renames.value
+        for kill_at in range(2 * n):
+            fresh_copy(done if is_stage and kill_at % 3 == 0 else start)
+            renames.value = 0
+            run_forked(argv, folder, replace=functools.partial(replace, kill_at=kill_at))
+            status, _, err = run_forked([*argv, *["--resume"] * is_stage], folder)
+            again = lasting(folder)
+            odd = [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)]
+            if status or odd:
+                faults.append(f"{command}, kill {kill_at}: status {status}, {odd[:4]} {err[-300:]}")
+        print(f"{command}: {2 * n} kills; faults so far: {faults}", flush=True)
+    return faults
 
 
 @slow
 @forks
-@pytest.mark.parametrize("gone, command, before", ODD_SURROUNDINGS)
-def test_odd_surroundings_are_survived_or_one_line(finished, gone, command, before):
-    folder = fresh_copy(finished, gone)
-    status, _, err, memory = run_forked(command.split(), folder, before=before)
-    said = verdict(status, "", err, memory)
-    assert said == "refused", err[-2000:]
-    if before not in (closed_pipe, ascii_terminal, None):
-        assert re.search(r"error: .*(data|new|exported|out|png)\b.*", err), err  # the file
-    assert not list(folder.rglob(".*.part"))
-    for path in folder.rglob("*.safetensors"):
-        wsi_llava.read_tensors(path)
-    for path in folder.rglob("*.json"):
-        json.loads(path.read_text())
+@pytest.mark.parametrize("command", [command for command in WRITERS if re.search("--stage [12]", command)])
+def test_a_kill_around_any_rename_leaves_what_can_be_finished(finished, command):
+    """The resumed run ends with the same bits."""
+    assert not kills(finished, [command])
 
 
-def lasting(folder):
-    """What must be the same after a kill {file: contents}: all but times, and what is written by the
-    second."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or path.name in (".claims", ".stdout", ".stderr", "log.jsonl", "loss.svg"):
-            continue
-        body = path.read_bytes()
-        if path.name == "train_state.pt":
-            state = torch.load(path, weights_only=True)
-            body = {name: tensor.tolist() for name, tensor in state["model"].items()}
-        elif path.suffix in (".jsonl", ".json", ".md", ".csv"):
-            body = re.sub(rb'"(seconds|peak_memory)": [\d.]+', b"", body)
-        found[name] = body
-    return found
-
-
-def kills(master):
-    """Kills each command of WRITERS right before and right after each of its renames, and runs it again: the
-    same files as without, and no others. -> the faults."""
-    faults = []
-    for command, gone in WRITERS.items():
-        start, argv = fresh_copy(master, gone, "start"), command.split()
-        renames = multiprocessing.get_context("fork").Value("i", 0)
-
-        def replace(source, target, kill_at=-1, after=False, real=os.replace, renames=renames):
-            with renames.get_lock():
-                mine = renames.value
-                renames.value += 1
-            if mine == kill_at and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(source, target)
-            if mine == kill_at and after:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        folder = fresh_copy(start)
-        status, _, err, _ = run_forked(argv, folder, replace=replace)
-        assert status == 0, err
-        whole, n, wrong = lasting(folder), renames.value, 0
-        for kill_at, after in itertools.product(range(n), (False, True)):
-            fresh_copy(start)
-            renames.value = 0
-            run_forked(argv, folder, replace=functools.partial(replace, kill_at=kill_at, after=after))
-            for path in folder.rglob(".*.part"):
-                os.utime(path, (0, 0))  # the next run comes days later
-            status, _, err, _ = run_forked(argv, folder)
-            again = lasting(folder)
-            odd = [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)]
-            if status or odd:
-                wrong += 1
-                where = f"{'after' if after else 'before'} rename {kill_at + 1} of {n}"
-                faults.append(f"{command}: killed {where}: status {status}, {odd[:4]} {err[-300:]}")
-                print(faults[-1], flush=True)
-        print(f"{command}: {n} renames, {2 * n} kills, {wrong} faults", flush=True)
-    return faults
-
-
-# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...]. Two peers in one run, and their ratio -----
+# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...] --------------------------------------------
 
 
 def machine():
@@ -5333,350 +4996,191 @@ def machine():
     return torch.device("cpu"), torch.float32
 
 
-def peak_memory(device):
-    """The most memory that this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = peak if sys.platform == "darwin" else peak * 1024
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak
+def fastest(work, rounds=2):
+    """Seconds of the fastest round of work(), a GPU's work done; the first compiles what it needs."""
+    took = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - started)
+    return min(took)
 
 
-def seconds_of(work):
-    """One run by the clock, a GPU's work done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def say(what):
+    """Prints it, and the most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+    print(f"{what}, {peak / 1e9:.1f} GB", flush=True)
 
 
 def fresh(work, *given):
-    """work(*given) in a process of its own, since peaks of memory never fall."""
+    """Runs work(*given) in a process of its own, since peaks of memory never fall."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-        return process.submit(work, *given).result()
+        process.submit(work, *given).result()
 
 
-def fastest(work, rounds=2):
-    """Seconds of the fastest round of work()."""
-    return min(seconds_of(work) for _ in range(rounds))
-
-
-def stage1_step(preset, at_once, sizes):
-    """One step of stage 1 at a preset's sizes, on made-up slides of so many tiles, `at_once` of these at once
-    -> seconds, peak bytes. For a process of its own."""
-    torch.manual_seed(0)
+def at_random(make):
+    """What make() makes, on this machine, with random weights."""
     device, dtype = machine()
-    cfg, task = copy.deepcopy(PRESETS[preset]), object.__new__(train.Alignment)
-    cfg.text_encoder, cfg.llama.width = wsi_llava.TextEncoderConfig(64, 1, 2, 64), 64
-    task.args = types.SimpleNamespace(device=device, dtype=dtype, max_tiles=0, workers=8)
-    task.cfg, task.model, task.words = cfg, wsi_llava.WSITextAlignment(cfg).to(device), torch.randn(100, 64)
-    task.words = task.words.to(device)
-    task.model.slide_encoder.checkpointing = True
-    task.groups = [{"params": list(task.model.parameters())}]
-    task.train = [{"tiles": tiles} for tiles in sizes]
-
-    def read(row):
-        x = torch.arange(row["tiles"])
-        features = torch.randn(len(x), cfg.slide_encoder.in_width).half()
-        return {"features": features, "coords": torch.stack([x % 60, x // 60], 1) * 256, "ids": [1, 2, 3]}
-
-    task.read, train.TILES_AT_ONCE = read, at_once
-    if device.type == "cuda":
-        task.backward([0])  # compiles the kernels
-    seconds = seconds_of(lambda: task.backward(list(range(len(sizes)))))
-    return seconds, peak_memory(device)
-
-
-def attention_flops(L, cfg):
-    """Multiply-adds (two each) of one layer's dilated attention, forward: q.k and p.v over all pairs that
-    meet."""
-    pairs, x = 0, torch.empty(1, L, cfg.heads, device="meta")
-    for where, _ in wsi_llava._branches(L, cfg.heads, cfg.segments, cfg.dilations):
-        _, S, n, h = wsi_llava._kept(x, *where).shape
-        pairs += S * h * n * n
-    return 4 * pairs * (cfg.width // cfg.heads)
-
-
-def upstream_attention(q, k, v, segments, dilations, **_):
-    """Dilated attention as Prov-GigaPath computes it: the tokens of each branch gathered, PyTorch's flash
-    attention over them, its result scattered into zeros, and all branches mixed by their log-sum-exp."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    if not q.is_cuda:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    B, L, H, D = q.shape
-    outs, lses = [], []
-    for W, R in zip(segments, dilations):
-        W = min(W, L)
-        gathered = []
-        for x in (q, k, v):
-            x = F.pad(x, (0, 0, 0, -H % R, 0, -L % W)).unflatten(1, (-1, W)).flatten(0, 1)  # [B*S,W,H,D]
-            x = F.pad(x, (0, 0, 0, 0, 0, -W % R))
-            x = x.unflatten(1, (-1, R)).unflatten(3, (R, -1))  # [B*S,n,R,R,H/R,D]
-            x = x.diagonal(dim1=2, dim2=3).permute(0, 4, 2, 1, 3).flatten(1, 2)  # [B*S,H,n,D]
-            gathered.append(x.contiguous())
-        found = []
-        for x, nothing in zip(flash(*gathered)[:2], (0, -1e8)):
-            x = x.view(*gathered[0].shape[:3], -1)  # [B*S,H,n,D or 1]
-            S, _, n, d = x.shape
-            whole = torch.full((S, n, R, R, x.shape[1] // R, d), nothing, dtype=x.dtype, device=x.device)
-            whole.diagonal(dim1=2, dim2=3).copy_(x.unflatten(1, (R, -1)).permute(0, 3, 2, 4, 1))
-            whole = whole.flatten(3, 4).flatten(1, 2)[:, :W].unflatten(0, (B, -1)).flatten(1, 2)
-            found.append(whole[:, :L, :H])
-        outs.append(found[0])
-        lses.append(found[1].detach())
-    weights = torch.stack(lses).softmax(0).to(q.dtype)  # upstream takes no gradient of them
-    return sum(out * weight for out, weight in zip(outs, weights))
-
-
-def rates(device, dtype):
-    """What the machine itself does: a matmul's FLOP/s, and the bytes/s that a copy reads and writes."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.empty(2**31 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
-    c = torch.empty_like(b)
-    return 2 * n**3 / fastest(lambda: a @ a, rounds=10), 2 * len(b) / fastest(lambda: c.copy_(b), rounds=5)
-
-
-def benchmark_attention(*tiles):
-    """A layer of the 7b slide encoder's dilated attention: error against float64, and speed, beside
-    upstream's way of computing it; and without a GPU what the kernels take when compiled for one."""
-    device, best = machine()
-    cfg, D = PRESETS["7b"].slide_encoder, 48
-    print(f"torch {torch.__version__} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    flops, bytes_moved = rates(device, best)
-    print(f"the machine: {flops / 1e9:,.0f} GFLOP/s in a matmul, {bytes_moved / 1e9:,.0f} GB/s in a copy")
-
-    def attention(q, k, v, impl):
-        if impl == "upstream":
-            return upstream_attention(q, k, v, cfg.segments, cfg.dilations)
-        return wsi_llava.dilated_attention(q, k, v, cfg.segments, cfg.dilations, cfg.pad_keys, impl)
-
-    paths = ["upstream", "torch", "triton"] if device.type == "cuda" else ["upstream", "torch"]
-    exact = torch.randn(3, 1, 1501, cfg.heads, D, dtype=torch.float64)
-    want = dense_dilated_attention(*exact, cfg.segments, cfg.dilations, cfg.pad_keys)
-    for dtype, impl in itertools.product((torch.float32, torch.bfloat16), paths):
-        if impl == "upstream" and device.type == "cuda" and dtype == torch.float32:
-            continue  # flash attention on a GPU takes half precision alone
-        error = relative(attention(*exact.to(device, dtype), impl=impl).double().cpu(), want)
-        print(f"{str(dtype).removeprefix('torch.'):9} {impl:8} error {error:.1e} of the largest value")
-
-    def measure(n, impl):
-        q, k, v = torch.randn(3, 1, n + 1, cfg.heads, D, device=device, dtype=best)
-
-        def both():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            attention(*leaves, impl=impl).sum().backward()
-
-        rounds = 1 if n > 10000 and device.type == "cpu" else 3
-        forward = fastest(lambda: attention(q, k, v, impl=impl), rounds)
-        rate = attention_flops(n + 1, cfg) / forward / 1e9
-        backward = fastest(both, rounds)
-        times = f"forward {forward:.4f} s ({rate:,.0f} GFLOP/s), with backward {backward:.4f} s"
-        print(f"{n:>7} tiles  {impl:8} {times}", flush=True)
-
-    for n, impl in itertools.product(map(int, tiles or (1000, 10000, 100000)), paths):
-        measure(n, impl)
-    if device.type == "cpu" and wsi_llava.triton is not None and os.environ["TRITON_INTERPRET"] == "0":
-        rows = kernel_resources()
-        for row in [list(rows[0]), *(row.values() for row in rows)]:
-            print("".join(f"{cell:15}" for cell in map(str, row)))
-
-
-def slide_encoder_cost(n_tiles, training):
-    """What one slide costs the 7b slide encoder: seconds, FLOP, this machine's matmul rate, peak bytes.
-
-    training: forward and backward with activation checkpointing, counted as 4 forwards. The rate that it is
-    held against is that of a square matmul, the better of one before and one after. For a process of its own:
-    peaks never fall."""
-    device, dtype = machine()
-    cfg, L = PRESETS["7b"].slide_encoder, n_tiles + 1
-    encoder = wsi_llava.SlideEncoder(cfg).to(device, dtype).train(training)
-    encoder.checkpointing = training
-    side = math.ceil(math.sqrt(n_tiles))
-    coords = torch.stack([torch.arange(n_tiles) % side, torch.arange(n_tiles) // side], 1).to(device) * 256
-    features = torch.randn(n_tiles, cfg.in_width, device=device, dtype=dtype)
-    square = torch.randn(4096, 4096, device=device, dtype=dtype)
-
-    def work():
-        if training:
-            encoder(features, coords, [n_tiles])[1].sum().backward()
-        else:
-            with torch.inference_mode():
-                encoder(features, coords, [n_tiles])
-
-    before = fastest(lambda: square @ square, rounds=4)
-    if device.type == "cuda":
-        work()  # compiles the kernels
-    else:
-        encoder(features[:, :64], coords[:, :64])  # warms up
-    took = fastest(work, rounds=2 if n_tiles <= 1000 else 1)  # a short one is mostly first touches
-    matmul = 2 * 4096**3 / min(before, fastest(lambda: square @ square))
-    per_token = cfg.in_width * cfg.width + cfg.depth * cfg.width * (4 * cfg.width + 2 * cfg.mlp_hidden)
-    flop = (2 * L * per_token + cfg.depth * attention_flops(L, cfg)) * (4 if training else 1)
-    return took, flop, matmul, peak_memory(device)
-
-
-def benchmark_slide_encoder(*tiles):
-    """The 7b slide encoder with random weights on made-up slides, each in a process of its own."""
-    print("The 7b slide encoder; matmul: 4096 x 4096 in the same process")
-    tiles = list(map(int, tiles or (1000, 10000, 100000)))
-    for n, training in [(n, False) for n in tiles] + [(n, True) for n in tiles if n <= 10000]:
-        took, flop, matmul, peak = fresh(slide_encoder_cost, n, training)
-        print(
-            f"{n:>7} tiles  {'training' if training else 'inference'}  {took:.2f} s  {1e6 * took / n:.0f} us/tile  "
-            f"{flop / 1e12:.2f} TFLOP  {flop / took / 1e9:,.0f} of matmul's {matmul / 1e9:,.0f} GFLOP/s "
-            f"({flop / took / matmul:.2f})  peak {peak / 1e9:.2f} GB",
-            flush=True,
-        )
-
-
-def at_random(module):
-    """A module of the meta device -> on this machine, random weights in it."""
-    device, dtype = machine()
+    with torch.device("meta"):
+        module = make()
     module = module.to(dtype).to_empty(device=device).eval()
     for x in module.state_dict().values():
         x.normal_(0, 0.02)
     return module
 
 
-def conversation_step(preset, stage, words):
-    """Seconds and peak bytes of stage 2's or 3's work on one micro-batch of the preset's recipe: visual
-    tokens, and so many tokens of text, of which the last half is learned. For a process of its own."""
+def upstream_attention(q, k, v, segments, dilations):
+    """Dilated attention of [1,L,H,D] as Prov-GigaPath does: each branch's tokens gathered, PyTorch's flash
+    attention over them, its result scattered into zeros, and all branches mixed by their log-sum-exp."""
+    flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention" + "_for_cpu" * q.is_cpu)
+    L, H = q.shape[1:3]
+    outs, lses = [], []
+    for W, R in zip(segments, dilations):
+        W, gathered = min(W, L), []
+        for x in (q[0], k[0], v[0]):
+            x = F.pad(x, (0, 0, 0, -H % R, 0, -L % W)).unflatten(0, (-1, W))  # [S,W,H,D]
+            x = F.pad(x, (0, 0, 0, 0, 0, -W % R))
+            x = x.unflatten(1, (-1, R)).unflatten(3, (R, -1))  # [S,n,R,R,H/R,D]
+            gathered.append(x.diagonal(dim1=2, dim2=3).permute(0, 4, 2, 1, 3).flatten(1, 2).contiguous())
+        for found, x, nothing in zip((outs, lses), flash(*gathered), (0, -1e8)):
+            x = x.view(*gathered[0].shape[:3], -1)  # [S,H,n,D or 1]
+            S, h, n, d = x.shape
+            whole = torch.full((S, n, R, R, h // R, d), nothing, dtype=x.dtype, device=x.device)
+            whole.diagonal(dim1=2, dim2=3).copy_(x.unflatten(1, (R, -1)).permute(0, 3, 2, 4, 1))
+            found.append(whole.flatten(3, 4).flatten(1, 2)[:, :W].flatten(0, 1)[:L, :H])
+    weights = torch.stack(lses).softmax(0).to(q.dtype)
+    return sum(out * weight for out, weight in zip(outs, weights))
+
+
+def benchmark_attention(*tiles):
+    """Dilated attention of a 7b layer, forward, beside upstream's way of computing it."""
     device, dtype = machine()
-    recipe, task = train.RECIPES[preset][stage], object.__new__(train.Conversation)
-    with torch.device("meta"):
-        model = wsi_llava.WSILLaVA(dataclasses.replace(PRESETS[preset], no_slide_encoder=True))
-    model = at_random(model).requires_grad_(False).train()
-    model.mm_projector.float().requires_grad_(True)
-    if stage == 3:
-        with device:
-            wsi_llava.add_lora(model.llama, recipe.lora_rank, recipe.lora_alpha, dropout=recipe.lora_dropout)
-        for p in model.llama.parameters():
-            p.data = p.data.float() if p.requires_grad else p.data
-    model.llama.checkpointing = recipe.checkpointing
-    task.model, task.micro_batch = model, recipe.micro_batch
-    task.args = types.SimpleNamespace(device=device, dtype=dtype, workers=2)
-    params = [p for p in model.parameters() if p.requires_grad]
-    task.groups, task.longest = [{"params": params}], 2048
-    visual = torch.randn(PRESETS[preset].n_visual_tokens, PRESETS[preset].slide_encoder.width)
-    text = torch.randint(3, PRESETS[preset].llama.vocab, (words,)).tolist()
-    learned = [IGNORE] * (1 + words - words // 2) + text[words - words // 2 :]
-    example = {"ids": [IMAGE_TOKEN, *text], "labels": learned, "visual": visual, "id": "0"}
-    task.read = lambda row: example | {"positions": words + len(visual), "cut": False}
-    task.train = [{"id": "0", "conversations": []}] * recipe.micro_batch
-    optimizer = torch.optim.AdamW(params)
+    cfg = PRESETS["7b"].slide_encoder
+    for n in map(int, tiles or (1000, 10000, 100000)):
+        q, k, v = torch.randn(3, 1, n + 1, cfg.heads, cfg.width // cfg.heads, device=device, dtype=dtype)
+        branches = q, k, v, cfg.segments, cfg.dilations
+        ours = fastest(functools.partial(wsi_llava.dilated_attention, *branches), 3)
+        theirs = fastest(functools.partial(upstream_attention, *branches), 3)
+        print(f"{n:>7} tiles: {1e3 * ours:.1f} ms; upstream's way: {1e3 * theirs:.1f} ms", flush=True)
+
+
+def slide_encoder_cost(n, training):
+    """The 7b slide encoder on a slide of n tiles; training: forward and backward with checkpointing."""
+    device, dtype = machine()
+    cfg = PRESETS["7b"].slide_encoder
+    encoder = at_random(lambda: wsi_llava.SlideEncoder(cfg)).train(training)
+    encoder.checkpointing = training
+    x = torch.arange(n, device=device)
+    coords = torch.stack([x % math.isqrt(n), x // math.isqrt(n)], 1) * 256
+    features = torch.randn(n, cfg.in_width, device=device, dtype=dtype)
+
+    def work():
+        with torch.inference_mode(not training):
+            tokens = encoder(features, coords, [n])[1]
+        if training:
+            tokens.sum().backward()
+
+    say(f"{n:>7} tiles, {'training' if training else 'inference'}: {fastest(work):.3f} s")
+
+
+def benchmark_slide_encoder(*tiles):
+    for n, training in itertools.product(map(int, tiles or (1000, 10000, 100000)), (False, True)):
+        if not training or n <= 10000:
+            fresh(slide_encoder_cost, n, training)
+
+
+def answering_model(preset):
+    return at_random(lambda: wsi_llava.WSILLaVA(dataclasses.replace(PRESETS[preset], no_slide_encoder=True)))
+
+
+def conversation_cost(preset, stage, words=256):
+    """A step of stage 2 or 3 on a micro-batch: of a row's words the last half is learned."""
+    device, dtype = machine()
+    cfg, recipe = PRESETS[preset], train.RECIPES[preset][stage]
+    args = types.SimpleNamespace(device=device, dtype=dtype, full=False)
+    wsi_llava.load_model = lambda *_: (answering_model(preset), None)  # in this process alone
+    model, _ = train.model_to_train(args, recipe, None, stage)
+    ids = [IMAGE_TOKEN, *range(3, 3 + words)]
+    labels = [IGNORE] * (1 + words // 2) + ids[1 + words // 2 :]
+    rows = [torch.randn(cfg.n_visual_tokens, cfg.slide_encoder.width)], [ids], [labels]
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad])
 
     def step():
-        task.backward(list(range(recipe.micro_batch)))
+        with train.autocast(args):
+            loss = model(*(row * recipe.micro_batch for row in rows), reduction="sum")
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return fastest(step), peak_memory(device), recipe.micro_batch
+    say(f"stage {stage}, a micro-batch of {recipe.micro_batch}: {fastest(step):.2f} s")
 
 
 @torch.inference_mode()
-def answer_cost(preset, int8, new=64):
-    """-> seconds to the first token of an answer to one slide, tokens/s after it, peak bytes."""
-    device = machine()[0]
-    with torch.device("meta"):
-        model = wsi_llava.WSILLaVA(dataclasses.replace(PRESETS[preset], no_slide_encoder=True))
-    model = at_random(model)
-    if int8:
-        wsi_llava.quantize_int8(model.llama)
-    visual = torch.randn(1, PRESETS[preset].n_visual_tokens, PRESETS[preset].slide_encoder.width)
+def answer_cost(preset, new=64):
+    """An answer to one slide, from its second token on."""
+    model, cfg = answering_model(preset), PRESETS[preset]
+    visual = torch.randn(cfg.n_visual_tokens, cfg.slide_encoder.width)
     answers = functools.partial(model.generate, [visual], [[1, IMAGE_TOKEN, *range(3, 66)]], ends=())
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    list(answers(8))  # warms up
-    first = fastest(lambda: list(answers(1)))
-    return first, (new - 1) / (fastest(lambda: list(answers(new))) - first), peak_memory(device)
+    first, whole = (fastest(lambda n=n: list(answers(n))) for n in (1, new))
+    say(f"an answer: {(new - 1) / (whole - first):.1f} tokens/s")
 
 
 @torch.inference_mode()
-def tile_encoder_cost(preset, batch):
-    """-> tiles a second from pixels to features, their FLOP/s, peak bytes."""
-    device, cfg = machine()[0], PRESETS[preset].tile_encoder
-    with torch.device("meta"):
-        encoder = wsi_llava.TileEncoder(cfg)
-    encoder = at_random(encoder)
+def tile_encoder_cost(preset, batch=256):
+    """From pixels to features."""
+    encoder = at_random(lambda: wsi_llava.TileEncoder(PRESETS[preset].tile_encoder))
     tiles = torch.randint(0, 256, (batch, 256, 256, 4), dtype=torch.uint8)
-    took = fastest(lambda: prepare.encode(encoder, tiles, device), rounds=5) / batch
-    T = (cfg.image_size // cfg.patch_size) ** 2 + 1
-    # 8: q, k, v and the projection; 6: SwiGLU's three matrices; 4: attention's two products.
-    flop = cfg.depth * T * cfg.width * (8 * cfg.width + 6 * cfg.mlp_hidden + 4 * T)
-    return 1 / took, flop / took, peak_memory(device)
+    took = fastest(lambda: prepare.encode(encoder, tiles, machine()[0]), rounds=5)
+    say(f"tile encoder: {batch / took:,.1f} tiles/s")
 
 
 def benchmark_steps(preset="7b"):
-    """What each step of a preset takes here, on random weights, each in a process of its own."""
-    device, dtype = machine()
-    flops, bytes_moved = rates(device, dtype)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{name}, {dtype}: {flops / 1e12:.3f} TFLOP/s in a matmul, {bytes_moved / 1e9:,.0f} GB/s in a copy")
-
-    for batch in (64, 256):
-        rate, flop, peak = fresh(tile_encoder_cost, preset, batch)
-        print(
-            f"tile encoder, batches of {batch}: {rate:,.1f} tiles/s, {flop / 1e12:.3f} TFLOP/s, {peak / 1e9:.1f} GB",
-            flush=True,
-        )
-    for int8 in (False, True):
-        first, speed, peak = fresh(answer_cost, preset, int8)
-        what = "int8" if int8 else str(dtype).removeprefix("torch.")
-        print(
-            f"answer, {what}: first token {first:.3f} s, then {speed:.1f}/s, {peak / 1e9:.1f} GB", flush=True
-        )
-    sizes = np.random.default_rng(0).integers(50, 3001, 64).tolist()
-    took, peak = fresh(stage1_step, preset, train.TILES_AT_ONCE, sizes)
-    print(
-        f"stage 1: a batch of 64 slides, {sum(sizes):,} tiles, in {took:.2f} s, {peak / 1e9:.1f} GB",
-        flush=True,
-    )
+    fresh(tile_encoder_cost, preset)
+    fresh(answer_cost, preset)
     for stage in (2, 3):
-        took, peak, rows = fresh(conversation_step, preset, stage, 256)
-        what = f"a micro-batch of {rows}, 256 tokens of text each"
-        print(f"stage {stage}: {what}, in {took:.2f} s, {peak / 1e9:.1f} GB", flush=True)
+        fresh(conversation_cost, preset, stage)
 
 
-def on_a_demo(what, *flags):
-    """fuzz [--cases N] [--seed S] and kills, on a demo of their own."""
-    parser = argparse.ArgumentParser(prog=f"test_wsi_llava.py {what}")
-    if what == "fuzz":
-        parser.add_argument("--cases", type=int, default=1000)
-        parser.add_argument("--seed", type=int, default=0)
-    options, started = vars(parser.parse_args(flags)), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        set_out(Path(folder, "master"))
-        faults = (fuzz if what == "fuzz" else kills)(Path(folder, "master"), **options)
-    print(f"{len(faults)} faults in {time.perf_counter() - started:.0f} s", *faults)
-
-
-def benchmark_relevance(data="data", out="out", most=20):
-    """Heatmaps of a demo against the truth: of slides with pigment, how relevant are the tiles that hold it to
-    "Yes, brown pigment is present."? And is the most relevant tile one of them?"""
+def benchmark_relevance(data="data", out="out"):
+    """Heatmaps of a demo against the truth, on 20 slides with pigment: how relevant are the tiles that hold
+    it to an answer that says so? And is the most relevant tile one of them?"""
     args = train_args("--data", data, "--out", out)
     model, tokenizer = wsi_llava.load_model(args, wsi_llava.read_meta(args.data), 3)
     cases = json.loads((args.data / "cohort.json").read_text())["cases"]
     planted = {case["slide"]: case["planted"] for case in cases}
+    rows = [row for row in prepare.read_qa(args.data / "qa" / "test.jsonl") if row["task"] == "focus"]
     times, hits = [], []
-    for row in prepare.read_qa(args.data / "qa" / "test.jsonl"):
-        if row["task"] == "focus" and planted[row["slide"]] and len(hits) < int(most):
-            features, coords = wsi_llava.read_features(args.data, row["slide"])
-            holds = np.array([corner in planted[row["slide"]] for corner in coords.tolist()])
-            asked, told = (turn["value"] for turn in row["conversations"])
-            asked = wsi_llava.without_image(asked)
-            relevance = sample.tile_relevance(model, tokenizer, features, coords, asked, told).numpy()
-            speaking = relevance.clip(min=0)  # negative: evidence against the answer
-            times.append(speaking[holds].mean() / speaking.mean())
-            hits.append(holds[relevance.argmax()])
+    for row in [row for row in rows if planted[row["slide"]]][:20]:
+        features, coords = wsi_llava.read_features(args.data, row["slide"])
+        holds = np.array([corner in planted[row["slide"]] for corner in coords.tolist()])
+        asked, told = (turn["value"] for turn in row["conversations"])
+        asked = wsi_llava.without_image(asked)
+        relevance = sample.tile_relevance(model, tokenizer, features, coords, asked, told).numpy()
+        speaking = relevance.clip(min=0)  # negative: evidence against the answer
+        times.append(speaking[holds].mean() / speaking.mean())
+        hits.append(holds[relevance.argmax()])
     print(f"{len(hits)} slides: {np.mean(times):.1f} times the mean relevance, {np.mean(hits):.0%} found")
 
 
+def on_a_demo(find_faults, *flags):
+    """fuzz [--cases N] [--seed S] and kills, on a demo of their own."""
+    options = dict(zip([flag.strip("-") for flag in flags[::2]], flags[1::2]))
+    with tempfile.TemporaryDirectory() as folder:
+        master = Path(folder, "master")
+        places = ["--data", master / "data", "--out", master / "out"]
+        done = script("train.py", "--demo", 10, "--epochs", 1, *places)
+        assert done.returncode == 0, done.stderr
+        set_out(master)
+        print("faults:", find_faults(master, **options))
+
+
 BENCHMARKS = {
-    "fuzz": functools.partial(on_a_demo, "fuzz"),
-    "kills": functools.partial(on_a_demo, "kills"),
+    "fuzz": functools.partial(on_a_demo, fuzz),
+    "kills": functools.partial(on_a_demo, kills),
     "attention": benchmark_attention,
     "slide-encoder": benchmark_slide_encoder,
     "steps": benchmark_steps,

@@ -38,11 +38,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import prepare
 import wsi_llava
 from wsi_llava import PRESETS, at_least, check, is_report, reading, replacing, write_text
+
+# check(ok, message) ends the run with one line, unless ok; reading(file, hint) with what is wrong in a file.
+# replacing(path) gives a temporary path, and renames it at the end: a file is whole or not there.
 
 rate = at_least(0, float, 10)  # a type for argparse; one step of a larger learning rate ruins everything
 
@@ -73,7 +77,7 @@ class Recipe:
 
 
 DEMO = {"val_rows": 96, "checkpointing": False}
-RECIPES = {  # the values of LLaVA-1.5 and the paper where they say
+RECIPES = {  # Recipe(lr, batch_size, epochs, ...): the values of LLaVA-1.5 and the paper where they say
     "7b": {
         1: Recipe(1e-4, 64, 20, warmup=0.05, weight_decay=0.05),
         2: Recipe(1e-3, 256, 1),
@@ -143,8 +147,6 @@ def sum_gradients(groups, weight, sharded=False):
 
 def shard(model, dtype):
     """FSDP2: each process keeps a share of every layer's weights, gradients and moments."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     model.slide_encoder = None  # it has done its work
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.llama.layers:
@@ -180,15 +182,15 @@ def split_validation(rows, args, most):
     By the patient's name, or the slide's: the same in every stage and run."""
     train, val = [], []
     for row in rows:
-        name = prepare.patient_of(row["slide"])
-        (val if zlib.crc32(name.encode()) % 1000 < args.val * 1000 else train).append(row)
+        number = zlib.crc32(prepare.patient_of(row["slide"]).encode()) % 1000  # hash() differs run by run
+        (val if number < args.val * 1000 else train).append(row)
     check(train, f"{args.data}: no slide is left to train on, with --val {args.val}")
     n = min(len(val), most)
     return train, [val[i * len(val) // n] for i in range(n)]
 
 
 def size_of_run(stage, recipe, n):
-    """-> how many batches an epoch of n rows is shared among, evenly, each row in one; the run's steps."""
+    """-> the number of batches an epoch, equally large, that hold each of n rows once; the run's steps."""
     batches = math.ceil(n / recipe.batch_size)
     few = f"a batch of {n // batches} is too small for stage {stage} in {WORLD} processes"
     least = max(WORLD, 2 if stage == 1 else 1)  # stage 1 contrasts the slides of a batch
@@ -211,9 +213,8 @@ def train_tokenizer(path, texts):
     model, lines = io.BytesIO(), [line for text in texts for line in text.split("\n")]
     options = {"model_type": "bpe", "vocab_size": 1024, "normalization_rule_name": "identity"}
     options |= {"hard_vocab_limit": False, "remove_extra_whitespaces": False}  # few texts have fewer pieces
-    options |= {"byte_fallback": True, "num_threads": 1}  # any text has a code; the same model every time
-    files = {"sentence_iterator": iter(lines), "model_writer": model}
-    sentencepiece.SentencePieceTrainer.train(**files, **options, minloglevel=2)
+    options |= {"byte_fallback": True, "num_threads": 1, "minloglevel": 2}  # any text has a code; no chance
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     with replacing(path) as temporary:
         temporary.write_bytes(model.getvalue())
 
@@ -222,8 +223,8 @@ def train_stand_in(args, batch_size=32, epochs=1.28, lr=2e-3):
     """A small Llama on the training texts -> data/llm; its tokenizer -> data/tokenizer.model."""
     rows, path = prepare.read_qa(args.data / "qa" / "train.jsonl"), args.data / "tokenizer.model"
     talks = [wsi_llava.slide_first(row["conversations"], image=False) for row in rows]
-    vicuna = wsi_llava.CHAT_FORMATS["vicuna"]
     words = [turn["value"] for talk in talks for turn in talk]
+    vicuna = wsi_llava.CHAT_FORMATS["vicuna"]  # what stands around every turn is worth pieces of its own
     train_tokenizer(path, words + [vicuna.start + vicuna.human.format("")] * len(rows))
     tokenizer = wsi_llava.Tokenizer(path)
     texts = [tokenizer.encode_chat(talk)[0] for talk in talks]
@@ -255,9 +256,9 @@ def train_stand_in(args, batch_size=32, epochs=1.28, lr=2e-3):
 
 def stand_in(args):
     """Makes the stand-in, unless it is there and of these texts."""
-    mark = args.data / "llm" / "texts"
-    rows = prepare.read_qa(args.data / "qa" / "train.jsonl")
-    texts = hashlib.sha256(json.dumps([args.seed, rows]).encode()).hexdigest()[:16]
+    mark, rows = args.data / "llm" / "texts", args.data / "qa" / "train.jsonl"
+    with reading(rows, "python prepare.py --qa FILE... makes it"):
+        texts = hashlib.sha256(f"{args.seed} ".encode() + rows.read_bytes()).hexdigest()[:16]
     if RANK == 0 and not (mark.is_file() and mark.read_bytes() == texts.encode()):
         say("No language model (--llm): training a stand-in on the training texts alone.")
         with alone_in(mark.parent):
@@ -285,12 +286,12 @@ class Task:
         threads = 1 if self.args.device.type == "cpu" else self.args.workers  # a CPU's cores are the model's
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
 
-            def submit(k):
-                return k, [pool.submit(self.read, row) for row in parts[k]]
+            def start(k):
+                return pool.map(self.read, parts[k]) if k < len(parts) else None
 
-            jobs = itertools.chain(map(submit, range(RANK, len(parts), WORLD)), [None])
-            for (k, rows), _ in itertools.pairwise(jobs):  # the next part is read while this one is at work
-                samples = [job.result() for job in rows]
+            ahead = start(RANK)
+            for k in range(RANK, len(parts), WORLD):
+                samples, ahead = list(ahead), start(k + WORLD)  # the next is read while this one is at work
                 torch.manual_seed(seed + k)  # a part's dropout is the same whenever it is passed
                 yield k, samples
 
@@ -520,8 +521,7 @@ class Conversation(Task):
 
     def losses(self, rows, learn):
         """A batch's (loss, labelled tokens, positions, rows cut), sums over the processes' shares of it."""
-        device = "cpu" if self.args.device.type == "mps" else self.args.device  # mps has no float64
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        sums = np.zeros(4)
         for _, samples in self.passes(self.micro_batches(rows), torch.initial_seed()):
             ids, labels = [s["ids"] for s in samples], [s["labels"] for s in samples]
             with autocast(self.args):
@@ -531,8 +531,8 @@ class Conversation(Task):
                 loss.backward()
             labelled = sum(label >= 0 for row in labels for label in row[1:])
             positions, cut = sum(s["positions"] for s in samples), sum(s["cut"] for s in samples)
-            sums += torch.tensor([loss.item(), labelled, positions, cut], dtype=torch.float64, device=device)
-        return all_sum(sums).tolist()
+            sums += [loss.item(), labelled, positions, cut]
+        return sum(gather(sums)).tolist()
 
     def backward(self, batch):
         """Adds the gradient of a batch, rows' indices -> (its loss, the positions that it took)."""
@@ -636,8 +636,7 @@ def resume(path, run, model, optimizer):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         old, step, log = state["run"], state["step"], state["log"]
         other = [f"{what} {old.get(what)}, not {run[what]}" for what in run if old.get(what) != run[what]]
-        other = "; ".join(other[:3])
-        check(not other, f"{path} belongs to another run: {other}; leave --resume out to start anew")
+        check(not other, f"{path} belongs to another run: {'; '.join(other[:3])}; leave --resume out")
         options = StateDictOptions(full_state_dict=True, strict=False)  # the frozen weights are not in it
         states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(model, optimizer, **states, options=options)
@@ -670,9 +669,8 @@ def draw_curves(path, log, width=520, height=300):
     line = " ".join(at(entry, entry["loss"]) for entry in log)
     dots = "".join(f"M{at(entry, entry['val_loss'])}h0" for entry in log if "val_loss" in entry)
     told = f"loss, 0 to {top:.2f}, in {steps} steps: training (line), validation (dots)"
-    text = f"""<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-size="12">
-        <rect width="100%" height="100%" fill="white"/> <text x="90" y="16">{told}</text>
-        <polyline points="{line}" fill="none" stroke="#1f5fb4"/>
+    text = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" style="background:#fff">
+        <text x="20" y="16">{told}</text> <polyline points="{line}" fill="none" stroke="#1f5fb4"/>
         <path d="{dots}" stroke="#d65a1e" stroke-width="6" stroke-linecap="round"/></svg>\n"""
     write_text(path, text)
 
@@ -717,9 +715,7 @@ def run_stage(stage, args, folder, stop):
     if RANK == 0:
         write_text(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     say_start(stage, args, task, steps, batches)
-    finished = step == steps > 0 and (folder / "model.safetensors").exists()
     params = list(itertools.chain(*(group["params"] for group in task.groups)))
-    began, first = time.time(), step
     task.model.train()
     with tqdm(total=steps, initial=step, desc=f"stage {stage}", unit="step", disable=RANK > 0) as bar:
         while step < steps:
@@ -754,20 +750,17 @@ def run_stage(stage, args, folder, stop):
             log.append(entry)
             write_log(folder, log, due)
             if due or step % args.log_every == 0:
-                left = tqdm.format_interval((time.time() - began) / (step - first) * (steps - step))
                 told = " ".join(f"{name} {value:.5g}" for name, value in entry.items() if name != "step")
-                say(f"stage {stage} step {step}/{steps} {told} eta {left}")
+                say(f"stage {stage} step {step}/{steps} {told}")
 
             # A state to resume from. Asked to stop, all processes stop after the same step.
-            stopping = all_sum(torch.tensor(float(bool(stop)), device=args.device)) > 0
+            stopping = any(gather(bool(stop)))
             if (due or stopping) and step < steps:
                 save(folder, run, task, step, optimizer, log)
             check(step == steps or not stopping, f"interrupted after step {step} of {steps}; see --resume")
-    if not finished:
-        save(folder, run, task, step, optimizer, log)
-    if task.cut:
-        say(f"{task.cut:,} rows were longer than --max-length, and cut.")
-    say(f"Stage {stage} is done: {folder}/model.safetensors; losses in {folder}/log.jsonl and loss.svg.")
+    save(folder, run, task, step, optimizer, log)
+    cut = f"; {task.cut:,} rows were longer than --max-length, and cut" if task.cut else ""
+    say(f"Stage {stage} is done: {folder}/model.safetensors; losses in log.jsonl and loss.svg{cut}.")
 
 
 # ---- Out again, and the demo -------------------------------------------------------------------------------
@@ -817,8 +810,7 @@ def demo(args, given):
     took = {"slides": show("prepare.py", "--demo", args.demo, *where)}
     for stage in (1, 2, 3):
         took[f"stage {stage}"] = show("train.py", "--stage", stage, "--log-every", 20, *given)
-    answers = args.out / "test.jsonl"
-    questions = args.data / "qa" / "test.jsonl"
+    questions, answers = args.data / "qa" / "test.jsonl", args.out / "test.jsonl"
     asked = ("--qa", questions, "--baselines", "--predictions", answers, "--evaluate", answers)
     took["answers"] = show("sample.py", *asked, "--max-new-tokens", 96, *where)
     focus = [row for row in prepare.read_qa(questions) if row["task"] == "focus"]
@@ -855,8 +847,7 @@ def parse(argv=None):
     count, yes = at_least(1), {"action": "store_true"}
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
-    toys = "all stages on so many toy slides (500), then questions about a fifth more"
-    add("--demo", toys, metavar="N", nargs="?", const=500, type=at_least(5))
+    add("--demo", "all of it on N toy slides (500)", metavar="N", nargs="?", const=500, type=at_least(5))
     add("--export", "write out/stage3 for transformers", metavar="DIR", type=Path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
@@ -865,10 +856,8 @@ def parse(argv=None):
     add("--skip-missing", "leave out questions about slides without features", **yes)
     add("--val", "share of slides to validate on (default: 0.05)", type=at_least(0, float, 0.9), default=0.05)
     add("--log-every", "steps between lines on the screen (default: 1)", type=count, default=1)
-    often = "steps between validations, and states to resume from (default: an eighth of all)"
-    add("--eval-every", often, type=count)
-    about = "What is a piece worth? Train without it, with another --out; then sample.py --evaluate."
-    add = parser.group("ablations", about)
+    add("--eval-every", "steps between validations, saved states (default: an eighth of all)", type=count)
+    add = parser.group("ablations", "Train without a piece, with another --out; then sample.py --evaluate.")
     add("--skip-stage", "do not train these", type=int, choices=[1, 2], nargs="*", default=[])
     add("--no-slide-encoder", "tile features go straight to the pool (stages 2 and 3)", **yes)
     add("--max-tiles", "so many of a slide's tiles, at random (0: all)", type=at_least(0), default=0)
