@@ -1110,7 +1110,7 @@ def draw_slide(case):
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # drawn at an eighth of its size
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
     dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
-    necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.29 + 0.03 * noise(rng, 8))
+    necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.32 + 0.03 * noise(rng, 8))
     field = noise(rng, 5) + 0.25 * noise(rng, 16)
     least = np.quantile(field[tissue & ~necrosis], 1 - rng.uniform(*GRADES[case["grade"]]))
     colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
@@ -1128,8 +1128,8 @@ def draw_slide(case):
         inside = np.argwhere(tissue.reshape(SIDE // TILE, 32, -1, 32).mean((1, 3)) > 0.95)
         for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
             planted.append([int(column) * TILE, int(row) * TILE])
-            for x, y in np.add(planted[-1], TILE / 2) + rng.normal(0, 26, (46, 2)).clip(-64, 64):
-                draw.ellipse((x - 7, y - 7, x + 7, y + 7), (109, 66, 22))
+            for x, y in np.add(planted[-1], TILE / 2) + rng.normal(0, 30, (80, 2)).clip(-64, 64):
+                draw.ellipse((x - 8, y - 8, x + 8, y + 8), (109, 66, 22))
     return picture, planted
 
 

@@ -83,8 +83,7 @@ def relative(a, b):
 
 
 def agrees(what, got, want, tolerance):
-    """Asserts that two tensors are the same within a tolerance, and prints how far apart they are (pytest -rP
-    shows it)."""
+    """Asserts that two tensors are the same within a tolerance; prints how far apart (see pytest -rP)."""
     error = relative(got, want)
     print(f"{what}: error {error:.1e} of the largest value")
     assert error < tolerance, what
@@ -132,7 +131,7 @@ def tokenizer(tmp_path_factory):
 def tiny(tokenizer):
     """The demo's model, smaller still."""
     cfg = copy.deepcopy(PRESETS["demo"])
-    cfg.llama = wsi_llava.LlamaConfig(len(tokenizer), 64, 2, 4, 2, 96, context=256)
+    cfg.llama = wsi_llava.LlamaConfig(tokenizer.size, 64, 2, 4, 2, 96, context=256)
     cfg.n_visual_tokens = 9
     torch.manual_seed(0)
     return wsi_llava.WSILLaVA(cfg).eval()
@@ -144,7 +143,7 @@ def greedy(llama, ids, n, cached):
     cache = wsi_llava.KVCache(llama.cfg, len(ids), 4096, "cpu", torch.float32) if cached else None
     new = ids
     for _ in range(n):
-        new = llama(new if cached else ids, cache=cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+        new = llama(new if cached else ids, cache=cache)[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, new], 1)
     return ids
 
@@ -152,10 +151,9 @@ def greedy(llama, ids, n, cached):
 def hf_llama(folder, family="Llama", **changes):
     """A small language model of transformers with random weights, saved to the folder."""
     transformers = pytest.importorskip("transformers")
-    config = dict(
-        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    config |= dict(intermediate_size=112, max_position_embeddings=128, rope_theta=5000.0) | changes
+    config = dict(vocab_size=97, hidden_size=64, num_hidden_layers=2, intermediate_size=112)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, rope_theta=5000.0)
+    config |= dict(max_position_embeddings=128) | changes
     torch.manual_seed(1)
     config = getattr(transformers, f"{family}Config")(**config)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
@@ -167,30 +165,22 @@ def hf_llama(folder, family="Llama", **changes):
 
 
 def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4), levels=()):
-    """A tiled, pyramidal TIFF with its um/px and JPEG tiles, by default with levels at 1, 1/2 and 1/4:
-    OpenSlide's generic-tiff.
-
-    levels: pictures of some of them {downsample: picture}. Pillow cannot write tiles, and this is all that the format asks for: per level one directory of 12-byte
-    entries, and every tile a JPEG of its own."""
+    """A tiled, pyramidal TIFF with its um/px and JPEG tiles: per level a directory of 12-byte entries. levels:
+    pictures of some of them {downsample: picture}."""
     body, offset_of_next = bytearray(struct.pack("<2sHI", b"II", 42, 0)), 4
     for downsample in downsamples:
         size = tuple(side // downsample for side in image.size)
-        picture = image if downsample == 1 else image.resize(size, Image.Resampling.BOX)
-        picture = dict(levels).get(downsample, picture)
-        size = picture.size
-        offsets, lengths = [], []
-        for y in range(0, size[1], 256):
-            for x in range(0, size[0], 256):
-                tile = io.BytesIO()
-                picture.crop((x, y, x + 256, y + 256)).save(tile, "JPEG", quality=80)
-                offsets.append(len(body))
-                lengths.append(len(tile.getvalue()))
-                body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
+        picture = dict(levels).get(downsample, image.resize(size, Image.Resampling.BOX))
+        size, offsets, lengths = picture.size, [], []
+        for y, x in itertools.product(range(0, size[1], 256), range(0, size[0], 256)):
+            tile = io.BytesIO()
+            picture.crop((x, y, x + 256, y + 256)).save(tile, "JPEG", quality=80)
+            offsets.append(len(body))
+            lengths.append(len(tile.getvalue()))
+            body += tile.getvalue() + b"\0" * (len(tile.getvalue()) % 2)
         values = len(body)
-        per_cm = round(1e4 / mpp / downsample)
-        body += struct.pack("<3H2x2I", 8, 8, 8, per_cm, 1) + struct.pack(
-            f"<{2 * len(offsets)}I", *offsets, *lengths
-        )
+        body += struct.pack("<3H2x2I", 8, 8, 8, round(1e4 / mpp / downsample), 1)
+        body += struct.pack(f"<{2 * len(offsets)}I", *offsets, *lengths)
         entries = [  # tag, type (3 short, 4 long, 5 rational), count, value or where it is
             (254, 4, 1, int(downsample > 1)),  # NewSubfileType: a reduced image
             (256, 4, 1, size[0]),
@@ -207,14 +197,12 @@ def write_tiff(path, image, mpp=0.5, downsamples=(1, 2, 4), levels=()):
             (324, 4, len(offsets), values + 16),  # TileOffsets
             (325, 4, len(offsets), values + 16 + 4 * len(offsets)),  # TileByteCounts
         ]
-        if len(offsets) == 1:
-            raise ValueError("a level of one tile would keep its offset in the entry itself")
+        assert len(offsets) > 1  # a level of one tile would keep its offset in the entry itself
         struct.pack_into("<I", body, offset_of_next, len(body))
         body += struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
         offset_of_next = len(body)
         body += struct.pack("<I", 0)
-    with wsi_llava.replacing(path) as temporary:
-        temporary.write_bytes(body)
+    path.write_bytes(body)
 
 
 CASE = {"seed": 5, "type": "adenocarcinoma", "grade": "grade 2", "position": "upper left", "focus": "present"}
@@ -246,10 +234,9 @@ def demo(tmp_path_factory):
 
 # ---- wsi_llava.py: parity with upstream ------------------------------------------------------------------
 
-# assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet,
-# transformers), and the names and shapes of its checkpoints, which `fill` fills; the tests make the inputs.
-# Of tokens and logits it has every 13th channel: each sums over all channels of the layer before, so a fault
-# shows in any of them.
+# assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet) and the
+# names and shapes of its checkpoints, which `fill` fills. Of tokens it has every 13th channel: each sums over
+# all channels of the layer before, so a fault shows in any of them.
 
 
 def fill(name, shape):
@@ -289,12 +276,8 @@ def test_tile_encoder_equals_upstream(tmp_path, part, seed, n):
         agrees(f"tile encoder, {part}", encoder(images), want["cls"], 2e-4)
 
 
-def test_tiles_are_cropped_and_normalized_or_refused():
-    tiles = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8)
-    images = wsi_llava.preprocess_tiles(tiles)
-    middle = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(images, (middle - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+def test_other_tiles_are_refused():
+    tiles = torch.zeros(2, 256, 256, 3, dtype=torch.uint8)
     for wrong in (tiles.float(), tiles[:, :224], tiles[..., :2]):
         with pytest.raises(ValueError, match=r"tiles must be uint8 \[B,256,256,3\]"):
             wsi_llava.preprocess_tiles(wrong)
@@ -322,22 +305,6 @@ def test_slide_encoder_equals_upstream(tmp_path):
         agrees(f"visual tokens of {n} tiles", pooled, want[f"n{n}.pooled"], 1e-3)
 
 
-def test_llama_equals_upstream(tmp_path):
-    state, want = golden("llama_d3_w64")
-    config = dict(vocab_size=320, hidden_size=64, intermediate_size=172, num_hidden_layers=3)
-    config |= dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096)
-    config |= dict(rms_norm_eps=1e-5, tie_word_embeddings=False)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    llama = wsi_llava.load_llama(tmp_path)
-    with torch.no_grad():
-        agrees("Llama, logits of ids", llama(want["ids"])[..., ::13], want["logits"], 2e-4)
-        embeds = fill("inputs_embeds", (1, 50, 64))
-        agrees("Llama, logits of embeddings", llama(embeds=embeds)[..., ::13], want["embeds_logits"], 2e-4)
-    for cached in (False, True):
-        assert torch.equal(greedy(llama, want["greedy"][:, :33], 24, cached), want["greedy"])
-
-
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES = {
@@ -353,12 +320,10 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_language_models_equal_transformers(tmp_path, name):
-    """Logits and greedy ids, from shards; back again, what save_llama writes, as AutoModelForCausalLM reads
-    it; and adapters, int8 and a step of full training on top."""
+    """Logits and greedy ids, from shards; what save_llama writes; with adapters and in int8."""
     transformers = pytest.importorskip("transformers")
     family, changes = FAMILIES[name]
     theirs = hf_llama(tmp_path, family, **changes)
-    assert (tmp_path / "model.safetensors.index.json").exists()
     ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
     want = theirs(ids).logits.detach()
     with torch.no_grad():
@@ -373,13 +338,10 @@ def test_language_models_equal_transformers(tmp_path, name):
     agrees("what save_llama wrote, in transformers", back(ids).logits.detach(), want, 1e-5)
     assert wsi_llava.load_llama(tmp_path / "back").cfg == ours.cfg
     assert wsi_llava.load_projector(tmp_path / "back")[0].in_features == 160
-    before = ours.requires_grad_(True).embed_tokens.weight.clone()
-    F.cross_entropy(ours(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
-    torch.optim.SGD(ours.parameters(), 1.0).step()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in ours.parameters())
-    assert not torch.equal(ours.embed_tokens.weight, before)
     with torch.no_grad():
         adapted = with_adapters(ours)(ids)
+        assert relative(want, adapted) > 0.05
+        agrees("adapters, merged", wsi_llava.merge_lora(ours)(ids), adapted, 1e-5)
         assert 0 < relative(wsi_llava.quantize_int8(ours)(ids), adapted) < 0.05
 
 
@@ -387,8 +349,7 @@ def test_language_models_equal_transformers(tmp_path, name):
 
 
 def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
-    """The definition, head by head with an L x L matrix: how often query i and key j meet, over all
-    branches."""
+    """The definition, head by head with an L x L matrix: how often query i and key j meet."""
     B, L, H, D = q.shape
     out = torch.zeros_like(q)
     position = torch.arange(L)
@@ -406,169 +367,108 @@ def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
     return out
 
 
-SHAPES = [  # L, H, D, segments, dilations: chosen to break things
-    (1, 1, 16, (4,), (1,)),
-    (2, 3, 16, (8, 16), (1, 2)),
-    (7, 4, 16, (8, 16), (1, 2)),  # W - 1
-    (8, 4, 16, (8, 16), (1, 2)),  # W
-    (9, 4, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
-    (53, 5, 24, (8, 20, 40), (1, 2, 4)),  # a prime; H not divisible by R; a rest in every branch
-    (61, 3, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some queries get nothing
-    (97, 16, 48, (16, 64, 256), (1, 2, 16)),  # shorter than the longest segment
-]
-
-
-@pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("L, H, D, segments, dilations", SHAPES)
-def test_dilated_attention_equals_its_definition(L, H, D, segments, dilations, pad_keys):
-    q, k, v, grad = torch.randn(4, 2, L, H, D, dtype=torch.float64)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want = dense_dilated_attention(*leaves, segments, dilations, pad_keys)
-    want_grads = torch.autograd.grad(want, leaves, grad)
-    leaves = [x.float().requires_grad_() for x in (q, k, v)]
-    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys)
-    grads = torch.autograd.grad(got, leaves, grad.float())
-    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
-    for a, b in zip(grads, want_grads):
-        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
-
-
-def test_dilated_attention_without_the_fused_kernel_is_the_same(monkeypatch):
-    """Without PyTorch's fused CPU kernel (as on MPS), blocks of queries: the same numbers, past one block
-    too."""
-    q, k, v, grad = torch.randn(4, 1, 1500, 2, 16)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    fused = wsi_llava.dilated_attention(*leaves, (1200, 4000), (1, 2))
-    fused_grads = torch.autograd.grad(fused, leaves, grad)
-    monkeypatch.setattr(wsi_llava, "_on_cpu", lambda x: False)
-    plain = wsi_llava.dilated_attention(*leaves, (1200, 4000), (1, 2))
-    torch.testing.assert_close(plain, fused, atol=1e-5, rtol=1e-4)
-    for a, b in zip(torch.autograd.grad(plain, leaves, grad), fused_grads):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_dilated_attention_gradcheck():
-    q, k, v = (torch.randn(1, 11, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(
-        lambda *x: wsi_llava.dilated_attention(*x, (4, 8, 16), (1, 2, 3)), (q, k, v)
-    )
-
-
-# ---- wsi_llava.py: the Triton kernels, interpreted or on a GPU, and compiled for GPUs that are not here ----
-
-compiled = os.environ["TRITON_INTERPRET"] == "0"
-needs_triton = pytest.mark.skipif(
-    wsi_llava.triton is None or compiled and not torch.cuda.is_available(), reason="needs triton"
-)
-KERNEL_SHAPES = [  # B, L, H, D, segments, dilations
+SHAPES = [  # B, L, H, D, segments, dilations: chosen to break things
     (1, 1, 1, 16, (4,), (1,)),
-    (1, 2, 2, 16, (8, 16), (1, 2)),
     (1, 3, 2, 16, (8, 16, 32), (1, 2, 4)),  # shorter than the shortest segment
-    (1, 7, 2, 16, (8, 16), (1, 2)),  # W - 1
-    (1, 8, 2, 16, (8, 16), (1, 2)),  # W
-    (1, 9, 2, 16, (8, 16), (1, 2)),  # W + 1: a last segment of one token
+    (1, 7, 2, 16, (8, 16), (1, 2)),  # W - 1, then W, and W + 1: a last segment of one token
+    (1, 8, 2, 16, (8, 16), (1, 2)),
+    (1, 9, 2, 16, (8, 16), (1, 2)),
     (1, 53, 3, 16, (20, 40), (1, 2)),  # a prime; H not divisible by R
-    # R does not divide W, more offsets than heads: some queries get nothing.
-    (1, 21, 2, 16, (10, 30), (3, 7)),
-    (1, 29, 5, 16, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
-    (2, 19, 2, 16, (8, 32), (1, 2)),
-    (1, 23, 2, 24, (16, 32), (1, 2)),
+    (1, 21, 2, 16, (10, 30), (3, 7)),  # R does not divide W, more offsets than heads: some get nothing
+    (1, 29, 5, 24, (16, 64), (1, 4)),  # H not divisible by R, padding in the last head's branch
     (1, 23, 2, 48, (16, 32), (1, 2)),
-    (1, 23, 2, 64, (16, 32), (1, 2)),
     (1, 23, 1, 80, (16, 32), (1, 2)),
     (1, 23, 1, 128, (16, 32), (1, 2)),
     (1, 211, 1, 16, (128, 512), (1, 2)),  # several blocks of rows, and of keys
     (1, 300, 2, 16, (290, 600), (1, 2)),  # the same for the larger blocks of half precision
-    # A rest of 3 tokens, fewer than R; a segment beyond 64 bits of offsets.
-    (1, 19, 8, 16, (16, 2**40), (4, 8)),
+    (1, 19, 8, 16, (16, 2**40), (4, 8)),  # a rest of 3 tokens, fewer than R; 64 bits of offsets
     (2, 26, 3, 16, (5, 13), (5, 4)),  # R = W; every branch pads; a batch of two
 ]
-HALF_PRECISION = [(torch.bfloat16, 2e-2), (torch.float16, 2.5e-3)]  # a few roundings of the largest value
+compiled = os.environ["TRITON_INTERPRET"] == "0"
+needs_triton = pytest.mark.skipif(
+    wsi_llava.triton is None or compiled and not torch.cuda.is_available(), reason="needs triton"
+)
 
 
-def check_kernel(shape, pad_keys, dtype, tolerance, definition=dense_dilated_attention):
+@gpu
+@needs_triton
+@pytest.mark.parametrize("pad_keys", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "impl, dtype, tolerance",
+    [  # in half precision a few roundings of the largest value
+        ("torch", torch.float32, 3e-6),
+        ("mps", torch.float32, 3e-6),  # where PyTorch's fused CPU kernel is not
+        ("triton", torch.float32, 3e-6),
+        ("triton", torch.bfloat16, 2e-2),
+        ("triton", torch.float16, 2.5e-3),
+    ],
+)
+def test_dilated_attention_equals_its_definition(shape, impl, dtype, tolerance, pad_keys, monkeypatch):
+    """Output and gradients, branch by branch and by the kernels, interpreted or on a GPU."""
     B, L, H, D, segments, dilations = shape
-    torch.manual_seed(L * 1000 + D)
-    device = machine()[0]
     q, k, v, grad = (x.to(dtype) for x in torch.randn(4, B, L, H, D))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    want = definition(*leaves, segments, dilations, pad_keys)
+    want = dense_dilated_attention(*leaves, segments, dilations, pad_keys)
     want = [want, *torch.autograd.grad(want, leaves, grad.double())]
+    device = machine()[0]
     leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys, impl="triton")
+    if impl == "mps":
+        monkeypatch.setattr(wsi_llava, "_on_cpu", lambda x: False)
+    impl = impl.replace("mps", "torch")
+    got = wsi_llava.dilated_attention(*leaves, segments, dilations, pad_keys, impl=impl)
     got = [got, *torch.autograd.grad(got, leaves, grad.to(device))]
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, want):
         largest = max(1.0, b.abs().max().item())
         error = (a.double().cpu() - b).abs().max() / largest
         print(f"{shape}, {dtype}, {name}: error {error:.1e} of the largest value")
-        torch.testing.assert_close(a.double().cpu(), b, atol=tolerance * largest, rtol=0)
-    return got
+        assert error < tolerance, name
+
+
+# ---- wsi_llava.py: the Triton kernels, and compiled for GPUs that are not here ---------------------------
 
 
 @gpu
 @needs_triton
-@pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
-def test_kernel_equals_the_definition(shape, pad_keys):
-    check_kernel(shape, pad_keys, torch.float32, 3e-6)
-
-
-@gpu
-@needs_triton
-@pytest.mark.parametrize("pad_keys", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", HALF_PRECISION)
-@pytest.mark.parametrize(
-    "shape", [KERNEL_SHAPES[i] for i in (3, 5, 6, 7, 9, 11, 12, 14, 16, 17, 18)], ids=str
-)
-def test_kernel_in_half_precision(shape, dtype, tolerance, pad_keys):
-    check_kernel(shape, pad_keys, dtype, tolerance)
-
-
-@gpu
-@needs_triton
-def test_kernel_gives_the_same_bits_twice():
-    first, second = (check_kernel(KERNEL_SHAPES[6], True, torch.float32, 3e-6) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-@gpu
-@needs_triton
-def test_kernel_takes_tensors_that_are_not_contiguous():
-    """q, k, v as views of one packed projection, as a fused qkv layer gives them, and a transposed
-    gradient."""
+def test_kernel_takes_any_strides_and_gives_the_same_bits_twice():
+    """q, k, v as views of one packed projection, as a fused qkv layer gives them, a transposed gradient."""
     device = machine()[0]
     packed = torch.randn(1, 21, 3, 2, 16, device=device, requires_grad=True)
     grad = torch.randn(1, 2, 21, 16, device=device).transpose(1, 2)
-    found = {}
-    for impl in ("triton", "torch"):
-        views = packed.unbind(2)
-        assert not views[0].is_contiguous()
-        out = wsi_llava.dilated_attention(*views, (8, 32), (1, 2), impl=impl)
-        found[impl] = out, *torch.autograd.grad(out, packed, grad)
-    torch.testing.assert_close(found["triton"], found["torch"])
+    found = []
+    for impl in ("torch", "triton", "triton"):
+        out = wsi_llava.dilated_attention(*packed.unbind(2), (8, 32), (1, 2), impl=impl)
+        found.append([out, *torch.autograd.grad(out, packed, grad)])
+    torch.testing.assert_close(found[0], found[1])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], found[2]))
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, W, message",
+    "shape, dtype, W",
     [
-        ((1, 4, 1, 8), torch.float32, 4, "take no torch.float32 with heads of 8 channels"),
-        ((1, 4, 1, 16), torch.float64, 4, "take no torch.float64 with heads of 16"),
-        ((1, 1, 70000, 16), torch.float32, 4, "too much for the Triton kernels: 70000 heads"),
-        ((1, 2**31, 1, 16), torch.float32, 4, "2147483648 tokens in segments of up to 4"),
-        ((1, 2**22, 16, 48), torch.float32, 2**22, "tokens in segments of up to 4194304"),
-        ((1, 70000, 1, 16), torch.float32, 1, "70000 tokens in segments of up to 1"),
+        ((1, 4, 1, 8), torch.float32, 4),  # heads too narrow, and in double precision
+        ((1, 4, 1, 16), torch.float64, 4),
+        ((1, 1, 70000, 16), torch.float32, 4),  # too many heads, tokens, offsets in a segment, segments
+        ((1, 2**31, 1, 16), torch.float32, 4),
+        ((1, 2**22, 16, 48), torch.float32, 2**22),
+        ((1, 70000, 1, 16), torch.float32, 1),
     ],
 )
-def test_kernel_names_its_limits(shape, dtype, W, message, monkeypatch):
+def test_kernels_refuse_what_is_beyond_their_limits(shape, dtype, W):
     x = torch.empty(shape, dtype=dtype, device="meta")
-    if wsi_llava.triton is not None:
-        with pytest.raises(ValueError, match=message):
-            wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
-    monkeypatch.setattr(wsi_llava, "triton", None)
-    with pytest.raises(ValueError, match="triton 3 is not installed"):
+    refusal = re.escape(f"the Triton kernels cannot take {dtype} {list(shape)} on meta")
+    with pytest.raises(ValueError, match=refusal):
         wsi_llava.dilated_attention(x, x, x, (W,), (1,), impl="triton")
+
+
+def test_without_triton_torch_serves(monkeypatch):
     x = torch.randn(1, 4, 1, 16)
-    assert wsi_llava.dilated_attention(x, x, x, (4,), (1,)).shape == x.shape  # auto: the torch path, silently
+    with pytest.raises(ValueError, match="as many segments as dilations"):
+        wsi_llava.dilated_attention(x, x, x, (4, 8), (1,))
+    monkeypatch.setattr(wsi_llava, "triton", None)
+    with pytest.raises(ValueError, match="the Triton kernels cannot take"):
+        wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="triton")
+    assert wsi_llava.dilated_attention(x, x, x, (4,), (1,)).shape == x.shape
 
 
 # Bytes of shared memory that a block may use, by compute capability: A100, A40, L40, H100.
@@ -576,20 +476,15 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
 def kernel_resources():
-    """Compiles the kernels for GPUs that need not be there; reads what they take off the machine code -> list
-    of dicts.
-
-    spills: stores of registers to memory and loads back, counted in the disassembly. mma: tensor core
-    instructions. Needs TRITON_INTERPRET=0."""
-    kernels = (wsi_llava._forward_kernel, wsi_llava._dq_kernel, wsi_llava._dkv_kernel)
+    """What the kernels take of GPUs that need not be there, off the machine code. spills: stores of registers
+    to memory and loads back. mma: tensor core instructions."""
+    kernels, rows = (wsi_llava._forward_kernel, wsi_llava._dq_kernel, wsi_llava._dkv_kernel), []
     types = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    rows = []
     cases = [(gpu, 48) for gpu in SHARED_LIMIT] + [(86, 128), (90, 128)]
     for kernel, (gpu, D), dtype in itertools.product(kernels, cases, types):
-        rows.append(
-            {"kernel": kernel.__name__.strip("_"), "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
-            | compiled_resources(kernel, gpu, types[dtype], wsi_llava._launch_options(kernel, D, dtype))
-        )
+        row = {"kernel": kernel.__name__, "gpu": f"sm_{gpu}", "dtype": types[dtype], "head_dim": D}
+        options = wsi_llava._launch_options(kernel, D, dtype)
+        rows.append(row | compiled_resources(kernel, gpu, types[dtype], options))
     return rows
 
 
@@ -614,17 +509,13 @@ def compiled_resources(kernel, gpu, dtype, options):
         options={name: options[name] for name in ("num_warps", "num_stages")},
     )
     cuobjdump = Path(wsi_llava.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    said = {}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        for flag in ("--dump-resource-usage", "-sass"):
-            said[flag] = subprocess.run(
-                [cuobjdump, flag, cubin], capture_output=True, text=True, check=True
-            ).stdout
+        said = subprocess.check_output([cuobjdump, "--dump-resource-usage", "-sass", cubin], text=True)
     return {
-        "registers": int(re.search(r"REG:(\d+)", said["--dump-resource-usage"])[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", said["-sass"])),
+        "registers": int(re.search(r"REG:(\d+)", said)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", said)),
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[gpu],
         "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", compiled.asm["ptx"])),
@@ -645,19 +536,13 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
     there, here = (load_file(wsi_llava.features_file(d / "data", slide.stem)) for d in (folder, tmp_path))
     agrees("features", there["features"].float(), here["features"].float(), 3e-2)
     model = wsi_llava.load_slide_encoder(folder / "out" / "stage1" / "slide_encoder.safetensors")
-    n = [len(there["coords"])]
-    want = model(there["features"].float(), there["coords"], n)[1]
+    features, coords, n = there["features"], there["coords"], [len(there["coords"])]
+    want = model(features.float(), coords, n)[1]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
-        model.to("cuda", dtype)
-        got = model(there["features"].to("cuda", dtype), there["coords"].to("cuda"), n)[1]
+        got = model.to("cuda", dtype)(features.to("cuda", dtype), coords.to("cuda"), n)[1]
         agrees(f"slide encoder, {dtype}", got.float().cpu(), want, tolerance)
-    ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8]
-    for command in (
-        [*ask, "--heatmap", tmp_path / "heat.png"],
-        [*ask, "--int8"],
-        ["sample.py", "--qa", folder / "data" / "qa" / "test.jsonl", "--predictions", tmp_path / "p.jsonl"],
-        ["train.py", "--stage", 3, "--full", "--epochs", 1],
-    ):
+    ask = ["sample.py", "--slide", slide.stem, "--ask", "Which type?", "--max-new-tokens", 8, "--int8"]
+    for command in ([*ask, "--heatmap", tmp_path / "heat.png"], ["train.py", "--stage", 3, "--full"]):
         done = script(*command, *places)
         assert done.returncode == 0, done.stderr
     subprocess.run(torchrun(1, "--stage", 1, "--epochs", 1, *places), cwd=tmp_path, check=True)  # by NCCL
@@ -666,8 +551,7 @@ def test_the_pipeline_on_a_gpu(demo, tmp_path):
 @slow
 @needs_triton
 def test_the_kernels_compile_for_real_gpus_without_spills():
-    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100), forward
-    and backward."""
+    """No GPU needed: sm_80 (A100), sm_86 and sm_89 (whose shared memory is smaller), sm_90 (H100)."""
     code = "import json, test_wsi_llava; print(json.dumps(test_wsi_llava.kernel_resources()))"
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=env)
@@ -682,19 +566,6 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
 # ---- wsi_llava.py: slide encoder -------------------------------------------------------------------------
 
 
-def test_position_embedding_equals_the_table():
-    """Upstream's table: entry x_cell * grid + y_cell + 1, first half of the channels from y, second from
-    x."""
-    coords = torch.tensor([[0, 0], [255, 256], [5 * 256 + 3, 7 * 256], [999 * 256, 12 * 256]])
-    got = wsi_llava.position_embedding(coords, 32)
-    for row, (x, y) in zip(got, [(0, 0), (0, 1), (5, 7), (999, 12)]):
-        angle = [np.outer(c, 1 / 10000 ** (np.arange(8) / 8)).ravel() for c in (y, x)]
-        want = np.concatenate([f(a) for a in angle for f in (np.sin, np.cos)])
-        np.testing.assert_allclose(row.numpy(), want, atol=1e-6)
-    with pytest.raises(ValueError, match="outside the grid"):
-        wsi_llava.position_embedding(torch.tensor([[1000 * 256, 0]]), 32)
-
-
 def test_pooling_repeats_few_tiles_and_averages_many():
     tokens = torch.arange(6.0).view(1, 6, 1)
     assert wsi_llava.Pool(None, 3)(tokens).flatten().tolist() == [0.5, 2.5, 4.5]
@@ -704,17 +575,14 @@ def test_pooling_repeats_few_tiles_and_averages_many():
 def test_stochastic_depth_leaves_out_whole_slides_in_training():
     """And enlarges the others' updates, so that the mean stays; deeper layers are left out more often."""
     cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=5, drop_path=0.2)
-    rates = [layer.drop_path for layer in wsi_llava.SlideEncoder(cfg).encoder["layers"]]
-    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
-    layer = wsi_llava.SlideLayer(PRESETS["demo"].slide_encoder, drop_path=0.25)
+    layers = wsi_llava.SlideEncoder(cfg).encoder["layers"]
+    assert [layer.drop_path for layer in layers] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
     x, update, lengths = torch.zeros(8000, 3), torch.ones(8000, 3), [1, 3] * 2000
-    left = layer.train().residual(x, update, lengths)
-    slides = torch.stack([slide[0, 0] for slide in left.split(lengths)])
-    assert all((slide == slide[0, 0]).all() for slide in left.split(lengths))
-    assert slides.mean() == pytest.approx(1, abs=0.05) and slides.unique().tolist() == pytest.approx(
-        [0, 4 / 3]
-    )
-    assert torch.equal(layer.eval().residual(x, update, lengths), update)
+    assert torch.equal(layers[4].eval().residual(x, update, lengths), update)
+    left = layers[4].train().residual(x, update, lengths).split(lengths)
+    assert all((slide == slide[0, 0]).all() for slide in left)
+    kept = torch.stack([slide[0, 0] for slide in left])
+    assert kept.mean() == pytest.approx(1, abs=0.05) and kept.unique().tolist() == pytest.approx([0, 1.25])
 
 
 def packed(lengths, width=128):
@@ -723,31 +591,28 @@ def packed(lengths, width=128):
     return torch.randn(sum(lengths), width), torch.cat(coords)
 
 
-@pytest.mark.parametrize("pad_keys", [True, False])
-def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
-    """Slides of other lengths are packed into one sequence; forward and backward, what comes of each is its
-    own."""
-    lengths = [70, 1, 300, 33]
-    cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, pad_keys=pad_keys)
-    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg, 9), packed(lengths)
+def test_a_slide_is_the_same_alone_and_in_company():
+    """Forward and backward, what comes of each of the packed slides is its own."""
+    lengths, encoder = [70, 1, 300, 33], wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder, 9)
+    features, coords = packed(lengths)
     cls, tokens = encoder(features, coords, lengths)
     visual = encoder.visual_tokens(features, coords, lengths)
     assert cls.shape == (4, 128) and tokens.shape == (404, 128) and visual.shape == (4, 9, 128)
-    weight = torch.randn(4, 9, 128)
-    (visual * weight).sum().backward()
-    grad = encoder.patch_embed["proj"].weight.grad.clone()
-    encoder.zero_grad()
-    start = 0
-    for i, n in enumerate(lengths):
-        alone = features[start : start + n], coords[start : start + n], [n]
-        own_cls, own_tokens = encoder(*alone)
-        agrees("CLS", own_cls[0], cls[i], 1e-6)
-        agrees("tokens", own_tokens, tokens[start : start + n], 1e-6)
-        own_visual = encoder.visual_tokens(*alone)
-        agrees("visual tokens", own_visual[0], visual[i], 1e-6)
-        (own_visual[0] * weight[i]).sum().backward()
-        start += n
-    agrees("gradient", encoder.patch_embed["proj"].weight.grad, grad, 1e-5)
+    weight, proj = torch.randn(4, 9, 128), encoder.patch_embed["proj"].weight
+    (grad,) = torch.autograd.grad((visual * weight).sum(), proj)
+    total = 0
+    slides = zip(features.split(lengths), coords.split(lengths), tokens.split(lengths))
+    for i, (x, at, want) in enumerate(slides):
+        own_cls, own_tokens = encoder(x, at, [len(x)])
+        own = encoder.visual_tokens(x, at, [len(x)])[0]
+        for what, a, b in (
+            ("CLS", own_cls[0], cls[i]),
+            ("tokens", own_tokens, want),
+            ("visual", own, visual[i]),
+        ):
+            agrees(what, a, b, 1e-6)
+        total = total + torch.autograd.grad((own * weight[i]).sum(), proj)[0]
+    agrees("gradient", total, grad, 1e-5)
 
 
 @pytest.mark.parametrize("pad_keys", [True, False])
@@ -755,8 +620,7 @@ def test_a_slide_is_the_same_alone_and_in_company(pad_keys):
     "branches", [((64, 256), (1, 2)), ((8, 32), (2, 4)), ((1024, 5792, 32768), (1, 2, 4))], ids=str
 )
 def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch):
-    """One dense call over all of them, forward and backward, also first seen in inference mode, also where no
-    branch keeps a query."""
+    """In one dense call, forward and backward, also where queries get nothing."""
     cfg = wsi_llava.SlideEncoderConfig(
         64, 64, 2, 8, 64, *branches, pad_keys=pad_keys, dropout=0.0, drop_path=0.0
     )
@@ -775,44 +639,15 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
         torch.testing.assert_close(dense, branch_by_branch, rtol=1e-5, atol=2e-5)  # log m is float32
 
 
-def test_dropout_is_the_same_with_gradients_and_without():
-    """The gradient cache embeds a batch without gradients first, and must meet the same dropout again."""
-    cfg = dataclasses.replace(PRESETS["demo"].slide_encoder, depth=2, dropout=0.25, drop_path=0.3)
-    encoder, (features, coords) = wsi_llava.SlideEncoder(cfg).train(), packed([700, 40])
-    drawn = []
-    for grad in (True, False):
-        torch.manual_seed(3)
-        with torch.set_grad_enabled(grad):
-            drawn.append(encoder(features, coords, [700, 40])[1].detach())
-    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-5)
-
-
-def test_standardized_inputs_have_mean_0_and_deviation_1():
-    encoder = wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder)
-    features = torch.randn(500, 128) * (0.1 + torch.rand(128)) + 5 * torch.randn(128)
-    before = {n: p.clone() for n, p in encoder.named_parameters() if "proj" in n}
-    encoder.standardize_inputs(features)
-    standard = (features - features.mean(0)) / features.std(0)
-    want = F.linear(standard, before["patch_embed.proj.weight"], before["patch_embed.proj.bias"])
-    torch.testing.assert_close(encoder.patch_embed["proj"](features), want, atol=1e-4, rtol=1e-4)
-
-
 # ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 -------------------
 
 
-def test_cache_and_no_cache_agree(tiny):
+@torch.no_grad()
+def test_a_later_turn_on_top_of_the_cache_is_all_at_once(tiny):
     ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
-    assert torch.equal(greedy(tiny.llama, ids, 20, True), greedy(tiny.llama, ids, 20, False))
-    with torch.no_grad():  # several tokens on top of a cache, as in a chat's next turn
-        cache = wsi_llava.KVCache(tiny.cfg.llama, 2, 64, "cpu", torch.float32)
-        pieces = ids.split([9, 2, 1, 5], dim=1)
-        parts = torch.cat([tiny.llama(piece, cache=cache) for piece in pieces], 1)
-        torch.testing.assert_close(parts, tiny.llama(ids), atol=1e-5, rtol=1e-4)
-
-
-def test_a_prompt_longer_than_the_context_is_refused(tiny):
-    with pytest.raises(UserError, match="300 tokens, the language model's context holds 256"):
-        next(tiny.generate(None, [[1] * 300]))
+    cache = wsi_llava.KVCache(tiny.cfg.llama, 2, 64, "cpu", torch.float32)
+    parts = [tiny.llama(piece, cache=cache) for piece in ids.split([9, 2, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), tiny.llama(ids), atol=1e-5, rtol=1e-4)
 
 
 def with_adapters(llama):
@@ -824,20 +659,10 @@ def with_adapters(llama):
     return llama
 
 
-@torch.no_grad()
-def test_merged_adapters_give_the_same_logits(tiny):
-    ids = torch.randint(len(tiny.llama.embed_tokens.weight), (2, 17))
-    plain, adapted = tiny.llama(ids), with_adapters(tiny.llama)(ids)
-    merged = wsi_llava.merge_lora(tiny.llama)
-    assert not any(isinstance(module, wsi_llava.LoRALinear) for module in merged.modules())
-    torch.testing.assert_close(merged(ids), adapted, atol=1e-5, rtol=1e-4)
-    assert relative(plain, adapted) > 0.05
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 6e-3), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize(
     "width, out, rows",
-    [(96, 64, 1), (96, 64, 40), (60, 97, 3), (32, 16400, 20)],  # kernel; matmul; no kernel; matmul in parts
+    [(96, 64, 1), (96, 64, 40), (60, 97, 3)],  # kernel; matmul; no kernel
 )
 def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, out, rows):
     linear = torch.nn.Linear(width, out, bias=False).to(dtype)
@@ -856,24 +681,15 @@ def test_int8_linear_multiplies_by_its_rounded_weight(dtype, tolerance, width, o
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
-    """Cast afterwards, as load_model does. Of a tied embedding a copy is rounded, and the words going in
-    stay."""
-    llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, 2, 128, tied=tied)).to(dtype)
-    ids, words = torch.randint(97, (2, 17)), llama.embed_tokens.weight.clone()
-    want = with_adapters(llama)(ids)
-    # In bfloat16
-    before = 2 * sum(p.numel() for p in [*wsi_llava.merge_lora(llama).layers.parameters(), words])
-    llama = wsi_llava.quantize_int8(llama).to(dtype)
+def test_int8_halves_the_linear_layers_of_bfloat16(tied):
+    """Of a tied embedding a copy is rounded, and the words going in stay."""
+    llama = wsi_llava.Llama(wsi_llava.LlamaConfig(97, 64, 2, 4, 2, 128, tied=tied)).bfloat16()
+    words = llama.embed_tokens.weight.clone()
+    before = 2 * sum(p.numel() for p in [*llama.layers.parameters(), words])
+    wsi_llava.quantize_int8(llama).bfloat16()  # cast, as load_model does
     weights = [x for name, x in llama.named_buffers() if name.endswith("weight")]
     assert len(weights) == 2 * 7 + 1 and sum(x.numel() * x.element_size() for x in weights) < 0.51 * before
-    assert 0 < relative(llama(ids), want) < 0.03
     assert torch.equal(llama.embed_tokens.weight, words)
-    one = llama(ids, last_only=True)[:, 0].float()  # by the kernel, the rest by the matmul
-    assert relative(one, llama(ids)[:, -1].float()) < 0.02
-    if dtype == torch.float32:  # greedy's cache
-        assert torch.equal(greedy(llama, ids, 8, True)[:, 17], one.argmax(-1))
 
 
 # ---- wsi_llava.py: tokenizer and prompt ------------------------------------------------------------------
@@ -881,17 +697,14 @@ def test_int8_halves_the_linear_layers_and_keeps_the_logits(dtype, tied):
 
 @pytest.mark.parametrize(
     "said, pieces",
-    [  # what stands before, between and after the slides, as LLaVA encodes it: each piece by itself, as it stands
+    [  # what stands before and after the slide, as LLaVA encodes it: each piece by itself, as it stands
         ("<image>\nWhy?", ["", "\nWhy? ASSISTANT:"]),
-        ("<image>\n<image>\nWhy?", ["", "\n", "\nWhy? ASSISTANT:"]),
         ("Why is <image> so?", ["Why is ", " so? ASSISTANT:"]),
-        ("Why?\n<image>", ["Why?\n", " ASSISTANT:"]),
         ("Why {}?", ["Why {}? ASSISTANT:"]),
     ],
 )
-def test_ids_around_the_slides_are_llavas(tokenizer, said, pieces):
-    """Spaces and line ends included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, and then
-    `▁`, newline."""
+def test_ids_around_the_slide_are_llavas(tokenizer, said, pieces):
+    """Spaces included: with Llama's tokenizer `USER: <image>` is `:`, `▁`, the slide, `▁`, newline."""
     vicuna, want = wsi_llava.CHAT_FORMATS["vicuna"], [1]
     for i, piece in enumerate([f"{vicuna.start}USER: {pieces[0]}", *pieces[1:]]):
         want += [IMAGE_TOKEN] * (i > 0) + tokenizer.encode(piece)
@@ -907,16 +720,19 @@ CHAT_TEMPLATES = {  # of the published tokenizers, shortened to what a system pr
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
         "{{ '<|im_start|>assistant\n' }}",
         ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        "<|im_end|>",
     ),
     "llama3": (
         "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + "
         "m.content | trim + '<|eot_id|>' }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
         ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+        "<|eot_id|>",
     ),
     "mistral": (
         "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
         "{% elif m.role == 'assistant' %}{{ m.content + '</s>' }}{% endif %}{% endfor %}",
         ["<s>", "</s>", "[INST]", "[/INST]"],
+        "</s>",
     ),
 }
 
@@ -928,9 +744,8 @@ def byte_level_tokenizer(folder, special):
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet
-    )
+    train_bpe = tokenizers.trainers.BpeTrainer
+    trainer = train_bpe(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     fast.train_from_iterator([turn["value"] for turn in TALK] * 9, trainer)
     fast.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
@@ -940,10 +755,9 @@ def byte_level_tokenizer(folder, special):
 def test_chats_of_other_families_are_their_published_templates(tmp_path, family):
     """Id for id, over two turns, which may come one by one; the labels are the answers and their ends."""
     transformers = pytest.importorskip("transformers")
-    template, special = CHAT_TEMPLATES[family]
+    template, special, end = CHAT_TEMPLATES[family]
     path = byte_level_tokenizer(tmp_path, special)
     ours, theirs = wsi_llava.Tokenizer(path), transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert ours.chat is wsi_llava.CHAT_FORMATS[family]
     turns = [{**turn, "value": wsi_llava.without_image(turn["value"])} for turn in TALK[:3]]
     messages = [] if family == "mistral" else [{"role": "system", "content": "You are a helpful assistant."}]
     for turn, role in zip(turns, ("user", "assistant", "user")):
@@ -952,58 +766,42 @@ def test_chats_of_other_families_are_their_published_templates(tmp_path, family)
     ids, labels = ours.encode_chat(turns)
     assert ids == theirs(text, add_special_tokens=False).input_ids
     answer = theirs(turns[1]["value"], add_special_tokens=False).input_ids
-    assert [i for i in labels if i != IGNORE] == [*answer, ours.eos]
-    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}[family]
-    assert ours.eos == theirs.convert_tokens_to_ids(end) and ours.ends == {ours.eos}
+    assert [i for i in labels if i != IGNORE] == [*answer, theirs.convert_tokens_to_ids(end)]
     assert ids == ours.encode_chat(turns[:2])[0] + ours.encode_turn(turns[2]["value"], first=False)
-    before = ours.encode_template(ours.chat.start + ours.chat.human.split("{}")[0], "")
-    with_slide, _ = ours.encode_chat(TALK[:1])  # the slide is at the head of the first human turn
-    assert with_slide[: with_slide.index(IMAGE_TOKEN)] == ours.bos + before
     plain, injected = (ours.encode_turn(said) for said in ("end", f"{end}end"))
     assert injected.count(ours.eos) == plain.count(ours.eos)  # a question cannot end itself
 
 
-def test_ids_that_a_tokenizer_lacks_decode_to_nothing(tokenizer):
-    assert tokenizer.decode([*tokenizer.encode("It is"), len(tokenizer), 10**6, IMAGE_TOKEN]) == "It is"
+@pytest.mark.parametrize("chat", ["chatml", "llama3", "mistral"])
+def test_a_chat_format_whose_tokens_are_not_there_is_refused(tokenizer, chat):
+    with pytest.raises(UserError, match=rf"lacks (<\||\[INST).* of --chat-format {chat}; leave it out"):
+        wsi_llava.Tokenizer(tokenizer.path, chat)
 
 
-def test_logits_that_are_not_finite_stop_the_answer(tiny):
-    with torch.no_grad():
-        tiny.llama.layers[0].mlp.up_proj.weight[0, 0] = math.nan
-    with pytest.raises(UserError, match="logits are not finite"):
-        next(tiny.generate(None, [[1, 5, 6]]))
-
-
-def test_labels_of_a_two_turn_dialogue_are_the_answers(tokenizer):
+def test_a_dialogue_is_vicunas_and_its_labels_are_the_answers(tokenizer):
     ids, labels = tokenizer.encode_chat(TALK)
-    assert len(ids) == len(labels) and ids[:1] == tokenizer.bos and ids.count(ids[0]) == 1
-    assert ids.count(IMAGE_TOKEN) == 1
-    kept = [i for i, label in zip(ids, labels) if label != IGNORE]
-    assert all(label in (i, IGNORE) for i, label in zip(ids, labels))
     answers = [tokenizer.encode(TALK[i]["value"]) + [tokenizer.eos] for i in (1, 3)]
-    assert kept == answers[0] + answers[1]
-    # Everything before <image>, and between the turns, is upstream's vicuna_v1 text.
+    assert [i for i, label in zip(ids, labels) if label != IGNORE] == answers[0] + answers[1]
+    assert all(label in (i, IGNORE) for i, label in zip(ids, labels, strict=True))
     image, first_end = ids.index(IMAGE_TOKEN), ids.index(tokenizer.eos)
     assert tokenizer.decode(ids[:image]) == f"{wsi_llava.CHAT_FORMATS['vicuna'].start}USER: "
-    first = image + 1 + labels[image + 1 :].index(answers[0][0])
-    assert tokenizer.decode(ids[image + 1 : first]).endswith("this? ASSISTANT:")
     assert tokenizer.decode(ids[first_end + 1 :]).startswith("USER: What is its grade? ASSISTANT: It is")
     asked, labels = tokenizer.encode_chat(TALK[:3])  # ready to be answered
     assert ids[: len(asked)] == asked and labels[-1] == IGNORE
+    beyond = [IMAGE_TOKEN, tokenizer.size, 10**6]  # an embedding may hold more tokens
+    assert tokenizer.decode([*tokenizer.encode("It is"), *beyond]) == "It is"
 
 
 @pytest.mark.parametrize("asked", ["<image>\nWhat is its grade?", "What is its grade?\n<image>"])
 def test_the_mark_for_the_slide_comes_first_or_not_at_all(tokenizer, asked):
-    """Wherever a question has it, a model is asked as it was trained; with --no-image, as if there had been
-    none."""
+    """Wherever a question has it, in training and when asked; with --no-image, as if there had been none."""
     bare = {"from": "human", "value": "What is its grade?"}
-    row = {"id": "1", "slide": "s", "conversations": [{**bare, "value": asked}, TALK[3]]}
-    question = row | {"conversations": row["conversations"][:1]}
+    turns = [{**bare, "value": asked}, TALK[3]]
     for image in (True, False):
         first = {**bare, "value": "<image>\n" * image + bare["value"]}
-        ours = tokenizer.encode_chat(wsi_llava.slide_first(row["conversations"], image))
-        assert ours == tokenizer.encode_chat([first, TALK[3]])
-        assert sample.prompt_ids(tokenizer, question, image) == tokenizer.encode_chat([first])[0]
+        assert wsi_llava.slide_first(turns, image) == [first, TALK[3]]
+        asked_ids = sample.prompt_ids(tokenizer, {"conversations": turns[:1]}, image)
+        assert asked_ids == tokenizer.encode_chat([first])[0]
 
 
 def test_plain_form_is_image_then_report(tokenizer):
@@ -1015,22 +813,8 @@ def test_plain_form_is_image_then_report(tokenizer):
 # ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [0, 3])
-def test_heads_that_cannot_share_a_width_are_refused(heads):
-    for config in (wsi_llava.TileEncoderConfig, wsi_llava.TextEncoderConfig, wsi_llava.LlamaConfig):
-        what = f"{config.__name__}: a width of 64 cannot be shared by {heads} heads"
-        with pytest.raises(UserError, match=what):
-            config(width=64, heads=heads)
-
-
-def test_configs_survive_json():
-    for cfg in PRESETS.values():
-        assert wsi_llava.WSILLaVAConfig.from_dict(json.loads(cfg.to_json())) == cfg
-
-
-def stand_in(data):
-    """The demo's language model and tokenizer."""
-    return wsi_llava.pick_llm(train.parse(["--data", str(data)]), {"preset": "demo"})
+def stage_1(out):
+    return wsi_llava.trained_stage(argparse.Namespace(out=out), 1)
 
 
 @pytest.mark.parametrize(
@@ -1038,21 +822,10 @@ def stand_in(data):
     [
         (wsi_llava.read_meta, "meta.json", "{", "not what prepare.py writes; prepare the data again"),
         (wsi_llava.read_meta, "meta.json", "\xff", "not what prepare.py writes"),
-        (wsi_llava.read_meta, "meta.json", '{"version": 0}', "made by version 0 of this project, not"),
-        (
-            lambda d: wsi_llava.trained_stage(argparse.Namespace(out=d), 1),
-            "stage1",
-            None,
-            "holds no trained model; train it",
-        ),
+        (wsi_llava.read_meta, "meta.json", '{"version": 0}', "made by another version of this project"),
+        (stage_1, "stage1", None, "holds no trained model; train it"),
         (wsi_llava.read_llama_config, "config.json", "[]", "holds no JSON object; --llm takes"),
         (wsi_llava.read_folder, "model.safetensors.index.json", "{}", "lacks 'weight_map'; copy or download"),
-        (
-            stand_in,
-            "llm",
-            None,
-            "no such file; run python train.py --stage 1 first, or name a language model",
-        ),
         (lambda d: wsi_llava.Tokenizer(d / "t.model"), "t.model", "?", "copy the language model's tokenizer"),
         (lambda d: prepare.read_qa(d / "q.jsonl"), "q.jsonl", None, "no such file; python prepare.py"),
         (lambda d: prepare.read_qa(d / "q.jsonl"), "q.jsonl", '{"a": 1}\n', r"line 1: its fields \(a\) are"),
@@ -1060,48 +833,40 @@ def stand_in(data):
 )
 def test_files_that_are_missing_or_of_another_kind_are_named(tmp_path, read, name, content, message):
     if content:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / name))}.*{message}"):
         read(tmp_path)
 
 
-ODD_CONFIGS = [
-    "null",
-    "3",
-    '"text"',
-    "[]",
-    "[" * 200_000,
-    '{"llama": null}',
-    '{"n_visual_tokens": 1e9}',
-    "\xff",
-]
-ODD_CONFIGS += ['{"pad_to": -1}', '{"slide_encoder": {"heads": 0}}', '{"llama": {"depth": 100000000}}', ""]
-ODD_CONFIGS += ['{"lora_alpha": NaN}', '{"tile_encoder": []}', '{"llama": {"rope_scaling": ["a"]}}']
-ODD_CONFIGS += ['{"max_tiles": true}', '{"wide": 3}']
+ODD_CONFIGS = ["", "null", "3", '"text"', "[]", "[" * 200_000, "\xff", '{"wide": 3}', '{"max_tiles": true}']
+ODD_CONFIGS += ['{"llama": null}', '{"tile_encoder": []}', '{"n_visual_tokens": 1e9}', '{"pad_to": -1}']
+ODD_CONFIGS += ['{"slide_encoder": {"heads": 0}}', '{"text_encoder": {"heads": 7}}', '{"lora_alpha": NaN}']
+ODD_CONFIGS += ['{"llama": {"depth": 100000000}}', '{"llama": {"rope_scaling": ["a"]}}']
 
 
-@pytest.mark.parametrize("text", ODD_CONFIGS)
-def test_configs_of_any_content_are_one_line(tmp_path, text):
+@pytest.mark.parametrize("text", [*ODD_CONFIGS, *(cfg.to_json() for cfg in PRESETS.values())])
+def test_configs_survive_json_and_odd_ones_are_one_line(tmp_path, text):
     (tmp_path / "stage1").mkdir()
     (tmp_path / "stage1" / "model.safetensors").touch()
     (tmp_path / "stage1" / "config.json").write_text(text, encoding="latin-1")
+    if text not in ODD_CONFIGS:
+        assert stage_1(tmp_path)[1].to_json() == text and stage_1(tmp_path)[1] in PRESETS.values()
+        return
     with pytest.raises(UserError) as caught:
-        wsi_llava.trained_stage(argparse.Namespace(out=tmp_path), 1)
+        stage_1(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors", "json", "model"])
 def test_damaged_bytes_are_one_line(tmp_path, tokenizer, ending):
     """A bit flipped or the end missing, anywhere: read all the same, or refused in a line."""
-    path, rng = tmp_path / f"x.{ending}", np.random.default_rng(0)
+    path, rng, read = tmp_path / f"x.{ending}", np.random.default_rng(0), wsi_llava.Tokenizer
     if ending in ("bin", "safetensors"):
         (torch.save if ending == "bin" else save_file)({"a": torch.randn(9, 9), "b": torch.randn(4)}, path)
         read = wsi_llava.read_tensors
     else:
         made = byte_level_tokenizer(tmp_path, ["</s>"]) if ending == "json" else tokenizer.path
         shutil.copy(made, path)
-        read = wsi_llava.Tokenizer
     good, refused = path.read_bytes(), 0
     for case in range(120):
         bad = bytearray(good)
@@ -1156,30 +921,20 @@ def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
     torch.testing.assert_close(embeds[0, place : place + 9], projected[0])
     torch.testing.assert_close(embeds[0, place + 9], tiny.llama.embed_tokens.weight[ids[place + 1]])
     assert spliced[0][spliced[0] != IGNORE].tolist() == [label for label in labels if label != IGNORE]
-    assert (spliced[1, len(short) - 1 + 9 :] == IGNORE).all()
     for wrong, row in ((None, ids), (visual, ids[:place]), (visual, [IMAGE_TOKEN, *ids])):
         with pytest.raises(ValueError, match="row 0 has . <image> in its text and . slides"):
             tiny.splice(wrong, [row, short])
 
 
-def test_padding_changes_no_loss(tiny, tokenizer):
+def test_loss_is_that_of_all_logits_row_by_row(tiny, tokenizer):
+    """Value and gradient: padding and the logits that no label looks at change nothing."""
     rows = [tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")]
-    visual = torch.randn(2, 9, 128)
-    counts = [sum(label != IGNORE for label in labels) for _, labels in rows]
-    with torch.no_grad():
-        alone = [tiny(visual[i : i + 1], [ids], [labels]).item() for i, (ids, labels) in enumerate(rows)]
-        together = tiny(visual, *zip(*rows)).item()
-    assert together == pytest.approx(np.average(alone, weights=counts), rel=1e-5)
-
-
-def test_loss_is_that_of_all_logits_at_the_labelled_positions(tiny, tokenizer):
-    """Value and gradient: the logits that are left out are those that no label looks at."""
-    ids, labels = zip(*[tokenizer.encode_chat(TALK), tokenizer.encode_plain("It is grade 2.")])
-    visual, weight = torch.randn(2, 9, 128), tiny.mm_projector[0].weight
-    embeds, spliced = tiny.splice(visual, ids, labels)
-    logits = tiny.llama(embeds=embeds)[:, :-1].transpose(1, 2)
-    want = F.cross_entropy(logits, spliced[:, 1:], ignore_index=IGNORE, reduction="sum")
-    got = tiny(visual, ids, labels, reduction="sum")
+    visual, weight, want = torch.randn(2, 9, 128), tiny.mm_projector[0].weight, 0
+    for i, (ids, labels) in enumerate(rows):
+        embeds, spliced = tiny.splice(visual[i : i + 1], [ids], [labels])
+        logits = tiny.llama(embeds=embeds)[:, :-1].transpose(1, 2)
+        want = want + F.cross_entropy(logits, spliced[:, 1:], ignore_index=IGNORE, reduction="sum")
+    got = tiny(visual, *zip(*rows), reduction="sum")
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, weight)[0] for loss in (got, want)))
 
@@ -1198,10 +953,24 @@ def test_sampling_is_seeded_and_as_likely_as_the_model_says(tiny):
     assert p.max() < 0.9 and (share - p).abs().max() < 0.07
 
 
+def test_what_cannot_be_generated_from_is_refused(tiny):
+    with pytest.raises(ValueError, match="rows must be of equal length"):
+        next(tiny.generate(None, [[1], [1, 2]]))
+    with pytest.raises(UserError, match="300 tokens, the language model's context holds 256"):
+        next(tiny.generate(None, [[1] * 300]))
+    with torch.no_grad():
+        tiny.llama.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="logits are not finite"):
+        next(tiny.generate(None, [[1, 5, 6]]))
+
+
 @pytest.mark.parametrize("name", ["../s", "a/b", "/etc/passwd", "..", ".", "", "a\\b", "a\0b", 7, None])
 def test_a_name_of_a_slide_cannot_leave_its_folder(tmp_path, name):
     with pytest.raises(UserError, match="not the name of a slide"):
         wsi_llava.slide_file(tmp_path, name)
+
+
+FEATURES = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
 
 
 @pytest.mark.parametrize(
@@ -1218,14 +987,12 @@ def test_a_name_of_a_slide_cannot_leave_its_folder(tmp_path, name):
 def test_features_are_checked_when_they_are_read(tiny, tmp_path, change, message):
     """In one line with the file's name; in a loop over many slides, that slide alone fails."""
     (tmp_path / "features").mkdir()
-    good = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
-    save_file(good, tmp_path / "features" / "good.safetensors")
-    bad = {name: x for name, x in (good | change).items() if x is not None}
+    save_file(FEATURES, tmp_path / "features" / "good.safetensors")
+    bad = {name: x for name, x in (FEATURES | change).items() if x is not None}
     save_file(bad, tmp_path / "features" / "bad.safetensors")
-    with pytest.raises(UserError, match=f"features/bad.safetensors: .*{message}"):
-        wsi_llava.read_features(tmp_path, "bad", width=128)
     written, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["bad", "good"])
-    assert written == 1 and list(problems) == ["bad"] and re.search(message, problems["bad"])
+    assert written == 1 and re.search(f"features/bad.safetensors: .*{message}", problems.pop("bad"))
+    assert not problems
 
 
 class FirstTokens(torch.nn.Module):
@@ -1237,15 +1004,12 @@ class FirstTokens(torch.nn.Module):
 
 def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, monkeypatch):
     """The slide's tiles, the encoder, or the text of any file that holds one of its classes, a pool's too."""
-    (tmp_path / "features").mkdir()
-    tensors = {"features": torch.randn(20, 128), "coords": torch.zeros(20, 2, dtype=torch.int32)}
-    edited, text = [], inspect.getsource
+    features, edited, text = tmp_path / "features" / "s.safetensors", [], inspect.getsource
+    features.parent.mkdir()
     monkeypatch.setattr(inspect, "getsource", lambda file: text(file) + "# edited" * (file in edited))
     for change in (
-        lambda: save_file(tensors, tmp_path / "features" / "s.safetensors"),
-        lambda: save_file(
-            tensors | {"coords": tensors["coords"] + 256}, tmp_path / "features" / "s.safetensors"
-        ),
+        lambda: save_file(FEATURES, features),
+        lambda: save_file(FEATURES | {"coords": FEATURES["coords"] + 256}, features),
         lambda: tiny.cfg.fingerprints.update(slide_encoder="another"),
         lambda: cut(tmp_path / "visual_tokens" / "s.safetensors"),
         lambda: edited.append(wsi_llava),
@@ -1258,17 +1022,6 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
             assert found == written and "no such file" in problems["absent"]
 
 
-def test_arguments_that_do_not_fit_together_are_refused(tiny):
-    x = torch.randn(1, 4, 1, 16)
-    for call, message in [
-        (lambda: wsi_llava.dilated_attention(x, x, x, (4, 8), (1,)), "as many segments as dilations"),
-        (lambda: wsi_llava.dilated_attention(x, x, x, (4,), (1,), impl="flash"), "a known impl: .*flash"),
-        (lambda: next(tiny.generate(None, [[1], [1, 2]])), "rows must be of equal length"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
 # ---- wsi_llava.py: published weights, in miniature -------------------------------------------------------
 
 
@@ -1276,54 +1029,49 @@ def test_loaders_are_strict_both_ways(tmp_path):
     path, good = tmp_path / "encoder.pth", wsi_llava.SlideEncoder(PRESETS["demo"].slide_encoder).state_dict()
     torch.save({"model": good}, path)
     wsi_llava.load_slide_encoder(path)
+    whole = torch.zeros(128, dtype=torch.long)
     for tensors, message in (
         (
             {k: v for k, v in good.items() if k != "norm.bias"},
-            "does not fit SlideEncoder in 1 key: norm.bias is missing",
+            "no SlideEncoder as expected: norm.bias is missing",
         ),
         (good | {"decoder.weight": torch.zeros(1)}, r"decoder.weight is \[1\], not a key of the model"),
         (good | {"norm.bias": torch.zeros(7)}, r"norm.bias is \[7\], not \[128\]"),
-        (good | {"norm.bias": torch.zeros(128, dtype=torch.long)}, r"norm.bias is \[128\], not"),
-        ([torch.zeros(3)], "encoder.pth: .*; not Prov-GigaPath's slide encoder"),
+        (good | {"norm.bias": whole}, r"norm.bias is \[128\], not"),
+        ([torch.zeros(3)], "not Prov-GigaPath's slide encoder"),
         ({"weights": torch.zeros(1)}, "lacks 'patch_embed.proj.weight'; not Prov-GigaPath's slide encoder"),
         ({"model": {"norm.bias": object()}}, "copy or download it again"),  # a foreign class, never unpickled
-        (None, "no such file; copy or download it again"),
     ):
-        path.unlink() if tensors is None else torch.save(tensors, path)
-        with pytest.raises(UserError, match=message) as caught:
+        torch.save(tensors, path)
+        with pytest.raises(UserError, match=f"encoder.pth: .*{message}") as caught:
             wsi_llava.load_slide_encoder(path)
-        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_llama_loader_names_what_is_wrong(tmp_path):
-    with pytest.raises(UserError, match="config.json: no such file"):
-        wsi_llava.load_llama(tmp_path)
     cfg = wsi_llava.LlamaConfig(50, 32, 1, 2, 2, 48)
     wsi_llava.save_llama(wsi_llava.Llama(cfg), tmp_path)
     assert wsi_llava.load_llama(tmp_path).cfg == cfg
-    config = json.loads((tmp_path / "config.json").read_text())
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
     for changes, message in [
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-            "rope scaling .*linear.* is not supported",
-        ),
-        ({"model_type": "gpt2"}, "model_type gpt2 is not supported here"),
-        ({"attention_bias": True}, "biases beside those of Qwen2 is not supported here"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported here"),
-        ({"model_type": "mistral", "sliding_window": 100}, "window of 100 below the context of 4096"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling linear is not supported"),
+        ({"model_type": "gpt2"}, "model_type gpt2 is not supported"),
+        ({"attention_bias": True}, "biases beside those of Qwen2 is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
+        ({"model_type": "mistral", "sliding_window": 100}, "window of 100 below the context"),
         ({"head_dim": 8}, r"layers.0.self_attn.k_proj.weight is \[32, 32\], not \[16, 32\]"),
-        ({"num_attention_heads": 5}, r"q_proj.weight is \[32, 32\], not \[80, 32\]"),
-        ({"num_hidden_layers": 10**9}, "depth cannot be 1000000000"),
         ({"rms_norm_eps": math.nan}, "eps cannot be nan"),
-        ({"vocab_size": "many"}, "vocab cannot be many"),
-        ({"hidden_size": 64}, r"embed_tokens.weight is \[50, 32\], not \[50, 64\]"),
     ]:
-        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        path.write_text(json.dumps(config | changes))
         with pytest.raises(UserError, match=message):
             wsi_llava.load_llama(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
+        wsi_llava.load_llama(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="config.json: no such file"):
         wsi_llava.load_llama(tmp_path)
 
 
@@ -1339,14 +1087,12 @@ def save_shards(tensors, folder, stem="pytorch_model", ending="bin"):
 
 
 def published_llm(folder, layout, **changes):
-    """A miniature in one of the layouts in which the weights are published -> (transformers' Llama, projector
-    or None)."""
+    """A miniature in one of the published layouts -> (transformers' Llama, projector or None)."""
     theirs = hf_llama(folder, **changes)
     config, state = json.loads((folder / "config.json").read_text()), theirs.state_dict()
     for file in folder.iterdir():
         file.unlink()
-    width = config["hidden_size"]
-    projector = wsi_llava.make_projector(160, width)
+    projector = wsi_llava.make_projector(160, config["hidden_size"])
     if layout == "vicuna":
         projector = None
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
@@ -1365,29 +1111,8 @@ def published_llm(folder, layout, **changes):
     return theirs, projector
 
 
-def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensors", **changes):
-    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights, computed
-    here."""
-    folder.mkdir()
-    merged, adapters = copy.deepcopy(theirs), {}
-    targets = changes.get("target_modules", ["q_proj", "down_proj"])
-    for name, module in merged.named_modules():
-        if name.split(".")[-1] in targets:
-            a, b = torch.randn(r, module.in_features) / 8, torch.randn(module.out_features, r) / 8
-            for letter, x in (("A", a), ("B", b)):
-                adapters[f"base_model.model.{name}.lora_{letter}.weight"] = x
-            module.weight.data += alpha / r * b @ a
-    config = PEFTS_DEFAULTS | {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none"}
-    config |= {"target_modules": targets} | changes
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    (save_file if ending == "safetensors" else torch.save)(adapters, folder / f"adapter_model.{ending}")
-    prefix = "base_model.model.model.mm_projector."
-    torch.save({prefix + k: v for k, v in projector.state_dict().items()}, folder / "non_lora_trainables.bin")
-    return merged
-
-
 @pytest.mark.parametrize("layout", ["vicuna", "llava", "llava-hf"])
-def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
+def test_every_published_layout_equals_transformers(tmp_path, layout):
     theirs, projector = published_llm(tmp_path, layout)
     ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
     with torch.no_grad():
@@ -1396,12 +1121,7 @@ def test_every_published_layout_of_the_language_model_is_read(tmp_path, layout):
     assert (found is None) == (projector is None)
     assert projector is None or torch.equal(found[0].weight, projector[0].weight)
     torch.save({"model.mm_projector.weight": torch.zeros(4, 4)}, tmp_path / "mm_projector.bin")  # LLaVA-1.0's
-    wrong = (
-        "lacks 'mm_projector.0.weight'; not a projector of two"
-        if projector is None
-        else "mm_projector.weight is"
-    )
-    with pytest.raises(UserError, match=wrong):
+    with pytest.raises(UserError, match="mm_projector"):
         wsi_llava.load_projector(tmp_path)
 
 
@@ -1411,31 +1131,13 @@ def test_an_lm_head_beside_a_tied_embedding_counts_where_it_is_another(tmp_path,
     for file in tmp_path.glob("model*"):
         file.unlink()
     state = theirs.state_dict()
-    state["lm_head.weight"] = state["lm_head.weight"].clone()
-    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.save(state | {"lm_head.weight": state["lm_head.weight"].clone()}, tmp_path / "pytorch_model.bin")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     ours, ids = wsi_llava.load_llama(tmp_path), torch.randint(97, (2, 40))
     assert ours.cfg.tied is not own
     with torch.no_grad():
         agrees("tied or not", ours(ids), theirs(ids).logits, 1e-5)
-
-
-def test_a_whole_file_comes_before_shards_and_adapters_are_merged_once(tmp_path):
-    theirs, projector = published_llm(tmp_path / "base", "vicuna")  # shards and their index
-    state = {name: x + 1 for name, x in theirs.state_dict().items()}
-    torch.save(state, tmp_path / "base" / "pytorch_model.bin")  # as transformers takes it
-    norm = wsi_llava.load_llama(tmp_path / "base").norm.weight
-    assert torch.equal(norm, state["model.norm.weight"])
-    published_lora(tmp_path / "lora", theirs, wsi_llava.make_projector(160, 64))
-    llama = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
-    wsi_llava.save_llama(llama, tmp_path / "export")
-    with pytest.raises(
-        UserError, match="lora: the language model holds these adapters already; leave --lora"
-    ):
-        wsi_llava.load_llama(tmp_path / "export", lora=tmp_path / "lora")
-    published_lora(tmp_path / "other", theirs, wsi_llava.make_projector(160, 64))
-    wsi_llava.load_llama(tmp_path / "export", lora=tmp_path / "other")
 
 
 def test_the_tokenizer_with_more_tokens_is_read(tmp_path, tokenizer):
@@ -1455,12 +1157,12 @@ def test_the_tokenizer_with_more_tokens_is_read(tmp_path, tokenizer):
 def test_an_export_ends_where_answers_end(tmp_path, tokenizer):
     """By the chat's token as well as the base model's own, whatever transformers reads of the two files."""
     hf_llama(tmp_path)
-    shutil.copy(tokenizer.path, tmp_path / "tokenizer.model")
+    shutil.copy(tokenizer.path, tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     folder, ends = wsi_llava.pick_llm(train.parse(["--llm", str(tmp_path)]), {"preset": "7b"})
     wsi_llava.save_llama(wsi_llava.load_llama(folder), tmp_path / "export", ends)
-    for name in ("generation_config.json", "config.json"):
-        assert json.loads((tmp_path / "export" / name).read_text())["eos_token_id"] == [tokenizer.eos, 7]
+    for file in (tmp_path / "export").glob("*config.json"):
+        assert json.loads(file.read_text())["eos_token_id"] == [tokenizer.eos, 7]
 
 
 def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
@@ -1468,23 +1170,6 @@ def test_what_a_config_of_transformers_leaves_out_is_its_default(tmp_path):
     text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}))
     assert wsi_llava.read_llama_config(tmp_path) == wsi_llava.LlamaConfig(vocab=32064)
-
-
-@pytest.mark.parametrize("changes", [{}, {"target_modules": ["lm_head", "o_proj"], "ending": "bin"}])
-def test_lora_folder_is_merged_into_its_base(tmp_path, changes):
-    theirs, projector = published_llm(tmp_path / "base", "llava")
-    merged = published_lora(tmp_path / "lora", theirs, projector, **changes)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
-    ours, ids = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora"), torch.randint(97, (2, 40))
-    with torch.no_grad():
-        agrees("a LoRA folder, merged on load", ours(ids), merged(ids).logits, 1e-5)
-        assert relative(ours(ids), theirs(ids).logits) > 1e-5
-    # Merged in mapped memory
-    assert before == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
-    path = tmp_path / "lora" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": "all-linear"}))  # a pattern
-    again = wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))
 
 
 PEFTS_DEFAULTS = {  # as PEFT 0.18 writes them
@@ -1499,36 +1184,68 @@ PEFTS_DEFAULTS = {  # as PEFT 0.18 writes them
 }  # fmt: skip
 
 
+def published_lora(folder, theirs, projector, r=4, alpha=8.0, ending="safetensors", **changes):
+    """A LoRA folder as LLaVA writes it -> transformers' Llama with W + alpha / r B A in its weights."""
+    folder.mkdir()
+    merged, adapters = copy.deepcopy(theirs), {}
+    targets = changes.get("target_modules", ["q_proj", "down_proj"])
+    for name, module in merged.named_modules():
+        if name.split(".")[-1] in targets:
+            a, b = torch.randn(r, module.in_features) / 8, torch.randn(module.out_features, r) / 8
+            for letter, x in (("A", a), ("B", b)):
+                adapters[f"base_model.model.{name}.lora_{letter}.weight"] = x
+            module.weight.data += alpha / r * b @ a
+    config = PEFTS_DEFAULTS | {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "bias": "none"}
+    config |= {"target_modules": targets} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (save_file if ending == "safetensors" else torch.save)(adapters, folder / f"adapter_model.{ending}")
+    prefix = "base_model.model.model.mm_projector."
+    torch.save({prefix + k: v for k, v in projector.state_dict().items()}, folder / "non_lora_trainables.bin")
+    return merged
+
+
+@pytest.mark.parametrize("changes", [{}, {"target_modules": ["lm_head", "o_proj"], "ending": "bin"}])
+def test_lora_folder_is_merged_into_its_base_once(tmp_path, changes):
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    theirs, projector = published_llm(base, "llava")
+    merged = published_lora(lora, theirs, projector, **changes)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    ours, ids = wsi_llava.load_llama(base, lora=lora), torch.randint(97, (2, 40))
+    with torch.no_grad():
+        agrees("a LoRA folder, merged on load", ours(ids), merged(ids).logits, 1e-5)
+        assert relative(ours(ids), theirs(ids).logits) > 1e-5
+    assert before == {file.name: file.read_bytes() for file in base.iterdir()}  # merged in mapped memory
+    wsi_llava.save_llama(ours, tmp_path / "export")
+    with pytest.raises(UserError, match="the language model holds these adapters already; leave --lora"):
+        wsi_llava.load_llama(tmp_path / "export", lora=lora)
+    published_lora(tmp_path / "other", theirs, projector)
+    wsi_llava.load_llama(tmp_path / "export", lora=tmp_path / "other")
+
+
 def test_lora_of_another_kind_is_refused_by_name(tmp_path):
-    theirs, projector = published_llm(tmp_path / "base", "llava")
-    published_lora(tmp_path / "lora", theirs, projector)
-    path = tmp_path / "lora" / "adapter_config.json"
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    published_lora(lora, *published_llm(base, "llava"))
+    path = lora / "adapter_config.json"
     good = json.loads(path.read_text())
     for changes, message in [
         ({"use_dora": True}, "use_dora True is not supported: plain LoRA only"),
-        ({"use_rslora": True}, "use_rslora True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),  # it also changed the base's weights
         ({"bias": "all"}, "bias all"),
         ({"peft_type": "IA3"}, "peft_type IA3"),
-        ({"rank_pattern": {"layers.1.mlp.down_proj": 2}}, "rank_pattern {"),
         ({"alpha_pattern": {"model.layers.1.mlp.down_proj": 2}}, "alpha_pattern {"),
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens \[5\]"),
-        ({"modules_to_save": ["embed_tokens"]}, r"modules_to_save \['embed_tokens'\]"),
-        ({"layers_to_transform": 3}, "layers_to_transform 3"),
         ({"an_option_of_tomorrow": 0.5}, "an_option_of_tomorrow 0.5"),
-        ({"lora_alpha": None}, "adapter_config.json: float.. argument must be"),
-        ({"lora_alpha": math.nan}, "lora: no adapters; --lora takes a PEFT or LLaVA LoRA folder"),
-        ({"r": 8}, r"of layers.0.mlp.down_proj are \[4, 112\] and \[64, 4\], .*, r is 8"),
+        ({"lora_alpha": math.nan}, "no adapters; --lora takes a PEFT or LLaVA LoRA folder"),
+        ({"r": 8}, r"layers.0.mlp.down_proj's are \[4, 112\] and \[64, 4\], not of rank 8"),
     ]:
         path.write_text(json.dumps(good | changes))
-        with pytest.raises(UserError, match=message) as caught:
-            wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "lora")
-        assert str(tmp_path / "lora") in str(caught.value) and "\n" not in str(caught.value)
+        with pytest.raises(UserError, match=f"{re.escape(str(lora))}.*{message}"):
+            wsi_llava.load_llama(base, lora=lora)
     with pytest.raises(UserError, match="adapter_config.json: no such file; --lora takes"):
-        wsi_llava.load_llama(tmp_path / "base", lora=tmp_path / "base")
-    (tmp_path / "lora" / "config.json").write_bytes((tmp_path / "base" / "config.json").read_bytes())
+        wsi_llava.load_llama(base, lora=base)
+    shutil.copy(base / "config.json", lora)
     with pytest.raises(UserError, match="holds LoRA adapters: name it with --lora"):
-        wsi_llava.load_llama(tmp_path / "lora")
+        wsi_llava.load_llama(lora)
 
 
 def cut(path):
@@ -1536,35 +1253,30 @@ def cut(path):
 
 
 @pytest.mark.parametrize("ending", ["bin", "safetensors"])
-def test_damaged_shards_are_named(tmp_path, ending):
-    theirs = hf_llama(tmp_path)
-    state = theirs.state_dict()
+def test_damaged_shards_are_named_and_a_whole_file_comes_before_them(tmp_path, ending):
+    state = hf_llama(tmp_path).state_dict()
     for file in tmp_path.glob("model*"):
         file.unlink()
-    stem = "model" if ending == "safetensors" else "pytorch_model"
+    stem, norm = "model" if ending == "safetensors" else "pytorch_model", "model.norm.weight"
     second = tmp_path / f"{stem}-00002-of-00002.{ending}"
-    norm = "model.norm.weight"
     for tensors, harm, message in [
         (state, cut, f"{second.name}: .*; copy or download it again"),
         (state, Path.unlink, f"{second.name}: no such file; copy"),
-        (
-            state | {"model.x.weight": torch.zeros(3)},
-            None,
-            r"x.weight is \[3\], not a key of the model",
-        ),
-        (state | {norm: torch.zeros(3)}, None, r"norm.weight is \[3\], not \[64\]"),
+        (state | {"model.x.weight": torch.zeros(3)}, None, r"x.weight is \[3\], not a key of the model"),
         ({k: v for k, v in state.items() if k != norm}, None, "norm.weight is missing"),
         (state | {"norm.weight": state[norm]}, None, "a second norm.weight, .*norm.weight"),
     ]:
         save_shards(tensors, tmp_path, stem, ending)
         if harm:
             harm(second)
-        with pytest.raises(UserError, match=message) as caught:
+        with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}.*{message}"):
             wsi_llava.load_llama(tmp_path)
-        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     cut(tmp_path / f"{stem}.{ending}.index.json")
     with pytest.raises(UserError, match="index.json: .*; copy or download it again"):
         wsi_llava.load_llama(tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")  # as transformers takes it
+    if ending == "bin":
+        assert torch.equal(wsi_llava.load_llama(tmp_path).norm.weight, state[norm])
 
 
 # ---- wsi_llava.py: the same where a user puts them -------------------------------------------------------
@@ -1572,50 +1284,39 @@ def test_damaged_shards_are_named(tmp_path, ending):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch, toy_slide, tokenizer):
-    """A folder to work in: weights/gigapath/*, weights/vicuna-7b-v1.5 (and WSI-LLaVA's LoRA folder), one
-    prepared slide."""
+    """A folder to work in: GigaPath's and Vicuna's weights, LoRA folders, one prepared slide, its report."""
     monkeypatch.chdir(tmp_path)
-    gigapath = tmp_path / "weights" / "gigapath"
+    gigapath, vicuna = tmp_path / "weights" / "gigapath", tmp_path / "weights" / "vicuna-7b-v1.5"
     gigapath.mkdir(parents=True)
     torch.manual_seed(2)
-    tile_encoder = wsi_llava.TileEncoder(
-        wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64)
-    )
-    torch.save(tile_encoder.state_dict(), gigapath / "pytorch_model.bin")
+    small = wsi_llava.TileEncoderConfig(width=64, depth=1, heads=1, mlp_hidden=64)
+    torch.save(wsi_llava.TileEncoder(small).state_dict(), gigapath / "pytorch_model.bin")
     slide_encoder = wsi_llava.SlideEncoder(wsi_llava.SlideEncoderConfig(64, 128, 1, 16, 128))
     torch.save({"model": slide_encoder.state_dict()}, gigapath / "slide_encoder.pth")
-    vicuna = tmp_path / "weights" / "vicuna-7b-v1.5"
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
-    theirs, _ = published_llm(vicuna, "vicuna", **sizes)
-    (vicuna / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    theirs, _ = published_llm(vicuna, "vicuna", vocab_size=tokenizer.size, max_position_embeddings=1024)
+    shutil.copy(tokenizer.path, vicuna / "tokenizer.model")
     projector = wsi_llava.make_projector(160, 64)
     merged = published_lora(tmp_path / "WSI-LLaVA", theirs, projector)
+    published_lora(tmp_path / "narrow", theirs, wsi_llava.make_projector(100, 64))
     prepare.main(["--slides", str(toy_slide[0])])
+    rows = [{"id": "1", "slide": "toy", "task": "Report", "conversations": TALK[:2]}]
+    prepare.write_qa(Path("data/qa/train.jsonl"), rows)
     return merged, projector
 
 
 def test_published_weights_answer_without_training(published, capsys):
     merged, projector = published
-    sample.main(
-        ["--slide", "toy", "--ask", "What is its grade?", "--lora", "WSI-LLaVA", "--max-new-tokens", "5"]
-    )
+    ask = ["--slide", "toy", "--ask", "What is its grade?", "--max-new-tokens", "5"]
+    sample.main([*ask, "--lora", "WSI-LLaVA"])
     printed = capsys.readouterr()
     assert "Projector: that of WSI-LLaVA." in printed.err and "576 visual tokens" in printed.out
     model, ids = assembled(3, "--lora", "WSI-LLaVA"), torch.randint(90, (1, 40))
     assert torch.equal(model.mm_projector[2].weight, projector[2].weight) and model.cfg.pad_to == 160
     with torch.no_grad():
         assert relative(model.llama(ids), merged(ids).logits) < 1e-5
-    with pytest.raises(UserError, match="out/stage3 holds no trained model, and no published projector"):
-        assembled(3)  # Vicuna alone has no projector
-
-
-SMALL_GIGAPATH = wsi_llava.SlideEncoderConfig(width=128, depth=1, mlp_hidden=128)  # for features 1,536 wide
 
 
 def test_stage_1_starts_from_gigapaths_slide_encoder(published):
-    rows = [{"id": "1", "slide": "toy", "task": "Report", "conversations": TALK[:2]}]
-    prepare.write_qa(Path("data/qa/train.jsonl"), rows)
-
     def start(*flags):
         args = train.parse(["--stage", "1", *flags])
         wsi_llava.resolve_device(args)
@@ -1627,30 +1328,21 @@ def test_stage_1_starts_from_gigapaths_slide_encoder(published):
     assert all(torch.equal(p, theirs[name]) for name, p in start().state_dict().items())
     new = start("--from-scratch")
     assert new.cfg.in_width == 64 and not torch.equal(new.cls_token, theirs["cls_token"])
-    torch.save({"model": wsi_llava.SlideEncoder(SMALL_GIGAPATH).state_dict()}, path)
-    with pytest.raises(UserError, match="features 1536 wide and of any, these are 64 and .*--from-scratch"):
-        start()
     with pytest.raises(UserError, match="--from-scratch or --slide-encoder: not both"):
         start("--from-scratch", "--slide-encoder", str(path))
     path.unlink()
-    with pytest.raises(
-        UserError, match="weights/gigapath/slide_encoder.pth: no such file; name one with --slide-encoder"
-    ):
+    with pytest.raises(UserError, match=f"{path}: no such file; name one with --slide-encoder"):
         start()
 
 
 def test_stage_2_starts_from_the_projector_of_llava_if_it_fits(published, tmp_path, capsys, tokenizer):
-    report = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "It is grade 2."}]
-    row = {"id": "1", "slide": "toy", "task": "Report", "conversations": report}
-    prepare.write_qa(Path("data/qa/train.jsonl"), [row])
     llava = tmp_path / "weights" / "llava-v1.5-7b"
-    _, projector = published_llm(llava, "llava", vocab_size=len(tokenizer), max_position_embeddings=1024)
-    (llava / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    _, projector = published_llm(llava, "llava", vocab_size=tokenizer.size, max_position_embeddings=1024)
+    shutil.copy(tokenizer.path, llava / "tokenizer.model")
     train.main(["--stage", "2", "--llm", str(llava), "--epochs", "0"])
     assert f"Projector: that of {llava}." in capsys.readouterr().err
     trained = load_file("out/stage2/model.safetensors")
     assert torch.equal(trained["mm_projector.0.weight"], projector[0].weight)
-    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
     model = assembled(1, "--lora", "narrow", "--llm", llava)  # visual tokens are 128 wide
     news = "Projector: a new one, since no published projector here takes 128 channels and gives 64."
     assert news in capsys.readouterr().err
@@ -1662,45 +1354,27 @@ def test_what_is_missing_or_does_not_fit_is_named(published, tmp_path):
         with pytest.raises(UserError, match=message):
             assembled(3, *flags)
 
-    published_lora(tmp_path / "narrow", hf_llama(tmp_path / "x"), wsi_llava.make_projector(100, 64))
     refused("no published projector here takes 128 channels and gives 64: train stage 3", "--lora", "narrow")
+    refused("out/stage3 is not trained, and no published projector")  # Vicuna alone has none
     folder = Path("weights/vicuna-7b-v1.5")
     for file in folder.glob("pytorch_model*"):
         file.unlink()
     small = wsi_llava.LlamaConfig(vocab=90, width=64, depth=1, heads=4, kv_heads=4, mlp_hidden=112)
     wsi_llava.save_llama(wsi_llava.Llama(small), folder)
-    refused("tokens, the language model 90; use the language model's own")
+    refused("tokens, more than the language model's 90")
     shutil.rmtree(folder)
     refused(f"{folder} or weights/llava-v1.5-7b: no such file; name a language model")
     shutil.rmtree("weights/gigapath")
-    needed = "--preset 7b needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
-    with pytest.raises(UserError, match=needed):
+    with pytest.raises(UserError, match="--preset 7b needs GigaPath's: name it by --tile-encoder"):
         wsi_llava.pick_tile_encoder(prepare.parse(["--preset", "7b", "--demo"]))
 
 
-@slow
-def test_features_of_another_encoder_are_refused(demo, tmp_path):
-    """Other weights of the same width, and another width: by the fingerprint, and by the shape."""
-    folder, _ = demo
-    other = wsi_llava.untrained_tile_encoder(seed=1)
-    save_file(other.state_dict(), tmp_path / "other.safetensors")
-    places = ["--slides", str(folder / "data" / "slides"), "--data", str(folder / "data")]
-    with pytest.raises(UserError, match="features of another tile encoder"):
-        prepare.main([*places, "--tile-encoder", str(tmp_path / "other.safetensors")])
-    args = train.parse(["--data", str(folder / "data"), "--out", str(folder / "out")])
-    wsi_llava.resolve_device(args)
-    for name, value, message in (
-        (
-            "fingerprint",
-            "0123",
-            "stage1.*: takes tile features 128 wide and of .*, these are 128 and of 0123",
-        ),
-        ("width", 1536, "takes tile features 128 wide and of .*, these are 1536"),
-    ):
-        meta = wsi_llava.read_meta(args.data)
-        meta["encoder"][name] = value
-        with pytest.raises(UserError, match=message):
-            wsi_llava.load_model(args, meta, 3)
+@pytest.mark.parametrize("width, mark", [(128, "0123"), (1536, "abcd")])
+def test_a_slide_encoder_refuses_features_of_another_tile_encoder(width, mark):
+    cfg = wsi_llava.SlideEncoderConfig(in_width=128, trained_on="abcd")
+    meta = {"encoder": {"width": width, "fingerprint": mark}}
+    with pytest.raises(UserError, match=f"stage1: .* 128 wide and of abcd, these are {width} and of {mark}"):
+        wsi_llava.check_tile_encoder(cfg, meta, "stage1")
 
 
 # ---- train.py: what is trained on ------------------------------------------------------------------------
@@ -1856,7 +1530,7 @@ def test_resumed_run_equals_an_uninterrupted_one(demo, tmp_path, monkeypatch, st
     result = tmp_path / "out" / f"stage{stage}" / "model.safetensors"
     for name in ("whole", "again"):
         train_with(demo, tmp_path / "out", *flags)
-        result.rename(tmp_path / name)
+        shutil.copy(result, tmp_path / name)
     assert same_weights(tmp_path / "whole", tmp_path / "again")
 
     real = train.schedule
@@ -1890,8 +1564,7 @@ def test_the_stand_in_is_the_same_again_and_follows_the_texts(demo, tmp_path, mo
     monkeypatch.setattr(train, "train_stand_in", lambda args: trained.append(mark.exists()))
     train.stand_in(args)
     assert trained == []
-    rows = prepare.read_qa(data / "qa" / "train.jsonl")
-    prepare.write_qa(data / "qa" / "train.jsonl", rows[1:])
+    write_train(data, [("demo_0001", "report", "A tumor.")])
     train.stand_in(args)
     assert trained == [False]
 
@@ -1905,7 +1578,6 @@ def test_a_run_resumes_as_itself_or_not_at_all(demo, tmp_path):
     for changed, what in (
         ("--lora-alpha 8", "lora_alpha 32, not 8.0"),
         ("--full", "full False, not True"),
-        ("--clip 0.5", "clip 1.0, not 0.5"),
         (f"--seed 5 --llm {data}/llm", "seed 0, not 5"),
         ("--epochs 2", "steps 2, not 4"),
     ):
@@ -3421,28 +3093,12 @@ def sample_with(demo, *arguments, data=None):
     )
 
 
-def test_why_a_slide_cannot_be_asked_about(tmp_path, tiny):
-    for folder in ("features", "visual_tokens"):
-        (tmp_path / folder).mkdir()
-    save_file({"visual_tokens": torch.zeros(36, 128)}, tmp_path / "visual_tokens" / "imported.safetensors")
-    tensors = {"features": torch.zeros(0, 128), "coords": torch.zeros(0, 2)}
-    save_file(tensors, tmp_path / "features" / "glass.safetensors")
-    (tmp_path / "features" / "cut.safetensors").write_bytes(b"half")
-    args = types.SimpleNamespace(data=tmp_path)
-    assert [sample.prepare_raw(args, name) for name in ("imported", "cut")] == ["imported", "cut"]
-    with pytest.raises(UserError, match=f"nobody: neither a file nor a slide in {tmp_path}/features"):
-        sample.prepare_raw(args, "nobody")
-    _, problems = wsi_llava.cache_visual_tokens(tiny, tmp_path, ["glass", "cut"])
-    assert "no tissue was found" in problems["glass"] and "prepare the slide again" in problems["cut"]
-
-
 @slow
 def test_zero_shot_equals_stage_one(demo, capsys):
-    """The probabilities are the softmax over what training would embed."""
-    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin"]
+    """The probabilities are the softmax over what training would embed; equal texts are two lines."""
+    texts = ["The tumor is an adenocarcinoma.", "squamous cell carcinoma", "mucin", "mucin"]
     sample_with(demo, "--slide", "demo_0015", "--zero-shot", *texts)
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(texts) :]]
-    found = {text: float(p) for p, text in lines}
+    found = sorted(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-len(texts) :])
     args = train.parse(["--data", str(demo[0] / "data"), "--out", str(demo[0] / "out")])
     wsi_llava.resolve_device(args)
     _, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
@@ -3450,10 +3106,10 @@ def test_zero_shot_equals_stage_one(demo, capsys):
     with torch.no_grad():
         slides = model.embed_slides(features.float(), coords, [len(coords)])
         embedded = model.embed_words([tokenizer.encode(text) for text in texts], words)
-        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1)
-    assert [found[text] for text in texts] == pytest.approx(want.tolist(), abs=1e-4)
-    sample_with(demo, "--slide", "demo_0015", "--zero-shot", "mucin", "mucin")
-    assert capsys.readouterr().out.count("0.5000  mucin") == 2
+        want = (model.logit_scale.exp() * slides[0] @ embedded.T).softmax(-1).tolist()
+    want = sorted([f"{share:.4f}", text] for share, text in zip(want, texts))
+    assert [text for _, text in found] == [text for _, text in want]
+    assert [float(p) for p, _ in found] == pytest.approx([float(p) for p, _ in want], abs=2e-4)
 
 
 def test_chat_continues_as_if_read_anew(tiny, tokenizer):
@@ -3472,21 +3128,11 @@ def test_chat_continues_as_if_read_anew(tiny, tokenizer):
     assert second == tokenizer.decode([t for t in again if t != tokenizer.eos])
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("source, before", [(Terminal, "> "), (io.StringIO, "")])
-def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys, source, before):
-    """From a person, who is told how, or a pipe; a line that does not fit costs itself."""
-    lines = ["What is its grade?", "", "word " * 400, "What is its grade?"]
-    monkeypatch.setattr(sys, "stdin", source("\n".join(lines)))
-    chat = sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5)
-    said = sample.talk(chat)
-    out, err = capsys.readouterr()
-    assert out.count("> ") == (5 if before else 0) and ("Ctrl-D" in out) == bool(before)
-    assert out.count(" s)\n") == 2 and said in out and err.startswith("error: the prompt is too long")
+def test_a_chat_ends_with_its_input(tiny, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is its grade?\n\nWhat is its grade?"))
+    said = sample.talk(sample.Chat(tiny, tokenizer, torch.randn(9, 128), max_new_tokens=5))
+    out = capsys.readouterr().out
+    assert out.count(" s)\n") == 2 and said in out
 
 
 @slow
@@ -3532,94 +3178,52 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
         sample.read_questions([tmp_path / "qa.json"], tmp_path)
 
 
-def test_a_later_question_sees_the_true_earlier_answers(tokenizer):
-    ids = sample.prompt_ids(tokenizer, {"conversations": TALK[:3]})
-    assert ids == tokenizer.encode_chat(TALK[:3])[0]
-    bare = sample.prompt_ids(tokenizer, {"conversations": TALK[:1]}, image=False)
-    assert IMAGE_TOKEN not in bare and tokenizer.decode(bare).endswith(
-        "USER: Which type of tumor is this? ASSISTANT:"
-    )
-
-
-def asking(demo, data, *flags):
-    """The flags that answer qa.jsonl beside `data`, and its model -> (flags, predictions, model, tokenizer)."""
-    path = data.parent / "predictions.jsonl"
-    flags = ["--qa", data.parent / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, *flags]
-    args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out"), *map(str, flags)])
-    wsi_llava.resolve_device(args)
-    return flags, path, *sample.load_model(args)
-
-
 @slow
 def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
     """Grouped, with baselines, cut short by a kill and resumed; a slide that is damaged or not there costs its own
     questions, which are answered when it is."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
+    data, path = shutil.copytree(demo[0] / "data", tmp_path / "data"), tmp_path / "predictions.jsonl"
     rows = prepare.read_qa(data / "qa" / "test.jsonl")
+    n = sum(len(row["conversations"]) // 2 for row in rows)
     far = {"id": "far-1", "slide": "far", "task": "Grading", "cancer": "demo", "conversations": TALK[:2]}
     long = {**rows[0], "id": "long", "conversations": [{"from": "human", "value": "word " * 600}, TALK[1]]}
     prepare.write_qa(tmp_path / "qa.jsonl", [*rows, far, far | {"slide": "cut"}, long])
     (data / "features" / "cut.safetensors").write_bytes(b"half")
-    flags, path, model, tokenizer = asking(demo, data, "--baselines")
-    sample_with(demo, *flags, data=data)
-    printed = capsys.readouterr().out
-    assert (
-        "30 questions about 5 slides, 27 to ask" in printed
-        and "Answered 27 questions; 1 are too long" in printed
-    )
-    assert (
-        "about far: " in printed and "far.safetensors: no such" in printed and "cut.safetensors: " in printed
-    )
-    _, answers = sample.read_predictions(path)
-    assert sorted(answers) == list(range(27))
+    flags = ["--qa", tmp_path / "qa.jsonl", "--predictions", path, "--max-new-tokens", 6, "--baselines"]
 
+    def answers_of():
+        sample_with(demo, *flags, "--evaluate", data=data)
+        lines = map(json.loads, path.read_text().splitlines()[1:])
+        return {row["n"]: row for row in lines}, capsys.readouterr().out
+
+    answers, printed = answers_of()
+    assert f"{n + 3} questions about 5 slides, {n} to ask" in printed and "; 1 are too long" in printed
+    assert "about far: " in printed and "far.safetensors: no such" in printed
+    assert "cut.safetensors: " in printed and sorted(answers) == list(range(n))
+    args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out")])
+    wsi_llava.resolve_device(args)
+    model, tokenizer = sample.load_model(args)
     slides = sorted({row["slide"] for row in rows})
     visual = {s: wsi_llava.read_visual_tokens(data, s, model.cfg) for s in slides}
-    questions = sample.read_questions([tmp_path / "qa.jsonl"])
+    questions = sample.read_questions([tmp_path / "qa.jsonl"], data)
     assert [row["turn"] for row in questions if row["task"] == "dialogue"] == [0, 1, 2] * 3
-    for row in questions[:27]:
+    for row in questions[:n]:
         got = answers[row["n"]]
         assert got["answer"] == sample.answer_rows(model, tokenizer, [row], visual, 6)[0]
         assert got["answer_no_image"] == sample.answer_rows(model, tokenizer, [row], None, 6)[0]
         others = [visual[s] for s in slides if s != row["slide"]]
         others = [sample.answer_rows(model, tokenizer, [row], {row["slide"]: x}, 6)[0] for x in others]
         assert got["answer_shuffled"] in others
-
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])  # in the middle of a line
     shutil.copy(data / "features" / "demo_0000.safetensors", data / "features" / "far.safetensors")
-    sample_with(demo, *flags, "--evaluate", data=data)
-    _, again = sample.read_predictions(path)
-    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers) and sorted(again) == list(
-        range(28)
-    )
-    assert "answers 28 of 30 questions" in capsys.readouterr().out
-    with pytest.raises(UserError, match="was made with max_new_tokens 6, not 7; name another --predictions"):
-        sample_with(demo, *flags, "--max-new-tokens", 7, data=data)
-    with pytest.raises(UserError, match="--temperature: --qa answers greedily"):
-        sample_with(demo, *flags, "--temperature", 1, data=data)
+    again, printed = answers_of()
+    assert f"answers {n + 1} of {n + 3} questions" in printed and sorted(again) == list(range(n + 1))
+    assert all(again[n]["answer"] == answers[n]["answer"] for n in answers)
+    with pytest.raises(UserError, match="was made with max_tiles 0, not 4; name another --predictions"):
+        sample_with(demo, *flags, "--max-tiles", 4, data=data)
     path.write_text('{"my": "data"}\n')
-    with pytest.raises(
-        UserError, match="predictions.jsonl: lacks 'settings'; not what sample.py --qa writes"
-    ):
-        sample_with(demo, *flags, data=data)
-
-
-@slow
-def test_fewer_tiles_are_the_same_for_every_model_and_stand_in_the_settings(demo, tmp_path):
-    """The answers of a model that sees so many tiles as one trained with as many draws them."""
-    data = shutil.copytree(demo[0] / "data", tmp_path / "data")
-    shutil.copy(data / "qa" / "test.jsonl", tmp_path / "qa.jsonl")
-    flags, path, model, tokenizer = asking(demo, data)
-    sample_with(demo, *flags, "--max-tiles", 4, data=data)
-    settings, rows = sample.read_predictions(path)
-    features, coords = wsi_llava.read_features(data, rows[0]["slide"], 4)
-    with torch.no_grad():
-        visual = {rows[0]["slide"]: model.encode_slide(features, coords).half()}
-    questions = sample.read_questions([tmp_path / "qa.jsonl"])
-    assert len(features) == settings["max_tiles"] == 4
-    assert rows[0]["answer"] == sample.answer_rows(model, tokenizer, questions[:1], visual, 6)[0]
-    with pytest.raises(UserError, match="was made with max_tiles 4, not 0; name another --predictions"):
+    with pytest.raises(UserError, match="predictions.jsonl: lacks 'settings'; not what"):
         sample_with(demo, *flags, data=data)
 
 
@@ -3632,7 +3236,7 @@ CLOSED = {  # what is chosen of them: by which answers
     "B": """B|B)|(b)|b.|**B**|'B'|B:|"B"|[B]|B、|B. Squamous cell carcinoma|The answer is B.|Answer: (b) squamous
 The answer is B because option A lacks glands.|It is B, not A.|B is likelier than A|It is not A but B.
 Adenocarcinoma is unlikely; this is squamous cell carcinoma.|A can be excluded, so B|Between A and B, I choose B.
-There is no doubt that it is B|squamous cell carcinoma (B)""",
+There is no doubt that it is B|squamous cell carcinoma (B)|B shows sheets not seen in A|A is very unlikely, so B""",
     "C": """It is mucinous adenocarcinoma.|I choose C because of the mucin|The correct option is C, I think.|choice C""",
     "A": "adenocarcinoma|A|The answer is A because of glands",
     None: """|B or C|A and B|The answer is a tumor.|A tumor of unknown origin|None of these|yes|It is not A.|A, B and C
@@ -3676,24 +3280,23 @@ def test_options_in_any_style_are_read(style):
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
 def test_every_closed_truth_of_the_benchmark_is_read():
     for file in sorted((SHARED / "wsi_bench").glob("*.json*")):
-        for row in sample.read_questions([file]):
+        for row in sample.read_questions([file], SHARED):
             parser = sample.closed_parser(row["question"], row["truth"])
             closed = any(kind in file.name for kind in ("choice", "TF"))
             assert bool(parser) == closed, (file, row["question"])
             assert not parser or parser(row["truth"]) in ("A", "B", "C", "D", "yes", "no")
-            assert row["task"] == "Report" or row["task"] in sample.CAPABILITY, row["task"]
+            assert row["task"].split("_")[0] in ("Report", *sample.CAPABILITY), row["task"]
 
 
 def check_metrics(references, candidates):
     """Against nltk and the rouge package, on the same tokens."""
-    bleu, rouge = pytest.importorskip("nltk.translate.bleu_score"), pytest.importorskip("rouge").Rouge()
+    nltk, rouge = pytest.importorskip("nltk.translate.bleu_score"), pytest.importorskip("rouge").Rouge()
+    smooth = nltk.SmoothingFunction().method4
     for reference, candidate in zip(references, candidates):
         r, c = sample.tokenize(reference), sample.tokenize(candidate)
-        for n, mine in enumerate(sample.bleu(r, c), 1):
-            smooth, weights = bleu.SmoothingFunction().method4, (1 / n,) * n + (0,) * (4 - n)
-            assert mine == pytest.approx(
-                bleu.sentence_bleu([r], c, weights, smoothing_function=smooth), abs=1e-6
-            )
+        weights = [(1 / n,) * n + (0,) * (4 - n) for n in range(1, 5)]
+        bleu = [nltk.sentence_bleu([r], c, weight, smoothing_function=smooth) for weight in weights]
+        assert sample.bleu(r, c) == pytest.approx(bleu, abs=1e-6)
         theirs = rouge.get_scores(" ".join(c), " ".join(r))[0]["rouge-l"]["f"]
         assert sample.rouge_l(r, c) == pytest.approx(theirs, abs=1e-6)
 
@@ -3713,9 +3316,6 @@ def test_text_metrics_equal_the_packages():
 def test_text_metrics_at_their_ends():
     tokens = sample.tokenize("Tumor cells, grade 3+4=7; Barrett's 3.5 cm.")
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
-    assert sample.bleu(tokens, tokens) == pytest.approx([1] * 4) and sample.rouge_l(
-        tokens, tokens
-    ) == pytest.approx(1)
     assert sample.bleu(tokens, ["none"]) == [0] * 4
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
 
@@ -3723,13 +3323,12 @@ def test_text_metrics_at_their_ends():
 @slow
 @pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
 def test_text_metrics_equal_the_packages_on_real_reports():
-    reports = [row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"])]
+    rows = prepare.read_qa(SHARED / "wsi_bench" / "1_Report_test.json")
+    reports = [row["conversations"][1]["value"] for row in rows]
     check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
     treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
-    same = [
-        treebank.tokenize(s) == sample.tokenize(s) for r in reports for s in re.split(r"(?<=[.?!])\s+", r)
-    ]
-    assert np.mean(same) > 0.99
+    sentences = [x for report in reports for x in re.split(r"(?<=[.?!])\s+", report)]
+    assert np.mean([treebank.tokenize(x) == sample.tokenize(x) for x in sentences]) > 0.99
 
 
 # ---- sample.py: the judge --------------------------------------------------------------------------------
@@ -3765,8 +3364,7 @@ def judge_server(monkeypatch):
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                for piece in [text] if isinstance(text, str) else text:
-                    self.wfile.write(piece.encode())
+                self.wfile.write(text.encode())
 
         def log_message(self, *arguments):
             pass
@@ -3784,17 +3382,11 @@ def judge_server(monkeypatch):
 def write_predictions(folder, rows, **more):
     """Rows (task, question, truth, answer) -> a file of predictions; a slide for every two of them."""
     path, lines = folder / "predictions.jsonl", [{"settings": {}}]
-    for n, (task, question, truth, answer) in enumerate(rows):
-        row = {
-            "n": n,
-            "id": f"q{n}",
-            "slide": f"s{n // 2}",
-            "task": task,
-            "cancer": "rare" if n > 5 else "common",
-        }
-        row |= {"question": question, "truth": truth, "answer": answer}
-        lines.append(row | {name: values[n] for name, values in more.items()})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for n, row in enumerate(rows):
+        known = {"n": n, "id": f"q{n}", "slide": f"s{n // 2}", "cancer": "rare" if n > 5 else "common"}
+        known |= zip(("task", "question", "truth", "answer"), row)
+        lines.append(known | {name: values[n] for name, values in more.items()})
+    prepare.write_qa(path, lines)
     return path
 
 
@@ -3826,33 +3418,25 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     """And no usable reply is paid for twice, also where a kill cut the last one."""
     path = write_predictions(tmp_path, OPEN)
     judge_server.script += [(429, {"Retry-After": "0"}, ""), (500, {}, "busy"), (200, {}, '{"half')]
-    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["", "a"]}')]
+    judge_server.script += [said("I think so."), said('{"claims": "text"}'), said('{"claims": ["...", "a"]}')]
     judged(judge_server, path)
     printed = capsys.readouterr().out
-    assert means_of(tmp_path) == MEANS and "0 grades stayed unusable and count as 0" in printed
+    assert means_of(tmp_path) == MEANS and "; 0 unusable grades are counted as 0." in printed
     assert "8 open questions, 1 system: at most 32 calls of wise." in printed
     assert len(judge_server.requests) == 32 + 6
-    complaints = [
-        body["messages"][-1]["content"] for _, _, body in judge_server.requests if len(body["messages"]) > 2
-    ]
-    assert any("must be a list of" in text for text in complaints) and any(
-        "no JSON" in text for text in complaints
-    )
+    told = str([body["messages"][-1] for _, _, body in judge_server.requests if len(body["messages"]) > 2])
+    assert 'no list "claims" of 1' in told and "no JSON" in told
     with open(tmp_path / "judge.jsonl", "r+") as file:
         file.truncate(len(file.read()) - 9)  # in the middle of the last line
     judged(judge_server, path)
     assert len(judge_server.requests) == 32 + 6 + 1 and means_of(tmp_path) == MEANS
 
 
-@pytest.mark.parametrize(
-    "claims, scores",
-    [
-        (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
-        (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}')),
-        (said('{"claims": ["a", "b"]}'), said('{"scores": [1, 0]}', finish=None)),
-        (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("claims, scores", [
+    (said('<think>{"claims": ["..."]} is asked for</think>{"claims": ["a", "b"]}'), said('{"scores": [1, 0]} {so}')),
+    (said('{"claims": ["x"]}\n```json\n{"claims": ["a", "b"]}\n```'), said('{"scores": ["1", "0.0"]}', finish=None)),
+    (said('{"claims": ["a", "b"]}', reasoning_content="Hm."), said('so </think> {"scores": [1, 0]}', "eos_token")),
+])  # fmt: skip
 def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, claims, scores):
     judge_server.script += [claims, scores]
     judge = sample.Judge(judge_server.url, "wise", tmp_path / "judge.jsonl")
@@ -3862,26 +3446,19 @@ def test_a_usable_reply_is_read_however_it_is_wrapped(judge_server, tmp_path, cl
 EXAMPLE = '{"scores": [1, 0.3]}'
 
 
-@pytest.mark.parametrize(
-    "reply, asked, reason",
-    [
-        (said(None, reasoning_content=EXAMPLE), 2, "an empty reply"),
-        (said("", reasoning=EXAMPLE), 2, "an empty reply"),
-        (said(f"<think>They want {EXAMPLE}"), 2, "an empty reply"),
-        (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
-        (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
-        (said(EXAMPLE, "content_filter"), 2, "no whole reply (finish_reason content_filter"),
-        (said(sample.SILENT), 4, "unusable"),
-        (said('{"scores": [1]}'), 4, '"scores" must be 2 numbers, one a claim: 1, 0.7, 0.3 or 0'),
-        (said('{"scores": [0.5, 1]}'), 4, "2 numbers, one a claim"),
-        (said('{"scores": [true, 1]}'), 4, "unusable (ValueError"),
-        (said('{"scores": [null, 1]}'), 4, "2 numbers, one a claim"),
-        (said('{"scores": [NaN, 1]}'), 4, "2 numbers, one a claim"),
-        (said("As in [1, 0.3]: 1, 0.3"), 4, "holds no JSON"),
-        (said('{"a":' * 100_000), 4, "unusable"),
-        ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reply, asked, reason", [
+    (said(None, reasoning_content=EXAMPLE), 2, "no whole reply"),
+    (said(f"<think>They want {EXAMPLE}"), 2, "no whole reply"),
+    (said(EXAMPLE, "length"), 2, "no whole reply (finish_reason length"),
+    (said(EXAMPLE, refusal="I do not grade."), 2, "I do not grade."),
+    (said(sample.SILENT), 4, "unusable"),
+    (said('{"scores": [1]}'), 4, 'unusable (no list "scores" of 2, as asked for)'),
+    (said('{"scores": [0.5, 1]}'), 4, "unusable"),
+    (said('{"scores": [true, 1]}'), 4, "unusable"),
+    (said('{"scores": [null, 1]}'), 4, "unusable"),
+    (said('{"a":' * 100_000), 4, "unusable"),
+    ((400, {}, '{"error": {"message": "the prompt has a bad word"}}'), 1, "HTTP 400: "),
+])  # fmt: skip
 def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
     """Out of reasoning, of what was cut or refused, of our own prompt, of another form; and none of it is kept."""
     judge_server.script += [said('{"claims": ["a", "b"]}'), *[reply] * 4]
@@ -3893,39 +3470,29 @@ def test_no_grade_is_made_up(judge_server, tmp_path, reply, asked, reason):
 
 def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, tmp_path, capsys):
     path = write_predictions(tmp_path, OPEN)
-    judge_server.rule = lambda body: (
-        said("?") if "The tumor 3" in body["messages"][1]["content"] else graded(body)
-    )
+    judge_server.rule = lambda body: said("?") if "The tumor 3" in str(body) else graded(body)
     judged(judge_server, path)
     assert means_of(tmp_path) == {name: mean * 7 / 8 for name, mean in MEANS.items()}
-    assert (
-        "2 grades stayed unusable and count as 0; 2 times unusable (ValueError: holds no JSON)"
-        in capsys.readouterr().out
-    )
+    note = "2 unusable grades are counted as 0; 2 times unusable (it holds no JSON)."
+    assert note in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "reply, message",
-    [
-        ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
-        ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
-        ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
-        ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
-        ((404, {}, "no such model"), "HTTP 404: no such model; check it"),
-        ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
-        ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
-        ((422, {}, "no"), "HTTP 422: no"),
-        ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
-        ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
-        ((200, {}, "[" * 100_000), "no answer .RecursionError"),
-        (said(None, reasoning_content=EXAMPLE), "an empty reply"),
-        ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("reply, message", [
+    ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
+    ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
+    ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
+    ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
+    ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
+    ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
+    ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
+    ((200, {}, '{"error": {"message": "overloaded"}}'), "no answer .KeyError.*overloaded"),
+    (said(None, reasoning_content=EXAMPLE), "no whole reply"),
+    ((429, {"Retry-After": "86400"}, ""), "in 86,400 s or later"),
+])  # fmt: skip
 def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
     judge_server, tmp_path, monkeypatch, reply, message
 ):
-    """In one line; also after some grades, which are kept; it holds the key's place only."""
+    """In one line; also after some grades, which are kept."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
     path = write_predictions(tmp_path, OPEN * 3)
     judge_server.rule = lambda body: reply
@@ -3937,15 +3504,12 @@ def test_a_judge_that_does_not_answer_ends_the_run_without_a_table(
     assert judge_server.requests[0][0] == "Bearer sk-0123456789"
 
 
-@pytest.mark.parametrize(
-    "status, words, unwanted",
-    [
-        (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
-        (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
-        (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
-        (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("status, words, unwanted", [
+    (400, "Unsupported parameter: 'max_tokens'", ["max_tokens"]),
+    (422, '{"detail": [{"loc": ["body", "temperature"]}]}', ["temperature"]),
+    (400, "maximum context length is 2048 tokens, you requested 4096 in the completion", ["max_tokens"]),
+    (400, "temperature and max_tokens are not known", ["max_tokens", "temperature"]),
+])  # fmt: skip
 def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
     judge_server, tmp_path, status, words, unwanted
 ):
@@ -3961,29 +3525,15 @@ def test_options_that_a_server_refuses_are_dropped_for_all_that_ask_at_once(
     judge_server.rule = rule
     judged(judge_server, path)
     assert means_of(tmp_path) == MEANS
-    kept = {"temperature", "max_tokens"} - set(unwanted)
-    assert all(
-        (name in judge_server.requests[-1][2]) == (name in kept) for name in ("temperature", "max_tokens")
-    )
+    assert {"temperature", "max_tokens"} - judge_server.requests[-1][2].keys() == set(unwanted)
 
 
 def test_a_server_says_when_to_ask_again():
     """As a number or a date; what it says otherwise is not heard."""
     later = email.utils.formatdate(time.time() + 3600, usegmt=True)
     assert 3500 <= sample.retry_after(later, 3) <= 3600
-    past = "Wed, 21 Oct 2015 07:28:00 GMT"
-    for told, wait in {
-        "7": 7,
-        "1.5": 1.5,
-        "0": 0,
-        past: 0,
-        "soon": 3,
-        "nan": 3,
-        "-1": 3,
-        "": 3,
-        None: 3,
-    }.items():
-        assert sample.retry_after(told, 3) == wait
+    assert sample.retry_after("Wed, 21 Oct 2015 07:28:00 GMT", 3) == 0 and sample.retry_after("1.5", 3) == 1.5
+    assert [sample.retry_after(told, 3) for told in ("soon", "nan", "-1", "", None)] == [3] * 5
 
 
 def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsys):
@@ -3994,21 +3544,17 @@ def test_the_authors_protocol_differs_in_its_rules(judge_server, tmp_path, capsy
         content = json.loads(body["messages"][1]["content"])
         if "claims" not in content:
             return said('{"claims": ["this", "that"]}')
-        return said(
-            "?"
-            if "Tumor 1" in content["text"]
-            else '{"scores": [1, null]}'
-            if "null" in str(body)
-            else EXAMPLE
-        )
+        if "Tumor 1" in content["text"]:
+            return said("?")
+        return said('{"scores": [1, null]}' if "null" in str(body) else EXAMPLE)
 
     judge_server.rule = rule
     judged(judge_server, path, "--judge-protocol", "authors")
     assert means_of(tmp_path) == {"WSI-Precision": 0.65, "WSI-Relevance": 1}
     contents = [json.loads(body["messages"][1]["content"]) for _, _, body in judge_server.requests]
-    assert {("question" in x) for x in contents if x.get("answer") == "A tumor."} == {False}
-    assert all("question" in x for x in contents if x.get("answer") != "A tumor.")
-    assert "protocol authors. 1 grades stayed unusable and are left out" in capsys.readouterr().out
+    assert all(("question" in x) == (x.get("answer") != "A tumor.") for x in contents)
+    printed = capsys.readouterr().out
+    assert "protocol authors; 1 unusable grades are left out; 1 times" in printed
 
 
 def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_server, tmp_path):
@@ -4019,28 +3565,25 @@ def test_nothing_claimed_is_not_relevant_and_an_empty_answer_is_not_sent(judge_s
 
 
 def test_urls_and_keys_are_checked_before_anything_is_sent(tmp_path, monkeypatch):
-    file = tmp_path / "judge.jsonl"
     for url in ("http://", "https://a b/v1", "https://me@host/v1", "host:1", "file:///etc/passwd"):
         with pytest.raises(UserError, match="not a URL like https://api.openai.com/v1"):
-            sample.Judge(url, "wise", file)
+            sample.Judge(url, "wise", tmp_path / "judge.jsonl")
     monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
     with pytest.raises(UserError, match="OPENAI_API_KEY: not a key"):
-        sample.Judge("https://judge.example/v1", "wise", file)
+        sample.Judge("https://judge.example/v1", "wise", tmp_path / "judge.jsonl")
 
 
 def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
-    asked = []
+    asked, judge = [], sample.Judge("http://localhost", "wise", tmp_path / "judge.jsonl")
 
     def score(*question):
         asked.append(question)
         time.sleep(0.01)
         raise KeyboardInterrupt
 
-    judge = sample.Judge("http://localhost", "wise", tmp_path / "judge.jsonl")
     judge.score = score
-    rows = [{"question": "What?", "truth": "That."}] * 200
     with pytest.raises(KeyboardInterrupt):
-        sample.grade(judge, rows, {"model": ["This."] * 200})
+        sample.grade(judge, [{"question": "What?", "truth": "That."}] * 200, {"model": ["This."] * 200}, [])
     assert len(asked) < 100
 
 
@@ -4057,26 +3600,21 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     rows += [("Prognosis_TF_question", "Is it poor?", "No", "no.")]
     rows += [("Report", "Describe it.", "A tumor of grade 2.", "A tumor of grade 2.")]
     rows += [("Report", "Describe it.", "A tumor.", None), ("Grading", "Which grade?", "Grade 2.", "grade 2")]
-    blind = ["A", "A", "B", "B", "yes", "", None, "grade 3"]
-    path = write_predictions(tmp_path, rows, answer_no_image=blind)
+    path = write_predictions(tmp_path, rows, answer_no_image=["A", "A", "B", "B", "yes", "", None, "grade 3"])
     path.write_text(path.read_text().rstrip("\n"))  # a whole last row is one without its line end
     evaluated(path)
     printed, table = capsys.readouterr().out, table_of(tmp_path)
     choice, report = table["Staging_choice", "accuracy"], table["report", "BLEU-4"]
-    assert (choice["questions"], choice["model"], choice["no slide"]) == (4, 0.5, 0.5)
-    assert choice["model low"] <= 0.5 <= choice["model high"] and choice["no slide - model"] == 0
-    assert (
-        table["diagnosis", "accuracy"]["published"] == 0.863 and table["treatment", "accuracy"]["model"] == 1
+    assert (choice["questions"], choice["model"], choice["no slide"], choice["no slide - model"]) == (
+        4,
+        0.5,
+        0.5,
+        0,
     )
+    assert choice["model low"] <= 0.5 <= choice["model high"]
     assert (report["questions"], report["model"], report["no slide"]) == (1, pytest.approx(1), 0)
-    graded = table["Grading", "exact match"]
-    assert [graded[name] for name in ("model", "model low", "model high", "no slide - model")] == [
-        1,
-        1,
-        1,
-        -1,
-    ]
-    assert sample.find_meteor() or "METEOR: n/a" in printed
+    published = table["diagnosis", "accuracy"]["published"], table["treatment", "accuracy"]["published"]
+    assert published == (0.863, 1.0) and table["Grading", "exact match"]["no slide - model"] == -1
     for note in (
         "7 of 8 questions answered by all; the others are in no mean",
         "model: 1 closed answer name no option, or several, and count as wrong; the first: 'Who knows'",
@@ -4087,7 +3625,7 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     assert {kind for kind, _ in table} >= {"all", "capability", "task", "cancer type", "common", "rare"}
 
 
-@pytest.mark.parametrize("n", [1, 4, 9, 30])
+@pytest.mark.parametrize("n", [1, 9])
 def test_one_table_fits_the_screen(tmp_path, capsys, n):
     """However many systems there are, and however they are called."""
     rows = [(f"Regional_Structure_Description_{task}", "What?", "This.", "This.") for task in range(3)]
@@ -4104,11 +3642,10 @@ def test_one_table_fits_the_screen(tmp_path, capsys, n):
 
 
 def test_intervals_and_rank_correlations():
-    assert sample.ranks(np.array([3.0, 1, 7, 3])).tolist() == [2.5, 1, 4, 2.5]
-    graded = {x: np.array([2.0, 1, 4, 3, 5, np.nan]) for x in sample.JUDGED}
-    graded |= {x: np.array([1.0, 4, 9, 16, 25, 1]) for x in sample.TEXTUAL}
-    # 1 - 6 sum d^2 / (n (n^2 - 1)) for ranks without ties
-    assert "ROUGE-L with WSI-Precision 0.80 (5)" in sample.correlations([graded])
+    graded = {x: np.array([2.0, 1, 4, 3, 5, 5, np.nan]) for x in sample.JUDGED}
+    graded |= {x: np.array([1.0, 4, 9, 16, 25, 25, 1]) for x in sample.TEXTUAL}
+    # Pearson's of the ranks 2 1 4 3 5.5 5.5 and 1 2 3 4 5.5 5.5
+    assert "ROUGE-L with WSI-Precision 0.88" in sample.correlations(graded)
     values = np.random.default_rng(0).random(400)
     mean, low, high = sample.interval(values, np.arange(400), 0)
     error = values.std() / 20
@@ -4121,7 +3658,7 @@ def test_intervals_and_rank_correlations():
 ASKED = [("Grading", f"Which grade, {n}?", "Grade 2.", "Grade 2.") for n in range(6)]
 
 
-@pytest.mark.parametrize("column", sample.SAID.split())
+@pytest.mark.parametrize("column", ["prediction", "output", "generated_text"])
 def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     """Where another column holds what a system said, "answer" is the truth: also in a row that lacks the other."""
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "theirs.jsonl"
@@ -4134,54 +3671,31 @@ def test_the_truth_is_not_taken_for_the_prediction(tmp_path, capsys, column):
     assert f"took question_id for the id, {column} for the answer, answer for the truth" in printed
 
 
-def as_csv(delimiter, first="", end="\n"):
-    def text(rows):
-        return first + end.join(
-            delimiter.join(cells) for cells in ([*rows[0]], *(row.values() for row in rows))
-        )
-
-    return text
+THEIRS = "id,prediction,seconds\nq0,Grade 2.,1\nq1,Grade 3.,2\n"
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("a.csv", as_csv(",")),
-        ("a.csv", as_csv(",", "\ufeff", "\r\n")),
-        ("a.csv", as_csv(";")),
-        ("a.csv", as_csv(",", "sep=,\r\n", "\r\n")),
-        ("a.csv", as_csv("|", "sep=|\n")),
-        ("a.tsv", as_csv("\t")),
-        ("a.txt", as_csv(";")),
-        ("a.json", json.dumps),
-        ("a.json", lambda rows: json.dumps({"test": rows}, indent=1)),
-        ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows))),
-    ],
-)
-def test_predictions_are_read_in_any_shape(tmp_path, capsys, name, text):
+@pytest.mark.parametrize("name, text", [
+    ("a.csv", "sep=|\n" + THEIRS.replace(",", "|")),
+    ("a.txt", THEIRS.replace(",", ";")),
+    ("a.tsv", THEIRS.replace(",", "\t")),
+    ("a.json", '{"test": [{"id": "q0", "prediction": "Grade 2."},\n{"id": "q1", "prediction": "Grade 3."}]}'),
+])  # fmt: skip
+def test_predictions_are_read_in_any_shape(tmp_path, name, text):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / name
-    said = [{"id": f"q{n}", "prediction": f"Grade {2 + n % 2}.", "seconds": "=1+1"} for n in range(6)]
-    path.write_text(text(said), encoding="utf-8")
-    evaluated(ours, path)
-    assert table_of(tmp_path)["all", "exact match"]["a"] == 0.5
-    assert "took id for the id, prediction for the answer" in capsys.readouterr().out
+    path.write_text(text)
+    _, systems, notes = sample.read_systems([ours, path])
+    assert systems["a"] == ["Grade 2.", "Grade 3."] and "id for the id, prediction for the answer" in str(
+        notes
+    )
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
-        ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
-        (
-            "id,answer\nx0,a\nx1,b\n",
-            "a.csv: took id for the id, .* 2 match no question, or several; the first: x0",
-        ),
-        ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
-        ('{"model": "x", "rows": [1]}', "a.csv: no column of answers is known among model, rows"),
-        ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
-        ("", "a.csv: empty"),
-    ],
-)
+@pytest.mark.parametrize("text, message", [
+    ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
+    ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
+    ("id,answer\nx0,a\nx1,b\n", "a.csv: took id for the id, .*; 2 rows match no question, or .*; the first: x0"),
+    ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
+    ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
+])  # fmt: skip
 def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -4193,10 +3707,10 @@ def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, mess
     ([{"id": "q0", "question": "<image>\nwhich grade,  0?"}, {"slide": "T/s1.svs", "question": "Which grade, 2?"}], [0, 2], ""),
     ([{"question_id": "q3", "prompt": "Which grade, 3? Answer briefly."}], [3], ""),
     # A key that fits several fits nothing; the same row does not answer two questions.
-    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 match no question"),
-    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 match no"),
+    ([{"id": "q0"}, {"slide": "s0"}, {"question": "Which grade, 1?"}], [0], "2 rows match no question"),
+    ([{"id": "q1", "question": "Else?"}, {"id": "q1", "question": "What?"}, {"id": "q0"}], [0], "2 rows match no"),
     ([{"id": "q4", "slide": "s0", "question": "Which grade, 0?"}], [0], ""),
-    ([{"id": "q0"}, {"id": "q0"}, {"id": "q0"}], [0], "2 answer a question again"),
+    ([{"id": "q0"}, {"id": "q0"}, {"id": "q1"}], [1], "2 rows match no question, or not one alone; the first: q0"),
 ])  # fmt: skip
 def test_answers_go_to_the_one_question_that_they_fit(tmp_path, theirs, right, note):
     ours, path = write_predictions(tmp_path, ASKED), tmp_path / "a.json"
@@ -4215,7 +3729,7 @@ def test_the_first_files_rows_are_its_own_also_twice(tmp_path):
     assert len(rows) == 4 and list(systems) == ["model"]
 
 
-@pytest.mark.parametrize("name", ["majority", "no slide", "questions", "published", "a - b", "a, no slide"])
+@pytest.mark.parametrize("name", ["majority", "no slide", "published", "a - b", "a, no slide"])
 def test_a_file_called_like_a_column_gets_its_path_as_its_name(tmp_path, name):
     (tmp_path / "x").mkdir()
     ours = write_predictions(tmp_path, ASKED)
@@ -4223,8 +3737,6 @@ def test_a_file_called_like_a_column_gets_its_path_as_its_name(tmp_path, name):
     for path in paths[1:]:
         shutil.copy(ours, path)
     assert list(sample.read_systems(paths)[1]) == list(map(str, paths))
-    with pytest.raises(UserError, match="--evaluate: names a file twice"):
-        sample.read_systems([paths[0], paths[0]])
 
 
 def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
@@ -4246,17 +3758,14 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "predictions.jsonl: no such file; expected predictions of sample.py --qa"),
-    ('{"settings": {}}\n{oops\n', "predictions.jsonl: .*not what sample.py writes"),
+    ('{"settings": {}}\n{oops\n', "predictions.jsonl, line 2: .*not JSON"),
     ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all; sample.py --qa answers them"),
     ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers; name a file of --qa before it"),
-    ('{"settings": {}}\n{"n": 0, "answer": "a"}\n', "lacks questions and true answers; name a file of --qa"),
     ('{"settings": {}}\n{"n": 0, "answer": ["a", "b"]}\n', "predictions.jsonl: its answer is no text"),
 ])  # fmt: skip
 def test_bad_files_of_predictions_are_named(tmp_path, text, message):
     path = tmp_path / "predictions.jsonl"
-    if text is not None:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(UserError, match=message):
         evaluated(path)
 
@@ -4331,11 +3840,6 @@ def test_relevance_passes_through_the_pool(tiny, tokenizer, n):
     assert relevance[1].abs() < 1e-6 < relevance[[0, *range(2, n)]].abs().min()
 
 
-def test_an_empty_answer_has_no_relevance(tiny, tokenizer):
-    with pytest.raises(UserError, match="--heatmap: the answer is empty, so there is nothing to explain"):
-        sample.tile_relevance(tiny, tokenizer, torch.zeros(4, 128), GRID[:4], QUESTION, "")
-
-
 def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     slide = prepare.Slide(toy_slide[0])
     coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
@@ -4349,7 +3853,7 @@ def test_heatmap_is_darkest_on_the_most_relevant_tile(toy_slide, tmp_path):
     assert np.argmin(light) == 7 and sorted(light)[1] - light[7] > 40
 
 
-def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide, monkeypatch):
+def test_geojson_is_in_level_0_pixels(tmp_path, toy_slide):
     coords, relevance, path = np.array([[0, 256], [512, 0]]), np.array([0.5, -1.0]), tmp_path / "map.geojson"
     sample.write_heatmaps([path], (toy_slide[0], 0.25), coords, relevance, "")
     first, second = json.loads(path.read_text())["features"]
@@ -4357,45 +3861,16 @@ def test_geojson_is_in_level_0_pixels_of_the_scanned_area(tmp_path, toy_slide, m
     assert second["geometry"]["coordinates"][0][0] == [1024, 0]
     assert second["properties"]["objectType"] == "tile"
     assert second["properties"]["measurements"] == {"relevance": -1.0}
-    monkeypatch.setattr(prepare.Slide, "corner", [100, 12])  # as of MRXS
-    sample.write_heatmaps([path], (toy_slide[0], 0.25), coords, relevance, [])
-    assert json.loads(path.read_text())["features"][0]["geometry"]["coordinates"][0][0] == [-100, 500]
 
 
-def test_a_slide_without_a_file_has_no_map(tmp_path):
-    args = types.SimpleNamespace(slide="toy", data=tmp_path)
-    with pytest.raises(UserError, match="toy: its file is not in .*slides; give --slide its path"):
-        sample.explain(args, None, None, "toy", "A tumor.")
-
-
-def test_heatmap_flags_are_checked_before_the_model_is_loaded(tmp_path):
-    asked = ["--slide", "s", "--ask", "?"]
-    for flags, message in (
-        (["--slide", "s", "--heatmap", tmp_path / "a.png"], "needs --slide and --ask"),
-        ([*asked, "--heatmap", tmp_path / "a.jpg"], "must end in .png or .geojson"),
-        ([*asked, "--heatmap", tmp_path / "no" / "a.png"], "does not exist"),
-    ):
-        with pytest.raises(UserError, match=message):
-            sample.main([*map(str, flags)])
-
-
-@slow
-def test_an_answer_is_explained_in_pictures_and_for_qupath(demo, tmp_path, capsys):
-    """The language model in int8: gradients pass."""
-    folder, _ = demo
-    files = [str(tmp_path / "map.png"), str(tmp_path / "map.geojson")]
-    asked = ["--slide", "demo_0015", "--ask", "Which type of tumor is this?", "--int8", "--heatmap", *files]
-    args = sample.parse(["--data", str(folder / "data"), "--out", str(folder / "out"), *asked])
-    wsi_llava.resolve_device(args)
-    model, tokenizer = sample.load_model(args)
-    sample.explain(args, model, tokenizer, "demo_0015", "The tumor is a mucinous carcinoma.")
-    printed = capsys.readouterr().out
-    gain = float(re.search(r"this one adds about (-?[\d.]+) nats", printed)[1])
-    assert math.isfinite(gain)
-    assert Image.open(args.heatmap[0]).size == (1776, 674)
-    tiles = json.loads(args.heatmap[1].read_text())["features"]
-    assert len(tiles) == len(wsi_llava.read_features(args.data, "demo_0015")[0])
-    assert any(tile["properties"]["measurements"]["relevance"] for tile in tiles)
+@pytest.mark.parametrize("flags, message", [
+    (["--heatmap", "a.png"], "needs --slide and --ask"),
+    (["--ask", "?", "--heatmap", "a.jpg"], "must end in .png or .geojson"),
+    (["--ask", "?", "--heatmap", "no/a.png"], "in a folder that is there"),
+])  # fmt: skip
+def test_heatmap_flags_are_checked_before_the_model_is_loaded(flags, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(["--slide", "s", *flags])
 
 
 # ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
@@ -4421,8 +3896,8 @@ def test_demo_runs_end_to_end(demo):
         curves = (out / "loss.svg").read_text()
         assert curves.count("<polyline") == 1 and curves.count("h0") > 0  # dots
     features = {p.stem for p in (folder / "data" / "features").iterdir()}
-    assert len(features) == 18  # and a picture of each
-    assert {p.stem for p in (folder / "data" / "qc").iterdir()} == features | {"index"}
+    pictures = {p.stem for p in (folder / "data" / "qc").iterdir()}
+    assert len(features) == 18 and pictures == features | {"index"}
     sides = [prepare.read_qa(folder / "data" / "qa" / f"{split}.jsonl") for split in ("train", "test")]
     assert not set(train.slides_in(sides[0])) & set(train.slides_in(sides[1]))
 
@@ -4473,7 +3948,6 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
         (train, "--epochs inf", "--epochs: inf is not from "),
         (train, "--val 1", "--val: 1 is not from "),
         (train, f"--seed {10**400}", "is not from 0 to 4294967295"),
-        (train, "--max-tiles -1", "--max-tiles: -1 is not from "),
         (prepare, "--slides . --mpp 40", "--mpp: 40 is not from "),
         (prepare, "--demo 4", "--demo: 4 is not from "),
         (sample, "--temperature 101", "--temperature: 101 is not from "),
@@ -4483,6 +3957,13 @@ def test_numbers_out_of_range_are_refused_by_their_flag(capsys, program, flags, 
     with pytest.raises(SystemExit):
         program.parse(flags.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--slides", ""], ["--features", ""], ["--slides", ".", "--mask", ""]])
+def test_an_unset_variable_is_not_the_current_folder(capsys, flags):
+    with pytest.raises(SystemExit):
+        prepare.parse(flags)
+    assert "error: an empty argument (an unset variable?)" in capsys.readouterr().err
 
 
 def flags_of(name):
@@ -4519,7 +4000,6 @@ def test_the_defaults_that_help_tells_are_the_defaults(name):
         ("train.py --stage 1 --data new", "run python prepare.py"),
         ("train.py --stage 1 --no-slide-encoder", "stage 1 trains it; start with --stage 2"),
         ("train.py --stage 2 --out new", "run python train.py --stage 1 first"),
-        ("sample.py --slide demo_0015 --out new", "run python train.py --stage"),
         ("sample.py --slide nobody", "neither a file nor a slide in"),
         ("sample.py --slide broken.svs --data new", "not a slide that OpenSlide can"),
         (f"sample.py --slide demo_0015 --ask {'word' * 2000}", "the prompt is too long"),
@@ -4895,7 +4375,7 @@ def lasting(folder):
     found = {}
     for path in folder.rglob("*"):
         passing = (".claims", ".stdout", ".stderr", "log.jsonl", "loss.svg")
-        if path.is_dir() or path.name in passing or path.suffix == ".part":
+        if path.is_dir() or path.name in passing:
             continue
         body = b"" if path.name == "train_state.pt" else path.read_bytes()  # it holds the log
         found[str(path.relative_to(folder))] = re.sub(rb'"(seconds|peak_memory)": [\d.]+', b"", body)
@@ -4904,7 +4384,7 @@ def lasting(folder):
 
 def kills(master, commands=WRITERS):
     """Kills each command right before and right after each of its renames, a stage also where a finished one
-    lies, and runs it again: the same files as without, half-written ones under no final name. -> the faults."""
+    lies, and runs it again: the same files as without. -> the faults."""
     faults = []
     for command in commands:
         start, argv = fresh_copy(master, WRITERS[command], "start"), command.split()
@@ -4928,6 +4408,8 @@ def kills(master, commands=WRITERS):
             fresh_copy(done if is_stage and kill_at % 3 == 0 else start)
             renames.value = 0
             run_forked(argv, folder, replace=functools.partial(replace, kill_at=kill_at))
+            for half in folder.rglob(".*.part"):
+                os.utime(half, (0, 0))  # of days ago: the next one to write that file sweeps it up
             status, _, err = run_forked([*argv, *["--resume"] * is_stage], folder)
             again = lasting(folder)
             odd = [name for name in whole.keys() | again.keys() if whole.get(name) != again.get(name)]
@@ -5116,8 +4598,7 @@ def benchmark_relevance(data="data", out="out"):
     for row in [row for row in rows if planted[row["slide"]]][:20]:
         features, coords = wsi_llava.read_features(args.data, row["slide"])
         holds = np.array([corner in planted[row["slide"]] for corner in coords.tolist()])
-        asked, told = (turn["value"] for turn in row["conversations"])
-        asked = wsi_llava.without_image(asked)
+        asked, told = (wsi_llava.without_image(turn["value"]) for turn in row["conversations"])
         relevance = sample.tile_relevance(model, tokenizer, features, coords, asked, told).numpy()
         speaking = relevance.clip(min=0)  # negative: evidence against the answer
         times.append(speaking[holds].mean() / speaking.mean())
@@ -5130,9 +4611,8 @@ def on_a_demo(find_faults, *flags):
     options = dict(zip([flag.strip("-") for flag in flags[::2]], flags[1::2]))
     with tempfile.TemporaryDirectory() as folder:
         master = Path(folder, "master")
-        places = ["--data", master / "data", "--out", master / "out"]
-        done = script("train.py", "--demo", 10, "--epochs", 1, *places)
-        assert done.returncode == 0, done.stderr
+        args = ["--demo", "10", "--epochs", "1", "--data", str(master / "data"), "--out", str(master / "out")]
+        train.main(args)
         set_out(master)
         print("faults:", find_faults(master, **options))
 

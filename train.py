@@ -232,7 +232,7 @@ def train_stand_in(args, batch_size=32, epochs=1.28, lr=2e-3):
         texts.append(tokenizer.encode_plain(row["conversations"][1]["value"], image=False)[0])
 
     torch.manual_seed(args.seed)
-    llama = wsi_llava.Llama(dataclasses.replace(PRESETS["demo"].llama, vocab=len(tokenizer))).to(args.device)
+    llama = wsi_llava.Llama(dataclasses.replace(PRESETS["demo"].llama, vocab=tokenizer.size)).to(args.device)
     for p in llama.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.04)

@@ -1,9 +1,8 @@
 """WSI-LLaVA: a multimodal language model for whole slide images, in one file.
 
-Follows WSI-LLaVA (arXiv 2412.02141) on top of Prov-GigaPath (Nature 2024; tile encoder: DINOv2 ViT-g, arXiv
-2304.07193; slide encoder: LongNet, arXiv 2307.02486), LLaVA-1.5 (arXiv 2310.03744) and Vicuna, which is a
-Llama (arXiv 2302.13971). Read it top to bottom: the parts stand in the order in which data flows, and the
-model ends at the banner "The rest".
+Follows WSI-LLaVA (arXiv 2412.02141) on top of Prov-GigaPath (Nature 2024: DINOv2 ViT-g, arXiv 2304.07193,
+and LongNet, arXiv 2307.02486), LLaVA-1.5 (arXiv 2310.03744) and Vicuna, a Llama (arXiv 2302.13971). Read it
+top to bottom: parts stand in the order in which data flows; the model ends at the banner "The rest".
 
     tiles [N,256,256,3] uint8, 0.5 um/px             prepare.py cuts them from the slide
       -> preprocess_tiles      [N,3,224,224]
@@ -14,9 +13,8 @@ model ends at the banner "The rest".
       -> Llama                 [T+V,32000]            spliced where the prompt says <image>; next-token logits
 
 Words. A whole slide image is a glass slide of tissue, scanned at about 0.25 um a pixel: up to 100,000 pixels
-a side, in a file that holds it at several resolutions, level 0 the finest. The tiled resolution is the 0.5
-um/px at which tiles are cut, and the unit of all coords unless they say level 0. A CLS is a learned token put
-before the others, to sum them up.
+a side, in a file of several resolutions, level 0 the finest. The tiled resolution is the 0.5 um/px at which
+tiles are cut, and the unit of coords unless they say level 0. A CLS is a learned token that sums others up.
 
 Glossary of the shape comments, here and everywhere: B batch, S slides, N tiles of a slide, L sequence length
 (N + 1 with the CLS), T text tokens, V visual tokens, H heads, D head dim, C channels (C_tile, C_llm: those of
@@ -158,10 +156,8 @@ class LlamaConfig(Config):
     context: int = 4096
     head_dim: int = 0  # 0: width / heads
     rope_scaling: tuple = ()  # Llama 3: factor, low_freq_factor, high_freq_factor, original context
-    qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3: RMSNorm of queries and keys, head by head, before the rotation
     tied: bool = False  # small models: the embedding is the output matrix too
-    family: str = "llama"  # Hugging Face's model_type
+    family: str = "llama"  # Hugging Face's model_type: mistral, qwen2, qwen3
     adapters: str = ""  # fingerprints of the adapters that were merged into the weights
 
     def __post_init__(self):
@@ -209,8 +205,7 @@ PRESETS = {
 def preprocess_tiles(tiles):
     """uint8 tiles [B,256,256,3] -> float32 [B,3,224,224]: centre crop, /255, ImageNet mean and std, as
     Prov-GigaPath does (its resize to 256 is the identity here). Raises ValueError for other tiles."""
-    _, height, width, channels = tiles.shape
-    if tiles.dtype != torch.uint8 or (height, width, channels) != (TILE, TILE, 3):
+    if tiles.dtype != torch.uint8 or tiles.shape[1:] != (TILE, TILE, 3):
         raise ValueError(f"tiles must be uint8 [B,256,256,3], not {tiles.dtype} {list(tiles.shape)}")
     x = tiles[:, 16:240, 16:240].permute(0, 3, 1, 2).contiguous().float()  # [B,3,224,224]
     mean = torch.tensor([0.485, 0.456, 0.406], device=x.device).view(3, 1, 1)
@@ -248,8 +243,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block of the ViT; the text encoder of stage 1 reuses it, with a padding mask. A
-    learned factor for each channel of a residual branch starts at layer_scale (arXiv 2103.17239)."""
+    """Pre-norm Transformer block of the ViT; stage 1's text encoder reuses it, with a padding mask. A learned
+    factor for each channel of a branch starts at layer_scale (arXiv 2103.17239)."""
 
     def __init__(self, width, heads, mlp_hidden, layer_scale):
         super().__init__()
@@ -266,10 +261,8 @@ class Block(nn.Module):
 
 
 class TileEncoder(nn.Module):
-    """Prov-GigaPath's tile encoder: preprocessed images [B,3,224,224] -> [B,C], the CLS after the norm.
-
-    Parameter names are those of its `pytorch_model.bin` (timm's vit_giant_patch14_dinov2 at patch 16).
-    """
+    """Prov-GigaPath's tile encoder: preprocessed images [B,3,224,224] -> [B,C], the CLS after the norm. Names
+    are those of its `pytorch_model.bin` (timm's vit_giant_patch14_dinov2 at patch 16)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -277,11 +270,9 @@ class TileEncoder(nn.Module):
         patches = (cfg.image_size // cfg.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, cfg.width))
-        patch = nn.Conv2d(3, cfg.width, cfg.patch_size, cfg.patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": patch})
-        self.blocks = nn.ModuleList(
-            Block(cfg.width, cfg.heads, cfg.mlp_hidden, cfg.layer_scale) for _ in range(cfg.depth)
-        )
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, cfg.width, cfg.patch_size, cfg.patch_size)})
+        blocks = [Block(cfg.width, cfg.heads, cfg.mlp_hidden, cfg.layer_scale) for _ in range(cfg.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
 
     def forward(self, images):
@@ -294,8 +285,8 @@ class TileEncoder(nn.Module):
 
 @torch.no_grad()
 def untrained_tile_encoder(cfg=None, seed=0):
-    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. A
-    random network still tells colours and textures apart, which is all that the toy cohort asks of it."""
+    """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. It
+    still tells colours and textures apart, which is all that the toy cohort asks of it."""
     encoder = TileEncoder(cfg or PRESETS["demo"].tile_encoder).eval()
     rng = np.random.default_rng(seed)
     for name, p in encoder.named_parameters():
@@ -316,8 +307,7 @@ def untrained_tile_encoder(cfg=None, seed=0):
 #
 # Branch (W, R) cuts the sequence into segments of W tokens. Inside a segment, head h keeps every R-th token,
 # starting at token h // ceil(H/R), so that the heads together see all of them. Queries and keys are both the
-# kept tokens of one segment. For head 0 and the branches (4, 1) and (16, 2), the query at position 6 sees the
-# keys
+# kept tokens of one segment. For head 0 and the branches (4, 1) and (16, 2), position 6 sees the keys
 #
 #     position          0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
 #     branch (4, 1)     .  .  .  .  k  k  k  k  .  .  .  .  .  .  .  .      near: its segment, every token
@@ -347,8 +337,7 @@ def untrained_tile_encoder(cfg=None, seed=0):
 # the mixing weights under no_grad and so drops a term; here it is exact.
 #
 # Zero padding counts: upstream pads segments with zero keys and values and does not mask them, so each padded
-# slot adds e^0 = 1 to the denominators of its segment. The released weights were trained so
-# (`pad_keys=True`).
+# slot adds e^0 = 1 to the denominators of its segment. The released weights were trained so (`pad_keys`).
 
 
 def _on_cpu(x):
@@ -359,13 +348,9 @@ def _attend(q, k, v):
     """Softmax attention with its log-sum-exp: [B,H,n,D] each -> out [B,H,n,D], lse [B,H,n]."""
     if _on_cpu(q):  # PyTorch's fused kernel: no n x n matrix, and any strides
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for i in range(0, q.shape[2], 1024):  # elsewhere a block of queries at a time, so memory stays linear
-        rows = slice(i, i + 1024)
-        s = (q[:, :, rows] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
-        lse[:, :, rows] = s.logsumexp(-1)
-        out[:, :, rows] = (s - lse[:, :, rows, None]).exp().to(q.dtype) @ v
-    return out, lse
+    s = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+    lse = s.logsumexp(-1)
+    return (s - lse[..., None]).exp().to(q.dtype) @ v, lse
 
 
 def _attend_backward(grad, q, k, v, out, lse):
@@ -374,16 +359,10 @@ def _attend_backward(grad, q, k, v, out, lse):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, lse, 0.0, False)
     scale = 1 / math.sqrt(q.shape[3])
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for i in range(0, q.shape[2], 1024):
-        rows = slice(i, i + 1024)
-        p = ((q[:, :, rows] @ k.transpose(2, 3)).float() * scale - lse[:, :, rows, None]).exp()
-        delta = (grad[:, :, rows].float() * out[:, :, rows].float()).sum(-1, keepdim=True)
-        ds = (p * ((grad[:, :, rows] @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
-        dq[:, :, rows] = ds @ k
-        dk += ds.transpose(2, 3) @ q[:, :, rows]
-        dv += p.to(q.dtype).transpose(2, 3) @ grad[:, :, rows]
-    return dq, dk, dv
+    p = ((q @ k.transpose(2, 3)).float() * scale - lse[..., None]).exp()
+    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+    ds = (p * ((grad @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
+    return ds @ k, ds.transpose(2, 3) @ q, p.to(q.dtype).transpose(2, 3) @ grad
 
 
 def _branches(L, H, segments, dilations):
@@ -473,18 +452,15 @@ class _DilatedAttention(torch.autograd.Function):
 #
 # Memory traffic, counted not measured. Upstream gathers q, k and v of every branch (read and write 3 LC/R),
 # attends (4 LC/R), scatters the result into zeros (LC + LC/R) and mixes the branches (15 LC in all): with R =
-# 1, 2, 4, 8, 16 that is 41 LC elements a layer, in bfloat16 83 LC bytes. Here q, k, v are not gathered but
-# read in place (6/R bytes), and out is carried in float32: zeroed (4), read and written by every branch
-# (8/R), rounded at the end (6); with lse 37 LC bytes. With C = 768 that is 0.63 against 0.29 GB a layer for L
-# = 10,000, and 6.3 against 2.9 GB for 100,000. The carrying has its price: a kernel that went through all
-# branches by itself would move 8 LC bytes, but with nested loops over branches and segments, and smaller
-# blocks. (Keys are read once per block of queries; those further reads hit the L2 cache as in any flash
-# attention. The backward carries dq, dk and dv in float32 in the same way.)
+# 1, 2, 4, 8, 16 in bfloat16 83 LC bytes a layer. Here q, k, v are read in place (6/R bytes), and out is
+# carried in float32: zeroed (4), read and written by every branch (8/R), rounded at the end (6); with lse 37
+# LC bytes. With C = 768 that is 0.63 against 0.29 GB a layer for L = 10,000. One kernel for all branches
+# would move 8 LC bytes, with nested loops and smaller blocks. (Keys are read once per block of queries;
+# further reads hit the L2 cache. The backward carries dq, dk and dv in float32 in the same way.)
 #
-# Limits, asserted by the wrapper: NVIDIA GPUs from sm_80 on; float32, bfloat16, float16 (accumulation in
-# float32; float32 products in full precision, without tensor cores); D from 16 to 128, padded to a power of 2
-# inside; B * H and the segments of a branch at most 65,535 (the grid); offsets inside a segment within 32
-# bits, so W * H * D < 2^31 (a segment's own place is a 64-bit number).
+# Limits: triton 3; NVIDIA GPUs from sm_80 on; float32 (products in full precision, without tensor cores),
+# bfloat16, float16; D from 16 to 128, padded to a power of 2 inside; B * H and the segments of a branch at
+# most 65,535 (the grid); offsets inside a segment within 32 bits, so W * H * D < 2^31.
 
 if triton is not None:
     # Triton's interpreter (3.9) multiplies the bit patterns of bfloat16 in tl.dot: there, convert first.
@@ -673,35 +649,30 @@ class _TritonDilatedAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None, None, None
 
 
-def _kernel_refuses(q, segments, dilations):
-    """What the Triton kernels cannot take of this, or None."""
+def _kernels_serve(q, segments, dilations):
+    """Whether the Triton kernels can take this: see their limits."""
+    if triton is None or int(triton.__version__.split(".")[0]) < 3:
+        return False
     (B, L, H, D), longest = q.shape, min(max(segments), q.shape[1])
     offsets, blocks = max(L, longest * H * D, 2 * max(dilations)), max(B * H, L // min(segments))
-    if triton is None or int(triton.__version__.split(".")[0]) < 3:
-        return 'triton 3 is not installed (Linux only); use impl="torch"'
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the Triton kernels need a GPU, the tensors are on {q.device}"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not 16 <= D <= 128:
-        return f"the Triton kernels take no {q.dtype} with heads of {D} channels"
-    if offsets >= 2**31 or blocks > 65535:
-        return f"too much for the Triton kernels: {B * H} heads, {L} tokens in segments of up to {longest}"
-    return None
+    there = q.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    fits = q.dtype in (torch.float32, torch.bfloat16, torch.float16) and 16 <= D <= 128
+    return there and fits and offsets < 2**31 and blocks <= 65535
 
 
 def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
-    """LongNet's dilated attention: q, k, v [B,L,H,D] -> [B,L,H,D]. Differentiable; memory is linear in L.
-
+    """LongNet's dilated attention: q, k, v [B,L,H,D] -> [B,L,H,D]. Memory is linear in L (but for MPS's).
     segments, dilations: the branches' W and R, one each. pad_keys: count upstream's zero padding (see above);
     False is the clean variant for training from scratch. A query that no branch keeps gets zeros. impl:
     "torch", "triton", or "auto": Triton on a GPU that it can serve, torch elsewhere. Raises ValueError where
-    "triton" is named and cannot serve. Source: torchscale's DilatedAttention as Prov-GigaPath uses it.
-    """
+    "triton" cannot serve. Source: torchscale's DilatedAttention as Prov-GigaPath uses it."""
     if len(segments) != len(dilations) or impl not in ("torch", "triton", "auto"):
         raise ValueError(f"as many segments as dilations, and a known impl: {segments}, {dilations}, {impl}")
-    refusal = _kernel_refuses(q, segments, dilations) if impl == "triton" or q.is_cuda else "not on a GPU"
-    if impl == "triton" and refusal:
-        raise ValueError(refusal)
-    function = _DilatedAttention if refusal or impl == "torch" else _TritonDilatedAttention
+    serve = (q.is_cuda or impl == "triton") and _kernels_serve(q, segments, dilations)
+    if impl == "triton" and not serve:
+        what = f"{q.dtype} {list(q.shape)} on {q.device}, segments {segments}"
+        raise ValueError(f"the Triton kernels cannot take {what}: see their limits in wsi_llava.py")
+    function = _TritonDilatedAttention if serve and impl != "torch" else _DilatedAttention
     return function.apply(q, k, v, tuple(segments), tuple(dilations), pad_keys)
 
 
@@ -718,11 +689,9 @@ def grid_cells(coords):
 
 
 def position_embedding(coords, width):
-    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in tiled pixels -> [...,C].
-
-    The first half of the channels encodes the row (y), the second the column (x), each as [sin | cos] of cell
-    / 10000^(i / (C/4)). One table of GRID rows serves both: upstream's has GRID^2 rows, 3 GB at 768.
-    """
+    """Fixed 2-D sin-cos embedding of tiles: coords [...,2] (x, y) in tiled pixels -> [...,C]. The first half
+    of the channels is the row (y), the second the column (x), as [sin | cos] of cell / 10000^(i / (C/4)). One
+    table of GRID rows serves both: upstream's has GRID^2 rows, 3 GB at 768."""
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(GRID)[:, None] * frequency  # [grid,C/4]
     table = torch.cat([angle.sin(), angle.cos()], dim=-1).float()  # [grid,C/2]
@@ -731,8 +700,8 @@ def position_embedding(coords, width):
 
 
 class Pool(nn.Module):
-    """The tiles in context -> visual tokens, averages along the raster order, [B,N,C] -> [B,n,C]; fewer than n
-    tiles repeat. Another pool goes here; stage 1 trains it."""
+    """The tiles in context -> visual tokens, averages along the raster order, [B,N,C] -> [B,n,C]; fewer tiles
+    than n repeat. Another pool goes here; stage 1 trains it."""
 
     def __init__(self, cfg, n):
         super().__init__()
@@ -761,8 +730,8 @@ SHORT = 128  # tokens of a slide, its CLS included, up to which dilated attentio
 @functools.lru_cache(256)
 @torch.inference_mode(False)  # kept, and then used where gradients are taken too
 def short_bias(L, H, segments, dilations, pad_keys):
-    """log m of each query and key, m the number of branches that hold the pair (see the derivation): added to
-    the scores it makes dense attention dilated. [H,L,1+L]; key 0 is a zero key, for those of the padding."""
+    """log m of each query and key, m the number of branches that hold the pair: added to the scores it makes
+    dense attention dilated. [H,L,1+L]; key 0 is a zero key, for those of the padding."""
     counts = torch.zeros(H, L, 1 + L)
     positions = torch.arange(L)[None, :, None].expand(1, L, H)
     for where, padded in _branches(L, H, segments, dilations):
@@ -775,8 +744,8 @@ def short_bias(L, H, segments, dilations, pad_keys):
 
 
 def attend_short(q, k, v, lengths, cfg):
-    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] each -> the same, in one dense
-    call: branch by branch, so few tokens are all overhead."""
+    """Dilated attention within slides of up to SHORT tokens, [sum of L,H,D] -> the same, in one dense call:
+    branch by branch, so few tokens are all overhead."""
     longest = max(lengths)
     bias = torch.full((len(lengths), cfg.heads, longest, 1 + longest), -math.inf)
     bias[..., 0] = 0  # padding sees the zero key alone
@@ -816,8 +785,8 @@ class SlideAttention(nn.Module):
 
 
 class SlideLayer(nn.Module):
-    """A LongNet layer over packed slides, [sum of L,C] -> the same; lengths: the L of each. All is done token
-    by token but the attention, which is done slide by slide."""
+    """A LongNet layer over packed slides, [sum of L,C] -> the same; lengths: the L of each, for the attention
+    and stochastic depth."""
 
     def __init__(self, cfg, drop_path):
         super().__init__()
@@ -829,7 +798,7 @@ class SlideLayer(nn.Module):
         self.ffn = SlideFFN(cfg)
 
     def residual(self, x, update, lengths):
-        """x + update, with dropout; in training now and then without a slide's update (stochastic depth)."""
+        """x + update, with dropout; in training at times without a slide's update (stochastic depth)."""
         update = self.dropout(update)
         if self.training and self.drop_path > 0:
             keep = torch.rand(len(lengths), device=x.device) >= self.drop_path  # [S]
@@ -843,12 +812,9 @@ class SlideLayer(nn.Module):
 
 
 class SlideEncoder(nn.Module):
-    """Prov-GigaPath's slide encoder (LongNet): tiles see one another through dilated attention.
-
-    (features [sum of N,C_tile], coords [sum of N,2] in pixels at the tiled resolution, lengths: the N of each
-    slide) -> (cls [S,C], tokens [sum of N,C]), both after the final norm. A slide's results do not depend on
-    its company. Parameter names are those of the published `slide_encoder.pth`.
-    """
+    """Prov-GigaPath's slide encoder (LongNet), named as in its `slide_encoder.pth`: features
+    [sum of N,C_tile], coords [sum of N,2] in tiled pixels, lengths: the N of each slide -> (cls [S,C], tokens
+    [sum of N,C]), both after the final norm. A slide's results do not depend on its company."""
 
     def __init__(self, cfg, n_visual_tokens=576):
         super().__init__()
@@ -925,7 +891,7 @@ class TextEncoder(nn.Module):
 
 class WSITextAlignment(nn.Module):
     """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature. A
-    slide's embedding is the mean of its visual tokens, since these are what the language model reads later."""
+    slide's embedding is the mean of its visual tokens, which the language model reads later."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -995,24 +961,24 @@ class KVCache:
     def append(self, layer, k, v):
         """Stores k, v [B,H_kv,T,D] of the new positions; returns all up to them."""
         end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length : end] = k
-        self.kv[layer, 1, :, :, self.length : end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        self.kv[layer, :, :, :, self.length : end] = torch.stack([k, v])
+        return self.kv[layer, :, :, :, :end]  # [2,B,H_kv,end,D]
 
 
 class LlamaAttention(nn.Module):
-    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head. cos,
-    sin: rotary_tables of the T positions. cache: a KVCache whose `layer` holds those before them, or None."""
+    """Causal self-attention with rotary positions, [B,T,C] -> [B,T,C]; query heads may share a key head.
+    cos, sin: of the T positions. cache: a KVCache whose `layer` holds those before them, or None."""
 
     def __init__(self, cfg):
         super().__init__()
         self.head_dim, self.grouped = cfg.head_dim, cfg.kv_heads != cfg.heads
-        self.q_proj = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=cfg.qkv_bias)
+        biased, normed = cfg.family == "qwen2", cfg.family == "qwen3"  # normed head by head, before rotating
+        self.q_proj = nn.Linear(cfg.width, cfg.heads * cfg.head_dim, bias=biased)
+        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=biased)
+        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * cfg.head_dim, bias=biased)
         self.o_proj = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=False)
-        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if normed else nn.Identity()
+        self.k_norm = nn.RMSNorm(cfg.head_dim, cfg.eps) if normed else nn.Identity()
 
     def forward(self, x, cos, sin, cache, layer):
         B, T, _ = x.shape
@@ -1060,11 +1026,8 @@ class LlamaLayer(nn.Module):
 
 class Llama(nn.Module):
     """A Llama decoder or its kin (Mistral, Qwen2, Qwen3): ids [B,T] or embeds [B,T,C] -> logits [B,T,vocab].
-
-    cache: a KVCache of the positions before these, and then these too. last_only: logits of the last position
-    alone, [B,1,vocab]. only: a mask [B,T] of the n positions whose logits are wanted, [n,vocab]. Raises
-    UserError where the positions exceed the context.
-    """
+    cache: a KVCache of the positions before these, and then these too. only: an index into [B,T], as a mask,
+    of the n positions whose logits are wanted, [n,vocab]. UserError: the positions exceed the context."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1075,7 +1038,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(cfg.width, cfg.eps)
         self.lm_head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
 
-    def forward(self, ids=None, embeds=None, cache=None, last_only=False, only=None):
+    def forward(self, ids=None, embeds=None, cache=None, only=...):
         x = self.embed_tokens(ids) if embeds is None else embeds
         B, T, C = x.shape
         past = cache.length if cache is not None else 0
@@ -1089,11 +1052,7 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin, cache, i)
         if cache is not None:
             cache.length += T
-        if last_only:
-            x = x[:, -1:]  # [B,1,C]
-        elif only is not None:
-            x = x[only]  # [n,C]
-        x = self.norm(x)
+        x = self.norm(x[only])  # [n,C], or all [B,T,C]
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
 
@@ -1146,15 +1105,14 @@ def without_image(text):
 
 
 def slide_first(turns, image=True):
-    """Moves the <image> placeholder to the front of the first turn, as LLaVA does; image False: drops it."""
+    """Moves <image> to the front of the first turn, as LLaVA does; image False: drops it."""
     turns = [{**turn, "value": without_image(turn["value"])} for turn in turns]
     turns[0]["value"] = "<image>\n" * image + turns[0]["value"]
     return turns
 
 
 def read_pieces(path):
-    """A tokenizer.model (SentencePiece: Llama's, Vicuna's, Mistral's) or tokenizer.json (Llama 3's, Qwen's) ->
-    encode, decode, a special token's id, number of tokens."""
+    """tokenizer.model (SentencePiece) or tokenizer.json -> encode, decode, a special token's id, size."""
     if path.suffix != ".json":
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         ids = {model.id_to_piece(i): i for i in range(len(model))}
@@ -1172,18 +1130,20 @@ def read_pieces(path):
 
 
 class Tokenizer:
-    """A language model's tokenizer and the prompts that it was trained on: the first of CHAT_FORMATS whose
-    special tokens it has. eos ends an answer; ends: every token that does."""
+    """A language model's tokenizer and its prompts, by default the first of CHAT_FORMATS whose special tokens
+    it has. eos ends an answer; ends: every token that does."""
 
-    def __init__(self, path):
+    def __init__(self, path, chat=None):
         self.path = Path(path)
         with reading(path, "copy the language model's tokenizer.model or tokenizer.json again"):
             # encode: a text -> its ids, a list; id: a special token -> its id, or None
             self.encode, self.decode_ids, self.id, self.size = read_pieces(self.path)
-        for self.chat in CHAT_FORMATS.values():
+        for self.chat in [CHAT_FORMATS[chat]] if chat else CHAT_FORMATS.values():
             tokens = re.findall(SPECIAL_TOKENS, self.chat.start + self.chat.human + self.chat.end)
-            if None not in map(self.id, tokens):  # vicuna, the last, has none
+            lacking = [token for token in tokens if self.id(token) is None]
+            if not lacking:  # vicuna, the last, has none
                 break
+        check(not lacking, f"{path}: lacks {few(lacking)} of --chat-format {chat}; leave it out")
         self.bos = [i for i in [self.id(self.chat.bos)] if i is not None]
         ends = map(self.id, [self.chat.end, "</s>", "<|end_of_text|>", "<|endoftext|>"])
         ends = [end for end in ends if end is not None]
@@ -1194,29 +1154,25 @@ class Tokenizer:
         """ids -> text, without images' places and ids that an embedding holds beyond the tokenizer."""
         return self.decode_ids([i for i in ids if 0 <= i < self.size])
 
-    def __len__(self):
-        return self.size
-
     def encode_template(self, template, value):
-        """A template of CHAT_FORMATS with a value for its {} -> ids. The text between special tokens, and
-        around <image>, is encoded piece by piece, each as it stands, as in LLaVA."""
+        """A template of CHAT_FORMATS with a value for its {} -> ids. What stands between special tokens, and
+        around <image>, is encoded piece by piece, as in LLaVA."""
         ids = []
         for i, part in enumerate(re.split(f"({SPECIAL_TOKENS})", template)):
-            if i % 2:
-                ids.append(self.id(part))
-                continue
-            for piece in re.split("(<image>)", part.replace("{}", value)):
+            pieces = [] if i % 2 else re.split("(<image>)", part.replace("{}", value))
+            for piece in pieces:
                 ids += [IMAGE_TOKEN] if piece == "<image>" else self.encode(piece)
+            ids += [self.id(part)] if i % 2 else []
         return ids
 
     def encode_turn(self, question, first=True):
-        """One question, ready to be answered -> ids. A later one follows the end of the answer before it."""
+        """One question, ready to be answered -> ids. A later one follows an answer's end."""
         before = self.chat.start if first else self.chat.between
         return (self.bos if first else []) + self.encode_template(before + self.chat.human, question)
 
     def encode_chat(self, turns):
-        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists): the answers and the
-        token that ends them, IGNORE elsewhere. After a human's last turn, ids are ready to be continued."""
+        """Turns [{"from": "human" | "gpt", "value": str}, ...] -> ids, labels (lists): the answers and their
+        end, IGNORE elsewhere. After a human's last turn, ids are ready to be continued."""
         ids, labels = [], []
         for turn in turns:
             if turn["from"] == "human":
@@ -1229,7 +1185,7 @@ class Tokenizer:
         return ids, labels
 
     def encode_plain(self, report, image=True):
-        """LLaVA's plain form, for stage 2: the image, then its report (and eos; LLaVA's ends in a newline)."""
+        """LLaVA's plain form, for stage 2: the image, its report, and eos (LLaVA's ends in a newline)."""
         before = self.bos + ([IMAGE_TOKEN] if image else [])
         answer = self.encode(report) + [self.eos]
         return before + answer, [IGNORE] * len(before) + answer
@@ -1239,18 +1195,15 @@ class Tokenizer:
 
 
 class WSILLaVA(nn.Module):
-    """Slide encoder, projector, language model. The tile encoder stays outside: its features are on disk."""
+    """Slide encoder, projector, language model. The tile encoder's features are on disk."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.slide_encoder = None
-        if not cfg.no_slide_encoder:
-            self.slide_encoder = SlideEncoder(cfg.slide_encoder, cfg.n_visual_tokens)
+        encoder = None if cfg.no_slide_encoder else SlideEncoder(cfg.slide_encoder, cfg.n_visual_tokens)
+        self.slide_encoder = encoder
         self.mm_projector = make_projector(cfg.pad_to, cfg.llama.width)
         self.llama = Llama(cfg.llama)
-        if cfg.lora_rank:
-            add_lora(self.llama, cfg.lora_rank, cfg.lora_alpha)
 
     @property
     def device(self):
@@ -1272,9 +1225,9 @@ class WSILLaVA(nn.Module):
         return self.mm_projector(F.pad(visual.to(weight.dtype), (0, self.cfg.pad_to - visual.shape[-1])))
 
     def splice(self, visual, ids, labels=None):
-        """Puts projected visual tokens where the ids say IMAGE_TOKEN -> embeds [B,T,C], labels [B,T], padded
-        on the right. visual: B slides [V,C], each or all may be None; ids, labels: B lists. Raises ValueError
-        where a slide has no IMAGE_TOKEN in its row, or not just one."""
+        """Puts projected visual tokens where ids say IMAGE_TOKEN -> embeds [B,T,C], labels [B,T], padded on
+        the right. visual: B slides [V,C], each or all may be None; ids, labels: B lists. Raises ValueError
+        where a slide has not just one IMAGE_TOKEN in its row."""
         rows, row_labels = [], []
         for b, row in enumerate(ids):
             label = [IGNORE] * len(row) if labels is None else labels[b]
@@ -1305,12 +1258,9 @@ class WSILLaVA(nn.Module):
 
     @torch.no_grad()
     def generate(self, visual, ids, max_new_tokens=256, temperature=0.0, seed=0, ends=(2,), cache=None):
-        """Yields a list of each row's next token (None after its end) until all rows have ended.
-
-        Rows must be of equal length, so that no padding enters. temperature 0 is greedy. cache: an earlier
-        turn's KVCache, which is continued, and ends up holding all but the last token. Raises UserError for a
-        prompt beyond the context.
-        """
+        """Yields a list of each row's next token (None after its end) until all have ended. Rows must be
+        of equal length: no padding enters. temperature 0 is greedy. cache: an earlier turn's KVCache, which
+        goes on and holds all but the last token. Raises UserError for a prompt beyond the context."""
         if len(set(map(len, ids))) != 1:
             raise ValueError("generate: rows must be of equal length")
         embeds, _ = self.splice(visual, ids)
@@ -1319,7 +1269,7 @@ class WSILLaVA(nn.Module):
         generator = torch.Generator(embeds.device).manual_seed(seed)
         ended = [False] * B
         for _ in range(max_new_tokens):
-            logits = self.llama(embeds=embeds, cache=cache, last_only=True)[:, 0].float()  # [B,vocab]
+            logits = self.llama(embeds=embeds, cache=cache, only=np.s_[:, -1]).float()  # [B,vocab]
             check(logits.isfinite().all(), "the model's logits are not finite: are its weights damaged?")
             if temperature == 0:
                 token = logits.argmax(-1)
@@ -1335,14 +1285,14 @@ class WSILLaVA(nn.Module):
 
 # ---- The rest: what is around the model, first of all this machine -----------------------------------------
 
-# Left to themselves, Intel's matrix routines split sums by what the cores happen to be doing, and the last
-# bits differ from run to run. Read at their first use; it costs no measurable time.
+# Left to themselves, Intel's matrix routines split sums by what the cores are doing, and the last bits differ
+# from run to run. Read at their first use; it costs no measurable time.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds; unset, Triton warns
 
 if sys.platform == "linux":
     # Left to itself, glibc keeps freed blocks of up to 32 MB in a heap that fragments: one slide of 10,000
-    # tiles, its activations 31 MB each, trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
+    # tiles trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
@@ -1359,7 +1309,7 @@ def add_update(linear, a, b, scale):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and a trainable update of low rank (arXiv 2106.09685): Wx + (alpha / r) BAx."""
+    """A frozen linear layer and an update of low rank (arXiv 2106.09685): Wx + (alpha / r) BAx."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
@@ -1373,10 +1323,13 @@ class LoRALinear(nn.Module):
         update = self.scale * F.linear(self.dropout(x), self.lora_a)  # [...,r]: scaled where it is narrow
         return self.base(x) + F.linear(update, self.lora_b)
 
+    def merged(self):
+        return add_update(self.base, self.lora_a, self.lora_b, self.scale)
+
 
 def replace_linears(llama, make):
-    """Puts make(layer) in the place of each linear layer of the decoder's blocks, one at a time, so that
-    memory never holds the model twice -> the llama."""
+    """Puts make(layer) in the place of each linear layer of the decoder's blocks -> the llama. One at a time:
+    memory never holds the model twice."""
     for layer in llama.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, child in list(part.named_children()):
@@ -1386,24 +1339,19 @@ def replace_linears(llama, make):
 
 
 def add_lora(llama, rank, alpha, dropout=0.0):
-    """Freezes the llama and gives the linear layers of its blocks adapters, as LLaVA does -> the llama."""
+    """Freezes the llama, gives the linear layers of its blocks adapters, as LLaVA does -> the llama."""
     llama.requires_grad_(False)
     return replace_linears(llama, lambda linear: LoRALinear(linear, rank, alpha, dropout))
 
 
 def merge_lora(llama):
     """Puts the sum of weights and adapters in the place of both -> the llama."""
-
-    def merged(layer):
-        adapted = isinstance(layer, LoRALinear)
-        return add_update(layer.base, layer.lora_a, layer.lora_b, layer.scale) if adapted else layer
-
-    return replace_linears(llama, merged)
+    return replace_linears(llama, lambda x: x.merged() if isinstance(x, LoRALinear) else x)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, each off by at most half its output channel's scale: half of bfloat16's
-    size. For inference; a gradient with respect to the input passes."""
+    """A linear layer in int8: a weight is off by at most half its output channel's scale. For inference; a
+    gradient of the input passes."""
 
     def __init__(self, linear):
         super().__init__()
@@ -1421,8 +1369,8 @@ class Int8Linear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:  # W in full precision is made again, not stored
             y = checkpoint(self.product, x, use_reentrant=False)
         elif _on_cpu(x) and x.shape[:-1].numel() <= 16 and x.shape[-1] % 32 == 0:
-            # Of few rows the cost is that of reading W, and PyTorch's kernel reads it as int8. It takes
-            # bfloat16, and reads past the end of rows that are no multiple of 32.
+            # Of few rows the cost is reading W, which PyTorch's kernel reads as int8. It takes bfloat16, and
+            # reads past the end of rows that are no multiple of 32.
             y = torch._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale.bfloat16())
             y = y.view(*x.shape[:-1], -1).to(x.dtype)
         else:
@@ -1431,8 +1379,8 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(llama):
-    """Rounds the linear layers to int8, adapters merged first -> the llama. The embedding is only looked up and
-    stays; where it is the lm_head too, a rounded copy gives the logits."""
+    """Rounds the linear layers to int8, adapters merged first -> the llama. Of an embedding that is the
+    lm_head too, a rounded copy gives the logits."""
     llama.lm_head = Int8Linear(llama.lm_head or llama.embed_tokens)
     return replace_linears(merge_lora(llama), Int8Linear)
 
@@ -1443,8 +1391,7 @@ COPY_AGAIN = "copy or download it again"
 
 
 def one_line(text, limit=200):
-    """Text of a file, a server or an exception, fit to be printed: its first line, and nothing in it that
-    steers a terminal (control characters, text direction)."""
+    """Text from elsewhere, fit to be printed: its first line, less what steers a terminal."""
     line = (str(text).strip().splitlines() or [""])[0]
     line = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", line)
     return line if len(line) <= limit else line[:limit] + "..."
@@ -1458,13 +1405,12 @@ def few(names, n=3):
 
 @contextlib.contextmanager
 def reading(path, hint):
-    """Whatever goes wrong inside, with a user's file, becomes one line: the file, what is wrong, the hint.
-    What a damaged file makes Python, PyTorch, safetensors and zipfile raise is no short list."""
+    """Whatever goes wrong with a user's file becomes one line: the file, what is wrong, the hint."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # what a damaged file makes libraries raise is no short list
         reason = one_line(error, 120) or type(error).__name__
         known = {KeyError: f"lacks {reason}", FileNotFoundError: "no such file"}
         raise UserError(f"{path}: {known.get(type(error), reason)}; {hint}") from None
@@ -1474,20 +1420,32 @@ def reading(path, hint):
 def replacing(path):
     """A temporary path to write to, renamed to `path` at the end: a reader never sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")  # no other process's, anywhere
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
     try:
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
         mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
+        with contextlib.suppress(OSError):  # what a kill left a day ago or before
+            for left in path.parent.glob(f".{path.name}.*.part"):
+                if left.stat().st_mtime < temporary.stat().st_mtime - 86400:
+                    left.unlink()
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:  # of a full disk, all three
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:  # a full disk
         if type(error) is RuntimeError and "inline_container" not in str(error):  # torch's zip writer
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
         raise OSError(getattr(error, "errno", None), reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def first(*paths, hint):
+    """The first of these paths that exists, or a UserError."""
+    for path in paths:
+        if path.exists():
+            return path
+    raise UserError(f"{' or '.join(map(str, paths))}: no such file; {hint}")
 
 
 def write_text(path, text):
@@ -1517,8 +1475,7 @@ def read_metadata(path):
 
 
 def read_tensors(path, hint=COPY_AGAIN):
-    """{name: tensor} of a .safetensors file, or what PyTorch wrote, mapped and not copied; nothing is ever
-    unpickled. Raises UserError."""
+    """{name: tensor} of a .safetensors file, or what PyTorch wrote, mapped; nothing is ever unpickled."""
     with reading(path, hint):
         if Path(path).suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
@@ -1533,28 +1490,24 @@ def on_meta(make, *args):
         return make(*args)
 
 
-def load_strict(module, tensors, source, only=r".*"):
-    """Fills `module` (also on the meta device) from {name: tensor}: all tensors used, all parameters filled, or
-    those that match `only`. Raises UserError: the source, the keys and shapes that do not fit."""
-    problems, missing = [], {}
-    for name, p in module.state_dict().items():
-        if re.fullmatch(only, name):
-            missing[name] = list(p.shape)
+def load_strict(module, tensors, source):
+    """Fills `module` from {name: tensor}: all tensors used, all parameters on the meta device filled. Raises
+    UserError: the source, the keys and shapes that do not fit."""
+    problems, state = [], module.state_dict()
     with reading(source, COPY_AGAIN):
         for name, tensor in tensors.items():
-            wanted = missing.pop(name, "a key of the model")
+            wanted = list(state[name].shape) if name in state else "a key of the model"
             if list(tensor.shape) != wanted or not tensor.is_floating_point():
                 problems.append(f"{name} is {list(tensor.shape)}, not {wanted}")
-        problems += [f"{name} is missing" for name in missing]
-        misfit = f"does not fit {type(module).__name__} in {count(len(problems), 'key')}"
-        check(not problems, f"{source}: {misfit}: {few(sorted(problems))}")
+        problems += [f"{name} is missing" for name, p in state.items() if p.is_meta and name not in tensors]
+        check(not problems, f"{source}: no {type(module).__name__} as expected: {few(sorted(problems))}")
     module.load_state_dict(tensors, assign=True, strict=False)  # checked above
     return module
 
 
 def fingerprint(module):
-    """A short hash of a module's weights, by which files know the model that made them: names, shapes, the
-    first 4,096 values of each tensor (rounded to bfloat16, so that a copy in half precision counts as it)."""
+    """A short hash of a module's weights: names, shapes, the first 4,096 values of each tensor (rounded to
+    bfloat16, so that a copy in half precision counts as it)."""
     digest = hashlib.sha256()
     for name, p in sorted(module.state_dict().items()):
         sample = p.detach().flatten()[:4096].to("cpu", torch.bfloat16).float()
@@ -1566,7 +1519,7 @@ def fingerprint(module):
 
 
 def load_tile_encoder(path):
-    """Prov-GigaPath's `pytorch_model.bin` (or safetensors) -> TileEncoder, its size read off the shapes."""
+    """Prov-GigaPath's `pytorch_model.bin` -> TileEncoder, its size read off the shapes."""
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's tile encoder"):
         width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
@@ -1578,8 +1531,8 @@ def load_tile_encoder(path):
 
 
 def load_slide_encoder(path, n_visual_tokens=576):
-    """Prov-GigaPath's `slide_encoder.pth` (tensors under "model", or bare) -> SlideEncoder, its size read off
-    the shapes; or stage 1's file, whose metadata tell what shapes do not: heads, segments, dilations."""
+    """Prov-GigaPath's `slide_encoder.pth`, its size read off the shapes, or stage 1's file, whose metadata
+    tell what shapes do not -> SlideEncoder."""
     tensors = read_tensors(path)
     with reading(path, "not Prov-GigaPath's slide encoder"):
         tensors = tensors.get("model", tensors)
@@ -1594,9 +1547,8 @@ def load_slide_encoder(path, n_visual_tokens=576):
         return load_strict(on_meta(SlideEncoder, cfg, n_visual_tokens), tensors, path).eval()
 
 
-# A published name -> the name here; None: not read. Theirs begin with `model.` (Llama, LLaVA), with
-# `language_model.model.` or `model.language_model.` (transformers' conversion of LLaVA); PEFT puts
-# `base_model.model.` before.
+# A published name -> the name here; None: not read. Before it stands `model.` (Llama, LLaVA), in PEFT
+# `base_model.model.`, in transformers' LLaVA `language_model.model.` or `model.language_model.`.
 NAMES = [
     (r".+\.rotary_emb\.inv_freq", None),  # old exports store it; it is computed here
     (r"(?:.+\.)?vision_tower\..+", None),  # CLIP, whose place the slide encoder takes
@@ -1610,25 +1562,21 @@ PROJECTOR_FILES = ["non_lora_trainables.bin", "mm_projector.bin", "mm_projector.
 
 
 def read_folder(folder, projector=False):
-    """A Hugging Face, LLaVA or PEFT folder -> the tensors of its language model or adapters, or those of its
-    projector, {name here: tensor}, mapped. As in transformers, a whole file comes before an index."""
+    """The tensors of a folder's language model or adapters, or of its projector -> {name here: tensor}. As in
+    transformers, a whole file comes before an index."""
     folder, tensors = Path(folder), {}
-    for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"):
-        index, names = folder / f"{name}.index.json", [name]
-        if (folder / name).is_file():
-            break
-        if index.is_file():
-            with reading(index, COPY_AGAIN):
-                names = sorted(set(read_json(index, COPY_AGAIN)["weight_map"].values()))
-                inside = names and all(name == Path(name).name for name in names)
-                check(inside, f"{index}: its weight_map leads out of this folder; {COPY_AGAIN}")
-            break
-    else:
-        raise UserError(
-            f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here"
-        )
-    names += [name for name in PROJECTOR_FILES if (folder / name).is_file()]
-    for path in [folder / name for name in names]:
+    names = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+    places = [folder / f"{name}{index}" for name in names for index in ("", ".index.json")]
+    files = [path for path in places if path.is_file()][:1]
+    check(files, f"{folder}: no model.safetensors, pytorch_model.bin, index of shards or adapters here")
+    if files[0].suffix == ".json":
+        with reading(files[0], COPY_AGAIN):
+            names = sorted(set(read_json(files[0], COPY_AGAIN)["weight_map"].values()))
+            inside = names and all(name == Path(name).name for name in names)
+            check(inside, f"{files[0]}: its weight_map leads out of this folder; {COPY_AGAIN}")
+            files = [folder / name for name in names]
+    files += [folder / name for name in PROJECTOR_FILES if (folder / name).is_file()]
+    for path in files:
         with reading(path, COPY_AGAIN):
             for key, tensor in read_tensors(path).items():
                 pattern, here = next(row for row in NAMES if re.fullmatch(row[0], key))
@@ -1639,8 +1587,7 @@ def read_folder(folder, projector=False):
     return tensors
 
 
-# config.json of Hugging Face -> LlamaConfig's field, and what transformers means where it is silent: LLaVA's
-# text_config leaves out even sizes where they are the default.
+# config.json of Hugging Face -> LlamaConfig's field, and what transformers means where it is silent.
 LLAMA_FIELDS = {
     "vocab_size": ("vocab", 32000),
     "hidden_size": ("width", 4096),
@@ -1656,43 +1603,40 @@ LLAMA_FIELDS = {
     "wsi_llava_adapters": ("adapters", ""),  # our own
 }
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# model_type of a config.json -> the family whose decoder it is. LLaVA's own folders put theirs before it.
+# model_type of a config.json -> the family whose decoder it is.
 FAMILIES = {family: family for family in ("llama", "mistral", "qwen2", "qwen3")}
 FAMILIES |= {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
 
 
 def read_llama_config(folder):
     """`config.json` of a language model or a LLaVA -> LlamaConfig. Refuses what this decoder does not do."""
-    path, values = Path(folder) / "config.json", {}
-    hint = f"--llm takes a Hugging Face folder of one of these: {', '.join(FAMILIES)}"
+    path, hint = Path(folder) / "config.json", f"--llm takes a folder of one of these: {', '.join(FAMILIES)}"
     with reading(path, hint):
         c = read_json(path, hint)
         c = c.get("text_config", c)
         kind = c.get("model_type", "llama")
-        check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported here; {hint}")
+        check(kind in FAMILIES, f"{path}: model_type {one_line(kind)} is not supported; {hint}")
+        values = {"family": FAMILIES[kind]}
         for theirs, (ours, default) in LLAMA_FIELDS.items():
             values[ours] = default if c.get(theirs) is None else c[theirs]
-        family, context = FAMILIES[kind], values["context"]
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        window = c.get("sliding_window") if c.get("use_sliding_window", family == "mistral") else None
-        for what, supported in (
-            (f"hidden_act {c.get('hidden_act')}", c.get("hidden_act", "silu") in ("silu", "swish")),
-            (f"rope scaling {rope}", rope_type in ("default", "llama3")),
-            ("a rotation of some channels only", rope.get("partial_rotary_factor", 1) == 1),
-            (f"a sliding window of {window} below the context of {context}", not window or window >= context),
-            ("biases beside those of Qwen2", not (c.get("attention_bias") or c.get("mlp_bias"))),
-        ):
-            check(supported, f"{path}: {one_line(what)} is not supported here")
+        window = c.get("sliding_window") if c.get("use_sliding_window", kind.endswith("mistral")) else None
+        refused = {
+            f"hidden_act {c.get('hidden_act')}": c.get("hidden_act", "silu") not in ("silu", "swish"),
+            f"rope scaling {rope_type}": rope_type not in ("default", "llama3"),
+            f"a sliding window of {window} below the context": window and window < values["context"],
+            "biases beside those of Qwen2": c.get("attention_bias") or c.get("mlp_bias"),
+        }
+        for what, holds in refused.items():
+            check(not holds, f"{path}: {one_line(what)} is not supported")
         values["rope_theta"] = rope.get("rope_theta") or values["rope_theta"]
-        if rope_type == "llama3":
-            values["rope_scaling"] = [rope[name] for name in ROPE_SCALING]
-        values |= {"family": family, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+        values["rope_scaling"] = [rope[name] for name in ROPE_SCALING if rope_type == "llama3"]
         return LlamaConfig.from_dict(values)
 
 
-# What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A on the base's own weights,
-# anything, or one of a few values; of any other option, also of one unheard of, what sets nothing.
+# What adapter_config.json may say: of these options of plain LoRA, W + alpha / r B A, anything, or one of a
+# few values; of any other option, also of one unheard of, what sets nothing.
 LORA_FREE = "r lora_alpha lora_dropout target_modules exclude_modules base_model_name_or_path revision"
 LORA_FREE += " task_type inference_mode peft_version auto_mapping"
 LORA_VALUES = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian", "orthogonal"]}
@@ -1716,8 +1660,7 @@ def merge_adapters(llama, folder):
             check(name in linears, f"{folder}: has adapters for {name}, which the language model lacks")
             linear, a, b = linears[name], tensors.pop(key), tensors.pop(f"{name}.lora_B.weight")
             fits = a.shape == (rank, linear.in_features) and b.shape == (linear.out_features, rank)
-            shapes = f"{list(a.shape)} and {list(b.shape)}, the weight is {list(linear.weight.shape)}"
-            check(fits, f"{folder}: the adapters of {name} are {shapes}, r is {rank}")
+            check(fits, f"{folder}: {name}'s are {list(a.shape)} and {list(b.shape)}, not of rank {rank}")
             add_update(linear, a, b, alpha / rank)
             digest.update(name.encode() + b.flatten()[:4096].float().numpy().tobytes())
     check(not tensors, f"{folder}: keys that are no adapters ({len(tensors)}): {few(tensors)}")
@@ -1727,15 +1670,12 @@ def merge_adapters(llama, folder):
 
 
 def load_llama(folder, dtype=None, lora=None):
-    """A Hugging Face folder of a language model or LLaVA (.safetensors or .bin, in shards or not) -> Llama.
-
-    lora: a PEFT folder, whose adapters are merged into the weights. Files are mapped: in their own dtype, memory
-    is filled as pages are touched. Raises UserError, strict both ways.
-    """
+    """A Hugging Face folder of a language model or LLaVA -> Llama, a PEFT folder's adapters merged into it.
+    Files are mapped: in their own dtype, memory is filled as pages are touched. Strict both ways."""
     folder = Path(folder)
     cfg = read_llama_config(folder)
     adapters = (folder / "adapter_config.json").exists()
-    check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, and its base model with --llm")
+    check(not adapters, f"{folder} holds LoRA adapters: name it with --lora, its base model with --llm")
     tensors = read_folder(folder)
     head = tensors.get("lm_head.weight")
     if cfg.tied and head is not None:  # one of its own counts, as in transformers
@@ -1749,7 +1689,7 @@ def load_llama(folder, dtype=None, lora=None):
 
 
 def load_projector(folder):
-    """The projector in a folder -> (Linear, GELU, Linear) in float32, sized by its shapes; None without one."""
+    """The projector in a folder -> (Linear, GELU, Linear) in float32, sized by its shapes; or None."""
     with reading(folder, "not a projector of two linear layers (mlp2x_gelu)"):
         tensors = read_folder(folder, projector=True)
         if not tensors:
@@ -1760,8 +1700,8 @@ def load_projector(folder):
 
 
 def save_llama(llama, folder, tokenizer=None, projector=None):
-    """Writes a folder for load_llama and transformers, adapters merged, a projector beside them; the tokenizer
-    is not copied. config.json comes last, without which the folder is none."""
+    """Writes a folder for load_llama and transformers, adapters merged, a projector beside; no tokenizer.
+    config.json comes last, without which the folder is none."""
     folder, cfg = Path(folder), llama.cfg
     folder.mkdir(parents=True, exist_ok=True)
     state = merge_lora(llama).state_dict()
@@ -1777,7 +1717,7 @@ def save_llama(llama, folder, tokenizer=None, projector=None):
     config |= {"architectures": [f"{cfg.family.title()}ForCausalLM"], "model_type": cfg.family}
     config |= {"rope_parameters": rope, "sliding_window": None, "hidden_act": "silu"}
     config["torch_dtype"] = str(llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    if tokenizer is not None:  # what begins a prompt and ends an answer here, whatever the base model says
+    if tokenizer is not None:  # what ends an answer here, whatever the base model says
         tokens = {"bos_token_id": (tokenizer.bos or [None])[0], "eos_token_id": sorted(tokenizer.ends)}
         write_text(folder / "generation_config.json", json.dumps(tokens))
         config |= tokens
@@ -1797,8 +1737,7 @@ def read_meta(data):
     check(path.exists(), f"{path}: no such file; run python prepare.py --slides DIR first (or --demo)")
     with reading(path, hint):
         meta = read_json(path, hint)
-        version = meta["version"]
-        check(version == VERSION, f"{path}: made by version {version} of this project, not {VERSION}; {hint}")
+        check(meta["version"] == VERSION, f"{path}: made by another version of this project; {hint}")
         encoder = meta["encoder"]
         sizes = [encoder["width"], encoder.get("n_visual_tokens", 1)]
         fits = all(type(size) is int and 0 < size < 2**16 for size in sizes)
@@ -1819,8 +1758,7 @@ def is_slide_name(slide):
 
 def slide_file(folder, slide):
     """folder/<slide>.safetensors. Raises UserError for what is no name."""
-    what = one_line(slide) or "an empty text"
-    check(is_slide_name(slide), f"{what}: not the name of a slide; a name is no path")
+    check(is_slide_name(slide), f"{one_line(slide)!r}: not the name of a slide; a name is no path")
     return Path(folder) / f"{slide}.safetensors"
 
 
@@ -1837,11 +1775,9 @@ def feature_metadata(path):
 
 
 def read_features(data, slide, max_tiles=0, width=None):
-    """data/features of one slide -> features float16 [N,C_tile], coords int32 [N,2].
-
-    max_tiles: at most so many of them, drawn at random, always the same ones, in raster order (0: all).
-    width: what C_tile must be. Raises UserError for a file that is missing, or holds anything else.
-    """
+    """data/features of one slide -> features float16 [N,C_tile], coords int32 [N,2]. max_tiles: at most so
+    many of them, drawn at random, always the same ones, in raster order (0: all). width: what C_tile must be.
+    Raises UserError for a file that is missing, or holds anything else."""
     path, hint = features_file(data, slide), PREPARE_AGAIN
     with reading(path, hint):
         tensors = read_tensors(path, hint)
@@ -1859,8 +1795,8 @@ def read_features(data, slide, max_tiles=0, width=None):
 
 
 def geojson_tile(x, y, scale, origin=(0, 0), **properties):
-    """A tile for QuPath, in level-0 pixels from `origin`. x, y: its corner in tiled pixels, `scale` of level 0
-    each; properties: what else QuPath is to know of it."""
+    """A tile for QuPath, in level-0 pixels from `origin`. x, y: its corner in tiled pixels of `scale` level-0
+    ones each."""
     corners = np.array([(x, y), (x + TILE, y), (x + TILE, y + TILE), (x, y + TILE), (x, y)])
     ring = (corners * scale - origin).round(2).tolist()
     geometry = {"type": "Polygon", "coordinates": [ring]}
@@ -1868,13 +1804,13 @@ def geojson_tile(x, y, scale, origin=(0, 0), **properties):
 
 
 def visual_tokens_file(data, slide, cfg):
-    """Where a slide's visual tokens are kept; a model of an ablation has a folder of its own."""
+    """Where a slide's visual tokens are kept; an ablation has a folder of its own."""
     tiles = f"max-tiles-{cfg.max_tiles}" if cfg.max_tiles else ""
     return slide_file(Path(data, "visual_tokens", "no-slide-encoder" * cfg.no_slide_encoder, tiles), slide)
 
 
 def read_visual_tokens(data, slide, cfg):
-    """What cache_visual_tokens wrote of one slide, or was imported -> float16 [V,C]."""
+    """What cache_visual_tokens wrote, or was imported -> float16 [V,C]."""
     path, hint = visual_tokens_file(data, slide, cfg), "delete it and run again"
     with reading(path, hint):
         tokens = read_tensors(path, hint)["visual_tokens"]
@@ -1882,32 +1818,28 @@ def read_visual_tokens(data, slide, cfg):
         return tokens
 
 
-def made_by(model, data, slide):
-    """What a slide's visual tokens follow from, as a text: its features, the slide encoder with its pool, and
-    the files that hold their classes: an edited pool makes new tokens."""
-    path = features_file(data, slide)
-    with reading(path, PREPARE_AGAIN), open(path, "rb") as file:
-        # Its metadata, its coords and some features: all of a large slide's would be slow to read.
-        digest = hashlib.sha256(f"{path.stat().st_size}".encode() + file.read(1 << 18))
+def keep_visual_tokens(model, data, slide):
+    """Writes a slide's visual tokens, unless imported or as they would be made now -> whether it did. Beside
+    them stands what made them: the slide encoder, the text of its classes' files, the slide's features."""
+    cfg, made_by, source = model.cfg, None, features_file(data, slide)
+    path = visual_tokens_file(data, slide, cfg)
+    with contextlib.suppress(UserError):  # missing or damaged: they are made anew
+        read_visual_tokens(data, slide, cfg)
+        made_by = read_metadata(path).get("made_by")
+    if made_by == IMPORTED_TOKENS:
+        return False
+    with reading(source, PREPARE_AGAIN), open(source, "rb") as file:
+        # Metadata, coords, some features: all of them would be slow to read.
+        digest = hashlib.sha256(f"{source.stat().st_size}".encode() + file.read(1 << 18))
     for name in sorted({type(part).__module__ for part in (model.slide_encoder or model).modules()}):
         if not name.startswith("torch."):
             digest.update(inspect.getsource(sys.modules[name]).encode())
-    mark = model.cfg.fingerprints.get("slide_encoder")
-    return f"{mark} {model.cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
-
-
-def keep_visual_tokens(model, data, slide):
-    """Writes a slide's visual tokens, unless imported or as they would be made now -> whether it wrote them."""
-    cfg, path, mark = model.cfg, visual_tokens_file(data, slide, model.cfg), None
-    with contextlib.suppress(UserError):  # missing or damaged: they are made anew
-        read_visual_tokens(data, slide, cfg)
-        mark = read_metadata(path).get("made_by")
-    now = mark if mark == IMPORTED_TOKENS else made_by(model, data, slide)
-    if mark == now:
+    now = f"{cfg.fingerprints.get('slide_encoder')} {cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
+    if made_by == now:
         return False
     width = None if cfg.no_slide_encoder else cfg.slide_encoder.in_width
     features, coords = read_features(data, slide, cfg.max_tiles, width)
-    check(len(features), f"{features_file(data, slide)}: no tissue was found on this slide")
+    check(len(features), f"{source}: no tissue was found on this slide")
     with torch.inference_mode():
         tokens = model.encode_slide(features, coords).half()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1916,8 +1848,7 @@ def keep_visual_tokens(model, data, slide):
 
 
 def cache_visual_tokens(model, data, slides, progress=iter):
-    """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}.
-    The slide encoder is frozen after stage 1, so it runs once a slide, however often that is asked about."""
+    """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}."""
     written, problems = 0, {}
     for slide in progress(slides):
         try:
@@ -1929,21 +1860,12 @@ def cache_visual_tokens(model, data, slides, progress=iter):
 
 # ---- Where weights are looked for, and how the stages' results are put together ----------------------------
 
-WEIGHTS = Path("weights")
-GIGAPATH = WEIGHTS / "gigapath"
-LLMS = [WEIGHTS / "vicuna-7b-v1.5", WEIGHTS / "llava-v1.5-7b"]
-
-
-def first(*paths, hint):
-    """The first of these paths that exists; a UserError that names them all where none does."""
-    for path in paths:
-        if path.exists():
-            return path
-    raise UserError(f"{' or '.join(map(str, paths))}: no such file; {hint}")
+GIGAPATH = Path("weights/gigapath")
+LLMS = [Path("weights/vicuna-7b-v1.5"), Path("weights/llava-v1.5-7b")]
 
 
 def trained_stage(args, stage):
-    """out/stageN -> (its model.safetensors, its WSILLaVAConfig). Raises UserError where it is not trained."""
+    """out/stageN -> (its model.safetensors, its WSILLaVAConfig). Raises UserError."""
     path = args.out / f"stage{stage}" / "model.safetensors"
     train = f"train it: python train.py --stage {stage}"
     check(path.exists(), f"{path.parent} holds no trained model; {train}")
@@ -1953,21 +1875,20 @@ def trained_stage(args, stage):
 
 
 def pick_tile_encoder(args):
-    """--tile-encoder's or GigaPath's -> (TileEncoder, its file); with no file, the demo's untrained one."""
+    """--tile-encoder's or GigaPath's -> (TileEncoder, its file); or the demo's untrained one."""
     path = args.tile_encoder or GIGAPATH / "pytorch_model.bin"
     if args.tile_encoder or (path.exists() and args.preset != "demo"):
         return load_tile_encoder(path), path
-    needed = f"--preset {args.preset} needs Prov-GigaPath's tile encoder: name it with --tile-encoder"
-    check(args.preset in (None, "demo"), needed)
+    check(
+        args.preset in (None, "demo"), f"--preset {args.preset} needs GigaPath's: name it by --tile-encoder"
+    )
     return untrained_tile_encoder(), None
 
 
 def pick_llm(args, meta):
     """The language model's folder and its tokenizer -> (folder, Tokenizer)."""
-    folders, hint = LLMS, "name a language model with --llm"
-    if meta["preset"] == "demo":  # the demo's own stand-in
-        folders, hint = [args.data / "llm"], f"run python train.py --stage 1 first, or {hint}"
-    folder = args.llm or first(*folders, hint=hint)
+    folders = [args.data / "llm"] if meta["preset"] == "demo" else LLMS  # the demo's own stand-in
+    folder = args.llm or first(*folders, hint="name a language model with --llm (the demo's: train stage 1)")
     places = [folder, args.lora or folder, folder.parent]  # the stand-in's tokenizer lies beside its folder
     files = [place / name for place in places for name in ("tokenizer.model", "tokenizer.json")]
     path = first(*files, hint="copy it from where the model is from")
@@ -1975,8 +1896,8 @@ def pick_llm(args, meta):
     if path != more and more.exists():  # tokens that were added to a tokenizer.model later are in this one
         with reading(more, COPY_AGAIN):
             ids = [token["id"] for token in read_json(more, COPY_AGAIN)["added_tokens"]]
-            path = more if max(ids, default=0) >= len(Tokenizer(path)) else path
-    tokenizer = Tokenizer(path)
+            path = more if max(ids, default=0) >= Tokenizer(path).size else path
+    tokenizer = Tokenizer(path, args.chat_format)
     for file in (folder / "generation_config.json", folder / "config.json"):
         ends = read_json(file, COPY_AGAIN).get("eos_token_id") if file.exists() else None
         ends = ends if isinstance(ends, list) else [ends]
@@ -1989,8 +1910,7 @@ def check_tile_encoder(cfg, meta, path):
     width, mark = meta["encoder"]["width"], meta["encoder"]["fingerprint"]
     takes = f"{cfg.in_width} wide and of {cfg.trained_on or 'any'}, these are {width} and of {mark}"
     fits = cfg.in_width == width and cfg.trained_on in ("", mark)
-    advice = "prepare the slides with the tile encoder that fits, or train stage 1 --from-scratch"
-    check(fits, f"{path}: takes tile features {takes}: {advice}")
+    check(fits, f"{path}: takes tile features {takes}; prepare the slides again, or train --from-scratch")
 
 
 def pick_slide_encoder(args, meta, n_visual_tokens):
@@ -2012,34 +1932,18 @@ def pick_projector(args, llm, width, cfg, stage):
     if found and found[0].in_features >= width and found[2].out_features == cfg.llama.width:
         return found, f"that of {folder}"
     none = f"no published projector here takes {width} channels and gives {cfg.llama.width}"
-    check(
-        stage == 1, f"{args.out}/stage{stage} holds no trained model, and {none}: train stage {stage} first"
-    )
+    check(stage == 1, f"{args.out}/stage{stage} is not trained, and {none}: train stage {stage} first")
     return make_projector(max(cfg.pad_to, width), cfg.llama.width), f"a new one, since {none}"
 
 
-def add_trained(model, path):
-    """Puts into the model what a stage trained: the projector, and adapters or, with --full, the llama."""
-    tensors, only = read_tensors(path), r"mm_projector\..*"
-    if model.cfg.lora_rank:
-        on_meta(add_lora, model.llama, model.cfg.lora_rank, model.cfg.lora_alpha)
-        only += r"|llama\..*\.lora_[ab]"
-    elif any(name.startswith("llama.") for name in tensors):
-        only += r"|llama\..*"
-    load_strict(model, tensors, path, only=only)
-
-
 def load_model(args, meta, stage=3, dtype=None, int8=False):
-    """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer).
-
-    Frozen parts come from their own files. On top comes what the stage trained; where no stage did, the
-    projector published with the language model. int8: with the language model's weights rounded.
-    """
+    """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). Frozen
+    parts come from their own files; where no stage trained one, the published projector does."""
     dtype, trained = dtype or args.dtype, None
     folder, tokenizer = pick_llm(args, meta)
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
-    sizes = f"has {len(tokenizer):,} tokens, the language model {llama.cfg.vocab:,}"
-    check(len(tokenizer) <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}; use the language model's own")
+    sizes = f"{tokenizer.size:,} tokens, more than the language model's {llama.cfg.vocab:,}"
+    check(tokenizer.size <= llama.cfg.vocab, f"{tokenizer.path}: {sizes}")
     cfg = copy.deepcopy(PRESETS[args.preset or meta["preset"]])
     if stage == 1:
         cfg.max_tiles, cfg.no_slide_encoder = args.max_tiles, args.no_slide_encoder
@@ -2052,14 +1956,17 @@ def load_model(args, meta, stage=3, dtype=None, int8=False):
         encoder = pick_slide_encoder(args, meta, cfg.n_visual_tokens)
         cfg.slide_encoder, parts["slide_encoder"] = encoder.cfg, fingerprint(encoder)
     for part, mark in parts.items():  # weights trained beside one of them mean nothing beside another
-        old = cfg.fingerprints.get(part, mark)
-        other = f"another {part.replace('_', ' ')} ({old}) than the one here ({mark})"
-        check(old == mark, f"{trained} was trained with {other}: name that one, or train this stage again")
+        fits = cfg.fingerprints.get(part, mark) == mark
+        check(
+            fits, f"{trained}: trained with another {part.replace('_', ' ')}; name that one, or train again"
+        )
     cfg.llama, cfg.fingerprints = llama.cfg, parts
-    model = on_meta(WSILLaVA, dataclasses.replace(cfg, lora_rank=0))
+    model = on_meta(WSILLaVA, cfg)
     model.cfg, model.slide_encoder, model.llama = cfg, encoder, llama
-    if trained:
-        add_trained(model, trained)
+    if trained:  # the projector, and adapters or, with --full, the llama
+        if cfg.lora_rank:
+            on_meta(add_lora, llama, cfg.lora_rank, cfg.lora_alpha)
+        load_strict(model, read_tensors(trained), trained)
     else:
         width = encoder.cfg.width if encoder else meta["encoder"]["width"]
         model.mm_projector, which = pick_projector(args, folder, width, cfg, stage)
@@ -2102,10 +2009,15 @@ def at_least(low, kind=int, high=2**63):
 
 
 class Parser(argparse.ArgumentParser):
-    """A script's flags. A wrong one gets one line and exit status 2, not a screen of all there are."""
+    """A script's flags. A wrong one gets one line and exit status 2."""
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, argv=None):
+        if "" in (sys.argv[1:] if argv is None else argv):
+            self.error("an empty argument (an unset variable?)")
+        return super().parse_args(argv)
 
     def error(self, message):
         self.exit(2, f"error: {one_line(message.removeprefix('argument '))}; --help lists the flags\n")
@@ -2118,32 +2030,29 @@ class Parser(argparse.ArgumentParser):
 
 def add_shared_flags(parser):
     """The flags that mean the same in every script."""
-    add = parser.group("shared by all scripts")
+    add, workers = parser.group("shared by all scripts"), min(8, os.cpu_count() or 1)
     add("--data", "prepared slides and questions (default: data)", type=Path, default=Path("data"))
     add("--out", "what training leaves (default: out)", type=Path, default=Path("out"))
     add("--preset", "sizes of the model (default: what the data were prepared with)", choices=PRESETS)
     add("--device", "cuda, mps or cpu (default: the best there is)", default="auto")
     products = "of matrix products (default: bfloat16 on CUDA, else float32)"
     add("--dtype", products, default="auto", choices=["auto", "float32", "bfloat16"])
-    seed = "of all that is drawn at random; the same gives the same run (default: 0)"
-    add("--seed", seed, type=at_least(0, int, 2**32 - 1), default=0)
-    readers = "processes that read ahead of the model (default: one a core, 8 at most)"
-    add("--workers", readers, type=at_least(1, int, 512), default=min(8, os.cpu_count() or 1))
+    add("--seed", "of all that is drawn at random (default: 0)", type=at_least(0, int, 2**32 - 1), default=0)
+    ahead = f"processes that read ahead of the model (default: {workers}, by the cores)"
+    add("--workers", ahead, type=at_least(1, int, 512), default=workers)
 
 
 def add_weights_flags(parser):
-    """The flags of published weights, for the scripts that load them."""
+    """The flags of published weights."""
     add = parser.group("weights, where they are not where they are looked for")
-    slide = f"Prov-GigaPath's, or a stage 1's (default: out/stage1's, or {GIGAPATH}/slide_encoder.pth)"
-    add("--slide-encoder", slide, type=Path, metavar="FILE")
-    llm = f"the language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})"
-    add("--llm", llm, type=Path, metavar="DIR")
-    adapters = "adapters to merge into the language model, a PEFT or LLaVA folder"
-    add("--lora", adapters, type=Path, metavar="DIR")
+    add("--slide-encoder", f"default: that of out/stage1, or {GIGAPATH}/slide_encoder.pth", type=Path)
+    add("--llm", f"language model, a Hugging Face folder (default: {LLMS[0]} or {LLMS[1]})", type=Path)
+    add("--lora", "adapters to merge into the language model, a PEFT or LLaVA folder", type=Path)
+    add("--chat-format", "default: told by the tokenizer's special tokens", choices=CHAT_FORMATS)
 
 
 def resolve_device(args):
-    """Turns --device and --dtype into what torch takes. Raises UserError for a device that is not there."""
+    """Turns --device and --dtype into what torch takes. Raises UserError."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         args.device = torch.device(best if args.device == "auto" else args.device)
@@ -2160,8 +2069,8 @@ def count(n, thing):
 
 
 def run(main, on_interrupt="interrupted"):
-    """Runs a script's main. What the user can mend becomes one line and exit status 1: a UserError, and what
-    the system refuses (a full disk, a closed pipe). Ctrl-C: status 130. A bug keeps its traceback."""
+    """Runs a script's main. What the user can mend, or the system refuses (a full disk), becomes one line and
+    exit status 1. Ctrl-C: status 130. A bug keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows what it can
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -2175,28 +2084,3 @@ def run(main, on_interrupt="interrupted"):
     except KeyboardInterrupt:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)
-
-
-# ---- python wsi_llava.py: the shapes of what passes through the model --------------------------------------
-
-
-@torch.no_grad()
-def main():
-    Parser("Prints the shapes of what passes through the demo's model, for a slide of 12 tiles.").parse_args()
-    model, tile_encoder = WSILLaVA(PRESETS["demo"]).eval(), untrained_tile_encoder()
-
-    def show(name, x):
-        print(f"{name:32}{list(x.shape)}")
-        return x
-
-    tiles = show("tiles", torch.randint(0, 256, (12, TILE, TILE, 3), dtype=torch.uint8))
-    coords = torch.stack([torch.arange(12) % 4, torch.arange(12) // 4], 1) * TILE
-    features = show("TileEncoder", tile_encoder(show("preprocess_tiles", preprocess_tiles(tiles))))
-    show("SlideEncoder, CLS", model.slide_encoder(features, coords, [12])[0])
-    visual = show("SlideEncoder, visual tokens", model.encode_slide(features, coords))
-    embeds, _ = model.splice(visual[None], [[1, 10, IMAGE_TOKEN, 11, 12]])
-    show("Llama, logits", model.llama(embeds=show("spliced into 4 text tokens", embeds)))
-
-
-if __name__ == "__main__":
-    run(main)
