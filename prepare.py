@@ -995,10 +995,10 @@ def read_entries(path):
             with reading(f"{path}, line {i}", "not JSON"):
                 entries += [(f"line {i}", json.loads(line))] if line.strip() else []
         return entries
-    if isinstance(found, dict):  # by split, or one row alone
-        by_split = all(name.lower() in SPLITS and isinstance(found[name], list) for name in found)
-        parts = found if by_split else {None: [found]}
-        found = [{"split": name} | entry for name in parts for entry in parts[name]]
+    if isinstance(found, dict):
+        if not all(name.lower() in SPLITS and isinstance(found[name], list) for name in found):
+            return [("line 1", found)]
+        found = [{"split": name} | entry for name in found for entry in found[name]]
     return [(f"item {i}", entry) for i, entry in enumerate(found, 1)]
 
 

@@ -2832,7 +2832,7 @@ MALFORMED = [
         GOOD + '{"question_id": 1, "image": "x.pt"}\n',
         r"line 2: its fields \(question_id, image\) are of no kind",
     ),
-    ('{"messages": [{"role": "user"}]}', r"item 1: its fields \(.*messages\) .* read are .*conversations"),
+    ('{"messages": [{"role": "user"}]}', r"line 1: its fields \(messages\) .* read are .*conversations"),
     (GOOD + "7", "line 2: 'int' object"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": null}', "line 2: its t-answer is no text: null"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": ["a"]}', "line 2: its t-answer is no text"),
@@ -3675,7 +3675,6 @@ THEIRS = "id,prediction,seconds\nq0,Grade 2.,1\nq1,Grade 3.,2\n"
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.csv", "sep=|\n" + THEIRS.replace(",", "|")),
     ("a.txt", THEIRS.replace(",", ";")),
     ("a.tsv", THEIRS.replace(",", "\t")),
     ("a.json", '{"test": [{"id": "q0", "prediction": "Grade 2."},\n{"id": "q1", "prediction": "Grade 3."}]}'),
