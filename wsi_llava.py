@@ -44,7 +44,7 @@ import safetensors
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -185,7 +185,7 @@ class WSILLaVAConfig(Config):
 
 
 PRESETS = {
-    # Small enough to train on two CPU cores in minutes, and the same code in every line.
+    # Small enough for two CPU cores, and the same code in every line.
     "demo": WSILLaVAConfig(
         TileEncoderConfig(width=128, depth=1, heads=2, mlp_hidden=256, layer_scale=1.0),  # untrained
         SlideEncoderConfig(128, 128, 4, 4, 384, (64, 256), (1, 2), dropout=0.0, drop_path=0.0),
@@ -262,7 +262,7 @@ class Block(nn.Module):
 
 class TileEncoder(nn.Module):
     """Prov-GigaPath's tile encoder: preprocessed images [B,3,224,224] -> [B,C], the CLS after the norm. Names
-    are those of its `pytorch_model.bin` (timm's vit_giant_patch14_dinov2 at patch 16)."""
+    are timm's, as in its `pytorch_model.bin`."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -286,7 +286,7 @@ class TileEncoder(nn.Module):
 @torch.no_grad()
 def untrained_tile_encoder(cfg=None, seed=0):
     """The demo's tile encoder, with seeded, **untrained** weights: to try the pipeline, not for science. It
-    still tells colours and textures apart, which is all that the toy cohort asks of it."""
+    still tells colours and textures apart."""
     encoder = TileEncoder(cfg or PRESETS["demo"].tile_encoder).eval()
     rng = np.random.default_rng(seed)
     for name, p in encoder.named_parameters():
@@ -455,8 +455,7 @@ class _DilatedAttention(torch.autograd.Function):
 # 1, 2, 4, 8, 16 in bfloat16 83 LC bytes a layer. Here q, k, v are read in place (6/R bytes), and out is
 # carried in float32: zeroed (4), read and written by every branch (8/R), rounded at the end (6); with lse 37
 # LC bytes. With C = 768 that is 0.63 against 0.29 GB a layer for L = 10,000. One kernel for all branches
-# would move 8 LC bytes, with nested loops and smaller blocks. (Keys are read once per block of queries;
-# further reads hit the L2 cache. The backward carries dq, dk and dv in float32 in the same way.)
+# would move 8 LC bytes, with nested loops and smaller blocks. (The backward carries dq, dk and dv likewise.)
 #
 # Limits: triton 3; NVIDIA GPUs from sm_80 on; float32 (products in full precision, without tensor cores),
 # bfloat16, float16; D from 16 to 128, padded to a power of 2 inside; B * H and the segments of a branch at
@@ -501,7 +500,6 @@ if triton is not None:
         q, k, v, out, lse = q + place * D, k + place * D, v + place * D, out + place * D, lse + place
         i, rows, inside = _tokens(first, kept, step * D, D, BLOCK, BLOCK_D)
         qs = tl.load(q + rows, inside, other=0.0)
-        # What the branches before came to: acc = o, m = LSE and Z = 1 say the same.
         acc = tl.load(out + rows, inside, other=0.0)
         m = tl.load(lse + i * step, i < kept, other=0.0)
         total = tl.full([BLOCK], 1.0, tl.float32)
@@ -880,8 +878,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_embeds, mask):
         _, T, C = token_embeds.shape
-        # An LLM's embeddings are small, and differ in size from one LLM to the next: without the norm, the
-        # position embedding drowns them.
+        # An LLM's embeddings are small: without the norm, the position embedding drowns them.
         x = self.embed(F.layer_norm(token_embeds, (C,))) + self.pos_embed[:, :T]  # [B,T,C_llm] -> [B,T,C]
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])  # [B,1,1,T]: nobody looks at the padding
@@ -891,7 +888,7 @@ class TextEncoder(nn.Module):
 
 class WSITextAlignment(nn.Module):
     """Stage 1: slide encoder, text encoder, a linear head each to the shared space; CLIP's temperature. A
-    slide's embedding is the mean of its visual tokens, which the language model reads later."""
+    slide's embedding is the mean of its visual tokens."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -1291,8 +1288,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds; unset, Triton warns
 
 if sys.platform == "linux":
-    # Left to itself, glibc keeps freed blocks of up to 32 MB in a heap that fragments: one slide of 10,000
-    # tiles trained in 6.3 GB instead of 2.1. Blocks from 16 MB on now go back.
+    # Else glibc keeps freed blocks of up to 32 MB in a heap that fragments: a slide of 10,000 tiles trained
+    # in 6.3 GB instead of 2.1.
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
@@ -1302,8 +1299,8 @@ if sys.platform == "linux":
 
 @torch.no_grad()
 def add_update(linear, a, b, scale):
-    """Adds scale * b a (adapters [r,in], [out,r]) to a weight, in its own memory: it is mapped copy-on-write,
-    so that a 7B takes its size once."""
+    """Adds scale * b a (adapters [r,in], [out,r]) to a weight in its own memory, mapped copy-on-write: a 7B
+    takes its size once."""
     linear.weight.data.copy_(linear.weight.data.float() + scale * (b.float() @ a.float()))
     return linear
 
@@ -1351,7 +1348,7 @@ def merge_lora(llama):
 
 class Int8Linear(nn.Module):
     """A linear layer in int8: a weight is off by at most half its output channel's scale. For inference; a
-    gradient of the input passes."""
+    gradient with respect to the input passes."""
 
     def __init__(self, linear):
         super().__init__()
@@ -1454,8 +1451,8 @@ def write_text(path, text):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """{name: tensor}, on whatever device, -> a .safetensors file. metadata: {text: text}, of one entry:
-    safetensors writes several in random order, and the same work would not give the same bytes."""
+    """{name: tensor} -> a .safetensors file. metadata: {text: text}, of one entry: several are written in
+    random order, and the same work would not give the same bytes."""
     with replacing(path) as temporary:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary, metadata)
 
@@ -1478,8 +1475,7 @@ def read_tensors(path, hint=COPY_AGAIN):
     """{name: tensor} of a .safetensors file, or what PyTorch wrote, mapped; nothing is ever unpickled."""
     with reading(path, hint):
         if Path(path).suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return load_file(path)
         mmap = zipfile.is_zipfile(path)  # PyTorch's format since 1.6
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
@@ -1547,8 +1543,8 @@ def load_slide_encoder(path, n_visual_tokens=576):
         return load_strict(on_meta(SlideEncoder, cfg, n_visual_tokens), tensors, path).eval()
 
 
-# A published name -> the name here; None: not read. Before it stands `model.` (Llama, LLaVA), in PEFT
-# `base_model.model.`, in transformers' LLaVA `language_model.model.` or `model.language_model.`.
+# A published name -> the name here; None: not read. Before a name stands `model.`, in PEFT `base_model.`, in
+# transformers' LLaVA `language_model.`.
 NAMES = [
     (r".+\.rotary_emb\.inv_freq", None),  # old exports store it; it is computed here
     (r"(?:.+\.)?vision_tower\..+", None),  # CLIP, whose place the slide encoder takes
@@ -1740,8 +1736,8 @@ def read_meta(data):
         check(meta["version"] == VERSION, f"{path}: made by another version of this project; {hint}")
         encoder = meta["encoder"]
         sizes = [encoder["width"], encoder.get("n_visual_tokens", 1)]
-        fits = all(type(size) is int and 0 < size < 2**16 for size in sizes)
-        fits = fits and isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
+        texts = isinstance(encoder["source"], str) and isinstance(encoder["fingerprint"], str)
+        fits = texts and all(type(size) is int and 0 < size < 2**16 for size in sizes)
         check(fits and meta["preset"] in PRESETS and 0 < meta["mpp"] < math.inf, f"{path}: {hint}")
         return meta
 
@@ -1938,7 +1934,7 @@ def pick_projector(args, llm, width, cfg, stage):
 
 def load_model(args, meta, stage=3, dtype=None, int8=False):
     """The model as it stands after `stage` (1: before stage 2) -> (WSILLaVA on the CPU, Tokenizer). Frozen
-    parts come from their own files; where no stage trained one, the published projector does."""
+    parts come from their own files, without training the projector too."""
     dtype, trained = dtype or args.dtype, None
     folder, tokenizer = pick_llm(args, meta)
     llama = load_llama(folder, None if int8 else dtype, args.lora)  # int8: rounded a layer at a time
