@@ -23,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import chain, product, starmap
+from itertools import chain, compress, product, starmap
 from pathlib import Path
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
@@ -325,7 +325,7 @@ ROOM = 8192  # positions that are held at once: 4 GB of a 7B model's keys and va
 
 
 def open_lines(path):
-    """A JSON lines file of ours, new or less half a last line -> (its objects, the file to append to)."""
+    """A JSON lines file of ours, less half a last line -> (its objects, the file to append to)."""
     with reading(path, "not what sample.py writes; name another, or move it away"):
         *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
         with suppress(ValueError):  # whole, without its line end
@@ -389,7 +389,7 @@ def answer_file(args):
         print(json.dumps({"settings": settings}), file=file, flush=True)
     for name, value in settings.items():
         made = f"{path} was made with {name} {old.get(name)}, not {value}"
-        check(old.get(name) == value, f"{made}; name another --predictions")
+        check(str(old.get(name)) == str(value), f"{made}; name another --predictions")
     slides = list(dict.fromkeys(row["slide"] for row in rows))
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides, tqdm)
     good = [slide for slide in slides if slide not in problems]
@@ -723,12 +723,12 @@ def read_systems(paths):
             if any(answer is not None for answer in answers):
                 system = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
                 systems[system] = [answer and without_thoughts(answer) for answer in answers]
-    here = [i for i in range(len(rows)) if all(answers[i] is not None for answers in systems.values())]
-    check(here, f"{few(paths)}: no question is answered by all; sample.py --qa answers them")
-    answered = f"{len(here):,} of {len(rows):,} questions answered by all; the others are in no mean"
+    by_all = [None not in answers for answers in zip(*systems.values())]
+    check(any(by_all), f"{few(paths)}: no question is answered by all; sample.py --qa answers them")
+    answered = f"{sum(by_all):,} of {len(rows):,} questions answered by all; the others are in no mean"
     notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
-    systems = {system: [answers[i] for i in here] for system, answers in systems.items()}
-    return [rows[i] for i in here], systems, notes
+    systems = {system: list(compress(answers, by_all)) for system, answers in systems.items()}
+    return list(compress(rows, by_all)), systems, notes
 
 
 # ---- Scores and tables: a score is an array with a number a question, a group of questions a mask ----------
@@ -742,7 +742,7 @@ CAPABILITIES = {  # of WSI-Bench: the first words of their tasks, in both of its
 CAPABILITY = {word: name for name, words in CAPABILITIES.items() for word in words.split()}
 TEXTUAL = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR", "exact match")  # of open questions
 METRICS = (*JUDGED, "accuracy", *TEXTUAL)
-WANTED = {"all": ("accuracy", "exact match", *JUDGED), "task": ("accuracy", "exact match")}  # on the screen
+ON_SCREEN = {"all": ("accuracy", "exact match", *JUDGED), "task": ("accuracy", "exact match")}
 # WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS.
 PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
 PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
@@ -839,7 +839,7 @@ def on_screen(lines, systems):
         metric = line["metric"]
         if metric == "ROUGE-L":
             rouge = f"{line[systems[0]][0]:.3f}"
-        elif metric in WANTED.get(line["kind"], ()):
+        elif metric in ON_SCREEN.get(line["kind"], ()):
             cells = [line["group"][:28], metric, line["questions"], *(line[x] for x in systems)]
             table.append([*cells, rouge if metric == "exact match" else None])
     return markdown(table)
@@ -863,14 +863,13 @@ def evaluate(args, paths):
     """--evaluate: a table on the screen, all of it in evaluation.md and .csv beside the first file."""
     (rows, systems, notes), scores, grades, meteor = read_systems(paths), {}, {}, find_meteor()
     if args.judge_model:
-        kept = paths[0].with_name("judge.jsonl")
-        judge = Judge(args.judge_url, args.judge_model, kept, args.judge_protocol)
-        grades = grade(judge, rows, systems, notes)
+        asked = args.judge_url, args.judge_model, paths[0].with_name("judge.jsonl"), args.judge_protocol
+        grades = grade(Judge(*asked), rows, systems, notes)
     train, told, seen = args.data / "qa" / "train.jsonl", defaultdict(Counter), set()
     for row in prepare.read_qa(train) if train.exists() else []:
         told[row["task"]].update(turn["value"] for turn in row["conversations"][1::2])
         seen.add((row["cancer"], row["slide"]))
-    if any(row["task"] in told for row in rows):
+    if told.keys() & {row["task"] for row in rows}:
         most = {task: answers.most_common(1)[0][0] for task, answers in told.items()}
         systems["majority"] = [most.get(row["task"]) for row in rows]
         notes.append(f"majority: a task's most frequent answer in {train}.")
