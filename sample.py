@@ -264,7 +264,7 @@ OPTIONS = rf"{OPTION}(?:(?:[\s,/&()\[\]:*\"'-]|\b(?:and|or|nor)\b)*{OPTION})*"  
 REJECTING = rf"""(?ix: \b (?: not | cannot | neither | nor | never | no | exclud\w+ | rul\w+\ out
     | rather\ than | instead\ of | unlike | \w+n't) \b
     (?: \s+ (?!(?: doubt | only | but)\b) [\w'-]+ ){{0,4}}? [\s"'(*\[]* ){OPTIONS}"""
-REJECTED = rf"""{OPTIONS}(?ix: (?: \s+ (?: is|can|could|may|be|does|do|very|\w+ly) ){{0,3}}? \s+
+REJECTED = rf"""{OPTIONS}(?ix: (?: \s+ (?: is|can|could|may|be|does|do|very|the|an?|\w+ly) ){{0,3}}? \s+
     (?: \w+n't | cannot | not | wrong | incorrect | false | unlikely | excluded | ruled\ out) \b)"""
 IS = r"(?:\s+(?:is|would be|should be)\b"
 SAYING = rf"(?i:\b(?:answer|option|choice)\b{IS})?)"

@@ -875,7 +875,7 @@ def test_damaged_bytes_are_one_line(tmp_path, tokenizer, ending):
 
 
 def test_nothing_half_written_under_a_final_name(tmp_path):
-    target = tmp_path / "file"
+    target = tmp_path / "a**[1]"
     target.write_text("old")
     with pytest.raises(RuntimeError), wsi_llava.replacing(target) as path:
         path.write_text("half")
@@ -3209,7 +3209,8 @@ CLOSED = {  # what is chosen of them: by which answers
     "B": """B|B)|(b)|b.|**B**|'B'|B:|"B"|[B]|B、|B. Squamous cell carcinoma|The answer is B.|Answer: (b) squamous
 The answer is B because option A lacks glands.|It is B, not A.|B is likelier than A|It is not A but B.
 Adenocarcinoma is unlikely; this is squamous cell carcinoma.|A can be excluded, so B|Between A and B, I choose B.
-There is no doubt that it is B|squamous cell carcinoma (B)|B shows sheets not seen in A|A is very unlikely, so B""",
+There is no doubt that it is B|squamous cell carcinoma (B)|B shows sheets not seen in A|A is very unlikely, so B
+A is the wrong choice. B.|A is a false lead; B|A could not be confirmed; so B""",
     "C": """It is mucinous adenocarcinoma.|I choose C because of the mucin|The correct option is C, I think.|choice C""",
     "A": "adenocarcinoma|A|The answer is A because of glands",
     None: """|B or C|A and B|The answer is a tumor.|A tumor of unknown origin|None of these|yes|It is not A.|A, B and C

@@ -1421,7 +1421,8 @@ def replacing(path):
     try:
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
         mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
-        with contextlib.suppress(OSError):  # what a kill left a day ago or before
+        # What a kill left a day ago. ValueError: a name that is no pattern.
+        with contextlib.suppress(OSError, ValueError):
             for left in path.parent.glob(f".{path.name}.*.part"):
                 if left.stat().st_mtime < temporary.stat().st_mtime - 86400:
                     left.unlink()
@@ -1844,7 +1845,7 @@ def keep_visual_tokens(model, data, slide):
 
 
 def cache_visual_tokens(model, data, slides, progress=iter):
-    """Writes data/visual_tokens of the slides that lack them -> how many it wrote, {slide: why it has none}."""
+    """Writes the visual tokens that slides lack -> how many it wrote, {slide: why it has none}."""
     written, problems = 0, {}
     for slide in progress(slides):
         try:
