@@ -78,8 +78,8 @@ def microns(unit):
 
 
 class Slide:
-    """A slide as one image of width x height pixels at the tiled resolution. mpp: um per level-0 pixel; what
-    is given wins over what the file says, and that over the fallback. Raises UserError."""
+    """A slide as one image of width x height tiled pixels. mpp: um per level-0 pixel; given, it wins over
+    what the file says, and that over the fallback. Raises UserError."""
 
     def __init__(self, path, mpp=None, fallback=None):
         # The folder of an MRXS lies beside the file, not beside a link to it.
@@ -87,15 +87,15 @@ class Slide:
         self.path, self.notes = path if Path(real).suffix != Path(path).suffix else real, []
         with reading(path, "not a slide that OpenSlide can read"):
             self.open()
-        tile = number(self.get("openslide.level[0].tile-width"))
-        check(tile <= 2**16, f"{path}: says that its tiles are {tile:.0f} px wide")
+            if number(self.get("openslide.level[0].tile-width")) > 2**16:
+                raise ValueError("says that its tiles are over 65536 px wide")
         self.mpp, self.source = (mpp, "--mpp-csv") if mpp else self.own_mpp(path, fallback)
         if self.source in ("objective power", "--mpp", "--mpp-csv"):
             self.notes.append(f"um/px taken from {self.source}")
         self.scale = TARGET_MPP / self.mpp  # level-0 pixels per tiled pixel
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         fits = max(self.width, self.height) <= LONGEST
-        check(fits, f"{path}: over {LONGEST} px at {TARGET_MPP} um/px; is it {self.mpp:g} um/px?")
+        check(fits, f"{path}: too large, at {self.mpp:g} um/px; --mpp-csv gives others")
         self.downsamples = self.file.level_downsamples  # the library counts anew each time
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
         self.level = self.level_at(self.scale)
@@ -131,7 +131,7 @@ class Slide:
         dots = number(dots) or math.inf
         wide, high = (number(self.get(f"openslide.mpp-{side}")) for side in "xy")
         square = abs(wide - high) <= NATIVE * wide or not high
-        check(square, f"{path}: pixels of {wide:g} x {high:g} um are not square; give --mpp-csv")
+        check(square, f"{path}: not square, {wide:g} x {high:g} um/px; give --mpp-csv")
         said = {  # the most trusted first
             "OME-XML": number(ome.get("")) * microns(ome.get("Unit", "um")),
             "ImageJ": microns(imagej[1] if imagej else "") / dots,
@@ -142,18 +142,17 @@ class Slide:
         said = {source: mpp for source, mpp in said.items() if mpp}
         found = [source for source in said if MPP_RANGE[0] <= said[source] <= MPP_RANGE[1]]
         if re.search(r'(?s)<Image .*<Image |Size[ZT]="([2-9]|\d\d)', text):
-            self.notes.append("of several scenes or focal planes, the first is read")
+            self.notes.append("only the first of several scenes or focal planes is read")
         if not found:
             check(fallback, f"{path}: no um/px from 0.05 to 20 in it ({said or 'none at all'}); give --mpp")
             return fallback, "--mpp"
         if max(map(said.get, found)) > 1.5 * min(map(said.get, found)):
-            self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
+            self.notes.append(f"um/px by {' and '.join(found)} differ by over 1.5 times; took the first")
         return said[found[0]], found[0]
 
     def level_scale(self, level):
         """Level-0 pixels per pixel of a level, or None where that cannot be told."""
-        # OpenSlide's is the mean of both sides' ratios: it drifts on a strip, and is of other places where
-        # levels are padded to whole tiles, as Philips' are.
+        # OpenSlide's, the mean of both sides' ratios, drifts on strips and where levels are padded to tiles.
         sides, size = np.array(self.file.dimensions), np.array(self.file.level_dimensions[level])
         tile = number(self.get(f"openslide.level[{level}].tile-width"))
         longer = float(sides.max() / size[sides.argmax()])
@@ -171,9 +170,8 @@ class Slide:
 
     def region(self, level, x, y, width, height):
         """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
-        # OpenSlide takes level-0 corners, by its own number for the level.
-        corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        region = self.file.read_region(corner, level, (width, height))
+        own = self.downsamples[level]  # OpenSlide takes level-0 corners, by its own number
+        region = self.file.read_region((round(x * own), round(y * own)), level, (width, height))
         pixels = np.asarray(region)
         if pixels.view("<u4").min() >= 0xFF000000:  # every alpha is 255
             return pixels
@@ -198,7 +196,7 @@ class Slide:
         picture, self.lost = Image.new("RGB", (width, height), "white"), 0  # share of the picture
         level = self.level_at(self.scale * pixel)
         zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
-        step = max(1, int(TILE / zoom))  # in squares: without small levels that takes time, and no memory
+        step = max(1, int(TILE / zoom))  # in squares, for the memory
         for y, x in itertools.product(range(0, height, step), range(0, width, step)):
             right, bottom = min(width, x + step), min(height, y + step)
             left, top = math.floor(x * zoom), math.floor(y * zoom)
@@ -210,7 +208,7 @@ class Slide:
             except openslide.OpenSlideError:
                 self.open()
                 self.lost += (right - x) * (bottom - y) / (width * height)
-                check(self.lost <= DROPPED, f"{self.path}: over {DROPPED:.0%} of it cannot be decoded")
+                check(self.lost <= DROPPED, f"{self.path}: over 1% of it cannot be decoded")
         return picture
 
 
@@ -229,8 +227,8 @@ def dicom_series(path):
     head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(2**16)
-    # Elements are in order of their tags, sequences between: the first kind (0008,0016) is the file's own, as
-    # is the last series (0020,000E) before what tells of pixels (0028,0002).
+    # In order of tags, with sequences between: the first kind (0008,0016) is the file's own, and so is the
+    # last series (0020,000E) before what tells of pixels (0028,0002).
     kind = re.search(rb"(?s)\x08\0\x16\0UI..([0-9.]*)", head)
     series = re.findall(rb"(?s)\x20\0\x0e\0UI..([0-9.]*)", head.partition(b"\x28\0\x02\0US")[0])
     if kind and series and kind[1].endswith(b".77.1.6"):  # VL Whole Slide Microscopy Image Storage
@@ -239,7 +237,7 @@ def dicom_series(path):
 
 
 def dicom_slides(folder, files):
-    """A folder's .dcm files -> [(name, path)]. A slide is a series: a file for each level."""
+    """A folder's .dcm files -> [(name, path)]. A slide is a series, a file for each level."""
     series_of = {path: dicom_series(path) for path in reversed(files)}
     slides = {series: path for path, series in series_of.items() if series}
     if not slides:  # perhaps a damaged slide: its reader will say so
@@ -273,7 +271,7 @@ def find_slides(inputs):
             slides += [(path.stem, path) for path in itertools.chain(*kinds.values())]
             for name, path in slides:
                 found.setdefault(os.path.realpath(path), (name, path))  # perhaps named by itself, too
-    check(found, f"no slides below {few(inputs)} (looked for {', '.join(SUFFIXES)})")
+    check(found, f"no slides below {few(inputs)}: no {', '.join(SUFFIXES)}")
     times, named = collections.Counter(name.casefold() for name, _ in found.values()), {}
     for name, path in found.values():
         if times[name.casefold()] > 1:
@@ -302,9 +300,9 @@ def read_mpp_csv(path, slides):
 
 # ---- Tissue and tiles --------------------------------------------------------------------------------------
 #
-# Stain is measured against the slide's own glass, as optical density. Tissue takes more of one colour of the
-# light than of another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has,
-# and is smooth; where it is most of what is stained, smoother than any tissue.
+# Stain is measured against the slide's own glass, as optical density: tissue takes more of one colour than of
+# another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has, and is smooth
+# (where it is most of what is stained, smoother than any tissue).
 
 WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
 
@@ -327,8 +325,8 @@ def find_glass(rgb):
     grey = rgb.mean(-1)
     rough = roughness(grey)
     smooth, pink = (grey > 170) & (rough < 4), 14  # by how much glass may lack green; stroma lacks more
-    # White without any noise was painted, or never scanned: no glass, if there is enough of another. Where
-    # glass is that white, what else is bright is tissue, and hardly as smooth.
+    # White without any noise was painted, or never scanned: no glass, if there is enough of another. (If
+    # glass is that white, what else is bright is tissue, hardly as smooth.)
     fill = box_mean(rgb.min(-1), 2) == 255
     scanned = smooth & ~fill & (rough < 1.5)
     if fill.mean() > 0.005 and scanned.sum() > max(100, 0.15 * (~fill).sum()):
@@ -376,16 +374,16 @@ def find_tissue(picture):
 
 def given_mask(path, slide, size):
     """A picture of the whole slide, or a QuPath GeoJSON -> bool [h,w] of that size (w, h)."""
-    with reading(path, "--mask takes a picture of the slide, black outside tissue, or QuPath's GeoJSON"):
+    with reading(path, "--mask takes pictures, black outside tissue, or QuPath's GeoJSON"):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(json.loads(path.read_text("utf-8-sig")), slide, size)
         picture = Image.open(path)
-        stretched = (picture.width / picture.height) / (slide.width / slide.height)
+        stretched = picture.width / picture.height * slide.height / slide.width
         fits = abs(stretched - 1) <= 0.02 + 1 / min(picture.size)
         check(fits, f"{path}: {picture.size} px are not of the slide's shape")
         if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
-        # A photograph, which has colour or greys of all kinds, would exchange glass and tissue.
+        # A photograph, of colour or greys of all kinds, would exchange glass and tissue.
         small = picture.resize(size, Image.NEAREST).convert("RGB")
         coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean() > 0.001
         greys = np.array(small.convert("L").filter(ImageFilter.MedianFilter(5)).histogram())
@@ -393,13 +391,12 @@ def given_mask(path, slide, size):
         plain = not (coloured or many or picture.mode[0] in "IF")
         check(plain, f"{path}: not a mask of few greys, 8 bits each")
         grey = np.asarray(picture.convert("L"))
-        marked = Image.fromarray(grey > (127 if grey.max() > 127 else 0))  # labels 0, 1, 2... are masks too
+        marked = Image.fromarray(grey > (127 if grey.max() > 127 else 0))  # labels are masks, too
         return np.asarray(marked.convert("L").resize(size, Image.BOX)) > 127
 
 
 def drawn_mask(found, slide, size):
-    """A GeoJSON's polygons, in level-0 pixels -> bool [h,w]. What QuPath ignores is no tissue, inside of
-    others, too."""
+    """A GeoJSON's polygons, in level-0 pixels -> bool [h,w]. What QuPath ignores is no tissue."""
     drawn = {ignored: np.zeros(size[::-1], bool) for ignored in (False, True)}
     for feature in found.get("features", [found]) if isinstance(found, dict) else found:
         about, shape = feature.get("properties") or {}, feature.get("geometry") or {}
@@ -421,8 +418,8 @@ def tile_grid(mask, min_tissue, step=TILE):
     """Tiles with at least that share of tissue -> their corners int32 [N,2] (x, y), in tiled pixels, in
     raster order. The last ones may reach beyond the slide."""
     n, apart = TILE // MASK, step // MASK
-    more = [max(n - side, (n - side) % apart) for side in mask.shape]
-    mask = np.pad(mask, [(0, side) for side in more])
+    # The last ones may reach beyond the slide.
+    mask = np.pad(mask, [(0, max(n - side, (n - side) % apart)) for side in mask.shape])
     squares = np.lib.stride_tricks.sliding_window_view(mask, (n, n))[::apart, ::apart]
     return np.argwhere(squares.mean((2, 3)) >= min_tissue)[:, ::-1].astype(np.int32) * step
 
@@ -459,8 +456,8 @@ def write_index(data):
 
 
 def claim(claims, name):
-    """Whether this process alone may work on a slide, until it closes data/.claims or dies: it locks a byte
-    there, whose place follows from the name."""
+    """Whether this process alone may work on a slide, until it closes data/.claims or dies: a byte of it,
+    told by the name, is locked."""
     offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
@@ -487,7 +484,7 @@ def note_failure(data, name, message=None):
 
 
 def write_meta(data, preset, encoder):
-    """Makes the folder and its meta.json, or checks it: a folder is of one tile encoder."""
+    """Makes the folder and its meta.json, or checks that it is of this encoder."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": TARGET_MPP}
@@ -495,8 +492,8 @@ def write_meta(data, preset, encoder):
         write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
-    made = f"of another tile encoder ({old['encoder']['source']}) or um/px ({old['mpp']})"
-    check(same, f"{data}: {made}; name a new folder with --data")
+    made = f"another tile encoder ({old['encoder']['source']}) or um/px ({old['mpp']})"
+    check(same, f"{data} is of {made}; name a new --data")
 
 
 def open_encoder(args):
@@ -560,7 +557,7 @@ def slide_job(args, name, path, given, mask, encoder):
 
 def is_done(args, job, digest=None):
     """Whether a slide's files are there, by path and size, or, once it is open, by its hash. UserError where
-    they are another slide's, or of other parameters."""
+    they are of another slide or other parameters."""
     path, (_, given, fallback) = job["features"], job["slide"]
     if args.overwrite or not path.exists():
         return False
@@ -571,7 +568,7 @@ def is_done(args, job, digest=None):
         other = f"{path} was made with {k} {made_by.get(k)}, not {params.get(k)}"
         check(made_by.get(k) == params.get(k), f"{other}; --overwrite makes it again")
     if digest:
-        check(made["file"][2] == digest, f"{path}: of another slide of this name; --overwrite replaces it")
+        check(made["file"][2] == digest, f"{path} is of another slide; --overwrite makes it again")
         return True
     pictures = job["pictures"][: 2 if args.geojson else 1]
     return made["file"][:2] == job["file"] and all(picture.exists() for picture in pictures)
@@ -580,12 +577,12 @@ def is_done(args, job, digest=None):
 def survey(args, job):
     """What there is to read of a slide -> dict; draws its pictures. UserError, whatever is wrong with it;
     OSError where a picture cannot be written."""
-    with reading(job["slide"][0], "the slide is damaged, or of a kind that is not read"):
+    with reading(job["slide"][0], "damaged, or of a kind that is not read"):
         slide = open_slide(*job["slide"])
         facts = {"params": job["params"], "file": [*job["file"], slide.hash()], "scale": slide.scale}
         facts |= {"mpp": slide.mpp, "mpp_source": slide.source}
         done = is_done(args, job, facts["file"][2])
-        # One picture, for the mask and to look at: without small levels it takes minutes.
+        # One picture, for the mask and to look at: it may take minutes.
         picture = slide.thumbnail(MASK / max(1, round(MASK * PICTURE / max(slide.width, slide.height))))
         size = [max(1, round(side / MASK)) for side in (slide.width, slide.height)]
         mask, ink = find_tissue(picture.resize(size, Image.BOX))
@@ -597,7 +594,7 @@ def survey(args, job):
             rng = np.random.default_rng([args.seed, zlib.crc32(job["name"].encode())])
             coords = coords[np.sort(rng.choice(len(coords), args.max_tiles, replace=False))]
     told = dict.fromkeys(slide.notes, True) | {
-        f"under {DROPPED:.0%} of it, not to be decoded, was not searched for tissue": slide.lost,
+        "under 1% of it, not to be decoded, was not searched for tissue": slide.lost,
         "ink left out, outlined in red in data/qc": ink.mean() > 0.001,
         "not in --mask: tissue by its colour": args.mask and not job["mask"],
         f"no tile reaches --min-tissue {args.min_tissue:g}; 0.01 would give {small}": small,
@@ -635,31 +632,32 @@ def encode(encoder, tiles, device):
 
 def prepare_slide(args, encoder, readers, memory, job, plan, bar):
     """Encodes a surveyed slide's tiles and writes its features, in raster order -> how many."""
-    coords, read, problem = plan["coords"], [], None
+    coords, path, problem = plan["coords"], job["slide"][0], None
     # All batches are full but the last: a feature's bits depend on the slide alone. 4 x 4 neighbours are read
     # one after the other: OpenSlide keeps the JPEG tiles that they share.
     order = np.lexsort((*coords.T, *(coords.T // (4 * TILE))))
     batches = np.split(order, range(BATCH, len(order), BATCH))
     tiles = torch.frombuffer(memory, dtype=torch.uint8).view(-1, TILE, TILE, 4)
     places, coming, ahead = itertools.cycle(range(0, len(tiles), BATCH)), iter(batches), collections.deque()
-    features = [torch.empty(0, encoder.cfg.width, dtype=torch.float16, device=args.device)]
+    features = torch.empty(len(coords), encoder.cfg.width, dtype=torch.float16, device=args.device)
+    read = np.zeros(len(coords), bool)
     for numbers in batches:
         for later in itertools.islice(coming, 1 + args.workers - len(ahead)):  # read while this is encoded
             ahead.append(readers.submit(read_tiles, job["slide"], coords[later], next(places)))
         place, kept, error = ahead.popleft().result()
         if kept:
-            features.append(encode(encoder, tiles[place : place + len(kept)], args.device))
-        read, problem = read + numbers[kept].tolist(), error or problem
-        bar.set_postfix_str(f"{job['name'][:24]}, {len(read)} of {len(coords)} tiles")
-    lost, path = len(coords) - len(read), job["slide"][0]
+            features[numbers[kept]] = encode(encoder, tiles[place : place + len(kept)], args.device)
+            read[numbers[kept]] = True
+        problem = error or problem
+        bar.set_postfix_str(f"{job['name'][:24]}, {read.sum()} of {len(coords)} tiles")
+    lost, features = int(sum(~read)), features.cpu()[read]
     enough = lost <= DROPPED * len(coords)
     check(enough, f"{path}: {lost} of its {len(coords)} tiles cannot be decoded ({problem})")
     if lost:
-        plan["notes"].append(f"under {DROPPED:.0%} of its tiles, not to be decoded, left out")
-    features = torch.cat(features).cpu()[np.argsort(read)]
-    check(features.isfinite().all(), f"{path}: features that are not finite; try --dtype float32")
-    save_features(job["features"], features, coords[sorted(read)], plan["facts"] | {"dropped": lost})
-    return len(read)
+        plan["notes"].append("under 1% of its tiles, not to be decoded, left out")
+    check(features.isfinite().all(), f"{path}: its features are not finite; try --dtype float32")
+    save_features(job["features"], features, coords[read], plan["facts"] | {"dropped": lost})
+    return len(features)
 
 
 def save_features(path, features, coords, facts):
@@ -668,7 +666,7 @@ def save_features(path, features, coords, facts):
 
 
 def prepare_slides(args, slides):
-    """{id: path} -> failures [(path, message)]."""
+    """{id: path} -> why slides failed [message]."""
     check(args.step % MASK == 0, f"--step {args.step}: give a multiple of {MASK}")
     started, table = time.time(), read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
     masks = {file.stem: file for file in sorted(args.mask.iterdir())} if args.mask else {}
@@ -686,10 +684,13 @@ def prepare_slides(args, slides):
     for n, job in enumerate(bar):
         failure = None
         try:
-            for i in (n, n + 1):  # this slide's survey, and, once it is there, the next one's
-                if i < len(todo) and i not in plans and (args.dry_run or claim(claims, todo[i]["name"])):
+            for i in range(n, min(n + 2, len(todo))):
+                if i not in plans and (args.dry_run or claim(claims, todo[i]["name"])):
                     plans[i] = surveyor.submit(survey, args, todo[i])
-                plan = plans[n].result() if n in plans else {"notes": ["left to another run"], "done": True}
+            if n not in plans:
+                notes["left to another run"].append(job["name"])
+                continue
+            plan = plans[n].result()
             if args.dry_run:
                 written.append(len(plan["coords"]))
                 microns = "{mpp:.6} um/px ({mpp_source})".format(**plan["facts"])
@@ -705,8 +706,8 @@ def prepare_slides(args, slides):
             surveyor.shutdown()
             readers.shutdown()  # those that live write to the memory no more
             surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {n: None}
-        failures += [(job["slide"][0], failure)] if failure else []
-        if n in plans and not args.dry_run:
+        failures += [failure] if failure else []
+        if not args.dry_run:
             note_failure(args.data, job["name"], failure)
     tiles, seconds = sum(written), time.time() - started
     done = f"{count(tiles, 'tile')} of {count(len(written), 'slide')} in {seconds:.0f} s"
@@ -730,7 +731,7 @@ def read_hdf5(path):
         for name in file.keys() & {"features", "feats", "coords"}:
             inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
             check(inside, f"{path}: its {name} lie in another file; copy them into this one")
-            # Float64 holds every coordinate; torch knows no big-endian numbers.
+            # Torch knows no big-endian numbers.
             found |= {**file[name].attrs, name: torch.from_numpy(np.asarray(file[name], np.float64))}
     return found
 
@@ -738,13 +739,13 @@ def read_hdf5(path):
 def read_foreign(path):
     """-> (whose they are, features float16 [N,C], coords float64 [N,2], all that the file holds). Without
     coords they are visual tokens [576,C]."""
-    with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
+    with reading(path, "read are .pt and .h5 of features [N,C] and coords [N,2], or visual tokens"):
         found = read_hdf5(path) if path.suffix == ".h5" else wsi_llava.read_tensors(path)
         found = {"features": found} if isinstance(found, torch.Tensor) else found
         name = next((name for name in MAKERS if name in found), None)
         check(name, f"{path}: holds {list(found)[:5]}, neither of {', '.join(MAKERS)}")
         features, coords = found[name].half(), found.get("coords")
-        check(features.isfinite().all(), f"{path}: some features are not finite in half precision")
+        check(features.isfinite().all(), f"{path}: features not finite in half precision")
         shape = f"{path}: features {list(features.shape)}"
         features = features[None] if features.dim() == 1 else features.flatten(0, -2)  # also [1,N,C]
         if coords is None:
@@ -753,7 +754,7 @@ def read_foreign(path):
         coords = coords.double().reshape(-1, 2)
         features = features if features.numel() else features[:0]  # a slide without tissue
         check(len(features) == len(coords), f"{shape}, and {len(coords)} coords")
-        check(coords.isfinite().all(), f"{path}: some coords are not finite")
+        check(coords.isfinite().all(), f"{path}: coords not finite")
         return MAKERS[name], features, coords, found
 
 
@@ -778,7 +779,7 @@ def tiled_coords(path, coords, about, mpp, step):
         check(fits, f"{path}: tiles {apart:.0f} px apart at {TARGET_MPP} um/px; mend --mpp or --step")
         # GigaPath pads a slide to whole tiles on all sides: the first may lie up to a tile outside.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
-        check(outside.max() <= step, f"{path}: negative coords, more than a tile outside of the slide")
+        check(outside.max() <= step, f"{path}: coords more than a tile outside of the slide")
         coords = (coords + outside).round()
         wsi_llava.grid_cells(coords)
     return order, coords.int()
@@ -789,7 +790,7 @@ def import_file(args, name, path, mpp):
     kind, features, coords, about = read_foreign(path)
     old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
     width = features.shape[1] or old.get("width")
-    check(width, f"{path}: has no tiles, nor a width; import it again after another slide")
+    check(width, f"{path}: has no tiles, nor a width; import another slide first")
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
     if kind == "visual tokens":
         write_meta(args.data, args.preset or "7b", info | {"n_visual_tokens": len(features)})
@@ -806,7 +807,7 @@ def import_file(args, name, path, mpp):
 
 
 def import_features(args):
-    """--features: files, or folders that hold them -> data/, and the failures [(path, message)]."""
+    """--features: files, or folders that hold them -> data/, and why some failed [message]."""
     files, failures, kinds = {}, [], collections.Counter()
     for entry in args.features:
         check(entry.exists(), f"{entry}: no such file or folder (--features)")
@@ -814,7 +815,7 @@ def import_features(args):
         check(found, f"{entry}: no .pt or .h5 file there; name the folder that holds them")
         for path in found:
             other = files.setdefault(path.stem, path)
-            check(other == path, f"{other} and {path} have the same name; rename one, or name one folder")
+            check(other == path, f"{other} and {path} have the same name; name one folder")
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
     for name, path in tqdm(sorted(files.items())[args.shard], unit="file"):
         failure = None
@@ -822,7 +823,7 @@ def import_features(args):
             kinds[import_file(args, name, path, table.get(name, args.mpp))] += 1
         except UserError as error:
             failure = str(error)
-            failures.append((path, failure))
+            failures.append(failure)
         note_failure(args.data, name, failure)
     print(f"Imported {dict(kinds)} of {count(len(files), 'file')}.")
     return failures
@@ -977,7 +978,7 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slide of `have` in the place of a name that it begins with, a slide's barcode or a
+    """Rows with the slide of `have` in the place of the beginning of its name: a slide's barcode, or a
     patient's, which finds the first of hers."""
     found = {}
     for name in dict.fromkeys(row["slide"] for row in rows):
@@ -1002,12 +1003,11 @@ def import_qa(args):
         found, name = read_qa(file), re.split("[^a-z]+", file.stem.lower())
         named = {args.split} if args.split else {SPLITS[word] for word in name if word in SPLITS}
         told = len(named) == 1 or all("split" in row for row in found)
-        check(told, f"{file}: its name does not tell the split; give --split train, val or test")
+        check(told, f"{file}: its name does not tell the split; give --split")
         for row in found:
             rows[row.pop("split", min(named, default=None))].append(row)
     changed = {split for split in rows if rows[split]}
-    have = [*args.data.glob("features/*.safetensors"), *args.data.glob("visual_tokens/*.safetensors")]
-    have = {path.stem for path in have}
+    have = {path.stem for path in args.data.glob("*/*.safetensors")}
     for split in rows:
         path = args.data / "qa" / f"{split}.jsonl"
         if split not in changed and path.exists() and path.stat().st_size:
@@ -1089,7 +1089,7 @@ def draw_case(case, folder):
 
 
 def invent_cases(train, test, seed):
-    """What each slide shows: each value as often as the others, and no finding tells of another."""
+    """What slides show: each value as often as the others, and no finding tells of another."""
     rng, cases = np.random.default_rng(seed), []
     values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS, "focus": ("present", "absent")}
     for split, n in (("train", train), ("test", test)):
@@ -1114,7 +1114,7 @@ ANSWERS = {
     "position": "The necrosis is at the {position}.",
     "focus": "{yes_no}, brown pigment is {focus}.",
 }
-# Three pathologists, who differ in their words and in what they mention first.
+# Three pathologists.
 REPORTS = (
     "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
     "the {position}. Brown pigment is {focus}.",
@@ -1162,10 +1162,10 @@ def prepare_demo(args):
     cases = invent_cases(**recipe)
     if path.exists():
         old = wsi_llava.read_json(path, "delete the folder").get("recipe")
-        check(old == recipe, f"{args.data} holds another cohort, {old}, not {recipe}; name another --data")
+        check(old == recipe, f"{args.data} holds another cohort, {old}; name another --data")
     else:
         own = (args.data / "meta.json").exists()
-        check(not own, f"{args.data} holds data of your own; name another --data for the demo")
+        check(not own, f"{args.data} holds data of your own; name another --data")
         draw_cohort(args, cases, folder)
         write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
     threads = torch.get_num_threads()
@@ -1223,7 +1223,7 @@ def with_defaults(args):
 def main(argv=None):
     args = parse(argv)
     given = args.slides or args.features or args.qa or args.demo
-    check(given, "nothing to do: give --slides, --features, --qa or --demo")
+    check(given, "give --slides, --features, --qa or --demo")
     check(not (args.dry_run and (args.demo or args.features or args.qa)), "--dry-run is for --slides alone")
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     wsi_llava.resolve_device(args)
@@ -1236,7 +1236,7 @@ def main(argv=None):
         write_index(args.data)
     if args.qa:
         import_qa(args)
-    for _, message in failures:
+    for message in failures:
         print(f"failed: {one_line(message, 2000)}", file=sys.stderr)
     check(not failures, f"{count(len(failures), 'slide')} could not be prepared; the others are done")
 

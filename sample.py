@@ -55,7 +55,7 @@ def prepare_raw(args, name):
     raw = prepare.find_slides([name])
     check(len(raw) == 1, f"--slide {name}: holds {len(raw)} slides; name one")
     failures = prepare.prepare_slides(prepare.with_defaults(args), raw)
-    check(not failures, failures and failures[0][1])
+    check(not failures, failures and failures[0])
     return next(iter(raw))
 
 
@@ -212,12 +212,12 @@ def explain(args, model, tokenizer, name, answer):
     place = Path(args.slide) if Path(args.slide).exists() else args.data / "slides"
     file = prepare.find_slides([place]).get(name) if place.exists() else None
     check(file, f"{name}: its file is not in {place}; give --slide its path")
-    mpp, notes = wsi_llava.read_meta(args.data)["mpp"], wsi_llava.features_file(args.data, name)
+    notes = wsi_llava.feature_metadata(wsi_llava.features_file(args.data, name))
     features, coords = wsi_llava.read_features(args.data, name, model.cfg.max_tiles)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer).numpy()
     print(f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer.")
     title = one_line(f"{name}: {args.ask} - {answer}", 150)
-    source = file, mpp / wsi_llava.feature_metadata(notes)["scale"], mpp  # as it was prepared
+    source = file, wsi_llava.read_meta(args.data)["mpp"] / notes["scale"]  # as it was prepared
     # In a process of its own: a damaged slide may kill who opens it.
     prepare.apart(file, write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
     print(f"Wrote {few(args.heatmap)}")
