@@ -9,12 +9,11 @@ A slide is cut into 256-px tiles at 0.5 um/px where there is tissue; every tile 
 
     data/features/<slide>.safetensors  features float16 [N,C], coords int32 [N,2] (x, y, pixels as tiled)
     data/qc/<slide>.jpg                its tissue and tiles: look at it (index.html: all, failures first)
-    data/failures/<slide>.json         why it could not be prepared
+    data/failures/<slide>.txt          why it could not be prepared
 
 Interrupt it, kill it, start it twice: whoever works on a slide holds a lock that dies with the process.
 """
 
-import argparse
 import collections
 import contextlib
 import csv
@@ -67,20 +66,20 @@ Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an
 
 
 def number(text):
-    """What a file says, as a finite number; 0 where it says none."""
+    """What a file says, as a finite number, or 0."""
     with contextlib.suppress(TypeError, ValueError, ArithmeticError):  # Pillow's fractions can be 0/0
         return float(text) if math.isfinite(float(text)) else 0
     return 0
 
 
 def microns(unit):
-    """um in a unit of length; 0 for others. The sign for micro is written in several ways."""
+    """um in a unit of length, or 0. The sign for micro is written in several ways."""
     return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
 
 
 class Slide:
-    """A slide as one image of width x height pixels at the tiled resolution. mpp: um per level-0 pixel; the
-    argument wins over what the file says, which wins over the fallback. Raises UserError."""
+    """A slide as one image of width x height tiled pixels. mpp: um per level-0 pixel; given, it wins over
+    what the file says, and that over the fallback. Raises UserError."""
 
     def __init__(self, path, mpp=None, fallback=None):
         # The folder of an MRXS lies beside the file, not beside a link to it.
@@ -88,15 +87,15 @@ class Slide:
         self.path, self.notes = path if Path(real).suffix != Path(path).suffix else real, []
         with reading(path, "not a slide that OpenSlide can read"):
             self.open()
-        tile = number(self.get("openslide.level[0].tile-width"))
-        check(tile <= 2**16, f"{path}: says that its tiles are {tile:.0f} px wide")
+            if number(self.get("openslide.level[0].tile-width")) > 2**16:
+                raise ValueError("says that its tiles are over 65536 px wide")
         self.mpp, self.source = (mpp, "--mpp-csv") if mpp else self.own_mpp(path, fallback)
         if self.source in ("objective power", "--mpp", "--mpp-csv"):
             self.notes.append(f"um/px taken from {self.source}")
         self.scale = TARGET_MPP / self.mpp  # level-0 pixels per tiled pixel
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         fits = max(self.width, self.height) <= LONGEST
-        check(fits, f"{path}: over {LONGEST} px at {TARGET_MPP} um/px; is it {self.mpp:g} um/px?")
+        check(fits, f"{path}: too large, at {self.mpp:g} um/px; --mpp-csv gives others")
         self.downsamples = self.file.level_downsamples  # the library counts anew each time
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
         self.level = self.level_at(self.scale)
@@ -111,7 +110,7 @@ class Slide:
 
     @property
     def corner(self):
-        """Level-0 (x, y) where the scanned area begins: QuPath counts from there."""
+        """Level-0 (x, y) from which QuPath counts: the scanned area's."""
         return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
     def hash(self):
@@ -132,10 +131,10 @@ class Slide:
         dots = number(dots) or math.inf
         wide, high = (number(self.get(f"openslide.mpp-{side}")) for side in "xy")
         square = abs(wide - high) <= NATIVE * wide or not high
-        check(square, f"{path}: pixels of {wide:g} x {high:g} um are not square; give --mpp-csv")
+        check(square, f"{path}: not square, {wide:g} x {high:g} um/px; give --mpp-csv")
         said = {  # the most trusted first
             "OME-XML": number(ome.get("")) * microns(ome.get("Unit", "um")),
-            "ImageJ": microns(imagej[1]) / dots if imagej else 0,
+            "ImageJ": microns(imagej[1] if imagej else "") / dots,
             "metadata": wide,
             "resolution": microns(unit) / dots,
             "objective power": 10 / (power or math.inf),  # 40x is about 0.25 um/px
@@ -143,18 +142,17 @@ class Slide:
         said = {source: mpp for source, mpp in said.items() if mpp}
         found = [source for source in said if MPP_RANGE[0] <= said[source] <= MPP_RANGE[1]]
         if re.search(r'(?s)<Image .*<Image |Size[ZT]="([2-9]|\d\d)', text):
-            self.notes.append("of several scenes or focal planes, the first is read")
+            self.notes.append("only the first of several scenes or focal planes is read")
         if not found:
             check(fallback, f"{path}: no um/px from 0.05 to 20 in it ({said or 'none at all'}); give --mpp")
             return fallback, "--mpp"
         if max(map(said.get, found)) > 1.5 * min(map(said.get, found)):
-            self.notes.append(f"um/px by {' and '.join(found)} differ by more than 1.5 times; took the first")
+            self.notes.append(f"um/px by {' and '.join(found)} differ by over 1.5 times; took the first")
         return said[found[0]], found[0]
 
     def level_scale(self, level):
-        """Level-0 pixels per pixel of a level, one number for both sides; None where it cannot be told."""
-        # OpenSlide's is the mean of both sides' ratios: on a long strip it drifts, and where levels are padded
-        # to whole tiles, as Philips' are, it is of other places.
+        """Level-0 pixels per pixel of a level, or None where that cannot be told."""
+        # OpenSlide's, the mean of both sides' ratios, drifts on strips and where levels are padded to tiles.
         sides, size = np.array(self.file.dimensions), np.array(self.file.level_dimensions[level])
         tile = number(self.get(f"openslide.level[{level}].tile-width"))
         longer = float(sides.max() / size[sides.argmax()])
@@ -166,24 +164,22 @@ class Slide:
         return fits[0] if len(fits) == 1 else None  # a level of one tile may fit several
 
     def level_at(self, scale):
-        """The coarsest level that is at least as fine; the finest there is where none is."""
+        """The coarsest level that is at least as fine, or the finest."""
         fine = [level for level, own in enumerate(self.scales) if own and own <= scale * (1 + NATIVE)]
         return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
         """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
-        # OpenSlide takes level-0 corners, by its own number for the level.
-        corner = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        region = self.file.read_region(corner, level, (width, height))
+        own = self.downsamples[level]  # OpenSlide takes level-0 corners, by its own number
+        region = self.file.read_region((round(x * own), round(y * own)), level, (width, height))
         pixels = np.asarray(region)
         if pixels.view("<u4").min() >= 0xFF000000:  # every alpha is 255
             return pixels
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile whose corner is at (x, y), in tiled pixels -> uint8 [256,256,4]: the mean of level pixels
-        where these are a whole number, else resampled."""
-        # It lies where the exact scale puts it: no error adds up to the right.
+        """The tile at (x, y), in tiled pixels -> uint8 [256,256,4]: the mean of a whole number of level
+        pixels, or resampled. It lies where the exact scale puts it: no error adds up."""
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
         side = self.average * TILE if self.average else math.ceil((TILE + 2 * margin) * self.zoom)
@@ -195,38 +191,44 @@ class Slide:
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel, read square by square, which takes no memory. What
-        cannot be decoded stays white, up to 1%."""
+        """The whole slide, `pixel` tiled pixels a pixel. What cannot be decoded stays white, up to 1%."""
         width, height = (max(1, round(side / pixel)) for side in (self.width, self.height))
         picture, self.lost = Image.new("RGB", (width, height), "white"), 0  # share of the picture
         level = self.level_at(self.scale * pixel)
         zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
-        step = max(1, int(TILE / zoom))
+        step = max(1, int(TILE / zoom))  # in squares, for the memory
         for y, x in itertools.product(range(0, height, step), range(0, width, step)):
             right, bottom = min(width, x + step), min(height, y + step)
             left, top = math.floor(x * zoom), math.floor(y * zoom)
             inside = [x * zoom - left, y * zoom - top, right * zoom - left, bottom * zoom - top]
             try:
                 part = Image.fromarray(self.region(level, left, top, *map(math.ceil, inside[2:])))
-                part = part.convert("RGB").resize((right - x, bottom - y), Image.Resampling.BOX, inside)
+                part = part.convert("RGB").resize((right - x, bottom - y), Image.BOX, inside)
                 picture.paste(part, (x, y))
             except openslide.OpenSlideError:
                 self.open()
                 self.lost += (right - x) * (bottom - y) / (width * height)
-                check(self.lost <= DROPPED, f"{self.path}: over {DROPPED:.0%} of it cannot be decoded")
+                check(self.lost <= DROPPED, f"{self.path}: over 1% of it cannot be decoded")
         return picture
 
 
 # ---- Finding slides, and what they are called --------------------------------------------------------------
 
+FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
+
+
+def slide_id(text):
+    """A slide as files name it -> its id: less its folders and its endings."""
+    return re.sub(FILE_ENDING, "", re.split(r"[/\\]", text.strip())[-1], flags=re.I)
+
 
 def dicom_series(path):
-    """A DICOM file's series, if it is a slide's; else "", or None where it is no DICOM file."""
+    """A DICOM file's series, if it is a slide's; else ""; of another file None."""
     head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(2**16)
-    # Elements are in order of their tags, with whole sequences between. So the first kind (0008,0016) is the
-    # file's own, and the last series (0020,000E) before what tells of pixels (0028,0002).
+    # In order of tags, with sequences between: the first kind (0008,0016) is the file's own, and so is the
+    # last series (0020,000E) before what tells of pixels (0028,0002).
     kind = re.search(rb"(?s)\x08\0\x16\0UI..([0-9.]*)", head)
     series = re.findall(rb"(?s)\x20\0\x0e\0UI..([0-9.]*)", head.partition(b"\x28\0\x02\0US")[0])
     if kind and series and kind[1].endswith(b".77.1.6"):  # VL Whole Slide Microscopy Image Storage
@@ -235,7 +237,7 @@ def dicom_series(path):
 
 
 def dicom_slides(folder, files):
-    """A folder's .dcm files -> its slides [(name, path)]. A slide is a series: a file for each level."""
+    """A folder's .dcm files -> [(name, path)]. A slide is a series, a file for each level."""
     series_of = {path: dicom_series(path) for path in reversed(files)}
     slides = {series: path for path, series in series_of.items() if series}
     if not slides:  # perhaps a damaged slide: its reader will say so
@@ -246,21 +248,9 @@ def dicom_slides(folder, files):
     return [(f"{name}_{series}", path) for series, path in sorted(slides.items())]
 
 
-def name_slides(slides):
-    """[(name, path)] -> {slide id: path}. Names that meet get their folder's name before them."""
-    times, named = collections.Counter(name.casefold() for name, _ in slides), {}
-    for name, path in slides:
-        if times[name.casefold()] > 1:
-            name = f"{path.resolve().parent.name}_{name}"
-        name = re.sub(r"[/\\\x00-\x1f\ud800-\udfff]", "_", name)  # also what is not UTF-8
-        other = named.setdefault(name.casefold(), (name, path))[1]
-        check(other is path, f"{other} and {path} have the same name, {name}; rename one")
-    return dict(sorted(named.values()))
-
-
 def find_slides(inputs):
-    """Files, and folders, searched through -> {slide id: path}, sorted. The id is the file's stem, or the
-    name of a folder of .dcm files."""
+    """Files and folders -> {slide id: path}. The id is the file's stem, or the name of a folder of .dcm
+    files; names that meet get their folder's before them."""
     found, seen = {}, set()  # by their real paths
     for entry in map(Path, inputs):
         check(entry.exists(), f"{entry}: no such file or folder (--slides)")
@@ -281,34 +271,38 @@ def find_slides(inputs):
             slides += [(path.stem, path) for path in itertools.chain(*kinds.values())]
             for name, path in slides:
                 found.setdefault(os.path.realpath(path), (name, path))  # perhaps named by itself, too
-    check(found, f"no slides below {', '.join(map(str, inputs))} (looked for .{', .'.join(SUFFIXES)})")
-    return name_slides(found.values())
+    check(found, f"no slides below {few(inputs)}: no {', '.join(SUFFIXES)}")
+    times, named = collections.Counter(name.casefold() for name, _ in found.values()), {}
+    for name, path in found.values():
+        if times[name.casefold()] > 1:
+            name = f"{path.resolve().parent.name}_{name}"
+        name = re.sub(r"[/\\\x00-\x1f\ud800-\udfff]", "_", name)  # also what is not UTF-8
+        other = named.setdefault(name.casefold(), (name, path))[1]
+        check(other is path, f"{other} and {path} have the same name, {name}; rename one")
+    return dict(sorted(named.values()))
 
 
 def read_mpp_csv(path, slides):
-    """Lines of slide,mpp, a slide by its id, file or path -> {slide id: um/px at level 0}."""
-    table, given = {}, {}
-    hint = "--mpp-csv takes lines of slide,mpp, one a slide, of 0.05 to 20 um/px"
+    """Lines of slide,mpp, a slide by its id, file or path -> {slide id: um/px}."""
+    table, hint = {}, "--mpp-csv takes lines of slide,mpp, from 0.05 to 20 um/px"
     with reading(path, hint):
         lines = Path(path).read_text("utf-8-sig").splitlines()
     for i, line in enumerate(lines, 1):
         slide, _, mpp = line.replace('"', "").rpartition(",")
-        slide, mpp = slide.strip(), number(mpp)
+        slide, mpp = slide_id(slide), number(mpp)
         if line.strip() and (i > 1 or mpp):  # the first line may name the columns
             fits = slide and MPP_RANGE[0] <= mpp <= MPP_RANGE[1] and table.setdefault(slide, mpp) == mpp
             check(fits, f"{path}, line {i}: {line[:60]!r}; {hint}")
-    for name, file in slides.items():
-        for key in (os.path.realpath(file), str(file), file.name, file.stem, name):  # by its id before all
-            given |= {name: table[key]} if key in table else {}
+    given = {name: table[slide_id(name)] for name in slides if slide_id(name) in table}
     print(f"{path}: {count(len(table), 'line')}, about {len(given)} of the slides here")
     return given
 
 
 # ---- Tissue and tiles --------------------------------------------------------------------------------------
 #
-# Stain is measured against the slide's own glass, as optical density: what it takes of the light. Tissue takes
-# more of one colour than of another; glass, dust and black borders take all alike. Ink has colours that tissue
-# rarely has, and is smooth; where it is most of what is stained, smoother than any tissue.
+# Stain is measured against the slide's own glass, as optical density: tissue takes more of one colour than of
+# another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has, and is smooth
+# (where it is most of what is stained, smoother than any tissue).
 
 WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
 
@@ -322,46 +316,36 @@ def box_mean(x, r):
 
 
 def roughness(x):
-    """Standard deviation over the 5 x 5 pixels around each, [h,w]."""
+    """Standard deviation over the 5 x 5 pixels around each."""
     return np.sqrt(np.maximum(0, box_mean(x * x, 2) - box_mean(x, 2) ** 2))
 
 
-def glass_among(rgb, pink):
-    """Bright smooth pixels [n,3] -> (the colour of glass among them, the least colour that is stain), or None.
-    pink: by how much glass may lack green, which haematoxylin and eosin take first."""
-    grey = rgb.mean(-1)
-    # The histogram's rightmost hill, from the brightest grey that is not rare on.
-    counts = np.convolve(np.bincount(grey.astype(int), minlength=256), np.ones(5), "same")
-    bright = np.flatnonzero(counts >= counts.max() / 10).max()
-    start = max(0, bright - 12)
-    pixels = rgb[abs(grey - start - np.argmax(counts[start : bright + 1])) < 6]
-    glass = np.median(pixels, axis=0)
-    if glass.min() < 178 or np.ptp(glass) > 48 or glass[1] < min(glass[0], glass[2]) - pink:
-        return None
-    pixels = pixels[abs(pixels - glass).max(-1) < 8]
-    if len(pixels) < 100:
-        return glass, 0.03
-    # Stain has more colour than the glass's own noise, by 4.5 deviations.
-    colour = np.ptp(np.log10(glass / pixels), axis=-1)
-    noise = 1.4826 * np.median(abs(colour - np.median(colour)))
-    return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06))
-
-
 def find_glass(rgb):
-    """Float32 [h,w,3] -> (the RGB of the slide's own glass, or WHITE where none is seen; the least colour
-    that is stain)."""
+    """RGB float32 [h,w,3] -> (the slide's own glass, or else WHITE; the least colour that is stain)."""
     grey = rgb.mean(-1)
-    rough, found = roughness(grey), None
-    smooth = (grey > 170) & (rough < 4)
-    # White without any noise was painted, or never scanned: no glass, if there is enough of another. Where glass
-    # is that white, what else is bright is tissue, and hardly as smooth.
+    rough = roughness(grey)
+    smooth, pink = (grey > 170) & (rough < 4), 14  # by how much glass may lack green; stroma lacks more
+    # White without any noise was painted, or never scanned: no glass, if there is enough of another. (If
+    # glass is that white, what else is bright is tissue, hardly as smooth.)
     fill = box_mean(rgb.min(-1), 2) == 255
     scanned = smooth & ~fill & (rough < 1.5)
-    if scanned.sum() > max(100, 0.15 * (~fill).sum()):
-        found = glass_among(rgb[scanned], pink=3)
-    if not found and smooth.mean() >= 0.005:
-        found = glass_among(rgb[smooth], pink=14)
-    return found or (WHITE, 0.03)
+    if fill.mean() > 0.005 and scanned.sum() > max(100, 0.15 * (~fill).sum()):
+        smooth, pink = scanned, 3
+    if smooth.mean() < 0.005:
+        return WHITE, 0.03
+    # The histogram's rightmost hill, from the brightest grey that is not rare on.
+    counts = np.convolve(np.bincount(grey[smooth].astype(int), minlength=256), np.ones(5), "same")
+    bright = np.flatnonzero(counts >= counts.max() / 10).max()
+    start = max(0, bright - 12)
+    peak = start + np.argmax(counts[start : bright + 1])
+    pixels = rgb[smooth & (abs(grey - peak) < 6)]
+    glass = np.median(pixels, axis=0)
+    if glass.min() < 178 or np.ptp(glass) > 48 or glass[1] < min(glass[0], glass[2]) - pink:
+        return WHITE, 0.015 if fill.mean() > 0.005 else 0.03
+    # Stain has more colour than the glass's own noise, by 4.5 deviations.
+    colour = np.ptp(np.log10(glass / pixels[abs(pixels - glass).max(-1) < 8]), axis=-1)
+    noise = 1.4826 * np.median(abs(colour - np.median(colour)))
+    return glass, float(np.clip(np.median(colour) + 4.5 * noise, 0.015, 0.06)) if len(colour) >= 100 else 0.03
 
 
 def find_tissue(picture):
@@ -390,31 +374,29 @@ def find_tissue(picture):
 
 def given_mask(path, slide, size):
     """A picture of the whole slide, or a QuPath GeoJSON -> bool [h,w] of that size (w, h)."""
-    with reading(path, "--mask takes a picture of the slide, black outside tissue, or QuPath's GeoJSON"):
+    with reading(path, "--mask takes pictures, black outside tissue, or QuPath's GeoJSON"):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(json.loads(path.read_text("utf-8-sig")), slide, size)
         picture = Image.open(path)
-        stretched = (picture.width / picture.height) / (slide.width / slide.height)
+        stretched = picture.width / picture.height * slide.height / slide.width
         fits = abs(stretched - 1) <= 0.02 + 1 / min(picture.size)
         check(fits, f"{path}: {picture.size} px are not of the slide's shape")
         if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
-        # A photograph, which has colour or greys of all kinds, would exchange glass and tissue.
-        small = picture.resize(size, Image.Resampling.NEAREST).convert("RGB")
+        # A photograph, of colour or greys of all kinds, would exchange glass and tissue.
+        small = picture.resize(size, Image.NEAREST).convert("RGB")
         coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean() > 0.001
-        greys = small.convert("L").filter(ImageFilter.MedianFilter(5)).histogram()
-        many = np.sum(np.array(greys).reshape(32, 8).sum(1) > 0.001 * sum(greys)) > 8  # JPEG's noise aside
-        check(
-            not (coloured or many or picture.mode[0] in "IF"), f"{path}: not a mask of few greys, 8 bits each"
-        )
+        greys = np.array(small.convert("L").filter(ImageFilter.MedianFilter(5)).histogram())
+        many = sum(greys.reshape(32, 8).sum(1) > 0.001 * greys.sum()) > 8  # JPEG's noise aside
+        plain = not (coloured or many or picture.mode[0] in "IF")
+        check(plain, f"{path}: not a mask of few greys, 8 bits each")
         grey = np.asarray(picture.convert("L"))
-        marked = Image.fromarray(grey > (127 if grey.max() > 127 else 0))  # labels 0, 1, 2... are masks too
-        return np.asarray(marked.convert("L").resize(size, Image.Resampling.BOX)) > 127
+        marked = Image.fromarray(grey > (127 if grey.max() > 127 else 0))  # labels are masks, too
+        return np.asarray(marked.convert("L").resize(size, Image.BOX)) > 127
 
 
 def drawn_mask(found, slide, size):
-    """A GeoJSON's polygons, in level-0 pixels from the scanned area's corner on -> bool [h,w]. What QuPath
-    ignores (classes Ignore*, missing cores) is no tissue, also inside of others."""
+    """A GeoJSON's polygons, in level-0 pixels -> bool [h,w]. What QuPath ignores is no tissue."""
     drawn = {ignored: np.zeros(size[::-1], bool) for ignored in (False, True)}
     for feature in found.get("features", [found]) if isinstance(found, dict) else found:
         about, shape = feature.get("properties") or {}, feature.get("geometry") or {}
@@ -433,28 +415,17 @@ def drawn_mask(found, slide, size):
 
 
 def tile_grid(mask, min_tissue, step=TILE):
-    """Corners of the tiles with at least that share of tissue: int32 [N,2] (x, y) in tiled pixels, in raster
-    order. The last ones of rows and columns may reach beyond the slide."""
+    """Tiles with at least that share of tissue -> their corners int32 [N,2] (x, y), in tiled pixels, in
+    raster order. The last ones may reach beyond the slide."""
     n, apart = TILE // MASK, step // MASK
-    more = [max(n - side, (n - side) % apart) for side in mask.shape]
-    mask = np.pad(mask, [(0, side) for side in more])
+    # The last ones may reach beyond the slide.
+    mask = np.pad(mask, [(0, max(n - side, (n - side) % apart)) for side in mask.shape])
     squares = np.lib.stride_tricks.sliding_window_view(mask, (n, n))[::apart, ::apart]
     return np.argwhere(squares.mean((2, 3)) >= min_tissue)[:, ::-1].astype(np.int32) * step
 
 
-def draw_tiles(coords, name, max_tiles, seed):
-    """At most so many of the tiles (0: all), in raster order: the same for a slide and a seed."""
-    if not max_tiles or len(coords) <= max_tiles:
-        return coords
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return coords[np.sort(rng.choice(len(coords), max_tiles, replace=False))]
-
-
-# ---- Pictures to check, tiles for QuPath -------------------------------------------------------------------
-
-
 def draw_qc(path, picture, pixel, mask, ink, coords):
-    """The picture to look at, `pixel` tiled pixels a pixel: tissue (green), ink (red), tiles (blue)."""
+    """Tissue (green), ink (red) and tiles (blue) on a picture of `pixel` tiled pixels a pixel."""
     draw, side = ImageDraw.Draw(picture, "RGBA"), TILE / pixel
     for x, y in coords / pixel:
         edge = (30, 80, 255, 140) if side > 6 else None
@@ -467,18 +438,15 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
         picture.save(temporary, "JPEG", quality=90)
 
 
-PAGE = '<!DOCTYPE html><meta charset="utf-8"><style>img {{ width: 240px }}</style><h1>{}</h1>\n'
+PAGE = '<!DOCTYPE html><meta charset="utf-8"><style>img { width: 240px }</style>\n'
 CARD = '<p><a href="{href}"><img loading="lazy" src="{href}" alt=""></a> <b>{}</b> {}\n'
 
 
 def write_index(data):
     """data/qc/index.html: every slide, what failed first."""
-    texts = {name: f"FAILED: {message}" for name, message in read_failures(data).items()}
-    failed = len(texts)
+    texts, page = {name: f"FAILED: {message}" for name, message in read_failures(data).items()}, PAGE
     for path in sorted((data / "features").glob("*.safetensors")):
-        with contextlib.suppress(UserError):
-            texts.setdefault(path.stem, count(wsi_llava.feature_metadata(path)["tiles"], "tile"))
-    page = PAGE.format(f"{count(len(texts), 'slide')}, {failed} failed")
+        texts.setdefault(path.stem, "")
     for name, text in texts.items():
         page += CARD.format(html.escape(name), html.escape(text), href=urllib.parse.quote(f"{name}.jpg"))
     write_text(data / "qc" / "index.html", page)
@@ -487,16 +455,9 @@ def write_index(data):
 # ---- A folder of features, which several runs may work on --------------------------------------------------
 
 
-def check_same(path, made, params):
-    """Raises UserError where a file was made with other parameters."""
-    for k in params | made:
-        other = f"{path} was made with {k} {made.get(k)}, not {params.get(k)}"
-        check(made.get(k) == params.get(k), f"{other}; --overwrite makes it again")
-
-
 def claim(claims, name):
-    """Whether this process alone may work on a slide from now on, until it closes data/.claims or dies."""
-    # A byte is locked, at an offset that follows from the name.
+    """Whether this process alone may work on a slide, until it closes data/.claims or dies: a byte of it,
+    told by the name, is locked."""
     offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
@@ -509,22 +470,21 @@ def claim(claims, name):
 
 def read_failures(data):
     """data/failures -> {slide: why it failed}."""
-    hint = "not what prepare.py writes; delete it"
-    files = sorted((data / "failures").glob("*.json"))
-    return {file.stem: str(wsi_llava.read_json(file, hint).get("message")) for file in files}
+    files = sorted((data / "failures").glob("*.txt"))
+    return {file.stem: file.read_text("utf-8", "replace") for file in files}
 
 
 def note_failure(data, name, message=None):
     """Puts a slide on the record of failures, or takes it off."""
-    file = data / "failures" / f"{name}.json"
+    file = data / "failures" / f"{name}.txt"
     file.unlink(missing_ok=True)
     if message:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"message": message}))
+        write_text(file, message)
 
 
 def write_meta(data, preset, encoder):
-    """Makes the folder and its meta.json, or checks it: a folder holds the features of one tile encoder."""
+    """Makes the folder and its meta.json, or checks that it is of this encoder."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
     meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": TARGET_MPP}
@@ -532,19 +492,19 @@ def write_meta(data, preset, encoder):
         write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
     same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
-    made = f"of another tile encoder ({old['encoder']['source']}) or um/px ({old['mpp']})"
-    check(same, f"{data}: {made}; name a new folder with --data")
+    made = f"another tile encoder ({old['encoder']['source']}) or um/px ({old['mpp']})"
+    check(same, f"{data} is of {made}; name a new --data")
 
 
 def open_encoder(args):
-    """The tile encoder, by default the one that made what the folder holds -> (it, its fingerprint)."""
+    """The tile encoder, by default the one that made what is there -> (it, its fingerprint)."""
     if (args.data / "meta.json").exists():
         old = wsi_llava.read_meta(args.data)
         args.preset, source = args.preset or old["preset"], Path(old["encoder"]["source"])
         args.tile_encoder = args.tile_encoder or (source if source.is_file() else None)
     encoder, source = wsi_llava.pick_tile_encoder(args)
     if not source:
-        print("No GigaPath weights found or named: a small untrained encoder serves, to try this out.")
+        print("No GigaPath weights found or named: a small untrained encoder serves.")
     info = {"source": str(source or "untrained"), "fingerprint": wsi_llava.fingerprint(encoder)}
     if not args.dry_run:
         preset = args.preset or ("7b" if source else "demo")
@@ -554,9 +514,8 @@ def open_encoder(args):
 
 # ---- From slides to features -------------------------------------------------------------------------------
 #
-# A damaged file may take the process that opens it with it, so others do: the surveyor sees what there is to
-# read of a slide while the one before it is encoded; readers read this one's tiles, a batch each, into memory
-# that all share.
+# A damaged file may take the process that opens it with it, so others do: the surveyor sees what there is of
+# a slide while the one before is encoded; readers read this one's tiles, a batch each, into shared memory.
 
 FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # PyTorch loaded once
 DIED = "the process that read it died (a damaged file, or no memory left)"
@@ -577,7 +536,7 @@ def start_readers(n, memory=b""):
 
 
 def apart(path, function, *arguments):
-    """Calls a function that opens the slide at `path` in a process of its own; UserError where that dies."""
+    """Calls a function that opens a slide in a process of its own; UserError where that dies."""
     with start_readers(1) as readers:
         try:
             return readers.submit(function, *arguments).result()
@@ -586,55 +545,58 @@ def apart(path, function, *arguments):
 
 
 def slide_job(args, name, path, given, mask, encoder):
-    """One slide of a run -> dict: its files, and the parameters that its features depend on."""
-    params = {"tile": TILE, "target_mpp": TARGET_MPP, "encoder": encoder, "min_tissue": args.min_tissue}
-    params |= {"step": args.step, "max_tiles": args.max_tiles, "seed": args.max_tiles and args.seed}
+    """A slide of a run -> dict: its files, the parameters that its features depend on."""
+    params = {"encoder": encoder, "min_tissue": args.min_tissue, "step": args.step}
+    params |= {"max_tiles": args.max_tiles, "seed": args.max_tiles and args.seed}
     params["mask"] = mask and hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
     size = os.path.getsize(path) if os.path.exists(path) else 0
-    pictures = [args.data / "qc" / f"{name}.{ending}" for ending in ("jpg", "geojson")]
     job = {"name": name, "slide": (str(path), given, args.mpp), "file": [os.path.abspath(path), size]}
-    features = wsi_llava.features_file(args.data, name)
-    return job | {"params": params, "mask": mask, "pictures": pictures, "features": features}
+    job["pictures"] = [args.data / "qc" / f"{name}.{ending}" for ending in ("jpg", "geojson")]
+    return job | {"params": params, "mask": mask, "features": wsi_llava.features_file(args.data, name)}
 
 
 def is_done(args, job, digest=None):
-    """Whether a slide's files are there, known by path and size, or, once it is open, by its hash. UserError
-    where they are another slide's, or were made with other parameters."""
+    """Whether a slide's files are there, by path and size, or, once it is open, by its hash. UserError where
+    they are of another slide or other parameters."""
     path, (_, given, fallback) = job["features"], job["slide"]
     if args.overwrite or not path.exists():
         return False
     made = wsi_llava.feature_metadata(path)
     mpp = given or (made.get("mpp_source") == "--mpp" and fallback) or made.get("mpp")
-    check_same(path, made["params"] | {"mpp": made.get("mpp")}, job["params"] | {"mpp": mpp})
+    made_by, params = made["params"] | {"mpp": made.get("mpp")}, job["params"] | {"mpp": mpp}
+    for k in params | made_by:
+        other = f"{path} was made with {k} {made_by.get(k)}, not {params.get(k)}"
+        check(made_by.get(k) == params.get(k), f"{other}; --overwrite makes it again")
     if digest:
-        check(made["file"][2] == digest, f"{path}: of another slide of this name; --overwrite replaces it")
+        check(made["file"][2] == digest, f"{path} is of another slide; --overwrite makes it again")
         return True
     pictures = job["pictures"][: 2 if args.geojson else 1]
     return made["file"][:2] == job["file"] and all(picture.exists() for picture in pictures)
 
 
 def survey(args, job):
-    """In a process of its own: what there is to read of a slide -> dict; draws its pictures. UserError, whatever
-    is wrong with the slide; OSError where a picture cannot be written."""
-    with reading(job["slide"][0], "the slide is damaged, or of a kind that is not read"):
+    """What there is to read of a slide -> dict; draws its pictures. UserError, whatever is wrong with it;
+    OSError where a picture cannot be written."""
+    with reading(job["slide"][0], "damaged, or of a kind that is not read"):
         slide = open_slide(*job["slide"])
-        width, height = slide.file.dimensions
         facts = {"params": job["params"], "file": [*job["file"], slide.hash()], "scale": slide.scale}
-        facts |= {"width": width, "height": height, "mpp": slide.mpp, "mpp_source": slide.source}
+        facts |= {"mpp": slide.mpp, "mpp_source": slide.source}
         done = is_done(args, job, facts["file"][2])
-        # One picture, for the mask and to look at: without small levels it takes minutes.
+        # One picture, for the mask and to look at: it may take minutes.
         picture = slide.thumbnail(MASK / max(1, round(MASK * PICTURE / max(slide.width, slide.height))))
         size = [max(1, round(side / MASK)) for side in (slide.width, slide.height)]
-        mask, ink = find_tissue(picture.resize(size, Image.Resampling.BOX))
+        mask, ink = find_tissue(picture.resize(size, Image.BOX))
         if job["mask"]:
             mask, ink = given_mask(job["mask"], slide, size), np.zeros_like(ink)
         coords = tile_grid(mask, args.min_tissue, args.step)
         small = 0 if len(coords) else len(tile_grid(mask, 0.01, args.step))
-        coords = draw_tiles(coords, job["name"], args.max_tiles, args.seed)
+        if 0 < args.max_tiles < len(coords):  # the same ones for a slide and a seed, in raster order
+            rng = np.random.default_rng([args.seed, zlib.crc32(job["name"].encode())])
+            coords = coords[np.sort(rng.choice(len(coords), args.max_tiles, replace=False))]
     told = dict.fromkeys(slide.notes, True) | {
-        f"under {DROPPED:.0%} of it cannot be decoded, and was not searched for tissue": slide.lost,
-        "ink left out, outlined in red in data/qc (--mask decides otherwise)": ink.mean() > 0.001,
-        "not in --mask, so tissue was looked for by its colour": args.mask and not job["mask"],
+        "under 1% of it, not to be decoded, was not searched for tissue": slide.lost,
+        "ink left out, outlined in red in data/qc": ink.mean() > 0.001,
+        "not in --mask: tissue by its colour": args.mask and not job["mask"],
         f"no tile reaches --min-tissue {args.min_tissue:g}; 0.01 would give {small}": small,
         "no tissue found (what has no colour needs --mask)": not len(coords) and not small,
     }
@@ -649,7 +611,7 @@ def survey(args, job):
 
 
 def read_tiles(slide, coords, place):
-    """Tiles into the shared memory, from `place` on -> (place, which could be read, the last error)."""
+    """Tiles into memory, from `place` on -> (place, which could be read, the last error)."""
     read, failed = [], None
     for n, (x, y) in enumerate(coords.tolist()):
         try:
@@ -664,39 +626,38 @@ def read_tiles(slide, coords, place):
 @torch.inference_mode()
 def encode(encoder, tiles, device):
     """uint8 [n,256,256,4] -> features float16 [n,C], on the device."""
-    if device.type == "cuda":
-        tiles = tiles.pin_memory()  # so that the copy runs beside the encoder
-    tiles = tiles.to(device, non_blocking=True)[..., :3]
-    return encoder(wsi_llava.preprocess_tiles(tiles).to(encoder.cls_token.dtype)).half()
+    images = wsi_llava.preprocess_tiles(tiles.to(device)[..., :3])
+    return encoder(images.to(encoder.cls_token.dtype)).half()
 
 
 def prepare_slide(args, encoder, readers, memory, job, plan, bar):
     """Encodes a surveyed slide's tiles and writes its features, in raster order -> how many."""
-    coords, read, problem = plan["coords"], [], None
+    coords, path, problem = plan["coords"], job["slide"][0], None
     # All batches are full but the last: a feature's bits depend on the slide alone. 4 x 4 neighbours are read
     # one after the other: OpenSlide keeps the JPEG tiles that they share.
     order = np.lexsort((*coords.T, *(coords.T // (4 * TILE))))
     batches = np.split(order, range(BATCH, len(order), BATCH))
     tiles = torch.frombuffer(memory, dtype=torch.uint8).view(-1, TILE, TILE, 4)
     places, coming, ahead = itertools.cycle(range(0, len(tiles), BATCH)), iter(batches), collections.deque()
-    features = [torch.empty(0, encoder.cfg.width, dtype=torch.float16, device=args.device)]
+    features = torch.empty(len(coords), encoder.cfg.width, dtype=torch.float16, device=args.device)
+    read = np.zeros(len(coords), bool)
     for numbers in batches:
         for later in itertools.islice(coming, 1 + args.workers - len(ahead)):  # read while this is encoded
             ahead.append(readers.submit(read_tiles, job["slide"], coords[later], next(places)))
         place, kept, error = ahead.popleft().result()
         if kept:
-            features.append(encode(encoder, tiles[place : place + len(kept)], args.device))
-        read, problem = read + numbers[kept].tolist(), error or problem
-        bar.set_postfix_str(f"{job['name'][:24]}, {len(read)} of {len(coords)} tiles")
-    lost, path = len(coords) - len(read), job["slide"][0]
+            features[numbers[kept]] = encode(encoder, tiles[place : place + len(kept)], args.device)
+            read[numbers[kept]] = True
+        problem = error or problem
+        bar.set_postfix_str(f"{job['name'][:24]}, {read.sum()} of {len(coords)} tiles")
+    lost, features = int(sum(~read)), features.cpu()[read]
     enough = lost <= DROPPED * len(coords)
     check(enough, f"{path}: {lost} of its {len(coords)} tiles cannot be decoded ({problem})")
     if lost:
-        plan["notes"].append(f"under {DROPPED:.0%} of its tiles cannot be decoded, and were left out")
-    features = torch.cat(features).cpu()[np.argsort(read)]
-    check(features.isfinite().all(), f"{path}: features that are not finite; try --dtype float32")
-    save_features(job["features"], features, coords[sorted(read)], plan["facts"] | {"dropped": lost})
-    return len(read)
+        plan["notes"].append("under 1% of its tiles, not to be decoded, left out")
+    check(features.isfinite().all(), f"{path}: its features are not finite; try --dtype float32")
+    save_features(job["features"], features, coords[read], plan["facts"] | {"dropped": lost})
+    return len(features)
 
 
 def save_features(path, features, coords, facts):
@@ -705,7 +666,7 @@ def save_features(path, features, coords, facts):
 
 
 def prepare_slides(args, slides):
-    """Prepares {id: path} -> failures [(path, message)]."""
+    """{id: path} -> why slides failed [message]."""
     check(args.step % MASK == 0, f"--step {args.step}: give a multiple of {MASK}")
     started, table = time.time(), read_mpp_csv(args.mpp_csv, slides) if args.mpp_csv else {}
     masks = {file.stem: file for file in sorted(args.mask.iterdir())} if args.mask else {}
@@ -723,14 +684,17 @@ def prepare_slides(args, slides):
     for n, job in enumerate(bar):
         failure = None
         try:
-            for i in (n, n + 1):  # this slide's survey, and, once it is there, the next one's
-                if i < len(todo) and i not in plans and (args.dry_run or claim(claims, todo[i]["name"])):
+            for i in range(n, min(n + 2, len(todo))):
+                if i not in plans and (args.dry_run or claim(claims, todo[i]["name"])):
                     plans[i] = surveyor.submit(survey, args, todo[i])
-                plan = plans[n].result() if n in plans else {"notes": ["left to another run"], "done": True}
+            if n not in plans:
+                notes["left to another run"].append(job["name"])
+                continue
+            plan = plans[n].result()
             if args.dry_run:
                 written.append(len(plan["coords"]))
-                size = "{width} x {height} px, {mpp:.6} um/px ({mpp_source})".format(**plan["facts"])
-                tqdm.write(f"{job['name']}: {size}, {count(written[-1], 'tile')}")
+                microns = "{mpp:.6} um/px ({mpp_source})".format(**plan["facts"])
+                tqdm.write(f"{job['name']}: {microns}, {count(written[-1], 'tile')}")
             elif not plan["done"]:
                 written.append(prepare_slide(args, encoder, readers, memory, job, plan, bar))
             for note in plan["notes"]:
@@ -742,8 +706,8 @@ def prepare_slides(args, slides):
             surveyor.shutdown()
             readers.shutdown()  # those that live write to the memory no more
             surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {n: None}
-        failures += [(job["slide"][0], failure)] if failure else []
-        if n in plans and not args.dry_run:
+        failures += [failure] if failure else []
+        if not args.dry_run:
             note_failure(args.data, job["name"], failure)
     tiles, seconds = sum(written), time.time() - started
     done = f"{count(tiles, 'tile')} of {count(len(written), 'slide')} in {seconds:.0f} s"
@@ -759,7 +723,7 @@ MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or C
 
 
 def read_hdf5(path):
-    """-> its datasets {name: tensor}, with the attributes of these and of the file."""
+    """-> its datasets {name: tensor}, with all attributes."""
     import h5py  # needed for these files alone
 
     with h5py.File(path) as file:
@@ -767,21 +731,21 @@ def read_hdf5(path):
         for name in file.keys() & {"features", "feats", "coords"}:
             inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
             check(inside, f"{path}: its {name} lie in another file; copy them into this one")
-            # Float64 holds every coordinate; torch knows no big-endian numbers.
+            # Torch knows no big-endian numbers.
             found |= {**file[name].attrs, name: torch.from_numpy(np.asarray(file[name], np.float64))}
     return found
 
 
 def read_foreign(path):
-    """-> (whose they are, features float16 [N,C], coords float64 [N,2], all that the file holds). What has no
-    coords is visual tokens, [576,C]."""
-    with reading(path, "features are a .pt or .h5 of features [N,C] and coords [N,2], or visual tokens"):
+    """-> (whose they are, features float16 [N,C], coords float64 [N,2], all that the file holds). Without
+    coords they are visual tokens [576,C]."""
+    with reading(path, "read are .pt and .h5 of features [N,C] and coords [N,2], or visual tokens"):
         found = read_hdf5(path) if path.suffix == ".h5" else wsi_llava.read_tensors(path)
         found = {"features": found} if isinstance(found, torch.Tensor) else found
         name = next((name for name in MAKERS if name in found), None)
-        check(name, f"{path}: holds {list(found)[:5]}, neither features, feats nor tile_embeds")
+        check(name, f"{path}: holds {list(found)[:5]}, neither of {', '.join(MAKERS)}")
         features, coords = found[name].half(), found.get("coords")
-        check(features.isfinite().all(), f"{path}: some features are not finite in half precision")
+        check(features.isfinite().all(), f"{path}: features not finite in half precision")
         shape = f"{path}: features {list(features.shape)}"
         features = features[None] if features.dim() == 1 else features.flatten(0, -2)  # also [1,N,C]
         if coords is None:
@@ -790,13 +754,13 @@ def read_foreign(path):
         coords = coords.double().reshape(-1, 2)
         features = features if features.numel() else features[:0]  # a slide without tissue
         check(len(features) == len(coords), f"{shape}, and {len(coords)} coords")
-        check(coords.isfinite().all(), f"{path}: some coords are not finite")
+        check(coords.isfinite().all(), f"{path}: coords not finite")
         return MAKERS[name], features, coords, found
 
 
 def tiled_coords(path, coords, about, mpp, step):
-    """A file's coords -> (their raster order [N], int32 [N,2] in that order, in tiled pixels). UserError where
-    the scale is not known, or tiles do not lie `step` apart."""
+    """A file's coords -> (their raster order [N], int32 [N,2] in that order, in tiled pixels). UserError
+    where their scale is not known, or tiles do not lie `step` apart."""
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
         scale, apart = TARGET_MPP / (mpp or math.inf), 0  # of level 0; from tile to tile, if the file says it
         if about.get("target_magnification"):  # TRIDENT's 20x is 0.5 um/px
@@ -805,7 +769,7 @@ def tiled_coords(path, coords, about, mpp, step):
             apart = float(about["patch_size_level0"]) - zoom * float(about.get("overlap", 0))
         elif "tile_size_um" in about:  # STAMP's coords are in um
             scale, apart = TARGET_MPP, float(about["tile_size_um"])
-        check(scale, f"{path}: does not say the um/px of its coords (level 0); give --mpp or --mpp-csv")
+        check(scale, f"{path}: does not say the um/px of its coords; give --mpp or --mpp-csv")
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
         coords = coords[order] / scale
         steps = coords.diff(dim=0)
@@ -815,7 +779,7 @@ def tiled_coords(path, coords, about, mpp, step):
         check(fits, f"{path}: tiles {apart:.0f} px apart at {TARGET_MPP} um/px; mend --mpp or --step")
         # GigaPath pads a slide to whole tiles on all sides: the first may lie up to a tile outside.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
-        check(outside.max() <= step, f"{path}: negative coords, more than a tile outside of the slide")
+        check(outside.max() <= step, f"{path}: coords more than a tile outside of the slide")
         coords = (coords + outside).round()
         wsi_llava.grid_cells(coords)
     return order, coords.int()
@@ -826,7 +790,7 @@ def import_file(args, name, path, mpp):
     kind, features, coords, about = read_foreign(path)
     old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
     width = features.shape[1] or old.get("width")
-    check(width, f"{path}: has no tiles, nor a width; import it again after another slide")
+    check(width, f"{path}: has no tiles, nor a width; import another slide first")
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
     if kind == "visual tokens":
         write_meta(args.data, args.preset or "7b", info | {"n_visual_tokens": len(features)})
@@ -836,18 +800,14 @@ def import_file(args, name, path, mpp):
         return kind
     order, coords = tiled_coords(path, coords, about, mpp, args.step)
     write_meta(args.data, args.preset or "7b", info)
-    params = {"imported": kind, "target_mpp": TARGET_MPP, "mpp": mpp, "encoder": info["fingerprint"]}
-    params["file"] = [str(path.resolve()), path.stat().st_size]
+    facts = {"params": {"imported": kind, "file": str(path.resolve())}}
     file = wsi_llava.features_file(args.data, name)
-    if file.exists() and not args.overwrite:
-        check_same(file, wsi_llava.feature_metadata(file)["params"], params)
-    else:
-        save_features(file, features.reshape(-1, width)[order], coords.numpy(), {"params": params})
+    save_features(file, features.reshape(-1, width)[order], coords.numpy(), facts)
     return kind
 
 
 def import_features(args):
-    """--features: files, or folders that hold them -> data/, and the failures [(path, message)]."""
+    """--features: files, or folders that hold them -> data/, and why some failed [message]."""
     files, failures, kinds = {}, [], collections.Counter()
     for entry in args.features:
         check(entry.exists(), f"{entry}: no such file or folder (--features)")
@@ -855,7 +815,7 @@ def import_features(args):
         check(found, f"{entry}: no .pt or .h5 file there; name the folder that holds them")
         for path in found:
             other = files.setdefault(path.stem, path)
-            check(other == path, f"{other} and {path} have the same name; rename one, or name one folder")
+            check(other == path, f"{other} and {path} have the same name; name one folder")
     table = read_mpp_csv(args.mpp_csv, files) if args.mpp_csv else {}
     for name, path in tqdm(sorted(files.items())[args.shard], unit="file"):
         failure = None
@@ -863,7 +823,7 @@ def import_features(args):
             kinds[import_file(args, name, path, table.get(name, args.mpp))] += 1
         except UserError as error:
             failure = str(error)
-            failures.append((path, failure))
+            failures.append(failure)
         note_failure(args.data, name, failure)
     print(f"Imported {dict(kinds)} of {count(len(files), 'file')}.")
     return failures
@@ -885,9 +845,7 @@ QUESTION_KINDS = [
 WHAT_IS_READ = [f"{kind} ({', '.join(sorted({*fields} - {None}))})" for kind, *fields in QUESTION_KINDS]
 WHAT_IS_READ = "read are " + ", ".join(WHAT_IS_READ)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
-FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
+SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 
 
 def words(value, what):
@@ -898,13 +856,8 @@ def words(value, what):
     return "" if str(value).strip().lower() in ("nan", "inf") else str(value)
 
 
-def slide_id(value):
-    """A slide as files name it -> its id: less its folders and its endings."""
-    return re.sub(FILE_ENDING, "", re.split(r"[/\\]", value.strip())[-1], flags=re.I)
-
-
 def read_options(entry):
-    """A closed question's options: a list, an object by letter, columns A, B, C... -> {letter: text}."""
+    """Options in a list, an object by letter, or columns A, B, C... -> {letter: text}."""
     options = entry.get("options") or entry.get("choices") or entry.get("choice") or {}
     if "a" in entry and not options:
         options = {letter: entry[letter.lower()] for letter in LETTERS if letter.lower() in entry}
@@ -919,8 +872,8 @@ def read_options(entry):
 
 
 def read_turns(entry, question, answer):
-    """A row's fields -> its turns [{"from", "value"}]. Options stand in the question, a line each, and the
-    answer begins with a letter then."""
+    """A row's fields -> its turns [{"from", "value"}]. With options, which stand in the question, the answer
+    begins with a letter."""
     if question == "conversations":
         turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
         if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
@@ -942,7 +895,7 @@ def read_turns(entry, question, answer):
 
 
 def read_row(entry, stem, number):
-    """The number-th entry of a file -> a row of the dataset, with "split" where the entry has one."""
+    """The number-th entry of a file -> a row, with "split" where the entry has one."""
     entry = {field.strip().lower(): value for field, value in entry.items()}
     fit = [kind for kind in QUESTION_KINDS if all(field in entry for field in kind[1:] if field)]
     if not fit:
@@ -968,24 +921,19 @@ def read_row(entry, stem, number):
     return row
 
 
-def read_csv(path, text):
-    """A table whose first line names its columns -> [(where, {column: text})]."""
-    csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader, entries = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter), []
-    for entry in reader:
-        entries.append((f"line {reader.line_num}", entry))
-        fits = None not in entry and None not in entry.values()  # the module marks other lines so
-        check(fits, f"{path}, line {reader.line_num}: not as many columns as the first line has")
-    return entries
-
-
 def read_entries(path):
     """A list in JSON, an object {split: list}, JSON lines, or CSV -> its entries [(where, entry)]."""
     text, entries = path.read_bytes().decode("utf-8-sig").strip(), []
     check(text, f"{path}: empty; {WHAT_IS_READ}")
     if text[0] not in "[{":
-        return read_csv(path, text)
+        csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        for entry in table:
+            whole = None not in entry and None not in entry.values()  # the module marks other lines so
+            check(whole, f"{path}, line {table.line_num}: not as many columns as the first line has")
+            entries.append((f"line {table.line_num}", entry))
+        return entries
     try:
         found = json.loads(text)
     except json.JSONDecodeError:
@@ -1003,8 +951,8 @@ def read_entries(path):
 
 
 def read_qa(path):
-    """One file of questions -> rows {"id","slide","task","cancer","conversations"}, with "split" where the file
-    says it. UserError names the line or the item."""
+    """-> rows {"id","slide","task","cancer","conversations"}, with "split" where the file says it. UserError
+    names the line."""
     path, rows, left_out = Path(path), [], []
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
@@ -1030,7 +978,7 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slide of `have` in the place of a name that it begins with: a slide's barcode, or a
+    """Rows with the slide of `have` in the place of the beginning of its name: a slide's barcode, or a
     patient's, which finds the first of hers."""
     found = {}
     for name in dict.fromkeys(row["slide"] for row in rows):
@@ -1043,7 +991,7 @@ def match_slides(rows, have):
 
 
 def patient_of(slide):
-    """The patient's barcode at the head of a slide's name in TCGA; of any other, the name."""
+    """The patient's barcode in TCGA; of any other slide, its name."""
     barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
     return barcode[0].upper() if barcode else slide
 
@@ -1055,12 +1003,11 @@ def import_qa(args):
         found, name = read_qa(file), re.split("[^a-z]+", file.stem.lower())
         named = {args.split} if args.split else {SPLITS[word] for word in name if word in SPLITS}
         told = len(named) == 1 or all("split" in row for row in found)
-        check(told, f"{file}: its name does not tell the split; give --split train, val or test")
+        check(told, f"{file}: its name does not tell the split; give --split")
         for row in found:
             rows[row.pop("split", min(named, default=None))].append(row)
     changed = {split for split in rows if rows[split]}
-    have = [*args.data.glob("features/*.safetensors"), *args.data.glob("visual_tokens/*.safetensors")]
-    have = {path.stem for path in have}
+    have = {path.stem for path in args.data.glob("*/*.safetensors")}
     for split in rows:
         path = args.data / "qa" / f"{split}.jsonl"
         if split not in changed and path.exists() and path.stat().st_size:
@@ -1100,12 +1047,12 @@ QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 
 def noise(rng, cells, size=SIDE // 8):
     """A smooth random field float32 [size,size], mean 0, with about `cells` bumps across."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(coarse.resize((size, size), Image.BICUBIC))
 
 
 def draw_slide(case):
-    """A round piece of tissue, in it a tumour whose look is the type and whose share is the grade, a necrosis
-    in one quadrant, and pigment or none -> (RGB image, corners of tiles with pigment)."""
+    """A round piece of tissue, a tumour whose look is the type and whose share is the grade, a necrosis in
+    one quadrant, pigment or none -> (RGB image, corners of tiles with pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # drawn at an eighth of its size
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1122,7 +1069,7 @@ def draw_slide(case):
     ):
         colour[where] = (rgb + 9 * noise(rng, cells)[..., None])[where]
     colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # no two laboratories stain alike
-    picture = Image.fromarray(colour.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    picture = Image.fromarray(colour.astype(np.uint8)).resize((SIDE, SIDE), Image.BILINEAR)
     draw, planted = ImageDraw.Draw(picture), []
     if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
         inside = np.argwhere(tissue.reshape(SIDE // TILE, 32, -1, 32).mean((1, 3)) > 0.95)
@@ -1142,7 +1089,7 @@ def draw_case(case, folder):
 
 
 def invent_cases(train, test, seed):
-    """What each toy slide shows: each value as often as the others, and no finding tells of another."""
+    """What slides show: each value as often as the others, and no finding tells of another."""
     rng, cases = np.random.default_rng(seed), []
     values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS, "focus": ("present", "absent")}
     for split, n in (("train", train), ("test", test)):
@@ -1167,7 +1114,7 @@ ANSWERS = {
     "position": "The necrosis is at the {position}.",
     "focus": "{yes_no}, brown pigment is {focus}.",
 }
-# Three pathologists, who differ in their words and in what they mention first.
+# Three pathologists.
 REPORTS = (
     "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
     "the {position}. Brown pigment is {focus}.",
@@ -1197,12 +1144,10 @@ def write_questions(case, rng):
 
 def draw_cohort(args, cases, folder):
     """Slides into the folder, questions into data/qa; notes in each case where its pigment is."""
-    print(f"Drawing {len(cases)} toy slides into {folder}: {SIDE} x {SIDE} pixels at {TARGET_MPP} um/px.")
     folder.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has torch's threads can hang
-    with ProcessPoolExecutor(args.workers, spawn) as pool:
+    with start_readers(args.workers) as pool:
         drawn = pool.map(draw_case, cases, itertools.repeat(folder), chunksize=4)
-        for case, planted in zip(cases, tqdm(drawn, total=len(cases), unit="slide")):
+        for case, planted in zip(cases, tqdm(drawn, "Drawing toy slides", len(cases), unit="slide")):
             case["planted"] = planted
     for split in ("train", "test"):
         about = [case for case in cases if case["split"] == split]
@@ -1217,10 +1162,10 @@ def prepare_demo(args):
     cases = invent_cases(**recipe)
     if path.exists():
         old = wsi_llava.read_json(path, "delete the folder").get("recipe")
-        check(old == recipe, f"{args.data} holds another cohort, {old}, not {recipe}; name another --data")
+        check(old == recipe, f"{args.data} holds another cohort, {old}; name another --data")
     else:
         own = (args.data / "meta.json").exists()
-        check(not own, f"{args.data} holds data of your own; name another --data for the demo")
+        check(not own, f"{args.data} holds data of your own; name another --data")
         draw_cohort(args, cases, folder)
         write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
     threads = torch.get_num_threads()
@@ -1245,27 +1190,26 @@ def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
     yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": Path}
     add = parser.group("what to prepare")
-    add("--slides", "slides, folders of slides", **paths)
+    add("--slides", "slides, or folders of them", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or folders of them", **paths)
     add("--qa", f"question files; {WHAT_IS_READ}", **paths)
-    demo = "draw N toy slides (500 if not said), and a fifth more to test on, and prepare them"
+    demo = "N toy slides (default: 500), and a fifth more to test on"
     add("--demo", demo, nargs="?", metavar="N", type=at_least(5), const=500)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
-    add("--overwrite", "make features and splits of questions again that are there already", **yes)
+    add("--overwrite", "make features again that are there", **yes)
     add("--shard", "one of N shares of the slides, as 3/16", metavar="I/N", type=share, default=slice(None))
     add = parser.group("slides and their tiles")
-    microns = {"type": at_least(MPP_RANGE[0], float, MPP_RANGE[1])}
-    add("--mpp", "um per pixel at level 0 of slides whose metadata do not say it", **microns)
-    add("--mpp-csv", "slide by slide, lines of slide,mpp; wins over what slides say", metavar="FILE")
+    add("--mpp", "um/px at level 0, where metadata do not say it", type=at_least(0.05, float, 20))
+    add("--mpp-csv", "lines of slide,mpp, which win over what slides say", metavar="FILE")
     add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
     add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=Path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
     add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
-    add("--geojson", "also write qc/<slide>.geojson, the tiles for QuPath", **yes)
+    add("--geojson", "also write the tiles for QuPath", **yes)
     gigapath = f"Prov-GigaPath's (default: {wsi_llava.GIGAPATH}/pytorch_model.bin)"
     add("--tile-encoder", gigapath, metavar="FILE", type=Path)
     add = parser.group("questions")
-    add("--split", "if names or rows of --qa's files do not tell it", choices=["train", "val", "test"])
+    add("--split", "if names or rows of files do not tell it", choices=["train", "val", "test"])
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
@@ -1273,13 +1217,13 @@ def parse(argv=None):
 
 def with_defaults(args):
     """Another script's flags, completed by the defaults of this one's."""
-    return argparse.Namespace(**(vars(parse([])) | vars(args)))
+    return type(args)(**(vars(parse([])) | vars(args)))
 
 
 def main(argv=None):
     args = parse(argv)
     given = args.slides or args.features or args.qa or args.demo
-    check(given, "nothing to do: give --slides, --features, --qa or --demo (--help explains)")
+    check(given, "give --slides, --features, --qa or --demo")
     check(not (args.dry_run and (args.demo or args.features or args.qa)), "--dry-run is for --slides alone")
     check(not args.mask or args.mask.is_dir(), f"--mask {args.mask}: no such folder")
     wsi_llava.resolve_device(args)
@@ -1292,7 +1236,7 @@ def main(argv=None):
         write_index(args.data)
     if args.qa:
         import_qa(args)
-    for _, message in failures:
+    for message in failures:
         print(f"failed: {one_line(message, 2000)}", file=sys.stderr)
     check(not failures, f"{count(len(failures), 'slide')} could not be prepared; the others are done")
 

@@ -55,7 +55,7 @@ def prepare_raw(args, name):
     raw = prepare.find_slides([name])
     check(len(raw) == 1, f"--slide {name}: holds {len(raw)} slides; name one")
     failures = prepare.prepare_slides(prepare.with_defaults(args), raw)
-    check(not failures, failures and failures[0][1])
+    check(not failures, failures and failures[0])
     return next(iter(raw))
 
 
@@ -83,7 +83,7 @@ class Chat:
         self.tail = []  # tokens of the last reply that the cache lacks
 
     def reply(self, question):
-        """Yields the answer piece by piece. UserError: the talk no longer fits the context."""
+        """Yields the answer piece by piece. UserError: the context is full."""
         # A later question goes on where the cache ends, less the tokens that generate() yielded last.
         turns, visual = slide_first([{"from": "human", "value": question}]), [self.visual]
         ids, eos, ends = self.tokenizer.encode_chat(turns)[0], self.tokenizer.eos, self.tokenizer.ends
@@ -288,7 +288,7 @@ def mark_options(text, options):
 
 
 def parse_choice(text, options):
-    """The label that an answer states, else begins with, else names alone."""
+    """The label that an answer states, begins with, or names alone."""
     text = mark_options(" ".join(text.split()), options)
     text = re.sub(REJECTED, " ", re.sub(REJECTING, " ", text))
     stated = re.findall(rf"{STATING}[\s:*\"'(\[]*({OPTIONS})", text)
@@ -410,8 +410,8 @@ def answer_file(args):
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
             bar.update(len(group))
     print(f"Answered {count(len(todo), 'question')}; {len(long)} too long.")
-    for why in list(problems.values())[:5]:
-        print(f"Not answered: {why}")
+    for slide, why in list(problems.items())[:5]:
+        print(f"No answers about {slide}: {why}")
 
 
 # ---- Text metrics, as the released evaluation takes them: of one answer each ----

@@ -1421,9 +1421,8 @@ def replacing(path):
     try:
         temporary.touch(exist_ok=False)  # follows no link that lies in wait
         mode = temporary.stat().st_mode  # by the umask; safetensors' own files only their owner can read
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # what a kill left a day ago; no pattern: "**" in a name
+        # What a kill left a day ago. ValueError: a name that is no pattern.
+        with contextlib.suppress(OSError, ValueError):
             for left in path.parent.glob(f".{path.name}.*.part"):
                 if left.stat().st_mtime < temporary.stat().st_mtime - 86400:
                     left.unlink()
