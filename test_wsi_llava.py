@@ -68,7 +68,7 @@ slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "no
 gpu = pytest.mark.gpu  # also on a GPU, with compiled kernels: TRITON_INTERPRET=0 pytest -m gpu
 
 
-# ---- What several sections use ---------------------------------------------------------------------------
+# ---- What several sections use ----
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +232,7 @@ def demo(tmp_path_factory):
     return folder, done.stdout
 
 
-# ---- wsi_llava.py: parity with upstream ------------------------------------------------------------------
+# ---- wsi_llava.py: parity with upstream ----
 
 # assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet) and the
 # names and shapes of its checkpoints, which `fill` fills. Of tokens it has every 13th channel: each sums over
@@ -345,7 +345,7 @@ def test_language_models_equal_transformers(tmp_path, name):
         assert 0 < relative(wsi_llava.quantize_int8(ours)(ids), adapted) < 0.05
 
 
-# ---- wsi_llava.py: dilated attention against its definition ----------------------------------------------
+# ---- wsi_llava.py: dilated attention against its definition ----
 
 
 def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
@@ -425,7 +425,7 @@ def test_dilated_attention_equals_its_definition(shape, impl, dtype, tolerance, 
         assert error < tolerance, name
 
 
-# ---- wsi_llava.py: the Triton kernels, and compiled for GPUs that are not here ---------------------------
+# ---- wsi_llava.py: the Triton kernels, and compiled for GPUs that are not here ----
 
 
 @gpu
@@ -557,7 +557,7 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
         assert (row["mma"] > 0) == (row["dtype"] == "bf16"), row  # tensor cores wherever the dtype allows
 
 
-# ---- wsi_llava.py: slide encoder -------------------------------------------------------------------------
+# ---- wsi_llava.py: slide encoder ----
 
 
 def test_pooling_repeats_few_tiles_and_averages_many():
@@ -633,7 +633,7 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
         torch.testing.assert_close(dense, branch_by_branch, rtol=1e-5, atol=2e-5)  # log m is float32
 
 
-# ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 -------------------
+# ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 ----
 
 
 @torch.no_grad()
@@ -686,7 +686,7 @@ def test_int8_halves_the_linear_layers_of_bfloat16(tied):
     assert torch.equal(llama.embed_tokens.weight, words)
 
 
-# ---- wsi_llava.py: tokenizer and prompt ------------------------------------------------------------------
+# ---- wsi_llava.py: tokenizer and prompt ----
 
 
 @pytest.mark.parametrize(
@@ -803,7 +803,7 @@ def test_plain_form_is_image_then_report(tokenizer):
     assert ids[2:] == labels[2:] == tokenizer.encode("It is grade 2.") + [tokenizer.eos]
 
 
-# ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
+# ---- wsi_llava.py: files, and how a script ends ----
 
 
 def stage_1(out):
@@ -900,7 +900,7 @@ def test_a_script_ends_in_one_line(capsys, error, status, said):
     assert caught.value.code == status and capsys.readouterr().err == said
 
 
-# ---- wsi_llava.py: the whole model -----------------------------------------------------------------------
+# ---- wsi_llava.py: the whole model ----
 
 
 def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
@@ -1009,7 +1009,7 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
             assert found == written and "no such file" in problems["absent"]
 
 
-# ---- wsi_llava.py: published weights, in miniature -------------------------------------------------------
+# ---- wsi_llava.py: published weights, in miniature ----
 
 
 def test_loaders_are_strict_both_ways(tmp_path):
@@ -1264,7 +1264,7 @@ def test_damaged_shards_are_named_and_a_whole_file_comes_before_them(tmp_path, e
         assert torch.equal(wsi_llava.load_llama(tmp_path).norm.weight, state[norm])
 
 
-# ---- wsi_llava.py: the same where a user puts them -------------------------------------------------------
+# ---- wsi_llava.py: the same where a user puts them ----
 
 
 @pytest.fixture
@@ -1360,7 +1360,7 @@ def test_a_slide_encoder_refuses_features_of_another_tile_encoder(width, mark):
         wsi_llava.check_tile_encoder(cfg, meta, "stage1")
 
 
-# ---- train.py: what is trained on ------------------------------------------------------------------------
+# ---- train.py: what is trained on ----
 
 
 def train_with(demo, out, *arguments):
@@ -1482,7 +1482,7 @@ def test_every_setting_of_a_recipe_is_a_flag():
     assert train.pick_recipe(3, train.parse(["--lr", "1e-3"]), {"preset": "7b"}).lr == 1e-3
 
 
-# ---- train.py: the stages --------------------------------------------------------------------------------
+# ---- train.py: the stages ----
 
 
 @slow
@@ -1748,7 +1748,7 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
-# ---- train.py: what comes of it --------------------------------------------------------------------------
+# ---- train.py: what comes of it ----
 
 
 @slow
@@ -1781,7 +1781,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
         train_with(demo, out, "--export", tmp_path / "new")
 
 
-# ---- prepare.py: slides ----------------------------------------------------------------------------------
+# ---- prepare.py: slides ----
 
 
 def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
@@ -2067,7 +2067,7 @@ def test_folders_of_dicom_hold_slides_by_series(tmp_path):
     assert found == {"one": "1.dcm", "two_2.1": "0.dcm", "two_2.2": "1.dcm"}
 
 
-# ---- prepare.py: tissue and tiles ------------------------------------------------------------------------
+# ---- prepare.py: tissue and tiles ----
 
 
 def test_tissue_and_grid(toy_slide):
@@ -2276,7 +2276,7 @@ def test_geojson_as_a_mask(tmp_path):
         masked(tmp_path, {"features": [{"geometry": {"type": "Polygon"}}]}, "s.geojson")
 
 
-# ---- prepare.py: many slides, whatever happens -----------------------------------------------------------
+# ---- prepare.py: many slides, whatever happens ----
 
 FEW = ["--max-tiles", "12", "--geojson"]
 
@@ -2603,7 +2603,7 @@ def test_real_slide_beside_a_broken_one(tmp_path):
     assert coords.max() < 2967 and (tmp_path / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
 
 
-# ---- prepare.py: features that were made elsewhere -------------------------------------------------------
+# ---- prepare.py: features that were made elsewhere ----
 
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
 IN_ORDER = CELLS[np.lexsort(CELLS.T)]
@@ -2773,7 +2773,7 @@ def test_one_bad_file_of_features_fails_alone(tmp_path):
     assert [path.stem for path in sorted((tmp_path / "data" / "features").iterdir())] == ["a", "c"]
 
 
-# ---- prepare.py: questions, the toy cohort ---------------------------------------------------------------
+# ---- prepare.py: questions, the toy cohort ----
 
 
 def read_texts(tmp_path, name, text):
@@ -3059,7 +3059,7 @@ def test_the_demo_goes_on_with_its_own_cohort_alone(demo, tmp_path, capsys):
         prepare.main(["--demo", "--data", str(tmp_path)])
 
 
-# ---- sample.py: conversations ----------------------------------------------------------------------------
+# ---- sample.py: conversations ----
 
 
 def sample_with(demo, *arguments, data=None):
@@ -3120,7 +3120,7 @@ def test_a_raw_slide_is_prepared_first(demo, toy_slide, tmp_path, capsys):
     assert Image.open(tmp_path / "map.png").width > 1000
 
 
-# ---- sample.py: many questions ---------------------------------------------------------------------------
+# ---- sample.py: many questions ----
 
 
 def test_batched_answers_equal_single_ones(tiny, tokenizer, monkeypatch):
@@ -3200,7 +3200,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         sample_with(demo, *flags, data=data)
 
 
-# ---- sample.py: closed answers and text metrics ----------------------------------------------------------
+# ---- sample.py: closed answers and text metrics ----
 
 OPTIONS = (
     "Which? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
@@ -3294,7 +3294,7 @@ def test_text_metrics_at_their_ends():
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
 
 
-# ---- sample.py: the judge --------------------------------------------------------------------------------
+# ---- sample.py: the judge ----
 
 
 def said(content, finish="stop", **message):
@@ -3550,7 +3550,7 @@ def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
     assert len(asked) < 100
 
 
-# ---- sample.py: the tables -------------------------------------------------------------------------------
+# ---- sample.py: the tables ----
 
 
 def evaluated(*paths):
@@ -3733,7 +3733,7 @@ def test_bad_files_of_predictions_are_named(tmp_path, text, message):
         evaluated(path)
 
 
-# ---- sample.py: where the answer comes from --------------------------------------------------------------
+# ---- sample.py: where the answer comes from ----
 
 QUESTION = "What is its grade?"
 GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
@@ -3836,7 +3836,7 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(flags, message):
         sample.main(["--slide", "s", *flags])
 
 
-# ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
+# ---- All of it: the demo on a cohort of fifteen, mistakes, the README ----
 
 SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
 
@@ -3992,7 +3992,7 @@ def test_a_mistake_ends_as_a_user_sees_it_in_one_line(name):
     assert done.returncode == 1 and re.fullmatch(r"error: .*gr\S+e.*\n", done.stderr), done.stderr
 
 
-# ---- Secrets and paths: what files, servers and names that others made cannot do -------------------------
+# ---- Secrets and paths: what files, servers and names that others made cannot do ----
 
 
 class Payload(str):
@@ -4114,7 +4114,7 @@ def test_who_may_read_what_is_replaced_is_the_umasks_to_say(tmp_path):
         os.umask(umask)
 
 
-# ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ---------
+# ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ----
 
 # Command -> the files that it reads, as patterns in the demo's folder.
 READERS = {
@@ -4390,7 +4390,7 @@ def test_a_kill_around_any_rename_leaves_what_can_be_finished(finished, command)
     assert not kills(finished, [command])
 
 
-# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...] --------------------------------------------
+# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...] ----
 
 
 def machine():
