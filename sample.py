@@ -1,14 +1,13 @@
 """Asks WSI-LLaVA about slides: one question, a chat, or a whole benchmark and its evaluation.
 
-python sample.py --slide S --ask Q                    one answer; S: a slide file, or a prepared slide's name
+python sample.py --slide S --ask Q                    one answer; S: a file, or a prepared slide's name
 python sample.py --slide S                            a chat about it
-python sample.py --slide S --ask Q --heatmap out.png  which tiles made the answer what it is
+python sample.py --slide S --ask Q --heatmap out.png  which tiles made the answer
 python sample.py --slide S --zero-shot TEXT TEXT      which text fits the slide, by stage 1
-python sample.py --qa FILE --baselines --evaluate     answers to all questions, then their table
-python sample.py --evaluate A B C --judge-model M     a table of several systems, graded by a language model
+python sample.py --qa FILE --baselines --evaluate     answers to all questions, and their table
+python sample.py --evaluate A B C --judge-model M     several systems, graded by a language model
 """
 
-import concurrent.futures
 import csv
 import email.utils
 import hashlib
@@ -21,6 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain, compress, product, starmap
@@ -36,7 +36,7 @@ import prepare
 import wsi_llava
 from wsi_llava import TILE, UserError, check, count, few, one_line, reading, slide_first, write_text
 
-# ---- Slides and conversations ------------------------------------------------------------------------------
+# ---- Slides and conversations ----
 
 
 def load_model(args):
@@ -47,7 +47,7 @@ def load_model(args):
 
 
 def prepare_raw(args, name):
-    """--slide's file or name -> the name of a slide in data/. A file is prepared first, like any other."""
+    """The name of --slide in data/; a file is prepared first."""
     folders = [args.data / "features", args.data / "visual_tokens"]
     if any((folder / f"{name}.safetensors").exists() for folder in folders):
         return name
@@ -61,7 +61,7 @@ def prepare_raw(args, name):
 
 @torch.inference_mode()
 def zero_shot(args, slide):
-    """Prints --zero-shot's texts by their probability, a softmax of their similarities to the slide."""
+    """Prints --zero-shot's texts by probability: a softmax of their similarities to the slide."""
     cfg, model, words, tokenizer = wsi_llava.load_alignment(args, wsi_llava.read_meta(args.data))
     features, coords = wsi_llava.read_features(args.data, slide, args.max_tiles or cfg.max_tiles)
     check(len(features), f"--slide {slide}: no tissue was found on it")
@@ -74,36 +74,35 @@ def zero_shot(args, slide):
 
 
 class Chat:
-    """A conversation about a slide, visual tokens [V,C]. The key-value cache is kept between turns."""
+    """A conversation about a slide, visual tokens [V,C]. Turns share a key-value cache."""
 
     def __init__(self, model, tokenizer, visual, **options):
         self.model, self.tokenizer, self.visual, self.options = model, tokenizer, visual, options
         cfg, like = model.cfg.llama, model.mm_projector[0].weight
         self.cache = wsi_llava.KVCache(cfg, 1, cfg.context, like.device, like.dtype)
-        self.tail = []  # the last reply's tokens that the cache does not hold yet
+        self.tail = []  # tokens of the last reply that the cache lacks
 
     def reply(self, question):
-        """Yields the answer piece by piece. UserError: the talk no longer fits the context."""
-        # The first question brings the slide; a later one goes on where the cache ends, less the token or
-        # two of the last answer that generate() yielded and did not read.
+        """Yields the answer piece by piece. UserError: the context is full."""
+        # A later question goes on where the cache ends, less the tokens that generate() yielded last.
         turns, visual = slide_first([{"from": "human", "value": question}]), [self.visual]
         ids, eos, ends = self.tokenizer.encode_chat(turns)[0], self.tokenizer.eos, self.tokenizer.ends
         if self.cache.length:
-            question, visual = wsi_llava.without_image(question), None
-            ids = self.tail + self.tokenizer.encode_turn(question, first=False)
+            later = self.tokenizer.encode_turn(wsi_llava.without_image(question), first=False)
+            ids, visual = self.tail + later, None
         said, shown, text = [], 0, ""
         for (token,) in self.model.generate(visual, [ids], ends=ends, cache=self.cache, **self.options):
             self.tail = [eos] if token in ends else [token, eos]
             said += [] if token in ends else [token]
             text = self.tokenizer.decode(said)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for its other bytes
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits
                 yield text[shown:]
                 shown = len(text)
         yield text[shown:]
 
 
 def talk(chat, question=None):
-    """Streams the answer to a question, or to each line until the input ends -> the last answer."""
+    """Streams the answer to a question, or to each line of the input -> the last answer."""
     prompt, answer = "> " if sys.stdin.isatty() else "", ""
     lines = [question] if question else iter(lambda: input(prompt).strip(), None)
     with suppress(EOFError):
@@ -132,27 +131,26 @@ def ask_about_slide(args):
         explain(args, model, tokenizer, slide, answer)
 
 
-# ---- Where the answer comes from ---------------------------------------------------------------------------
+# ---- Where the answer comes from ----
 #
-# A tile's share of log p(answer | slide), by integrated gradients (arXiv 1703.01365) on the way from a slide
-# of average tiles. On 50 toy slides the hottest tile held the planted evidence in 100%; by attention in 2%,
-# since the slide encoder mixes the tiles.
+# A tile's share of log p(answer | slide), by integrated gradients (arXiv 1703.01365) from a slide of average
+# tiles on. Of 50 toy slides it found the planted tile in 100%; attention, of mixed tiles, in 2%.
 
-PASSES, PANEL = 32, 560  # at the midpoints of as many steps of that way; pixels of a panel's longer side
-# Pale to dark, evenly in lightness: read rightly in grey, and by the colour-blind.
+PASSES, PANEL = 32, 560  # steps; pixels of a panel's longer side
+# Pale to dark, evenly in lightness.
 ANCHORS = np.array([(255, 247, 190), (253, 190, 95), (235, 105, 55), (165, 35, 90), (60, 10, 85)])
 
 
 def tile_relevance(model, tokenizer, features, coords, question, answer):
-    """What each tile, features [N,C_tile] and coords [N,2], adds to log p(answer) -> [N], in nats."""
-    check(tokenizer.encode(answer), "--heatmap: the answer is empty; there is nothing to explain")
+    """What each tile, [N,C_tile] at coords [N,2], adds to log p(answer) -> [N], in nats."""
+    check(tokenizer.encode(answer), "--heatmap: the answer is empty")
     turns = slide_first([{"from": "human", "value": question}])
     ids, labels = tokenizer.encode_chat([*turns, {"from": "gpt", "value": answer}])
     labels[-1] = wsi_llava.IGNORE  # the </s> after the answer
-    room = model.llama.cfg.context - model.cfg.n_visual_tokens + 1  # an answer may have filled the context
+    room = model.llama.cfg.context - model.cfg.n_visual_tokens + 1  # it may be full
     model.requires_grad_(False)
     for part in filter(None, (model.llama, model.slide_encoder)):
-        part.checkpointing = True  # memory is the model's and one layer's
+        part.checkpointing = True
     features = features.to(model.device, torch.float32)
     average, relevance = features.mean(0).expand_as(features), torch.zeros(len(features))
     for i in tqdm(range(PASSES), unit="pass", leave=False):
@@ -171,10 +169,10 @@ def colours(relevance):
 
 
 def draw_heatmap(path, slide, coords, relevance, title):
-    """The slide; its tiles, coloured by their relevance [N]; the nine most relevant ones."""
+    """The slide; its tiles, coloured by relevance [N]; the nine most relevant."""
     pixel, cell, top = max(slide.width, slide.height) / PANEL, PANEL // 3, 90
-    picture = slide.thumbnail(pixel)  # pixel: tiled pixels per pixel of the picture
-    grey = picture.convert("L").convert("RGB")  # the tissue shows through the colours
+    picture = slide.thumbnail(pixel)
+    grey = picture.convert("L").convert("RGB")
     faded = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.3)
     draw = ImageDraw.Draw(faded, "RGBA")
     for (x, y), shade in zip(coords / pixel, colours(relevance).tolist()):
@@ -188,14 +186,13 @@ def draw_heatmap(path, slide, coords, relevance, title):
         x, y = 72 + 2 * PANEL + i % 3 * cell, top + i // 3 * cell
         tile = Image.fromarray(slide.tile(*coords[n].tolist())).convert("RGB")
         canvas.paste(tile.resize((cell - 16, cell - 30)), (x, y))
-        at = (coords[n] * slide.scale).round().astype(int).tolist()
-        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} nats at {at}", "black", font_size=14)
+        draw.text((x, y + cell - 25), f"{relevance[n]:.2g} nats", "black", font_size=14)
     with wsi_llava.replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
 
 def write_heatmaps(paths, source, coords, relevance, title):
-    """Pictures, and tiles with measurements for QuPath. source: what prepare.Slide takes."""
+    """Pictures, and tiles for QuPath. source: what prepare.Slide takes."""
     slide, tiles = prepare.Slide(*source), []
     for (x, y), value, shade in zip(coords.tolist(), relevance.tolist(), colours(relevance).tolist()):
         facts = {"color": shade, "measurements": {"relevance": value}}
@@ -208,22 +205,21 @@ def write_heatmaps(paths, source, coords, relevance, title):
 
 
 def explain(args, model, tokenizer, name, answer):
-    """--heatmap: which tiles of the slide made the model answer --ask so."""
+    """--heatmap: which tiles made the model answer so."""
     place = Path(args.slide) if Path(args.slide).exists() else args.data / "slides"
     file = prepare.find_slides([place]).get(name) if place.exists() else None
     check(file, f"{name}: its file is not in {place}; give --slide its path")
-    notes = wsi_llava.feature_metadata(wsi_llava.features_file(args.data, name))
+    mpp = wsi_llava.feature_metadata(wsi_llava.features_file(args.data, name)).get("mpp")
     features, coords = wsi_llava.read_features(args.data, name, model.cfg.max_tiles)
     relevance = tile_relevance(model, tokenizer, features, coords, args.ask, answer).numpy()
-    print(f"Against a slide of average tiles, this one adds about {relevance.sum():.2f} nats to the answer.")
+    print(f"Over a slide of average tiles, this one adds {relevance.sum():.2f} nats to the answer.")
     title = one_line(f"{name}: {args.ask} - {answer}", 150)
-    source = file, wsi_llava.read_meta(args.data)["mpp"] / notes["scale"]  # as it was prepared
-    # In a process of its own: a damaged slide may kill who opens it.
-    prepare.apart(file, write_heatmaps, args.heatmap, source, coords.numpy(), relevance, title)
+    # In a process of its own: a damaged slide may kill it.
+    prepare.apart(file, write_heatmaps, args.heatmap, (file, mpp), coords.numpy(), relevance, title)
     print(f"Wrote {few(args.heatmap)}")
 
 
-# ---- Closed answers: choice and yes/no ---------------------------------------------------------------------
+# ---- Closed answers: choice and yes/no ----
 
 
 def plain(text):
@@ -231,12 +227,12 @@ def plain(text):
 
 
 def without_thoughts(text):
-    """A text less <think>...</think>, also where one of the two is missing."""
+    """A text less <think>...</think>, also where one is missing."""
     text = re.sub(r"<(think|thinking|reasoning)>.*?(</\1>|$)", "", text, flags=re.I | re.S)
     return re.sub(r"^.*</(think|thinking|reasoning)>", "", text, flags=re.I | re.S).strip()
 
 
-# How options are written: A) B. (C) [D] E: F - G、, or a) (b) [c], or 1) 2. 3、; never inside of a word.
+# How options are written: A) B. (C) [D] E: F - G、, or a) (b) [c], or 1) 2. 3、
 STYLES = {
     "ABCDEFGH": r"[(\[]?([A-H])(?:\s?[).:\]、](?=\s|$|\w)|\s?-\s)",
     "abcdefgh": r"[(\[]?([a-h])\s?[)\]、](?=\s|$|\w)",
@@ -247,7 +243,7 @@ STYLES = {
 def choices(question):
     """The options of a question: "Which? A) Glands B. Sheets" -> {"A": "Glands", "B": "Sheets"}."""
     for labels, pattern in STYLES.items():
-        marks = []  # A, B, C, ... in this order; a stray "protein B." inside an option is passed over
+        marks = []  # A, B, C, ... in this order; not a stray "protein B."
         for match in re.finditer(rf"(?<![!-~]){pattern}", question):
             if match[1] == labels[len(marks) : len(marks) + 1]:
                 marks.append(match)
@@ -257,7 +253,7 @@ def choices(question):
     return {}
 
 
-# Before an answer is read, each option that it names becomes a private character.
+# To be read, an answer gets a private character for each option that it names.
 OPTION, NOTHING = "[\ue000-\ue007]", "[^\\w\ue000-\ue007]*"
 OPTIONS = rf"{OPTION}(?:(?:[\s,/&()\[\]:*\"'-]|\b(?:and|or|nor)\b)*{OPTION})*"  # one, or several in a row
 # "neither A nor B", "not a typical A", but not "no doubt: A"; "A is unlikely".
@@ -272,15 +268,15 @@ STATING = rf"(?i:\b(?:(?:answer|option|choice){IS}|\s?:)|choose|select|pick)(?:\
 
 
 def mark_options(text, options):
-    """The text with every option that it names, by its words or by its label, as a character of OPTION."""
+    """The text, its options, by words or label, made characters of OPTION."""
     marks = {label: chr(0xE000 + i) for i, label in enumerate(options)}
-    # The longest first: "adenocarcinoma" is in "mucinous adenocarcinoma".
+    # The longest first: it may hold another.
     for label in sorted(options, key=lambda label: -len(options[label])):
         if words := re.escape(" ".join(options[label].split()).strip(".,; ")):
             text = re.sub(rf"(?<!\w){words}(?!\w)", marks[label], text, flags=re.I)
     labels = "".join(options)
     any_case, others = f"[{labels}{labels.lower()}]", re.sub(r"[\dA]", "", labels)
-    # Capitals by themselves are options; an A before a small word is an article.
+    # Capitals alone are options; an A before a small word is an article.
     alone = rf"A(?!\s+(?!(?:and|or|nor|is|because|since|as|but|due)\b)[a-z])|[{others}_]"
     for before, label in (
         (rf"(^{NOTHING}|[(\[])", rf"{any_case}(?=\s?[).:,\]、]|\s+-|\W*$)"),
@@ -292,7 +288,7 @@ def mark_options(text, options):
 
 
 def parse_choice(text, options):
-    """The label that an answer chooses: outright ("the answer is"), else at its start, else by naming one."""
+    """The label that an answer states, begins with, or names alone."""
     text = mark_options(" ".join(text.split()), options)
     text = re.sub(REJECTED, " ", re.sub(REJECTING, " ", text))
     stated = re.findall(rf"{STATING}[\s:*\"'(\[]*({OPTIONS})", text)
@@ -302,35 +298,34 @@ def parse_choice(text, options):
 
 
 def parse_yes_no(text):
-    """yes or no, said at the start or as "the answer is"; else None."""
+    """yes or no, at the start or as "the answer is"; else None."""
     said = r"(?:.*\banswer(?: is)?\b)?\W*(yes|no|true|false)\b(?!\W+(?:or|and|doubt)\b)"
     match = re.match(said, text.strip(), re.I | re.S)
     return match and {"true": "yes", "false": "no"}.get(match[1].lower(), match[1].lower())
 
 
-@lru_cache(1 << 16)  # asked for each system's answer
+@lru_cache(1 << 16)
 def closed_parser(question, truth):
-    """The function that reads a closed question's answers; None for an open one."""
     options = choices(question)
     if options and parse_choice(truth, options):
         return partial(parse_choice, options=options)
     return parse_yes_no if re.fullmatch(r"\W*(yes|no|true|false)\W*", truth, re.I) else None
 
 
-# ---- Many questions ----------------------------------------------------------------------------------------
+# ---- Many questions ----
 
-# Of a line of --predictions, the fields that hold answers -> the systems that they are in the tables.
+# Fields of answers in --predictions -> systems of the tables.
 FIELDS = {"answer": "model", "answer_no_image": "no slide", "answer_shuffled": "other slide"}
-ROOM = 8192  # positions that are held at once: 4 GB of a 7B model's keys and values
+ROOM = 8192  # positions held at once: 4 GB of a 7B's keys and values
 
 
 def open_lines(path):
     """A JSON lines file of ours, less half a last line -> (its objects, the file to append to)."""
-    with reading(path, "not what sample.py writes; name another, or move it away"):
+    with reading(path, "not what sample.py writes; move it away"):
         *lines, last = (path.read_bytes() if path.exists() else b"").split(b"\n")
-        with suppress(ValueError):  # whole, without its line end
+        with suppress(ValueError):  # whole, but for its end
             lines += [last] if json.loads(last) else []
-        check(lines or last[:2] in (b"", b'{"'), f"{path}: no output of sample.py; move it away")
+        check(lines or last[:2] in (b"", b'{"'), f"{path}: not what sample.py writes; move it away")
         objects = [json.loads(line) for line in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     prepare.write_qa(path, objects)
@@ -338,11 +333,11 @@ def open_lines(path):
 
 
 def read_questions(files, data):
-    """Question files -> a row "n" for each human turn that is not for training."""
+    """Question files -> a row for each human turn that is not for training."""
     kept, rows = [], []
     for file in files:
         kept += [row for row in prepare.read_qa(file) if row.pop("split", None) != "train"]
-    check(kept, f"{few(files)}: only questions for training; name a file of test questions")
+    check(kept, f"{few(files)}: only questions for training")
     slides = [*(data / "features").glob("*.*"), *(data / "visual_tokens").glob("*.*")]
     for row in prepare.match_slides(kept, {path.stem for path in slides}):
         turns = row["conversations"]
@@ -353,16 +348,15 @@ def read_questions(files, data):
 
 
 def prompt_ids(tokenizer, row, image=True):
-    """The prompt of a row's last question, after the true earlier turns."""
     return tokenizer.encode_chat(slide_first(row["conversations"], image))[0]
 
 
 def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
-    """Answers to each row's last question. visual: {slide: visual tokens [V,C]}; None: without it."""
+    """Answers to the rows' last questions. visual: {slide: visual tokens [V,C]}, or None."""
     prompts = [prompt_ids(tokenizer, row, visual is not None) for row in rows]
     answers, by_length, ends = [None] * len(rows), defaultdict(list), tokenizer.ends
     for i, ids in enumerate(prompts):
-        by_length[len(ids)].append(i)  # of one length they need no padding: an answer is what it is alone
+        by_length[len(ids)].append(i)  # unpadded, an answer is what it is alone
     for length, same in by_length.items():
         at_once = max(1, ROOM // (length + max_new_tokens + model.cfg.n_visual_tokens))
         for start in range(0, len(same), at_once):
@@ -375,7 +369,7 @@ def answer_rows(model, tokenizer, rows, visual, max_new_tokens=96):
 
 
 def answer_file(args):
-    """--qa: every question of the files -> --predictions; resumes by itself."""
+    """--qa: every question -> --predictions; resumes by itself."""
     check(not args.temperature, "--temperature: --qa answers greedily")
     rows, (model, tokenizer), path = read_questions(args.qa, args.data), load_model(args), args.predictions
     digest, cfg = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], model.cfg
@@ -383,7 +377,7 @@ def answer_file(args):
     settings |= {"questions": digest, "asked": len(rows), "max_tiles": cfg.max_tiles}
     settings["model"] = wsi_llava.fingerprint(model)
     lines, file = open_lines(path)
-    with reading(path, "not what sample.py --qa writes; name another"):
+    with reading(path, "not what --qa writes; name another"):
         old, done = lines[0]["settings"] if lines else settings, {row["n"] for row in lines[1:]}
     if not lines:
         print(json.dumps({"settings": settings}), file=file, flush=True)
@@ -393,7 +387,7 @@ def answer_file(args):
     slides = list(dict.fromkeys(row["slide"] for row in rows))
     _, problems = wsi_llava.cache_visual_tokens(model, args.data, slides, tqdm)
     good = [slide for slide in slides if slide not in problems]
-    views = {"answer": dict(zip(good, good))}  # {field: {slide: what to show in its place}, or None}
+    views = {"answer": dict(zip(good, good))}  # {field: {slide: what is shown}, or None}
     if args.baselines:
         order = np.random.default_rng(args.seed).permutation(good).tolist()
         views |= {"answer_no_image": None, "answer_shuffled": dict(zip(order, order[1:] + order[:1]))}
@@ -401,7 +395,7 @@ def answer_file(args):
     lengths = [len(prompt_ids(tokenizer, row)) + cfg.n_visual_tokens for row in rows]
     long = {n for n, length in enumerate(lengths) if length > cfg.llama.context}
     todo = [row for row in rows if row["n"] not in done | long and row["slide"] not in problems]
-    todo.sort(key=lambda row: lengths[row["n"]])  # neighbours can be answered together
+    todo.sort(key=lambda row: lengths[row["n"]])
     print(f"{len(rows):,} questions about {len(slides):,} slides, {len(todo):,} to ask, into {path}.")
     with file, tqdm(total=len(todo), unit="question") as bar:
         for start in range(0, len(todo), 64):
@@ -415,12 +409,12 @@ def answer_file(args):
                 del row["conversations"]
                 print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
             bar.update(len(group))
-    print(f"Answered {count(len(todo), 'question')}; {len(long)} are too long.")
+    print(f"Answered {count(len(todo), 'question')}; {len(long)} too long.")
     for slide, why in list(problems.items())[:5]:
         print(f"No answers about {slide}: {why}")
 
 
-# ---- Text metrics, as the released evaluation takes them: of one answer, then the mean over answers --------
+# ---- Text metrics, as the released evaluation takes them: of one answer each ----
 
 
 def tokenize(text):
@@ -429,7 +423,7 @@ def tokenize(text):
 
 
 def bleu(reference, candidate):
-    """Tokens -> [BLEU-1, ..., BLEU-4] of a sentence, smoothed by nltk's method 4 (Chen and Cherry 2014)."""
+    """Tokens -> [BLEU-1, ..., BLEU-4], smoothed by nltk's method 4 (Chen and Cherry 2014)."""
 
     def ngrams(tokens, n):
         return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
@@ -440,16 +434,16 @@ def bleu(reference, candidate):
         match, total = (have & ngrams(reference, n)).total(), max(1, have.total())
         if n == 1 and not match:
             return [0.0] * 4
-        if not match and length > 1:  # the more orders lack one, the shorter the answer, the less it counts
+        if not match and length > 1:  # the more orders lack one, the less it counts
             empty += 1
             match = math.log(length) / (5 * 2**empty)
-        logs.append(math.log(match / total) if match else 0.0)  # nltk leaves an order without any n-gram out
+        logs.append(math.log(match / total) if match else 0.0)
     brevity = min(0.0, 1 - len(reference) / length)
     return [math.exp(brevity + sum(logs[:n]) / n) for n in range(1, 5)]
 
 
 def common_words(x, y):
-    """The words of a longest common subsequence of x and y."""
+    """The words of a longest common subsequence."""
     above = [()] * (len(y) + 1)
     for a in x:
         row = [()]
@@ -460,7 +454,7 @@ def common_words(x, y):
 
 
 def rouge_l(reference, candidate):
-    """Tokens -> ROUGE-L's F as the `rouge` package has it: of sets of words, all sentences' united."""
+    """Tokens -> ROUGE-L's F as the `rouge` package has it: of sets of words, sentences united."""
     sides = []
     for tokens in (reference, candidate):
         sides.append([" ".join(s.split()).split(" ") for s in " ".join(tokens).split(".") if s])
@@ -472,49 +466,48 @@ def rouge_l(reference, candidate):
 
 
 def find_meteor():
-    """METEOR of (reference, candidate) tokens; not a number without nltk and its WordNet."""
+    """METEOR, or nan without nltk's WordNet."""
     try:
         from nltk.translate.meteor_score import single_meteor_score
 
-        single_meteor_score(["a"], ["b"])  # is WordNet there?
+        single_meteor_score(["a"], ["b"])
         return single_meteor_score
     except (ImportError, LookupError):
         return lambda *_: math.nan
 
 
-# ---- The judge: WSI-Precision and WSI-Relevance ------------------------------------------------------------
+# ---- The judge: WSI-Precision and WSI-Relevance ----
 #
-# A model scores the truth's claims against the answer (precision), and the reverse (relevance). The prompts
-# hold no JSON: repeated, they grade nothing.
+# A model scores the truth's claims against the answer (precision), and the reverse (relevance). Prompts hold
+# no JSON: repeated, they grade nothing.
 
 JUDGED = ("WSI-Precision", "WSI-Relevance")
 CLAIMS = """Split this answer to a question about a pathology slide into claims. {scope}One finding or fact \
 a claim, but keep together what only makes sense together; leave out, repeat and add nothing. Reply with \
-strict JSON alone: {{"claims": [a text for each claim]}}"""
-SCORES = """Grade claims about a pathology slide against a text; both answer the same question. A score a \
-claim. 1: the text says the same. 0.7: with a small omission or deviation. 0.3: with an error in its core \
-(grade, type, malignant or not). 0: the text says something else{silent} Reply with strict JSON alone, in \
-the claims' order: {{"scores": [a number for each claim]}}"""
+JSON alone: {{"claims": [a text for each claim]}}"""
+SCORES = """Score claims about a pathology slide by a text that answers the same question. 1: the text says \
+the same. 0.7: with a small omission or deviation. 0.3: with an error in its core (grade, type, malignant \
+or not). 0: it says something else{silent} Reply with JSON alone: {{"scores": [a number for each claim]}}"""
 SILENT = SCORES.format(silent=", or nothing about it.")
 NULL = SCORES.format(silent=". null, in place of a score: the text says nothing about it.")
-PROMPTS = {  # of --judge-protocol: for claims, precision, relevance
+PROMPTS = {  # for claims, precision, relevance
     "ours": (CLAIMS.format(scope="Take what answers the question and nothing else. "), SILENT, SILENT),
     "authors": (CLAIMS.format(scope=""), SILENT, NULL),
 }
 GRADES = {"1": 1, "1.0": 1, "0.7": 0.7, "0.3": 0.3, "0": 0, "0.0": 0}
-SENT = {"temperature": 0, "max_tokens": 4096}  # and what a server says that knows no such option:
+SENT = {"temperature": 0, "max_tokens": 4096}  # what a server that lacks it says:
 REFUSED = {"temperature": "temperature", "max_tokens": "max_tokens|context|completion"}
 ATTEMPTS, AT_ONCE, OPENAI = 7, 8, "https://api.openai.com/v1"
-BACKOFF, SILENCE, LONGEST = 2.0, 120.0, 600.0  # seconds: the first wait, each is twice the last; a reply's
-SENDER = OpenerDirector()  # follows no redirect, which would take the key to another host
+BACKOFF, SILENCE, LONGEST = 2.0, 120.0, 600.0  # seconds: the first wait, doubled each time; a reply's
+SENDER = OpenerDirector()  # follows no redirect: it would take the key along
 for handler in (ProxyHandler(), HTTPHandler(), HTTPSHandler()):
     SENDER.add_handler(handler)
 
 
 def last_list(text, name, allowed, lengths):
-    """-> (the last list of that name in a reply's JSON, ""), or (None, why there is none that fits)."""
+    """-> (the last list of that name in a reply's JSON, ""), or (None, why none fits)."""
     problem = "unusable (it holds no JSON)"
-    for match in reversed(list(re.finditer("{", text))):  # models fence their JSON, or say it twice
+    for match in reversed(list(re.finditer("{", text))):
         with suppress(ValueError, TypeError, RecursionError):
             found = json.JSONDecoder().raw_decode(text, match.start())[0].get(name)
             problem = f'unusable (no list "{name}" of {lengths.start}, as asked for)'
@@ -525,7 +518,7 @@ def last_list(text, name, allowed, lengths):
 
 
 def retry_after(told, otherwise):
-    """The seconds that a server asks to wait, as a number or a date."""
+    """The seconds that a server asks for, a number or a date."""
     with suppress(ValueError, TypeError):
         if re.fullmatch("[0-9.]+", told):
             return float(told)
@@ -534,25 +527,25 @@ def retry_after(told, otherwise):
 
 
 class Judge:
-    """A grading model behind an OpenAI-compatible endpoint. Usable replies are kept, none is paid twice."""
+    """A grading model at an OpenAI-compatible endpoint; keeps usable replies."""
 
     def __init__(self, url, model, path, protocol="ours"):
         self.where, self.model, self.protocol = f"--judge-url {url}", model, protocol
         check(re.fullmatch(r"https?://[^/?#@\s]+(/[!-~]*)?", url), f"{self.where}: not a URL like {OPENAI}")
         self.url, key = f"{url.rstrip('/')}/chat/completions", os.environ.get("OPENAI_API_KEY", "").strip()
-        check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key; set it again")
-        self.key, self.secret = key, key if len(key) > 7 else "\0"  # a short one may be a word
+        check(key.isascii() and key.isprintable(), "OPENAI_API_KEY: not a key")
+        self.key, self.secret = key, key if len(key) > 7 else "\0"
         lines, self.file = open_lines(path)
-        with reading(path, "not the replies that sample.py keeps; delete it and run again"):
+        with reading(path, "not the judge's replies; delete it"):
             self.replies = {line["key"]: line["reply"] for line in lines}
         self.sent, self.lock, self.over = SENT, threading.Lock(), threading.Event()
         self.problems, self.in_a_row = Counter(), 0
 
     def post(self, messages):
-        """-> (a reply without its reasoning, what is wrong with it); (None, why) where it is refused."""
+        """-> (a reply without its reasoning, what is wrong with it); (None, why it was refused)."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         for attempt in range(ATTEMPTS):
-            # A refusal is of what this request sent; others drop options meanwhile.
+            # A refusal is of what was sent; other threads drop options meanwhile.
             sent, wait, status, text = self.sent, BACKOFF * 2**attempt, 0, ""
             body = json.dumps({"model": self.model, "messages": messages, **sent}).encode()
             try:
@@ -566,14 +559,14 @@ class Judge:
                     whole = said and not refusal and re.match("stop|eos|end|complete", end.lower())
                     return said, "" if whole else one_line(f"no whole reply (finish_reason {end}) {refusal}")
                 problem = f"HTTP {status}"
-            except Exception as error:  # of the network, or of what is no reply
+            except Exception as error:  # of the network, or no reply
                 problem, text = f"no answer ({type(error).__name__})", text or str(error)
             problem = f"{problem}: {one_line(' '.join(text.split()))}"
             unwanted = [name for name in sent if re.search(REFUSED[name], text, re.I)]
             if status in (400, 422) and unwanted:
                 self.sent, wait = {name: x for name, x in sent.items() if name not in unwanted}, 0
             elif status in (401, 402, 403, 404) or 300 <= status < 400:
-                raise UserError(f"{self.where}: {problem}; check it, --judge-model and OPENAI_API_KEY")
+                raise UserError(f"{self.where}: {problem}; check it, --judge-model, OPENAI_API_KEY")
             elif 400 <= status < 500 and status not in (408, 409, 425, 429):
                 return None, problem
             if attempt == ATTEMPTS - 1 or wait > LONGEST or self.over.wait(wait):
@@ -581,7 +574,7 @@ class Judge:
                 raise UserError(f"{self.where}: {problem}; {again}")
 
     def ask(self, prompt, content, *form):
-        """last_list of the reply, asked again with the reason; None if there stays none."""
+        """last_list of the reply, or None."""
         content = json.dumps(content, ensure_ascii=False)
         messages = [{"role": "system", "content": prompt}, {"role": "user", "content": content}]
         key = hashlib.sha256(json.dumps([self.model, messages]).encode()).hexdigest()
@@ -590,12 +583,12 @@ class Judge:
             return found
         for asked in range(4):
             reply, problem = self.post(messages)
-            if problem and (reply is None or asked):  # what was cut is asked for once more
+            if problem and (reply is None or asked):  # of what was cut, once more
                 break
             found, problem = (None, problem) if problem else last_list(reply, *form)
             if not problem:
                 break
-            again = f"Your reply is {problem}. Reply again, in the form that was asked for alone."
+            again = f"Your reply is {problem}. Reply again, in that form alone."
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": again}]
         with self.lock:
             if not problem:
@@ -604,18 +597,18 @@ class Judge:
                 return found
             self.problems[problem] += 1
             self.in_a_row += 1
-        # Zeros in the place of what a judge never answered are no grades.
+        # What a judge never answered is no zero.
         check(self.in_a_row < 2 * AT_ONCE, f"{self.where}: {self.in_a_row} times in a row: {problem}")
 
     def score(self, metric, question, truth, answer):
-        """The mean score of one side's claims; None if nothing usable came back."""
+        """The mean score of one side's claims; None: unusable."""
         precision, (for_claims, *for_scores) = metric == JUDGED[0], PROMPTS[self.protocol]
         claimed, text = (truth, answer) if precision else (answer, truth)
         if not claimed.strip() or not text.strip():
             return 0.0
         content, prompt = {"question": question, "answer": claimed}, for_scores[not precision]
         if self.protocol == "authors" and precision:
-            del content["question"]  # the truth is split by itself
+            del content["question"]  # the truth is split alone
         claims = self.ask(for_claims, content, "claims", None, range(precision, 1000))
         if not claims:
             return None if claims is None else 0.0  # an answer may claim nothing
@@ -627,19 +620,19 @@ class Judge:
 
 
 def grade(judge, rows, systems, notes):
-    """Asks the judge about all open questions -> {system: {metric: values [n]}}, and what to note."""
+    """Grades all open questions -> {system: {metric: values [n]}}."""
     asked = [i for i, row in enumerate(rows) if not closed_parser(row["question"], row["truth"])]
     todo, what = list(product(systems, JUDGED, asked)), count(len(asked), "open question")
-    print(f"{what}, {count(len(systems), 'system')}: at most {2 * len(todo):,} calls of {judge.model}.")
+    print(f"{what}, {count(len(systems), 'system')}: up to {2 * len(todo):,} calls of {judge.model}.")
 
     def work(item):
         system, metric, i = item
         return judge.score(metric, rows[i]["question"], rows[i]["truth"], systems[system][i])
 
-    pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
+    pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        found = list(tqdm(pool.map(work, todo), total=len(todo), desc="judge", unit="grade"))
-    finally:  # Ctrl-C: what was asked is kept, what waits is not asked
+        found = list(tqdm(pool.map(work, todo), total=len(todo), unit="grade"))
+    finally:  # Ctrl-C: what waits is not asked
         judge.over.set()
         pool.shutdown(cancel_futures=True)
     zero, rule = (math.nan, "left out") if judge.protocol == "authors" else (0.0, "counted as 0")
@@ -652,31 +645,31 @@ def grade(judge, rows, systems, notes):
     return grades
 
 
-# ---- Predictions: ours, and anybody's ----------------------------------------------------------------------
+# ---- Predictions: ours, and anybody's ----
 
-# Our names, and what others call them, the surest first: "answer" is the truth where another column answers.
+# Our names, and others', the surest first; "answer" is the truth where another column answers.
 SAID = "prediction pred predicted model_answer model_output output response generated_text generated text"
 TRUTH = "truth t-answer ground_truth groundtruth gt gt_answer correct_answer reference label target answer"
 THEIRS = {"id": "id question_id qid", "slide": "slide slide_id image", "question": "question prompt"}
 THEIRS |= {"task": "task metadata", "cancer": "cancer tumor", "answer": f"{SAID} answer", "truth": TRUTH}
+THEIRS |= {field: field for field in FIELDS if field != "answer"}
 OWN = "kind|group|metric|questions|training slides|published|majority|(.*, )?(no|other) slide|.* - .*"
 
 
 def read_answers(path):
-    """A file of predictions -> (its rows under our names, a note)."""
-    with reading(path, "expected predictions of sample.py --qa, JSON lines, a JSON list or CSV"):
+    """Predictions -> (rows under our names, a note)."""
+    with reading(path, "predictions are JSON lines, a JSON list or CSV"):
         table = [{x.strip().lower(): y for x, y in row.items()} for _, row in prepare.read_entries(path)]
-        if "settings" in table[0]:  # ours
-            asked, taken = table.pop(0)["settings"].get("asked", "all"), {x: x for x in (*THEIRS, *FIELDS)}
-            note = f"answers {len(table)} of {asked} questions"
-        else:
-            columns = dict.fromkeys(chain(*table))
-            taken = {name: [x for x in theirs.split() if x in columns] for name, theirs in THEIRS.items()}
-            check(taken["answer"], f"{path}: no column of answers is known among {', '.join(columns)}")
-            taken = {name: known[0] for name, known in taken.items() if known}
-            if taken.get("truth") == taken["answer"]:
-                del taken["truth"]
-            note = "took " + ", ".join(f"{column} for the {name}" for name, column in taken.items())
+        ours = table.pop(0)["settings"] if "settings" in table[0] else None
+        columns = dict.fromkeys(chain(*table))
+        taken = {name: [x for x in theirs.split() if x in columns] for name, theirs in THEIRS.items()}
+        check(taken["answer"] or ours is not None, f"{path}: no answers among {', '.join(columns)}")
+        taken = {name: known[0] for name, known in taken.items() if known}
+        if taken.get("truth") == taken.get("answer"):
+            taken.pop("truth", None)
+        note = "took " + ", ".join(f"{column} for the {name}" for name, column in taken.items())
+        if ours is not None:
+            note = f"answers {len(table)} of {ours.get('asked', 'all')} questions"
         rows = []
         for entry in table:
             row = dict.fromkeys(THEIRS, "") | dict.fromkeys(FIELDS)
@@ -690,9 +683,9 @@ def read_answers(path):
 
 
 def match(rows, theirs):
-    """Which of `theirs` answers each row, by keys that one row has here and there -> (a list, the others)."""
+    """Which of `theirs` answers each row, by keys of but one row -> (a list, the others)."""
     found, unused = [None] * len(rows), dict(enumerate(theirs))
-    for parts in (("id", "asked"), ("slide", "asked"), ("id",)):  # the surest first
+    for parts in (("id", "asked"), ("slide", "asked"), ("id",)):
         ours, others = ([tuple(row[part] for part in parts) for row in side] for side in (rows, theirs))
         times, place = Counter(ours + others), {key: j for j, key in enumerate(others)}
         for i, key in enumerate(ours):
@@ -702,21 +695,21 @@ def match(rows, theirs):
 
 
 def read_systems(paths):
-    """-> (the first file's rows that all systems answer, {file, or its baseline: answers [n]}, notes)."""
+    """-> (the first file's rows that all answer, {file, or its baseline: answers [n]}, notes)."""
     rows, systems, notes, stems = [], {}, [], [path.stem for path in paths]
-    check(len(set(paths)) == len(paths), "--evaluate: names a file twice")
+    check(len(set(paths)) == len(paths), "--evaluate: a file twice")
     for path in paths:
         found, note = read_answers(path)
         if path == paths[0]:
-            rows, what = found, "lacks questions and true answers; name a file of --qa before it"
-            check(all(row["question"] and row["truth"] for row in rows), f"{path}: {what}")
+            rows, whole = found, all(row["question"] and row["truth"] for row in found)
+            check(whole, f"{path}: lacks questions or true answers; name one of --qa first")
         else:
             found, lost = match(rows, found)
             first = f"; the first: {few(filter(None, lost[0].values()))}" if lost else ""
             note += f"; {count(len(lost), 'row')} match no question, or not one alone{first}"
             check(any(found), f"{path}: {note}")
         notes.append(f"{path}: {note}.")
-        odd = stems.count(path.stem) > 1 or re.fullmatch(OWN, path.stem)  # like a column of our own
+        odd = stems.count(path.stem) > 1 or re.fullmatch(OWN, path.stem)
         name = os.path.join(".", path) if odd else path.stem
         for field, column in FIELDS.items():
             answers = [row and row[field] for row in found]
@@ -724,16 +717,16 @@ def read_systems(paths):
                 system = column if len(paths) == 1 else name if field == "answer" else f"{name}, {column}"
                 systems[system] = [answer and without_thoughts(answer) for answer in answers]
     by_all = [None not in answers for answers in zip(*systems.values())]
-    check(any(by_all), f"{few(paths)}: no question is answered by all; sample.py --qa answers them")
-    answered = f"{sum(by_all):,} of {len(rows):,} questions answered by all; the others are in no mean"
+    check(any(by_all), f"{few(paths)}: no question is answered by all")
+    answered = f"{sum(by_all):,} of {len(rows):,} questions answered by all: the means are of these"
     notes.insert(0, f"{answered}. In brackets: 95% bootstrap intervals over slides.")
     systems = {system: list(compress(answers, by_all)) for system, answers in systems.items()}
     return list(compress(rows, by_all)), systems, notes
 
 
-# ---- Scores and tables: a score is an array with a number a question, a group of questions a mask ----------
+# ---- Scores and tables: a score is an array with a number a question, a group of questions a mask ----
 
-CAPABILITIES = {  # of WSI-Bench: the first words of their tasks, in both of its shapes
+CAPABILITIES = {  # of WSI-Bench: the first words of their tasks
     "morphology": "Global Key Regional Specific Morphology Caption Feature cellular infiltration tissue",
     "diagnosis": "Histological Grading Molecular Staging Diagnosis Classification Grade Subtype Stage",
     "treatment": "Treatment Prognosis",
@@ -743,20 +736,20 @@ CAPABILITY = {word: name for name, words in CAPABILITIES.items() for word in wor
 TEXTUAL = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR", "exact match")  # of open questions
 METRICS = (*JUDGED, "accuracy", *TEXTUAL)
 ON_SCREEN = {"all": ("accuracy", "exact match", *JUDGED), "task": ("accuracy", "exact match")}
-# WSI-LLaVA's (arXiv 2412.02141), in the order of METRICS.
+# Of arXiv 2412.02141, in the order of METRICS.
 PUBLISHED = {"morphology": (0.488, 0.610, 0.951), "diagnosis": (0.610, 0.612, 0.863)}
 PUBLISHED |= {"treatment": (0.810, 0.845, 1.0), "report": (0.380, 0.429)}
 
 
 def score(rows, answers, meteor):
-    """Answers [n] -> ({metric: values [n], nan where it says nothing}; closed answers without a choice)."""
+    """Answers [n] -> ({metric: values [n], nan: none}; closed answers without a choice)."""
     scores, unread = {metric: np.full(len(rows), np.nan) for metric in METRICS[2:]}, []
     for i, (row, answer) in enumerate(zip(rows, answers)):
         parser, truth = closed_parser(row["question"], row["truth"]), row["truth"]
         if parser and answer is not None:
             scores["accuracy"][i] = parser(answer) == parser(truth)
             unread += [answer] if parser(answer) is None else []
-        elif answer is not None:  # the majority has none where a task was not in training
+        elif answer is not None:
             tokens = tokenize(truth), tokenize(answer)
             values = *bleu(*tokens), rouge_l(*tokens), meteor(*tokens), plain(answer) == plain(truth)
             for metric, value in zip(TEXTUAL, values):
@@ -766,12 +759,12 @@ def score(rows, answers, meteor):
 
 @lru_cache(8)
 def resampled(n, seed):
-    """How often each of n slides is drawn in 1,000 bootstrap samples, [1000,n]."""
+    """How often each of n slides is in 1,000 bootstrap samples, [1000,n]."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), 1000).astype(float)
 
 
 def interval(values, slides, seed):
-    """Mean of values [n], nan left out, and its 95% bootstrap interval over slides [n]; None of no values."""
+    """Mean of values [n] and its 95% bootstrap interval over slides [n], or None."""
     known = ~np.isnan(values)
     if not known.any():
         return None
@@ -782,7 +775,7 @@ def interval(values, slides, seed):
 
 
 def tabulate(rows, scores, trained_on, seed):
-    """{system: {metric: values [n]}} -> lines {kind, group, metric, ..., system: (mean, low, high), ...}."""
+    """{system: {metric: values [n]}} -> lines {kind, group, metric, ..., system: (mean, low, high)}."""
     slides, lines, (first, *others) = np.array([row["slide"] for row in rows]), [], scores
     tasks = ["report" if wsi_llava.is_report(row) else re.split("[_ ]", row["task"])[0] for row in rows]
     kinds = {"all": ["all"] * len(rows), "capability": [CAPABILITY.get(task, "other") for task in tasks]}
@@ -805,9 +798,9 @@ def tabulate(rows, scores, trained_on, seed):
 
 
 def correlations(scores):
-    """Rank correlations of the text metrics with the judge's, a text."""
+    """Of the text metrics' ranks with the judge's, a text."""
 
-    def ranks(values):  # ties share their mean rank
+    def ranks(values):  # ties share one
         _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (counts.cumsum() - (counts - 1) / 2)[index]
 
@@ -822,7 +815,7 @@ def correlations(scores):
 
 
 def markdown(table):
-    """Lines of cells, a header first: texts, numbers, None, (mean, low, high)."""
+    """Lines of cells, the header first -> a table."""
     lines = []
     for line in table:
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*x) if isinstance(x, tuple) else x for x in line]
@@ -833,7 +826,7 @@ def markdown(table):
 
 
 def on_screen(lines, systems):
-    """The table for 160 columns: a row a task, and those of all questions."""
+    """The table for 160 columns."""
     table, rouge = [["task", "metric", "n", *(name[-20:] for name in systems), "ROUGE-L"]], None
     for line in lines:
         metric = line["metric"]
@@ -846,7 +839,7 @@ def on_screen(lines, systems):
 
 
 def csv_text(lines):
-    """A number a cell. What a spreadsheet would take for a formula gets an apostrophe."""
+    """A number a cell; an apostrophe before what spreadsheets take for a formula."""
     rows, file = [], io.StringIO()
     for line in lines:
         rows.append({})
@@ -860,7 +853,7 @@ def csv_text(lines):
 
 
 def evaluate(args, paths):
-    """--evaluate: a table on the screen, all of it in evaluation.md and .csv beside the first file."""
+    """--evaluate: a table, and all of it beside the first file."""
     (rows, systems, notes), scores, grades, meteor = read_systems(paths), {}, {}, find_meteor()
     if args.judge_model:
         asked = args.judge_url, args.judge_model, paths[0].with_name("judge.jsonl"), args.judge_protocol
@@ -877,48 +870,46 @@ def evaluate(args, paths):
         found, unread = score(rows, answers, meteor)
         scores[system] = found | grades.get(system, {})
         if unread:
-            what = f"{count(len(unread), 'closed answer')} name no option, or several, and count as wrong"
+            what = f"{count(len(unread), 'closed answer')} name no option, or several: wrong"
             notes.append(f"{system}: {what}; the first: {one_line(unread[0], 60)!r}.")
     for system in list(grades)[:1]:
-        notes.append(f"Rank correlations over the answers of {system}: {correlations(scores[system])}.")
+        notes.append(f"Rank correlations of {system}: {correlations(scores[system])}.")
     lines = tabulate(rows, scores, Counter(cancer for cancer, _ in seen), args.seed)
-    header = [key for key in lines[0] if any(line[key] is not None for line in lines)]  # what holds something
+    header = [key for key in lines[0] if any(line[key] is not None for line in lines)]
     table = markdown([header, *([line[key] for key in header] for line in lines)])
     notes = "".join(f"- {one_line(note, 2000)}\n" for note in notes)
     path = paths[0].with_name("evaluation.md")
     write_text(path, f"# Evaluation\n\n{notes}\n{table}\n")
     write_text(path.with_suffix(".csv"), csv_text(lines))
-    systems = [x for x in systems if not x.endswith((", no slide", ", other slide"))]  # of several files
+    systems = [x for x in systems if not x.endswith((", no slide", ", other slide"))]
     print(f"\n{on_screen(lines, systems[:4])}\n\n{notes}- All of it: {path} (and .csv)")
 
 
-# ---- Flags, and what they start ----------------------------------------------------------------------------
+# ---- Flags, and what they start ----
 
 
 def parse(argv=None):
     parser, number = wsi_llava.Parser(__doc__), wsi_llava.at_least
     add, file = parser.group("one slide"), {"type": Path, "metavar": "FILE"}
-    add("--slide", "a slide file, or the name of a prepared slide", metavar="S")
+    add("--slide", "a slide file, or a prepared slide's name", metavar="S")
     add("--ask", "one question; without it, a chat", metavar="Q")
-    add("--zero-shot", "the probability of each text, by stage 1 alone", metavar="TEXT", nargs="+")
-    add("--heatmap", "the tiles behind the answer: .png, .geojson (QuPath)", nargs="+", default=[], **file)
-    add("--mpp", "um per pixel at level 0, where a raw slide does not tell it", type=number(0.05, float, 20))
+    add("--zero-shot", "each text's probability, by stage 1", metavar="TEXT", nargs="+")
+    add("--heatmap", "the tiles behind the answer: .png, .geojson", nargs="+", default=[], **file)
+    add("--mpp", "um per pixel of a raw slide that does not tell it", type=number(0.05, float, 20))
     add = parser.group("how it answers")
-    add("--int8", "the language model in int8: half of bfloat16's memory", action="store_true")
+    add("--int8", "the language model in int8: half the memory", action="store_true")
     add("--max-new-tokens", "longest answer (default: 512)", type=number(1), default=512)
-    add(
-        "--temperature", "0 (default): the likeliest; above: sampled", type=number(0, float, 100), default=0.0
-    )
-    add("--max-tiles", "of a slide, drawn at random (default: 0, all)", type=number(0), default=0)
+    add("--temperature", "above 0 (default): sampled", type=number(0, float, 100), default=0.0)
+    add("--max-tiles", "of a slide, at random (default: 0, all)", type=number(0), default=0)
     add = parser.group("many questions")
-    add("--qa", "answer all of these files' questions; resumes", nargs="+", **file)
-    add("--predictions", "the answers' file (default: predictions.jsonl in --out)", **file)
-    add("--baselines", "also answer without the slide, and with another's", action="store_true")
+    add("--qa", "answer these files' questions; resumes", nargs="+", **file)
+    add("--predictions", "default: predictions.jsonl in --out", **file)
+    add("--baselines", "also without the slide, and with another's", action="store_true")
     add = parser.group("evaluation")
-    add("--evaluate", "a table of predictions, ours first (default: --predictions)", nargs="*", **file)
-    add("--judge-model", "grades open answers; its key: OPENAI_API_KEY", metavar="M")
+    add("--evaluate", "a table of these files (default: --predictions)", nargs="*", **file)
+    add("--judge-model", "grades open answers; key: OPENAI_API_KEY", metavar="M")
     add("--judge-url", "OpenAI-compatible (default: OpenAI's)", metavar="URL", default=OPENAI)
-    add("--judge-protocol", "ours (default), or the authors' released one", choices=PROMPTS, default="ours")
+    add("--judge-protocol", "ours (default), or the released one", choices=PROMPTS, default="ours")
     wsi_llava.add_weights_flags(parser)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
@@ -928,11 +919,10 @@ def main(argv=None):
     args = parse(argv)
     args.predictions = args.predictions or args.out / "predictions.jsonl"
     wsi_llava.resolve_device(args)
-    check(
-        args.slide or args.qa or args.evaluate is not None, "nothing to do: give --slide, --qa or --evaluate"
-    )
+    given = args.slide or args.qa or args.evaluate is not None
+    check(given, "nothing to do: give --slide, --qa or --evaluate")
     for path in args.heatmap:
-        check(args.slide and args.ask, "--heatmap explains one answer: it needs --slide and --ask")
+        check(args.slide and args.ask, "--heatmap needs --slide and --ask")
         fits = path.suffix in (".png", ".geojson") and path.parent.is_dir()
         check(fits, f"--heatmap {path}: must end in .png or .geojson, in a folder that is there")
     if args.qa:

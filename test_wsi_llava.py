@@ -2909,7 +2909,7 @@ def test_a_raw_question_file_finds_its_slides_and_asks_no_training_question(tmp_
     assert [row["slide"] for row in found] == ["TCGA-AA-0001-01Z", "TCGA-BB-0002-01Z"]
     assert [row["id"] for row in found] == ["2", "3"] and "split" not in found[0]
     (tmp_path / "qa.json").write_text(json.dumps(rows[:1]))
-    with pytest.raises(UserError, match="qa.json: only questions for training; name a file of test"):
+    with pytest.raises(UserError, match="qa.json: only questions for training"):
         sample.read_questions([tmp_path / "qa.json"], tmp_path)
 
 
@@ -2932,7 +2932,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         return {row["n"]: row for row in lines}, capsys.readouterr().out
 
     answers, printed = answers_of()
-    assert f"{n + 3} questions about 5 slides, {n} to ask" in printed and "; 1 are too long" in printed
+    assert f"{n + 3} questions about 5 slides, {n} to ask" in printed and "; 1 too long" in printed
     assert "about far: " in printed and "far.safetensors: no such" in printed
     assert "cut.safetensors: " in printed and sorted(answers) == list(range(n))
     args = sample.parse(["--data", str(data), "--out", str(demo[0] / "out")])
@@ -3147,7 +3147,7 @@ def test_what_may_pass_is_tried_again_and_what_is_unusable_asked_again(judge_ser
     judged(judge_server, path)
     printed = capsys.readouterr().out
     assert means_of(tmp_path) == MEANS and "; 0 unusable grades are counted as 0." in printed
-    assert "8 open questions, 1 system: at most 32 calls of wise." in printed
+    assert "8 open questions, 1 system: up to 32 calls of wise." in printed
     assert len(judge_server.requests) == 32 + 6
     told = str([body["messages"][-1] for _, _, body in judge_server.requests if len(body["messages"]) > 2])
     assert 'no list "claims" of 1' in told and "no JSON" in told
@@ -3206,7 +3206,7 @@ def test_a_grade_that_a_question_lacks_counts_as_0_and_is_counted(judge_server, 
     ((429, {"Retry-After": "0"}, '{"error": {"message": "quota used up"}}'), "HTTP 429: .*quota used up.*goes on"),
     ((503, {}, "<style>p {}</style><p>Down for repairs"), "HTTP 503: .*Down for repairs; run the same command again"),
     ((402, {}, "no credit"), "HTTP 402: no credit; check it"),
-    ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model and OPENAI"),
+    ((401, {}, "who are you, sk-0123456789"), r"HTTP 401: who are you, \*\*\*; check it, --judge-model, OPENAI"),
     ((307, {"Location": "http://127.0.0.2:1/"}, ""), "HTTP 307: .*check it"),
     ((400, {}, "credit balance too low"), "HTTP 400: credit balance too low"),
     ((200, {}, "<html><p>Log in first"), r"no answer \(JSONDecodeError\): <html><p>Log in first; run the same"),
@@ -3341,8 +3341,8 @@ def test_the_tables_count_what_is_missing_and_unreadable(tmp_path, capsys):
     published = table["diagnosis", "accuracy"]["published"], table["treatment", "accuracy"]["published"]
     assert published == (0.863, 1.0) and table["Grading", "exact match"]["no slide - model"] == -1
     for note in (
-        "7 of 8 questions answered by all; the others are in no mean",
-        "model: 1 closed answer name no option, or several, and count as wrong; the first: 'Who knows'",
+        "7 of 8 questions answered by all: the means are of these",
+        "model: 1 closed answer name no option, or several: wrong; the first: 'Who knows'",
     ):
         assert note in printed and note in (tmp_path / "evaluation.md").read_text()
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
@@ -3415,10 +3415,10 @@ def test_predictions_are_read_in_any_shape(tmp_path, name, text):
 
 @pytest.mark.parametrize("text, message", [
     ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
-    ("id,said\nq0,a\n", "a.csv: no column of answers is known among id, said"),
+    ("id,said\nq0,a\n", "a.csv: no answers among id, said"),
     ("id,answer\nx0,a\nx1,b\n", "a.csv: took id for the id, .*; 2 rows match no question, or .*; the first: x0"),
     ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
-    ('{"q0": "a", "q1": "b"}', "a.csv: no column of answers is known among q0, q1"),
+    ('{"q0": "a", "q1": "b"}', "a.csv: no answers among q0, q1"),
 ])  # fmt: skip
 def test_predictions_that_cannot_be_read_say_what_was_found(tmp_path, text, message):
     (tmp_path / "a.csv").write_text(text)
@@ -3484,8 +3484,8 @@ def test_majority_is_one_more_system_and_cells_are_no_formulas(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ('{"settings": {}}\n{oops\n', "predictions.jsonl, line 2: .*not JSON"),
-    ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all; sample.py --qa answers them"),
-    ('{"id": "q0", "text": "a"}\n', "lacks questions and true answers; name a file of --qa before it"),
+    ('{"settings": {}}\n', "predictions.jsonl: no question is answered by all"),
+    ('{"id": "q0", "text": "a"}\n', "lacks questions or true answers; name one of --qa first"),
     ('{"settings": {}}\n{"n": 0, "answer": ["a", "b"]}\n', "predictions.jsonl: its answer is no text"),
 ])  # fmt: skip
 def test_bad_files_of_predictions_are_named(tmp_path, text, message):
