@@ -50,7 +50,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
-NATIVE = 0.02  # pixels this close to the target's size, or to a whole fraction, are not resampled
+NATIVE = 0.02  # pixels this close to the target's size, or a whole fraction, are not resampled
 MPP_RANGE = (0.05, 20)  # um/px; TIFFs that say 72 dpi mean nothing by it
 LONGEST = 256_000  # pixels: the slide encoder has positions for 1000 tiles
 MASK = 32  # tiled pixels per pixel of the tissue mask
@@ -96,12 +96,12 @@ class Slide:
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
         fits = max(self.width, self.height) <= LONGEST
         check(fits, f"{path}: too large, at {self.mpp:g} um/px; --mpp-csv gives others")
-        self.downsamples = self.file.level_downsamples  # the library counts anew each time
+        self.downsamples = self.file.level_downsamples
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
         self.level = self.level_at(self.scale)
         self.zoom = self.scale / self.scales[self.level]  # level pixels per tiled pixel
         whole = max(1, round(self.zoom))
-        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None  # if a whole number
+        self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None
 
     def open(self):
         """Also anew: OpenSlide refuses everything after an error."""
@@ -173,7 +173,7 @@ class Slide:
         own = self.downsamples[level]  # OpenSlide takes level-0 corners, by its own number
         region = self.file.read_region((round(x * own), round(y * own)), level, (width, height))
         pixels = np.asarray(region)
-        if pixels.view("<u4").min() >= 0xFF000000:  # every alpha is 255
+        if pixels.view("<u4").min() >= 0xFF000000:  # alpha is 255
             return pixels
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
@@ -240,7 +240,7 @@ def dicom_slides(folder, files):
     """A folder's .dcm files -> [(name, path)]. A slide is a series, a file for each level."""
     series_of = {path: dicom_series(path) for path in reversed(files)}
     slides = {series: path for path, series in series_of.items() if series}
-    if not slides:  # perhaps a damaged slide: its reader will say so
+    if not slides:  # perhaps damaged: its reader will say so
         slides = {series: path for path, series in series_of.items() if series is None}
     name = Path(folder).resolve().name
     if len(slides) == 1:
@@ -251,7 +251,7 @@ def dicom_slides(folder, files):
 def find_slides(inputs):
     """Files and folders -> {slide id: path}. The id is the file's stem, or the name of a folder of .dcm
     files; names that meet get their folder's before them."""
-    found, seen = {}, set()  # by their real paths
+    found, seen = {}, set()
     for entry in map(Path, inputs):
         check(entry.exists(), f"{entry}: no such file or folder (--slides)")
         if entry.is_file():
@@ -270,7 +270,7 @@ def find_slides(inputs):
             slides = dicom_slides(folder, kinds.pop("dcm"))
             slides += [(path.stem, path) for path in itertools.chain(*kinds.values())]
             for name, path in slides:
-                found.setdefault(os.path.realpath(path), (name, path))  # perhaps named by itself, too
+                found.setdefault(os.path.realpath(path), (name, path))
     check(found, f"no slides below {few(inputs)}: no {', '.join(SUFFIXES)}")
     times, named = collections.Counter(name.casefold() for name, _ in found.values()), {}
     for name, path in found.values():
@@ -304,7 +304,7 @@ def read_mpp_csv(path, slides):
 # another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has, and is smooth
 # (where it is most of what is stained, smoother than any tissue).
 
-WHITE = np.array((244.0, 244, 244))  # glass, where the slide shows none
+WHITE = np.array((244.0, 244, 244))
 
 
 def box_mean(x, r):
@@ -357,14 +357,14 @@ def find_tissue(picture):
     dark, most = (r + g + b) / 3, np.maximum(np.maximum(r, g), b)
     colour = most - np.minimum(np.minimum(r, g), b)
     high, low = pixels.max(-1), pixels.min(-1)
-    black = (high < 25) | ((high < 75) & (high - low < high // 2))  # its colour is noise
+    black = (high < 25) | ((high < 75) & (high - low < high // 2))
     stained = (colour > least) & (most > 0.02) & ~black
     # Green and blue ink take most of the red, red ink green and blue.
     ink = (r > 0.12) & (r > g + 0.08) & (r > b + 0.05)
     ink |= (r < 0.13) & (g > 0.3) & (b > 0.72 * g)
     rough = roughness(dark)
     smoother_than_tissue = ink.any() and np.median(rough[ink] / dark[ink]) < 0.025
-    ink &= rough < 0.004 + 0.036 * dark  # a scanner's noise grows with density
+    ink &= rough < 0.004 + 0.036 * dark
     core = box_mean(ink, 3) > 0.99  # its edges, which are not smooth, come back
     ink = stained & (box_mean(core, 6) > 0)
     if ink.sum() > 0.4 * stained.sum() and not smoother_than_tissue:
@@ -517,9 +517,9 @@ def open_encoder(args):
 # A damaged file may take the process that opens it with it, so others do: the surveyor sees what there is of
 # a slide while the one before is encoded; readers read this one's tiles, a batch each, into shared memory.
 
-FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # PyTorch loaded once
+FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 DIED = "the process that read it died (a damaged file, or no memory left)"
-open_slide = functools.lru_cache(maxsize=1)(Slide)  # in each of them: the slide at hand
+open_slide = functools.lru_cache(maxsize=1)(Slide)
 
 
 def begin_reader(memory):
@@ -625,7 +625,7 @@ def read_tiles(slide, coords, place):
 
 @torch.inference_mode()
 def encode(encoder, tiles, device):
-    """uint8 [n,256,256,4] -> features float16 [n,C], on the device."""
+    """uint8 [n,256,256,4] -> float16 [n,C], on the device."""
     images = wsi_llava.preprocess_tiles(tiles.to(device)[..., :3])
     return encoder(images.to(encoder.cls_token.dtype)).half()
 
@@ -724,7 +724,7 @@ MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or C
 
 def read_hdf5(path):
     """-> its datasets {name: tensor}, with all attributes."""
-    import h5py  # needed for these files alone
+    import h5py
 
     with h5py.File(path) as file:
         found = dict(file.attrs)
@@ -762,18 +762,18 @@ def tiled_coords(path, coords, about, mpp, step):
     """A file's coords -> (their raster order [N], int32 [N,2] in that order, in tiled pixels). UserError
     where their scale is not known, or tiles do not lie `step` apart."""
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
-        scale, apart = TARGET_MPP / (mpp or math.inf), 0  # of level 0; from tile to tile, if the file says it
+        scale, apart = TARGET_MPP / (mpp or math.inf), 0  # from tile to tile, if the file says it
         if about.get("target_magnification"):  # TRIDENT's 20x is 0.5 um/px
             zoom = float(about["patch_size_level0"]) / float(about["patch_size"])
             scale = zoom * TARGET_MPP * float(about["target_magnification"]) / 10
             apart = float(about["patch_size_level0"]) - zoom * float(about.get("overlap", 0))
-        elif "tile_size_um" in about:  # STAMP's coords are in um
+        elif "tile_size_um" in about:  # STAMP's, in um
             scale, apart = TARGET_MPP, float(about["tile_size_um"])
         check(scale, f"{path}: does not say the um/px of its coords; give --mpp or --mpp-csv")
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
         coords = coords[order] / scale
         steps = coords.diff(dim=0)
-        steps = steps[steps[:, 1] == 0, 0].round()  # between neighbours of a row: what lies most often
+        steps = steps[steps[:, 1] == 0, 0].round()  # between neighbours of a row: the most frequent
         apart = apart / scale or (steps.mode().values.item() if len(steps) else step)
         fits = abs(apart / step - 1) <= NATIVE
         check(fits, f"{path}: tiles {apart:.0f} px apart at {TARGET_MPP} um/px; mend --mpp or --step")
@@ -852,7 +852,7 @@ def words(value, what):
     """A text, or a number that stands for one; "" for pandas' nan."""
     if type(value) not in (str, int, float):
         raise ValueError(f"its {what} is no text: {json.dumps(value)[:60]}")
-    str(value).encode()  # half a surrogate pair is no text either
+    str(value).encode()  # half a surrogate pair is no text
     return "" if str(value).strip().lower() in ("nan", "inf") else str(value)
 
 
@@ -911,7 +911,7 @@ def read_row(entry, stem, number):
     row["task"] = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
     row["cancer"] = "".join(re.split(r"[/\\]", names[0])[-2:-1])
     for field in ("narrow category", "metadata", "task", "tumor", "cancer"):
-        if type(entry.get(field)) in (str, int) and entry[field] != "":  # objects and lists are passed over
+        if type(entry.get(field)) in (str, int) and entry[field] != "":
             row["cancer" if field in ("tumor", "cancer") else "task"] = words(entry[field], field)
     row["conversations"] = wsi_llava.slide_first(read_turns(entry, question, answer))
     if entry.get("split"):
@@ -926,11 +926,11 @@ def read_entries(path):
     text, entries = path.read_bytes().decode("utf-8-sig").strip(), []
     check(text, f"{path}: empty; {WHAT_IS_READ}")
     if text[0] not in "[{":
-        csv.field_size_limit(1 << 30)  # a report may be longer than the module expects
+        csv.field_size_limit(1 << 30)
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         for entry in table:
-            whole = None not in entry and None not in entry.values()  # the module marks other lines so
+            whole = None not in entry and None not in entry.values()
             check(whole, f"{path}, line {table.line_num}: not as many columns as the first line has")
             entries.append((f"line {table.line_num}", entry))
         return entries
@@ -1188,7 +1188,7 @@ def share(text):
 
 def parse(argv=None):
     parser = wsi_llava.Parser(__doc__)
-    yes, paths = {"action": "store_true"}, {"nargs": "+", "metavar": "PATH", "type": Path}
+    yes, paths = {"action": "store_true"}, {"nargs": "+", "type": Path}
     add = parser.group("what to prepare")
     add("--slides", "slides, or folders of them", **paths)
     add("--features", "features made elsewhere (.pt, .h5), or folders of them", **paths)
@@ -1200,14 +1200,14 @@ def parse(argv=None):
     add("--shard", "one of N shares of the slides, as 3/16", metavar="I/N", type=share, default=slice(None))
     add = parser.group("slides and their tiles")
     add("--mpp", "um/px at level 0, where metadata do not say it", type=at_least(0.05, float, 20))
-    add("--mpp-csv", "lines of slide,mpp, which win over what slides say", metavar="FILE")
+    add("--mpp-csv", "file of lines slide,mpp, which win over what slides say")
     add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
-    add("--mask", "pictures or QuPath's GeoJSON of what is tissue", metavar="DIR", type=Path)
+    add("--mask", "folder of pictures or QuPath's GeoJSON of what is tissue", type=Path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
     add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
     add("--geojson", "also write the tiles for QuPath", **yes)
     gigapath = f"Prov-GigaPath's (default: {wsi_llava.GIGAPATH}/pytorch_model.bin)"
-    add("--tile-encoder", gigapath, metavar="FILE", type=Path)
+    add("--tile-encoder", gigapath, type=Path)
     add = parser.group("questions")
     add("--split", "if names or rows of files do not tell it", choices=["train", "val", "test"])
     add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)

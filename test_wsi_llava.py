@@ -1784,18 +1784,6 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
 # ---- prepare.py: slides ----
 
 
-def test_toy_slide_is_a_real_pyramid_to_openslide(toy_slide):
-    path, image, _ = toy_slide
-    slide = prepare.Slide(path)
-    assert slide.file.properties["openslide.vendor"] == "generic-tiff" and slide.mpp == 0.5
-    assert slide.file.level_dimensions == ((1536, 1536), (768, 768), (384, 384))
-    got = slide.tile(512, 768)[..., :3].astype(int)
-    want = np.asarray(image.crop((512, 768, 768, 1024))).astype(int)
-    assert np.abs(got - want).mean() < 6  # JPEG
-    small = np.asarray(slide.thumbnail(32)).astype(int)
-    assert np.abs(small - np.asarray(image.resize((48, 48), Image.Resampling.BOX))).mean() < 3
-
-
 def test_toy_slide_shows_what_its_case_says(toy_slide):
     """Pigment is brown and lies in the planted tiles alone; necrosis is where the case says."""
     path, image, planted = toy_slide
@@ -1806,24 +1794,6 @@ def test_toy_slide_shows_what_its_case_says(toy_slide):
     beige = (np.abs(pixels - [216, 190, 178]).max(-1) < 22)[::8, ::8]
     y, x = np.argwhere(beige).mean(0)
     assert 1 <= len(planted) <= 2 and x < 88 and y < 88  # of 192: upper left
-
-
-def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
-    """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same
-    features."""
-    image, found = toy_slide[1], {}
-    for mpp in (0.5, 0.25, 0.46):
-        side = round(1536 * 0.5 / mpp)
-        scan = image.resize((side, side), Image.Resampling.BICUBIC)
-        write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
-    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
-    for mpp in (0.5, 0.25, 0.46):
-        found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
-        about = wsi_llava.feature_metadata(tmp_path / "data" / "features" / f"{mpp}.safetensors")
-        assert about["scale"] == pytest.approx(0.5 / mpp, rel=1e-3) and about["tiles"] > 20
-        assert torch.equal(found[mpp][1], found[0.5][1])
-        similar = F.cosine_similarity(found[mpp][0].float(), found[0.5][0].float())
-        assert similar.min() > 0.99, mpp
 
 
 def test_a_tile_at_a_whole_zoom_is_the_mean_of_its_pixels_to_the_bit(tmp_path):
@@ -1883,10 +1853,8 @@ def test_levels_are_of_the_places_that_they_show(monkeypatch, tmp_path, size, le
     Image.new("RGB", (600, 600)).save(tmp_path / "s.png")
     slide = prepare.Slide(tmp_path / "s.png", mpp=0.5)
     tiles = {f"openslide.level[{i}].tile-width": "256" for i in range(len(scales))}
-    slide.file, slide.get = (
-        types.SimpleNamespace(dimensions=size, level_dimensions=(size, *levels)),
-        tiles.get,
-    )
+    slide.file = types.SimpleNamespace(dimensions=size, level_dimensions=(size, *levels))
+    slide.get = tiles.get
     assert [slide.level_scale(i) for i in range(len(scales))] == scales
 
 
@@ -1915,11 +1883,7 @@ WRITTEN = [
     ({"description": "ImageJ=1.53\nunit=micron\n", "resolution": (4, 4)}, "ImageJ", 0.25),
     ({"description": APERIO + "AppMag = 20"}, "objective power", 0.5),
     ({"description": APERIO + "AppMag = 40|MPP = 0.5"}, "metadata", 0.5),
-    (
-        {"description": APERIO + "MPP = 252.1"},
-        r"no um/px from 0.05 to 20 in it \({'metadata': 252.1}\); give --mpp",
-        0,
-    ),
+    ({"description": APERIO + "MPP = 252.1"}, r"in it \({'metadata': 252.1}\); give --mpp", 0),
     ({}, r"no um/px from 0.05 to 20 in it \(none at all\); give --mpp", 0),
 ]
 
@@ -1933,12 +1897,8 @@ def test_where_the_resolution_comes_from(tmp_path, tags, source, mpp):
     if mpp:
         slide = prepare.Slide(path)
         assert (slide.source, round(slide.mpp, 6)) == (source, mpp)
-        notes = [
-            ("differ by over 1.5 times", "AppMag = 40" in str(tags)),
-            ("scenes", "SizeZ" in str(tags)),
-        ]
-        for note, told in notes:
-            assert any(note in text for text in slide.notes) == told
+        assert ("differ by over 1.5 times" in str(slide.notes)) == ("AppMag = 40" in str(tags))
+        assert ("scenes" in str(slide.notes)) == ("SizeZ" in str(tags))
     else:
         with pytest.raises(UserError, match=source):
             prepare.Slide(path)
@@ -1957,23 +1917,20 @@ def test_the_resolution_of_plain_pictures(tmp_path):
 
 
 def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
-    """--mpp is for slides that say nothing; a line of --mpp-csv, by id, file or path, wins over
-    everything."""
-    for name, dpi in (("says", 50800), ("wrong", 50800), ("silent", 0)):
-        Image.new("RGB", (300, 300), PINK).save(
-            tmp_path / f"{name}.jpg", **({"dpi": (dpi, dpi)} if dpi else {})
-        )
+    """--mpp is for slides that say nothing; a line of --mpp-csv wins over everything."""
+    for name, options in (
+        ("says", {"dpi": (50800, 50800)}),
+        ("wrong", {"dpi": (50800, 50800)}),
+        ("silent", {}),
+    ):
+        Image.new("RGB", (300, 300), PINK).save(tmp_path / f"{name}.jpg", **options)
     path = tmp_path / "mpp.csv"
     path.write_text(f"slide,mpp\n{tmp_path}/wrong.jpg,0.25\nnobody,0.5\nnobody,0.5\n")
     common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
     prepare.main([*common, "--mpp-csv", str(path)])
     printed = capsys.readouterr().out
-    for line in (
-        "mpp.csv: 2 lines, about 1 of the slides here",
-        "1 slide, um/px taken from --mpp: silent",
-        "1 slide, um/px taken from --mpp-csv: wrong",
-    ):
-        assert line in printed
+    assert "mpp.csv: 2 lines, about 1 of the slides here" in printed
+    assert "1 slide, um/px taken from --mpp-csv: wrong" in printed
     files = tmp_path / "data" / "features"
     for name, mpp in (("says", 0.5), ("wrong", 0.25), ("silent", 0.4)):
         assert wsi_llava.feature_metadata(files / f"{name}.safetensors")["mpp"] == mpp
@@ -1981,7 +1938,7 @@ def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
     assert "3 done already; 0 to prepare" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("row", ["b,250", "b,nan", "b;1", "b", ",1", "a,0.25"])
+@pytest.mark.parametrize("row", ["b,250", "b,nan", "b;1", ",1", "a,0.25"])
 def test_bad_lines_of_um_px_are_refused(tmp_path, row):
     (tmp_path / "mpp.csv").write_text(f"a,0.5\n{row}\n")
     with pytest.raises(UserError, match=f"line 2: '{row}'; --mpp-csv takes lines of slide,mpp"):
@@ -1999,17 +1956,8 @@ def touched(folder, *names):
 def test_slides_are_found_as_an_archive_holds_them(tmp_path, monkeypatch, capsys):
     """Links, odd names, DICOM folders; hidden files and Hamamatsu's parts are no slides; folders that cannot
     be read are said."""
-    touched(
-        tmp_path, "all/a/-x.svs", "all/a/b c.d.ndpi", "all/a/\xfc.SVS", "all/a/._b c.d.ndpi", "all/.old/e.svs"
-    )
-    touched(
-        tmp_path,
-        "all/case 7/1.dcm",
-        "all/case 7/2.dcm",
-        "all/v/v.vms",
-        "all/v/v(1,0).jpg",
-        "all/locked/c.svs",
-    )
+    touched(tmp_path / "all", "a/-x.svs", "a/b c.d.ndpi", "a/\xfc.SVS", "a/._b c.d.ndpi", ".old/e.svs")
+    touched(tmp_path / "all", "case 7/1.dcm", "case 7/2.dcm", "v/v.vms", "v/v(1,0).jpg", "locked/c.svs")
     (tmp_path / "all" / "loop").symlink_to(tmp_path / "all", target_is_directory=True)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "linked.svs").symlink_to(tmp_path / "all" / "a" / "-x.svs")
@@ -2111,17 +2059,12 @@ SCENES = {
     "pale kidney, red pen": [GLASS, (PALE, WEST, 4), (RED_PEN, EAST, 1)],
     "tinted glass": [TINTED, ((200, 120, 140), WEST, 12)],
     "tinted glass, pale tissue": [TINTED, ((226, 204, 186), WEST, 5)],
-    "bluish glass": [(225, 232, 240), ((210, 160, 200), WEST, 12)],
     "aniline blue, red": [GLASS, ((70, 120, 190), WEST, 14), ((190, 60, 90), EAST, 14)],
     "fast green": [GLASS, ((60, 160, 140), WEST, 14)],
-    "fast green, H&E": [GLASS, ((60, 160, 140), WEST, 14), (PINK, EAST, 12)],
-    "strong red": [GLASS, ((205, 50, 70), WEST, 6)],
     "blood, H&E": [GLASS, ((190, 40, 50), WEST, 8), (PINK, EAST, 12)],
     "DAB": [GLASS, ((200, 195, 205), WEST, 8), ((130, 80, 40), EAST, 14)],
     "red pen": [GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1)],
-    "pale teal pen": [GLASS, (PINK, WEST, 12), (TEAL, EAST, 1)],
     "blue pen": [GLASS, (PINK, WEST, 12), ((40, 70, 170), EAST, 1)],
-    "green pen": [GLASS, (PINK, WEST, 12), ((20, 120, 70), EAST, 1)],
     "black pen": [GLASS, (PINK, WEST, 12), ((25, 25, 40), EAST, 1)],
     "a teal pen alone": [GLASS, (TEAL, EAST, 1)],
     "glass alone": [GLASS],
@@ -2156,15 +2099,12 @@ def test_white_around_the_scanned_area_is_no_glass(glass, tissue):
 def test_slides_all_of_tissue_are_measured_against_white():
     for colour, share in ((PINK, 1), ((5, 5, 5), 0), ((255, 255, 255), 0)):
         assert tissue_mask(scene(colour)[0]).mean() == share
-    assert (
-        tissue_mask(scene((198, 120, 170), ((235, 190, 215), WEST, 6), ((120, 70, 140), EAST, 6))[0]).mean()
-        > 0.98
-    )
+    stroma = scene((198, 120, 170), ((235, 190, 215), WEST, 6), ((120, 70, 140), EAST, 6))[0]
+    assert tissue_mask(stroma).mean() > 0.98
 
 
 def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
-    """Silver stains and fluorescence have no colour; fragments may be too small. Ink that was left out is
-    named."""
+    """Silver stains have no colour; fragments may be too small. Ink that was left out is named."""
     grey = scene(GLASS, ((120, 120, 118), WEST, 14))[0].resize((2048, 2048))
     grey.convert("L").convert("RGB").save(tmp_path / "silver.png")
     Image.new("RGB", (600, 600), (245, 245, 245)).save(tmp_path / "glass.png")
@@ -2173,11 +2113,8 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     flags = ["--mpp", "0.5", "--max-tiles", "1", "--slides", str(tmp_path)]
     prepare.main([*flags, "--data", str(tmp_path / "data")])
     printed = capsys.readouterr().out
-    for line in (
-        "no tile reaches --min-tissue 0.1; 0.01 would give 1: crumb",
-        "ink left out, outlined in red in data/qc: pen",
-    ):
-        assert f"1 slide, {line}" in printed
+    assert "1 slide, no tile reaches --min-tissue 0.1; 0.01 would give 1: crumb" in printed
+    assert "1 slide, ink left out, outlined in red in data/qc: pen" in printed
     assert "2 slides, no tissue found (what has no colour needs --mask): glass, silver" in printed
     features, coords = wsi_llava.read_features(tmp_path / "data", "glass")
     assert features.shape == (0, 128) and coords.shape == (0, 2)
@@ -2230,13 +2167,7 @@ def test_pictures_as_masks(toy_slide, tmp_path):
     clear = Image.new("RGBA", left.size, (200, 30, 30))
     clear.putalpha(left)
     labels = Image.fromarray(np.asarray(left) // 128 * 3)
-    for mask, name in (
-        (left, "a.png"),
-        (left, "a.jpg"),
-        (labels, "b.png"),
-        (clear, "c.png"),
-        (left.convert("1"), "d.bmp"),
-    ):
+    for mask, name in ((left, "a.png"), (left, "a.jpg"), (labels, "b.png"), (clear, "c.png")):
         assert np.array_equal(masked(tmp_path, mask, name), want), name
     overlay = toy_slide[1].resize((256, 256))
     for mask, message in (
@@ -2250,8 +2181,7 @@ def test_pictures_as_masks(toy_slide, tmp_path):
 
 
 def test_geojson_as_a_mask(tmp_path):
-    """Of QuPath: holes, what it ignores, cores that are missing; points, lines and empty objects are passed
-    over."""
+    """Holes, what QuPath ignores, cores that are missing; points, lines and empty objects are passed over."""
 
     def thing(left, right, top=0, bottom=2048, kind="Polygon", **about):
         ring = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
@@ -2263,13 +2193,7 @@ def test_geojson_as_a_mask(tmp_path):
     tissue["geometry"]["coordinates"] += thing(256, 512)["geometry"]["coordinates"]  # a hole
     bare = {"type": "Feature"}, {"geometry": None, "properties": None}, tissue | {"properties": None}
     odd = thing(0, 2048, kind="LineString"), {"geometry": {"type": "Point", "coordinates": [1, 1]}}
-    things = [
-        *bare,
-        *odd,
-        thing(512, 768, **ignored),
-        thing(1024, 2048, **missing),
-        thing(0, 9, objectType="cell"),
-    ]
+    things = [*bare, *odd, thing(512, 768, **ignored), thing(1024, 2048, **missing)]
     mask = masked(tmp_path, {"type": "FeatureCollection", "features": things}, "s.geojson")
     assert mask[:, :7].all() and mask[:, 25:31].all() and not mask[:, 9:24].any() and not mask[:, 33:].any()
     with pytest.raises(UserError, match="s.geojson: .*; --mask takes pictures"):
@@ -2365,7 +2289,6 @@ def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     "flags, message",
     [
         (["--min-tissue", "0.5"], "min_tissue 0.1, not 0.5; --overwrite makes it again"),
-        (["--step", "128"], "step 256, not 128"),
         (["--seed", "3"], "seed 0, not 3"),
         (["--mpp-csv", "mpp.csv"], "mpp 0.5, not 0.4"),
         (["--max-tiles", "9"], "max_tiles 12, not 9"),
@@ -2381,22 +2304,18 @@ def test_other_parameters_stop_and_name_both_values(archive, tmp_path, monkeypat
 
 def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, capsys):
     """By path and size, and where these differ by the slide's own hash: a moved archive is known again."""
-    slides, data = archive[0], tmp_path / "data"
-    for folder in "ab":
-        (tmp_path / folder).mkdir()
-        shutil.copy(slides / "s4.tif", tmp_path / folder / "s4.tif")
-    prepare_all(tmp_path / "a", data, "--max-tiles", 2)
-    before = contents(data)
-    prepare_all(tmp_path / "b", data, "--max-tiles", 2)
-    assert "Wrote 0 tiles of 0 slides" in capsys.readouterr().out and contents(data) == before
-    shutil.copy(slides / "s0.tif", tmp_path / "b" / "s4.tif")  # siteB/case1.tif, or a rescan
+    moved, flags = tmp_path / "s4.tif", (tmp_path / "data", "--max-tiles", 2)
+    prepare_all(archive[0] / "s4.tif", *flags)
+    before = contents(tmp_path / "data")
+    shutil.copy(archive[0] / "s4.tif", moved)
+    prepare_all(moved, *flags)
+    assert "Wrote 0 tiles of 0 slides" in capsys.readouterr().out and contents(tmp_path / "data") == before
+    shutil.copy(archive[0] / "s0.tif", moved)  # siteB/case1.tif, or a rescan
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare_all(tmp_path / "b", data, "--max-tiles", 2)
-    message = prepare.read_failures(data)["s4"]
-    assert "is of another slide; --overwrite makes it again" in message
-    prepare_all(tmp_path / "b", data, "--max-tiles", 2, "--overwrite")
-    assert contents(data)["features/s4.safetensors"] != before["features/s4.safetensors"]
-    assert not prepare.read_failures(data)
+        prepare_all(moved, *flags)
+    assert "is of another slide; --overwrite makes" in prepare.read_failures(tmp_path / "data")["s4"]
+    prepare_all(moved, *flags, "--overwrite")
+    assert contents(tmp_path / "data") != before and not prepare.read_failures(tmp_path / "data")
 
 
 def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
@@ -2407,9 +2326,7 @@ def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
     (tmp_path / "qc" / "s4.jpg").unlink()
     prepare_all(slide, tmp_path, "--max-tiles", 2, "--geojson")
     assert (tmp_path / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
-    path.write_bytes(before["features/s4.safetensors"][:-9])
-    with pytest.raises(UserError, match="s4.safetensors: .*; not a file of features; delete it"):
-        prepare_all(slide, tmp_path, "--max-tiles", 2)
+    assert contents(tmp_path).items() > before.items()
 
 
 def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch):
@@ -2419,16 +2336,6 @@ def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, mon
     monkeypatch.setattr(prepare.fcntl, "lockf", refused)
     prepare_all(archive[0], tmp_path, *FEW)
     assert contents(tmp_path) == contents(archive[1])
-
-
-def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
-    other, slide = wsi_llava.untrained_tile_encoder(seed=1), archive[0] / "s4.tif"
-    save_file(other.state_dict(), tmp_path / "other.safetensors")
-    prepare_all(slide, tmp_path / "data", "--max-tiles", 2, "--tile-encoder", tmp_path / "other.safetensors")
-    before = contents(tmp_path / "data")
-    prepare_all(slide, tmp_path / "data", "--max-tiles", 2, "--overwrite")
-    assert contents(tmp_path / "data") == before
-    assert wsi_llava.read_meta(tmp_path / "data")["encoder"]["fingerprint"] == wsi_llava.fingerprint(other)
 
 
 def damage(path, tiles):
@@ -2463,8 +2370,7 @@ def test_what_cannot_be_decoded_of_a_thumbnail_stays_white(large, tmp_path):
 
 @slow
 def test_damaged_tiles_are_dropped_or_fail_their_slide(large, tmp_path, capsys):
-    """One tile of two hundred is left out and counted; three are too many. The others go on; a mended slide
-    leaves the record."""
+    """One tile of two hundred is left out and counted; three are too many. A mended slide leaves the record."""
     slides, data = tmp_path / "slides", tmp_path / "data"
     slides.mkdir()
     for name, tiles in (("one", [16 * 4 + 4]), ("three", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])):
@@ -2528,19 +2434,9 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
-def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
-    encoder = wsi_llava.untrained_tile_encoder()
-    torch.nn.init.constant_(encoder.norm.bias, math.nan)
-    save_file(encoder.state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare_all(archive[0] / "s4.tif", tmp_path, "--tile-encoder", tmp_path / "other.safetensors")
-    message = prepare.read_failures(tmp_path)["s4"]
-    assert "features are not finite; try --dtype float32" in message
-
-
 def test_a_full_disk_stops_with_what_to_do(archive, tmp_path, monkeypatch):
-    """From the first slide's features on no file may grow beyond 1 kB, as on a full disk: one line, no half
-    file, and the next run completes it. So with a picture, which a reader writes."""
+    """No file may grow beyond 1 kB: one line, no half file, and the next run completes it. So with a picture,
+    which a reader writes."""
     resource = pytest.importorskip("resource")
     slides, whole = archive
     limit, encode = resource.getrlimit(resource.RLIMIT_FSIZE), prepare.encode
@@ -2580,33 +2476,10 @@ def test_pictures_and_geojson_of_a_slide(tmp_path):
     assert len(found) == 100
 
 
-def test_the_page_of_all_slides_is_safe_to_open(archive, tmp_path):
-    data = shutil.copytree(archive[1], tmp_path / "data")
-    prepare.note_failure(data, "l<o>st", "no & nothing")
-    prepare.write_index(data)
-    page = (data / "qc" / "index.html").read_text(encoding="utf-8")
-    cards = re.findall(r'<p><a href="(.*?)">.*?<b>(.*?)</b> (.*)', page)
-    assert cards[0] == ("l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED: no &amp; nothing")
-    assert cards[1:] == [(f"s{i}.jpg", f"s{i}", "") for i in range(5)]
-
-
-@slow
-@pytest.mark.skipif(not (SHARED / "slides").exists(), reason="needs the slides in ../shared/slides")
-def test_real_slide_beside_a_broken_one(tmp_path):
-    done = script("prepare.py", "--slides", SHARED / "slides", "--data", tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    lines = done.stderr.replace("\r", "\n").splitlines()
-    failed = [line for line in lines if line.startswith("failed:")]
-    assert failed == [line for line in lines if "broken.svs" in line] and len(failed) == 1
-    features, coords = wsi_llava.read_features(tmp_path, "cmu-1-small-region")
-    assert features.shape == (len(coords), 128) and 45 < len(coords) < 80 and features.isfinite().all()
-    assert coords.max() < 2967 and (tmp_path / "qc" / "cmu-1-small-region.jpg").stat().st_size > 20000
-
-
 # ---- prepare.py: features that were made elsewhere ----
 
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
-IN_ORDER = CELLS[np.lexsort(CELLS.T)]
+
 TRIDENT = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20, "overlap": 0}
 
 
@@ -2634,52 +2507,48 @@ def imported(folder, tensors, *flags, name="s.pt", **attributes):
 
 
 @pytest.mark.parametrize(
-    "name, names, attributes, flags",
+    "name, field, about, flags, coords",
     [
-        ("giga.pt", ("tile_embeds", "coords"), {}, ["--mpp", "0.25"]),
-        ("clam.h5", ("features", "coords"), {}, ["--mpp", "0.25"]),
-        ("trident.h5", ("features", "coords"), TRIDENT, []),
-        ("stamp.h5", ("feats", "coords"), {"of_file": {"unit": "um", "tile_size_um": 128.0}}, []),
-        *(
-            (f"{dtype[1:]}.h5", ("features", dtype), TRIDENT, [])
-            for dtype in ("<u2", "<u4", "<u8", ">i4", ">f8")
-        ),
+        ("giga.pt", "tile_embeds", {}, ["--mpp", "0.25"], CELLS * 512),
+        ("padded.pt", "tile_embeds", {}, ["--mpp", "0.25"], CELLS * 512 - [200, 40]),  # to whole tiles
+        ("clam.h5", "features", {}, ["--mpp", "0.25"], CELLS * 512),
+        ("trident.h5", "features", TRIDENT, [], (CELLS * 512).astype(">i4")),
+        ("stamp.h5", "feats", {"of_file": {"unit": "um", "tile_size_um": 128.0}}, [], CELLS * 128.0),
     ],
 )
-def test_features_of_others_are_imported(tmp_path, name, names, attributes, flags):
+def test_features_of_others_are_imported(tmp_path, name, field, about, flags, coords):
     """Coordinates of any kind of number become pixels at the target, in raster order."""
     features = np.random.default_rng(0).standard_normal((6, 32)).astype(np.float32)
-    coords = CELLS * (128.0 if name == "stamp.h5" else 512)
-    if names[1] != "coords":
-        features, coords = features.astype(">f4"), coords.astype(names[1])
-    both = {names[0]: features[None] if name == "clam.h5" else features, "coords": coords}
-    both = {key: torch.from_numpy(x).float() for key, x in both.items()} if name == "giga.pt" else both
-    data, got = imported(tmp_path, both, *flags, name=name, **attributes)
-    want = torch.from_numpy(features.astype(np.float32)[np.lexsort(CELLS.T)]).half()
-    assert torch.equal(got["features"], want)
-    assert got["coords"].tolist() == (IN_ORDER * 256).tolist() and got["coords"].dtype == torch.int32
+    both = {field: features[None] if name == "clam.h5" else features, "coords": coords}
+    if name.endswith(".pt"):
+        both = {key: torch.from_numpy(x).float() for key, x in both.items()}
+    data, got = imported(tmp_path, both, *flags, name=name, **about)
+    order = np.lexsort(CELLS.T)
+    assert torch.equal(got["features"], torch.from_numpy(features[order]).half())
+    assert got["coords"].tolist() == (CELLS[order] * 256).tolist() and got["coords"].dtype == torch.int32
     encoder = wsi_llava.read_meta(data)["encoder"]
     assert encoder["width"] == 32 and encoder["source"].startswith("imported: ")
 
 
+def test_visual_tokens_of_the_authors(tmp_path):
+    tokens = torch.randn(576, 1024)
+    data, got = imported(tmp_path, tokens)
+    assert torch.equal(got["visual_tokens"], tokens.half())
+    encoder = wsi_llava.read_meta(data)["encoder"]
+    assert encoder["source"] == wsi_llava.IMPORTED_TOKENS and encoder["n_visual_tokens"] == 576
+
+
 GOOD_FOREIGN = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [512, 0]])}
 REFUSED = [
-    ({"x": torch.zeros(1)}, r"holds \['x'\], neither of tile_embeds"),
-    ([torch.zeros(2, 8)], "neither of tile_embeds, feats, features"),
+    ({"x": torch.zeros(1)}, r"holds \['x'\], neither of tile_embeds, feats, features"),
     (None, "read are .pt and .h5"),
-    (GOOD_FOREIGN | {"tile_embeds": [1, 2]}, "read are .pt and .h5"),
-    (GOOD_FOREIGN | {"coords": "0 0"}, "read are .pt and .h5"),
     (torch.zeros(7, 8), r"features \[7, 8\] without coords: not visual tokens \[576,C\]"),
-    (torch.zeros(8), r"features \[8\] without coords"),
     (GOOD_FOREIGN | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\], and 3 coords"),
     (GOOD_FOREIGN | {"tile_embeds": torch.full((2, 8), 1e6)}, "features not finite in half precision"),
     (GOOD_FOREIGN | {"coords": torch.full((2, 2), torch.nan)}, "not finite"),
     (GOOD_FOREIGN | {"coords": torch.tensor([[-512, 0], [-1024, 0]])}, "more than a tile outside"),
     (GOOD_FOREIGN | {"coords": torch.tensor([[0, 0], [512, 512_000]])}, "outside the grid"),
-    (
-        GOOD_FOREIGN | {"coords": torch.tensor([[0, 0], [1024, 0]])},
-        "tiles 512 px apart at 0.5 um/px; mend --mpp or --step",
-    ),
+    (GOOD_FOREIGN | {"coords": torch.tensor([[0, 0], [1024, 0]])}, "512 px apart .* mend --mpp or --step"),
 ]
 
 
@@ -2691,27 +2560,8 @@ def test_imports_are_validated(tmp_path, tensors, message):
     assert re.search(message, prepare.read_failures(tmp_path)["x"])
 
 
-def test_imported_features_are_of_one_encoder(tmp_path):
-    torch.save(GOOD_FOREIGN, tmp_path / "s.pt")
-    torch.save(GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 9)}, tmp_path / "wide.pt")
-    flags = ["--data", str(tmp_path / "data"), "--mpp", "0.25", "--features"]
-    prepare.main([*flags, str(tmp_path / "s.pt")])
-    with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main([*flags, str(tmp_path / "wide.pt")])
-    message = prepare.read_failures(tmp_path / "data")["wide"]
-    assert "is of another tile encoder (imported: GigaPath) or um/px (0.5); name" in message
-
-
-def test_coordinates_in_the_padding_of_gigapath_move_as_one(tmp_path):
-    """GigaPath pads a slide on all sides to whole tiles, so that its first tile lies outside."""
-    coords = torch.tensor([[-200, -40], [312, -40], [312, 472]])
-    tensors = {"tile_embeds": torch.zeros(1, 3, 8), "coords": coords[None].float()}
-    _, got = imported(tmp_path, tensors, "--mpp", "0.25")
-    assert got["coords"].tolist() == [[0, 0], [256, 0], [256, 256]]
-
-
 def test_the_step_is_what_the_file_says(tmp_path):
-    """A sparse bag of TRIDENT, its tiles rarely neighbours; overlapping tiles; tiles of another size."""
+    """Sparse tiles, rarely neighbours; overlapping ones; those of another size."""
     sparse = {"features": np.zeros((3, 8)), "coords": np.array([[0, 0], [1024, 0], [2048, 0]])}
     wide = TRIDENT | {"patch_size": 512, "patch_size_level0": 1024}
     for name, flags, about in (
@@ -2726,7 +2576,7 @@ def test_the_step_is_what_the_file_says(tmp_path):
 
 
 def test_a_slide_without_tiles_is_one_without_tissue(tmp_path):
-    """As TRIDENT writes it; the first one of a folder has to say how wide it is."""
+    """As TRIDENT writes it; the first one has to say how wide it is."""
     for i, features in enumerate((np.zeros((0, 8), np.float32), np.zeros(0, np.float32))):
         empty = {"features": features, "coords": np.zeros((0, 2), int)}
         write_foreign(tmp_path / "in" / f"{i}.h5", empty, **TRIDENT)
@@ -2736,41 +2586,19 @@ def test_a_slide_without_tiles_is_one_without_tissue(tmp_path):
         assert features.shape == (0, 8) and coords.shape == (0, 2)
 
 
-def test_visual_tokens_of_the_authors(tmp_path):
-    tokens = torch.randn(576, 1024)
-    data, got = imported(tmp_path, tokens)
-    assert torch.equal(got["visual_tokens"], tokens.half())
-    encoder = wsi_llava.read_meta(data)["encoder"]
-    assert encoder["source"] == wsi_llava.IMPORTED_TOKENS
-    assert [encoder["n_visual_tokens"], encoder["width"]] == [576, 1024]
-
-
-def test_a_folder_is_named_that_holds_the_files(tmp_path, monkeypatch):
-    write_foreign(tmp_path / "features_uni" / "a.pt", GOOD_FOREIGN)
-    write_foreign(tmp_path / "features_conch" / "a.pt", GOOD_FOREIGN)
+def test_a_folder_of_features_is_of_one_encoder(tmp_path):
+    write_foreign(tmp_path / "uni" / "a.pt", GOOD_FOREIGN)
+    write_foreign(tmp_path / "conch" / "a.pt", GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 9)})
     flags = ["--mpp", "0.25", "--data", str(tmp_path / "data"), "--features"]
-    prepare.main([*flags, str(tmp_path / "features_uni")])
-    assert len(wsi_llava.read_features(tmp_path / "data", "a")[0]) == 2
+    prepare.main([*flags, str(tmp_path / "uni")])
     with pytest.raises(UserError, match="no .pt or .h5 file there; name the folder that holds them"):
         prepare.main([*flags, str(tmp_path)])
     with pytest.raises(UserError, match="uni/a.pt and .*conch/a.pt have the same name; name one folder"):
-        prepare.main([*flags, str(tmp_path / "features_uni"), str(tmp_path / "features_conch")])
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(UserError, match="a.h5: .*h5py"):
-        prepare.read_foreign(tmp_path / "a.h5")
-
-
-def test_one_bad_file_of_features_fails_alone(tmp_path):
-    for name, tensors in (("a", GOOD_FOREIGN), ("b", [1]), ("c", GOOD_FOREIGN)):
-        torch.save(tensors, tmp_path / f"{name}.pt")
-    flags = ["--features", str(tmp_path), "--mpp", "0.25", "--data", str(tmp_path / "data")]
-    with pytest.raises(UserError, match="--dry-run is for --slides alone"):
-        prepare.main([*flags, "--dry-run"])
-    assert not (tmp_path / "data").exists()
+        prepare.main([*flags, str(tmp_path / "uni"), str(tmp_path / "conch")])
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main([*flags, "--shard", "2/2"])
-    prepare.main([*flags, "--shard", "1/2"])
-    assert [path.stem for path in sorted((tmp_path / "data" / "features").iterdir())] == ["a", "c"]
+        prepare.main([*flags, str(tmp_path / "conch")])
+    message = prepare.read_failures(tmp_path / "data")["a"]
+    assert "is of another tile encoder (imported: GigaPath) or um/px (0.5); name" in message
 
 
 # ---- prepare.py: questions, the toy cohort ----
@@ -2803,30 +2631,17 @@ MALFORMED = [
     ("", "empty"),
     (GOOD + "{oops\n", "line 2: Expecting .*; not JSON"),
     ('[\n{"id": 1},\n]', "line 3 .*; read are"),
-    (
-        GOOD + '{"question_id": 1, "image": "x.pt"}\n',
-        r"line 2: its fields \(question_id, image\) are of no kind",
-    ),
     ('{"messages": [{"role": "user"}]}', r"line 1: its fields \(messages\) .* read are .*conversations"),
     (GOOD + "7", "line 2: 'int' object"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": null}', "line 2: its t-answer is no text: null"),
-    (GOOD + '{"image": "x.pt", "question": "q", "T-answer": ["a"]}', "line 2: its t-answer is no text"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": "\\ud800"}', "line 2: .*surrogates not allowed"),
     ("slide,report\na.svs\n", "line 2: not as many columns"),
     ('slide,report\na.svs,"open\n', "unexpected end of data; read are"),
     (b"slide,report\na,Pr\xe4parat\n", "can't decode byte"),
-    (
-        "file,text\na,b\n",
-        r"line 2: its fields \(file, text\) are of no kind .* read are .* SlideBench's CSV \(",
-    ),
     ("Id,Question,Answer,split\n1,q,a,dev\n", "line 2: its split is 'dev', not train, val or test"),
     ('{"train": [], "info": 7}', "of no kind"),
-    (
-        '[{"id": 1, "image": "x", "conversations": [{"from": "gpt", "value": "a"}]}]',
-        "item 1: its conversations",
-    ),
+    ('[{"id": 1, "image": "x", "conversations": [{"from": "gpt", "value": "a"}]}]', "item 1: its conv"),
     ("[]", "holds no questions"),
-    ("slide,question,answer\nx,Which?,B\n", "line 2: its answer is 'B', and it has no such option"),
     ("slide,question,answer,A,B\nx,Which?,C,a,b\n", "line 2: its answer is 'C', and it has no such option"),
     ("slide,question,answer,options\nx,Which?,B,a;b\n", "line 2: its options are neither a list"),
 ]
@@ -2893,58 +2708,24 @@ def test_question_files_of_the_field(tmp_path):
 def test_texts_ids_and_names_as_people_have_them(tmp_path, capsys):
     row = {"question_id": 7, "image": "C:\\slides\\c.OME.TIFF.h5", "question": "a\u2028b\u0085c"}
     row |= {"metadata": {"stain": "H&E"}, "task": ["a"]}  # passed over
-    answers = ["yes", 5.5, "", math.nan, "nan", None, "x"]
-    lines = [json.dumps(row | {"T-answer": answer}, ensure_ascii=False) for answer in answers[:5]]
+    answers = ["yes", 5.5, "", math.nan, "nan"]
+    lines = [json.dumps(row | {"T-answer": answer}, ensure_ascii=False) for answer in answers]
     lines.append(json.dumps(row | {"T-answer": "x", "image": ["a", "b"]}))
     first, second = read_texts(tmp_path, "q.jsonl", "\ufeff" + "\r\n".join(lines))
     assert (first["id"], first["slide"], first["task"]) == ("7", "c.OME", "q")
-    assert (
-        first["conversations"] == ["<image>\na\u2028b\u0085c", "yes"] and second["conversations"][1] == "5.5"
-    )
-    printed = capsys.readouterr().err
+    assert first["conversations"] == ["<image>\na\u2028b\u0085c", "yes"]
+    assert second["conversations"][1] == "5.5"
     left_out = "left out 4 rows about several slides or with an empty text: line 3, line 4, line 5, ..."
-    assert left_out in printed
-    prepare.write_qa(tmp_path / "own.jsonl", prepare.read_qa(tmp_path / "q.jsonl"))
-    assert prepare.read_qa(tmp_path / "own.jsonl") == prepare.read_qa(tmp_path / "q.jsonl")
+    assert left_out in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name, found",
-    [
-        ("tcga-a1-a0sf-01z-00-dx1", "TCGA-A1-A0SF-01Z-00-DX1.63940315"),
-        ("TCGA-A1-A0SF", "TCGA-A1-A0SF-01Z-00-DX1.63940315"),
-        ("117", "117"),
-        ("11", "11"),
-        ("9", "9-a"),
-    ],
-)
-def test_questions_find_their_slides_by_the_beginning_of_a_name(name, found, capsys):
-    have = {
-        "TCGA-A1-A0SF-01Z-00-DX1.63940315",
-        "TCGA-a1-A0SF-01Z-00-DX2.a",
-        "TCGA-A1-A0SFX-1",
-        "117",
-        "1170",
-        "9-a",
-    }
-    (row,) = prepare.match_slides([{"id": "1", "slide": name, "conversations": TALK}], have)
-    assert row == {"id": "1", "slide": found, "conversations": TALK}
-    several = "TCGA-A1-A0SF is the beginning of 2 slides' names: took TCGA-A1-A0SF-01Z-00-DX1.63940315"
-    assert (several in capsys.readouterr().out) == (name == "TCGA-A1-A0SF")
-
-
-@pytest.mark.parametrize(
-    "name, split",
-    [("Grading_test.json", "test"), ("my-TRAIN.csv", "train"), ("vqa.Validation.v2.json", "val")]
-    + [("test2.json", "test"), ("latest.json", None), ("train_test.json", None)],
-)
-def test_a_split_is_told_by_a_name_that_tells_it(tmp_path, name, split):
-    (tmp_path / name).write_text('[{"slide": "s", "question": "Why?", "answer": "So."}]')
-    try:
-        prepare.main(["--qa", str(tmp_path / name), "--data", str(tmp_path / "data")])
-    except UserError as error:
-        assert "its name does not tell the split; give --split" in str(error)
-    assert [path.stem for path in tmp_path.glob("data/qa/*.jsonl")] == ([split] if split else [])
+def test_questions_find_their_slides_by_the_beginning_of_a_name(capsys):
+    have = {"TCGA-A1-A0SF-01Z-00-DX1.6", "TCGA-a1-A0SF-01Z-00-DX2.a", "TCGA-A1-A0SFX-1", "117", "1170", "9-a"}
+    asked = ["tcga-a1-a0sf-01z-00-dx1", "TCGA-A1-A0SF", "117", "11", "9"]
+    found = [row["slide"] for row in prepare.match_slides([{"slide": name} for name in asked], have)]
+    assert found == ["TCGA-A1-A0SF-01Z-00-DX1.6", "TCGA-A1-A0SF-01Z-00-DX1.6", "117", "11", "9-a"]
+    several = "TCGA-A1-A0SF is the beginning of 2 slides' names: took TCGA-A1-A0SF-01Z-00-DX1.6"
+    assert several in capsys.readouterr().out
 
 
 def write_reports(path, **reports):
@@ -2952,31 +2733,31 @@ def write_reports(path, **reports):
 
 
 def test_question_files_are_their_split(tmp_path, capsys):
-    """Those that one command names, whatever was there; other splits stay."""
+    """Those that one command names, by their names, by --split, or by their rows; other splits stay."""
     write_reports(tmp_path / "a.csv", s1="One.", s2="Two.")
-    write_reports(tmp_path / "b.csv", s2="Two.", s3="Three.")
-    (tmp_path / "bad_test.csv").write_text("nothing")
+    write_reports(tmp_path / "my-TEST.v2.csv", s2="Two.", s3="Three.")
+    (tmp_path / "train_test.csv").write_text("nothing")
     (tmp_path / "visual_tokens").mkdir()
     (tmp_path / "visual_tokens" / "s1.safetensors").touch()
-    flags = ["--data", str(tmp_path), "--split", "test", "--qa"]
+    reports = {"train": [{"id": "s7", "report": "x"}], "validation": [{"id": "s8", "report": "x"}]}
+    (tmp_path / "latest.json").write_text(json.dumps(reports))
 
-    def held(split):
-        return [row["slide"] for row in prepare.read_qa(tmp_path / "qa" / f"{split}.jsonl")]
+    def put(*flags):
+        prepare.main(
+            ["--data", str(tmp_path), "--qa", *(str(tmp_path / flag) for flag in flags[:1]), *flags[1:]]
+        )
+        files = [tmp_path / "qa" / f"{split}.jsonl" for split in ("train", "val", "test")]
+        return [[row["slide"] for row in prepare.read_qa(file)] if file.exists() else [] for file in files]
 
     with pytest.raises(UserError, match="a.csv: its name does not tell the split; give --split"):
-        prepare.main(["--qa", str(tmp_path / "a.csv"), "--data", str(tmp_path)])
-    prepare.main([*flags, str(tmp_path / "a.csv")])
-    wrote = "Wrote 2 questions about 2 slides to test.jsonl; 1 have no features."
-    assert wrote in capsys.readouterr().out
-    prepare.main([*flags, str(tmp_path / "b.csv")])
-    assert held("test") == ["s2", "s3"]
-    with pytest.raises(UserError, match="bad_test.csv: holds no questions"):  # before anything is written
-        prepare.main([*flags, str(tmp_path / "a.csv"), str(tmp_path / "bad_test.csv")])
-    assert held("test") == ["s2", "s3"]
-    reports = {"train": [{"id": "s7", "report": "x"}], "val": [{"id": "s8", "report": "x"}], "test": []}
-    (tmp_path / "histgen.json").write_text(json.dumps(reports))
-    prepare.main(["--data", str(tmp_path), "--qa", str(tmp_path / "histgen.json")])
-    assert held("train") == ["s7"] and held("val") == ["s8"]
+        put("a.csv")
+    assert put("a.csv", "--split", "test") == [[], [], ["s1", "s2"]]
+    assert "Wrote 2 questions about 2 slides to test.jsonl; 1 have no features." in capsys.readouterr().out
+    assert put("my-TEST.v2.csv") == [[], [], ["s2", "s3"]]
+    assert put("latest.json") == [["s7"], ["s8"], ["s2", "s3"]]
+    with pytest.raises(UserError, match="train_test.csv: holds no questions"):  # before anything is written
+        put("train_test.csv")
+    assert put("latest.json") == [["s7"], ["s8"], ["s2", "s3"]]
 
 
 def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_path, capsys):
@@ -2999,18 +2780,12 @@ def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_pat
 
 @pytest.mark.skipif(not (SHARED / "field").exists(), reason="needs the question files in ../shared/field")
 def test_real_files_of_the_field_are_read():
-    counts = {
-        path.name: len(prepare.read_qa(path))
-        for path in (SHARED / "field").iterdir()
-        if path.suffix in (".json", ".csv")
-    }
-    assert counts == {
-        "wsi_vqa_sample.json": 60,
-        "slideinstruct_example.json": 3,
-        "slidebench_sample.csv": 2,
-        "slidebench_bcnb_sample.csv": 2,
-        "histgen_sample.json": 2,
-    }
+    files = [path for path in (SHARED / "field").iterdir() if path.suffix in (".json", ".csv")]
+    files.append(SHARED / "wsi_bench" / "test_sample.jsonl")
+    counts = {path.name: len(prepare.read_qa(path)) for path in files}
+    assert counts == {"wsi_vqa_sample.json": 60, "slideinstruct_example.json": 3, "histgen_sample.json": 2} | {
+        "slidebench_sample.csv": 2, "slidebench_bcnb_sample.csv": 2, "test_sample.jsonl": 237,
+    }  # fmt: skip
     rows = prepare.read_qa(SHARED / "field" / "wsi_vqa_sample.json")
     closed = [row["conversations"] for row in rows if "\nA) " in row["conversations"][0]["value"]]
     assert len(closed) == 32
@@ -3018,25 +2793,12 @@ def test_real_files_of_the_field_are_read():
         assert sample.closed_parser(asked["value"], told["value"])(told["value"]) == told["value"][0]
 
 
-@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the questions in ../shared/wsi_bench")
-def test_real_questions_are_read():
-    files = sorted((SHARED / "wsi_bench").glob("*.json*"))
-    rows = {file.name: prepare.read_qa(file) for file in files}
-    assert len(rows["1_Report_test.json"]) == 208 and {row["task"] for row in rows["1_Report_test.json"]} == {
-        "Report"
-    }
-    assert len(rows["test_sample.jsonl"]) == 237
-    for row in (row for part in rows.values() for row in part):
-        assert row["slide"].startswith("TCGA-") and row["cancer"].startswith("TCGA-")
-
-
 def test_demo_cohort_is_balanced_and_disjoint():
     cases = prepare.invent_cases(60, 24, seed=0)
     assert len({case["slide"] for case in cases}) == len({case["seed"] for case in cases}) == 84
     test = [case for case in cases if case["split"] == "test"]
-    for key, values in (("type", 4), ("grade", 3), ("position", 4), ("focus", 2)):
-        counts = [sum(case[key] == value for case in test) for value in {case[key] for case in test}]
-        assert counts == [24 // values] * values
+    for key, n in (("type", 6), ("grade", 8), ("position", 6), ("focus", 12)):
+        assert set(collections.Counter(case[key] for case in test).values()) == {n}
     rows = prepare.write_questions(test[0], np.random.default_rng(0))
     assert [row["task"] for row in rows] == [*prepare.ASKED, "dialogue"]
     answers = {row["task"]: row["conversations"][1]["value"] for row in rows}
