@@ -185,7 +185,8 @@ class Slide:
         side = self.average * TILE if self.average else math.ceil((TILE + 2 * margin) * self.zoom)
         pixels = self.region(self.level, left, top, side, side)
         if self.average:
-            return np.asarray(Image.fromarray(pixels).reduce(self.average))
+            image = Image.fromarray(pixels).convert("RGB").reduce(self.average)  # twice as fast as RGBA
+            return np.asarray(image.convert("RGBA"))
         pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # [1,4,side,side]
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
@@ -438,8 +439,8 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
         picture.save(temporary, "JPEG", quality=90)
 
 
-PAGE = '<!DOCTYPE html><meta charset="utf-8"><style>img { width: 240px }</style>\n'
-CARD = '<p><a href="{href}"><img loading="lazy" src="{href}" alt=""></a> <b>{}</b> {}\n'
+PAGE = '<!DOCTYPE html><meta charset="utf-8">\n'
+CARD = '<p><a href="{href}"><img loading="lazy" src="{href}" width="240"></a> <b>{}</b> {}\n'
 
 
 def write_index(data):
@@ -487,7 +488,7 @@ def write_meta(data, preset, encoder):
     """Makes the folder and its meta.json, or checks that it is of this encoder."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": TARGET_MPP}
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "mpp": TARGET_MPP}
     if not (data / "meta.json").exists():
         write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
     old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
@@ -563,10 +564,9 @@ def is_done(args, job, digest=None):
         return False
     made = wsi_llava.feature_metadata(path)
     mpp = given or (made.get("mpp_source") == "--mpp" and fallback) or made.get("mpp")
-    made_by, params = made["params"] | {"mpp": made.get("mpp")}, job["params"] | {"mpp": mpp}
-    for k in params | made_by:
-        other = f"{path} was made with {k} {made_by.get(k)}, not {params.get(k)}"
-        check(made_by.get(k) == params.get(k), f"{other}; --overwrite makes it again")
+    for k, now in (job["params"] | {"mpp": mpp}).items():
+        then = made["params"].get(k, made.get(k))
+        check(then == now, f"{path} was made with {k} {then}, not {now}; --overwrite makes it again")
     if digest:
         check(made["file"][2] == digest, f"{path} is of another slide; --overwrite makes it again")
         return True
