@@ -62,7 +62,7 @@ MICRONS = {"inch": 25400, "centimeter": 10000, "cm": 10000, "mm": 1000, "micron"
 Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
 
 
-# ---- A slide at the target resolution ----------------------------------------------------------------------
+# ---- A slide at the target resolution ----
 
 
 def number(text):
@@ -73,7 +73,7 @@ def number(text):
 
 
 def microns(unit):
-    """um in a unit of length, or 0. The sign for micro is written in several ways."""
+    """um in a unit of length, or 0: the sign for micro has several ways."""
     return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
 
 
@@ -119,7 +119,7 @@ class Slide:
             return self.get("openslide.quickhash-1") or hashlib.file_digest(file, "sha256").hexdigest()
 
     def own_mpp(self, path, fallback):
-        """What the file says, or the fallback -> (um/px, where they are from)."""
+        """-> (um/px of the file, or the fallback, where they are from)."""
         text, unit = self.get("tiff.ImageDescription", ""), self.get("tiff.ResolutionUnit", "")
         dots, power = self.get("tiff.XResolution"), number(self.get("openslide.objective-power"))
         if isinstance(self.file, openslide.ImageSlide):  # a plain picture, which Pillow reads
@@ -169,7 +169,7 @@ class Slide:
         return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
+        """Pixels of a level, from its (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
         own = self.downsamples[level]  # OpenSlide takes level-0 corners, by its own number
         region = self.file.read_region((round(x * own), round(y * own)), level, (width, height))
         pixels = np.asarray(region)
@@ -184,9 +184,10 @@ class Slide:
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
         side = self.average * TILE if self.average else math.ceil((TILE + 2 * margin) * self.zoom)
         pixels = self.region(self.level, left, top, side, side)
-        if self.average:
-            image = Image.fromarray(pixels).convert("RGB").reduce(self.average)  # twice as fast as RGBA
-            return np.asarray(image.convert("RGBA"))
+        if self.average == 1:
+            return pixels
+        if self.average:  # RGB takes half the time of RGBA
+            return np.asarray(Image.fromarray(pixels).convert("RGB").reduce(self.average).convert("RGBA"))
         pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # [1,4,side,side]
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
@@ -213,7 +214,7 @@ class Slide:
         return picture
 
 
-# ---- Finding slides, and what they are called --------------------------------------------------------------
+# ---- Finding slides, and what they are called ----
 
 FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
@@ -299,11 +300,10 @@ def read_mpp_csv(path, slides):
     return given
 
 
-# ---- Tissue and tiles --------------------------------------------------------------------------------------
+# ---- Tissue and tiles ----
 #
 # Stain is measured against the slide's own glass, as optical density: tissue takes more of one colour than of
-# another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has, and is smooth
-# (where it is most of what is stained, smoother than any tissue).
+# another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has, and is smooth.
 
 WHITE = np.array((244.0, 244, 244))
 
@@ -453,7 +453,7 @@ def write_index(data):
     write_text(data / "qc" / "index.html", page)
 
 
-# ---- A folder of features, which several runs may work on --------------------------------------------------
+# ---- A folder of features, which several runs may work on ----
 
 
 def claim(claims, name):
@@ -476,7 +476,7 @@ def read_failures(data):
 
 
 def note_failure(data, name, message=None):
-    """Puts a slide on the record of failures, or takes it off."""
+    """Puts a slide on record, or takes it off."""
     file = data / "failures" / f"{name}.txt"
     file.unlink(missing_ok=True)
     if message:
@@ -513,7 +513,7 @@ def open_encoder(args):
     return encoder.to(args.device, args.dtype), info["fingerprint"]
 
 
-# ---- From slides to features -------------------------------------------------------------------------------
+# ---- From slides to features ----
 #
 # A damaged file may take the process that opens it with it, so others do: the surveyor sees what there is of
 # a slide while the one before is encoded; readers read this one's tiles, a batch each, into shared memory.
@@ -582,7 +582,7 @@ def survey(args, job):
         facts = {"params": job["params"], "file": [*job["file"], slide.hash()], "scale": slide.scale}
         facts |= {"mpp": slide.mpp, "mpp_source": slide.source}
         done = is_done(args, job, facts["file"][2])
-        # One picture, for the mask and to look at: it may take minutes.
+        # For the mask and to look at: it may take minutes.
         picture = slide.thumbnail(MASK / max(1, round(MASK * PICTURE / max(slide.width, slide.height))))
         size = [max(1, round(side / MASK)) for side in (slide.width, slide.height)]
         mask, ink = find_tissue(picture.resize(size, Image.BOX))
@@ -651,8 +651,8 @@ def prepare_slide(args, encoder, readers, memory, job, plan, bar):
         problem = error or problem
         bar.set_postfix_str(f"{job['name'][:24]}, {read.sum()} of {len(coords)} tiles")
     lost, features = int(sum(~read)), features.cpu()[read]
-    enough = lost <= DROPPED * len(coords)
-    check(enough, f"{path}: {lost} of its {len(coords)} tiles cannot be decoded ({problem})")
+    many = f"{path}: {lost} of its {len(coords)} tiles cannot be decoded ({problem})"
+    check(lost <= DROPPED * len(coords), many)
     if lost:
         plan["notes"].append("under 1% of its tiles, not to be decoded, left out")
     check(features.isfinite().all(), f"{path}: its features are not finite; try --dtype float32")
@@ -717,7 +717,7 @@ def prepare_slides(args, slides):
     return failures
 
 
-# ---- Features that were made elsewhere ---------------------------------------------------------------------
+# ---- Features that were made elsewhere ----
 
 MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
 
@@ -829,7 +829,7 @@ def import_features(args):
     return failures
 
 
-# ---- Questions ---------------------------------------------------------------------------------------------
+# ---- Questions ----
 
 # A kind's name; its fields, in lower case, for the slide, the question (None: a report) and the answer
 # ("conversations" are both). A row is of the first kind whose fields it has.
@@ -1028,7 +1028,7 @@ def import_qa(args):
         print(f"Wrote {wrote} to {split}.jsonl; {len(slides - have):,} have no features.")
 
 
-# ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
+# ---- The toy cohort: slides whose reports and questions are true of what is drawn ----
 
 SIDE = 1536  # pixels of a toy slide, at 0.5 um/px: 6 x 6 tiles
 # each type's colour; how many bumps its texture has across a slide
@@ -1038,8 +1038,7 @@ TYPES = {
     "small cell carcinoma": ((122, 78, 150), 192),
     "mucinous carcinoma": ((186, 190, 226), 24),
 }
-# the tumour's share of the tissue
-GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}
+GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}  # of the tissue
 SHARES = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 
@@ -1089,7 +1088,7 @@ def draw_case(case, folder):
 
 
 def invent_cases(train, test, seed):
-    """What slides show: each value as often as the others, and no finding tells of another."""
+    """What slides show: each value equally often; no finding tells of another."""
     rng, cases = np.random.default_rng(seed), []
     values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS, "focus": ("present", "absent")}
     for split, n in (("train", train), ("test", test)):
@@ -1175,7 +1174,7 @@ def prepare_demo(args):
     return failures
 
 
-# ---- Flags and main --------------------------------------------------------------------------------------
+# ---- Flags and main ----
 
 
 def share(text):

@@ -67,7 +67,7 @@ slow = pytest.mark.slow  # over two seconds, or asks for the demo: pytest -m "no
 gpu = pytest.mark.gpu  # also on a GPU, with compiled kernels: TRITON_INTERPRET=0 pytest -m gpu
 
 
-# ---- What several sections use ---------------------------------------------------------------------------
+# ---- What several sections use ----
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +231,7 @@ def demo(tmp_path_factory):
     return folder, done.stdout
 
 
-# ---- wsi_llava.py: parity with upstream ------------------------------------------------------------------
+# ---- wsi_llava.py: parity with upstream ----
 
 # assets/upstream.safetensors holds outputs of upstream's own code (timm, Prov-GigaPath's LongNet) and the
 # names and shapes of its checkpoints, which `fill` fills. Of tokens it has every 13th channel: each sums over
@@ -344,7 +344,7 @@ def test_language_models_equal_transformers(tmp_path, name):
         assert 0 < relative(wsi_llava.quantize_int8(ours)(ids), adapted) < 0.05
 
 
-# ---- wsi_llava.py: dilated attention against its definition ----------------------------------------------
+# ---- wsi_llava.py: dilated attention against its definition ----
 
 
 def dense_dilated_attention(q, k, v, segments, dilations, pad_keys):
@@ -424,7 +424,7 @@ def test_dilated_attention_equals_its_definition(shape, impl, dtype, tolerance, 
         assert error < tolerance, name
 
 
-# ---- wsi_llava.py: the Triton kernels, and compiled for GPUs that are not here ---------------------------
+# ---- wsi_llava.py: the Triton kernels, and compiled for GPUs that are not here ----
 
 
 @gpu
@@ -556,7 +556,7 @@ def test_the_kernels_compile_for_real_gpus_without_spills():
         assert (row["mma"] > 0) == (row["dtype"] == "bf16"), row  # tensor cores wherever the dtype allows
 
 
-# ---- wsi_llava.py: slide encoder -------------------------------------------------------------------------
+# ---- wsi_llava.py: slide encoder ----
 
 
 def test_pooling_repeats_few_tiles_and_averages_many():
@@ -632,7 +632,7 @@ def test_short_slides_attend_as_the_branches_say(branches, pad_keys, monkeypatch
         torch.testing.assert_close(dense, branch_by_branch, rtol=1e-5, atol=2e-5)  # log m is float32
 
 
-# ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 -------------------
+# ---- wsi_llava.py: Llama, and what changes it after loading: adapters, weights in int8 ----
 
 
 @torch.no_grad()
@@ -685,7 +685,7 @@ def test_int8_halves_the_linear_layers_of_bfloat16(tied):
     assert torch.equal(llama.embed_tokens.weight, words)
 
 
-# ---- wsi_llava.py: tokenizer and prompt ------------------------------------------------------------------
+# ---- wsi_llava.py: tokenizer and prompt ----
 
 
 @pytest.mark.parametrize(
@@ -802,7 +802,7 @@ def test_plain_form_is_image_then_report(tokenizer):
     assert ids[2:] == labels[2:] == tokenizer.encode("It is grade 2.") + [tokenizer.eos]
 
 
-# ---- wsi_llava.py: files, and how a script ends ----------------------------------------------------------
+# ---- wsi_llava.py: files, and how a script ends ----
 
 
 def stage_1(out):
@@ -899,7 +899,7 @@ def test_a_script_ends_in_one_line(capsys, error, status, said):
     assert caught.value.code == status and capsys.readouterr().err == said
 
 
-# ---- wsi_llava.py: the whole model -----------------------------------------------------------------------
+# ---- wsi_llava.py: the whole model ----
 
 
 def test_splice_puts_visual_tokens_in_place(tiny, tokenizer):
@@ -1008,7 +1008,7 @@ def test_visual_tokens_are_kept_until_what_made_them_changes(tiny, tmp_path, mon
             assert found == written and "no such file" in problems["absent"]
 
 
-# ---- wsi_llava.py: published weights, in miniature -------------------------------------------------------
+# ---- wsi_llava.py: published weights, in miniature ----
 
 
 def test_loaders_are_strict_both_ways(tmp_path):
@@ -1263,7 +1263,7 @@ def test_damaged_shards_are_named_and_a_whole_file_comes_before_them(tmp_path, e
         assert torch.equal(wsi_llava.load_llama(tmp_path).norm.weight, state[norm])
 
 
-# ---- wsi_llava.py: the same where a user puts them -------------------------------------------------------
+# ---- wsi_llava.py: the same where a user puts them ----
 
 
 @pytest.fixture
@@ -1359,7 +1359,7 @@ def test_a_slide_encoder_refuses_features_of_another_tile_encoder(width, mark):
         wsi_llava.check_tile_encoder(cfg, meta, "stage1")
 
 
-# ---- train.py: what is trained on ------------------------------------------------------------------------
+# ---- train.py: what is trained on ----
 
 
 def train_with(demo, out, *arguments):
@@ -1481,7 +1481,7 @@ def test_every_setting_of_a_recipe_is_a_flag():
     assert train.pick_recipe(3, train.parse(["--lr", "1e-3"]), {"preset": "7b"}).lr == 1e-3
 
 
-# ---- train.py: the stages --------------------------------------------------------------------------------
+# ---- train.py: the stages ----
 
 
 @slow
@@ -1747,7 +1747,7 @@ def test_what_two_processes_began_one_finishes(demo, tmp_path):
     assert same_weights(*(tmp_path / n / "stage3" / "model.safetensors" for n in "12"), tolerance=1e-3)
 
 
-# ---- train.py: what comes of it --------------------------------------------------------------------------
+# ---- train.py: what comes of it ----
 
 
 @slow
@@ -1780,7 +1780,7 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
         train_with(demo, out, "--export", tmp_path / "new")
 
 
-# ---- prepare.py: slides ----------------------------------------------------------------------------------
+# ---- prepare.py: slides ----
 
 
 def test_a_tile_at_a_whole_zoom_is_the_mean_of_its_pixels_to_the_bit(tmp_path):
@@ -1987,7 +1987,7 @@ def test_folders_of_dicom_hold_slides_by_series(tmp_path):
     assert found == {"one": "1.dcm", "two_2.1": "0.dcm", "two_2.2": "1.dcm"}
 
 
-# ---- prepare.py: tissue and tiles ------------------------------------------------------------------------
+# ---- prepare.py: tissue and tiles ----
 
 
 def test_tissue_and_grid(toy_slide):
@@ -2157,7 +2157,7 @@ def test_geojson_as_a_mask(tmp_path):
         masked(tmp_path, {"features": [{"geometry": {"type": "Polygon"}}]}, "s.geojson")
 
 
-# ---- prepare.py: many slides, whatever happens -----------------------------------------------------------
+# ---- prepare.py: many slides, whatever happens ----
 
 FEW = ["--max-tiles", "12", "--geojson"]
 
@@ -2407,7 +2407,7 @@ def test_pictures_and_geojson_of_a_slide(tmp_path):
     assert found[1]["geometry"] == {"type": "Polygon", "coordinates": [square]} and len(found) == 100
 
 
-# ---- prepare.py: features that were made elsewhere -------------------------------------------------------
+# ---- prepare.py: features that were made elsewhere ----
 
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
 
@@ -2532,7 +2532,7 @@ def test_a_folder_of_features_is_of_one_encoder(tmp_path):
     assert "is of another tile encoder (imported: GigaPath) or um/px (0.5); name" in message
 
 
-# ---- prepare.py: questions, the toy cohort ---------------------------------------------------------------
+# ---- prepare.py: questions, the toy cohort ----
 
 
 def read_texts(tmp_path, name, text):
@@ -2731,7 +2731,7 @@ def test_demo_cohort_is_balanced_and_disjoint():
         assert test[0][key] in answers[key] and test[0][key] in answers["report"]
 
 
-# ---- sample.py: conversations ----------------------------------------------------------------------------
+# ---- sample.py: conversations ----
 
 
 def sample_with(demo, *arguments, data=None):
@@ -2792,7 +2792,7 @@ def test_a_raw_slide_is_prepared_first(demo, toy_slide, tmp_path, capsys):
     assert Image.open(tmp_path / "map.png").width > 1000
 
 
-# ---- sample.py: many questions ---------------------------------------------------------------------------
+# ---- sample.py: many questions ----
 
 
 def test_batched_answers_equal_single_ones(tiny, tokenizer, monkeypatch):
@@ -2872,7 +2872,7 @@ def test_a_file_of_questions_is_answered_as_one_by_one(demo, tmp_path, capsys):
         sample_with(demo, *flags, data=data)
 
 
-# ---- sample.py: closed answers and text metrics ----------------------------------------------------------
+# ---- sample.py: closed answers and text metrics ----
 
 OPTIONS = (
     "Which? A) Adenocarcinoma B) Squamous cell carcinoma C. Mucinous adenocarcinoma (D) Small cell carcinoma"
@@ -2966,7 +2966,7 @@ def test_text_metrics_at_their_ends():
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
 
 
-# ---- sample.py: the judge --------------------------------------------------------------------------------
+# ---- sample.py: the judge ----
 
 
 def said(content, finish="stop", **message):
@@ -3222,7 +3222,7 @@ def test_ctrl_c_leaves_what_waits_for_the_judge_unasked(tmp_path):
     assert len(asked) < 100
 
 
-# ---- sample.py: the tables -------------------------------------------------------------------------------
+# ---- sample.py: the tables ----
 
 
 def evaluated(*paths):
@@ -3405,7 +3405,7 @@ def test_bad_files_of_predictions_are_named(tmp_path, text, message):
         evaluated(path)
 
 
-# ---- sample.py: where the answer comes from --------------------------------------------------------------
+# ---- sample.py: where the answer comes from ----
 
 QUESTION = "What is its grade?"
 GRID = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1) * 256  # 20 tiles for 9 visual tokens
@@ -3508,7 +3508,7 @@ def test_heatmap_flags_are_checked_before_the_model_is_loaded(flags, message):
         sample.main(["--slide", "s", *flags])
 
 
-# ---- All of it: the demo on a cohort of fifteen, mistakes, the README ------------------------------------
+# ---- All of it: the demo on a cohort of fifteen, mistakes, the README ----
 
 SCRIPTS = {"prepare.py": prepare, "train.py": train, "sample.py": sample}
 
@@ -3664,7 +3664,7 @@ def test_a_mistake_ends_as_a_user_sees_it_in_one_line(name):
     assert done.returncode == 1 and re.fullmatch(r"error: .*gr\S+e.*\n", done.stderr), done.stderr
 
 
-# ---- Secrets and paths: what files, servers and names that others made cannot do -------------------------
+# ---- Secrets and paths: what files, servers and names that others made cannot do ----
 
 
 class Payload(str):
@@ -3786,7 +3786,7 @@ def test_who_may_read_what_is_replaced_is_the_umasks_to_say(tmp_path):
         os.umask(umask)
 
 
-# ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ---------
+# ---- Damage: a file or flag of a small demo made odd; commands killed around each of their renames ----
 
 # Command -> the files that it reads, as patterns in the demo's folder.
 READERS = {
@@ -4062,7 +4062,7 @@ def test_a_kill_around_any_rename_leaves_what_can_be_finished(finished, command)
     assert not kills(finished, [command])
 
 
-# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...] --------------------------------------------
+# ---- Benchmarks, not tests: python test_wsi_llava.py NAME [...] ----
 
 
 def machine():

@@ -94,7 +94,7 @@ TITLES = {1: "WSI-text alignment", 2: "feature space alignment", 3: "instruction
 TILES_AT_ONCE = 4096  # stage 1: short slides go through the slide encoder together, up to so many tiles
 
 
-# ---- Several processes: torchrun starts them, each takes its share of every batch --------------------------
+# ---- Several processes: torchrun starts them, each takes its share of every batch ----
 
 
 # torchrun numbers the processes: items[RANK::WORLD] is this one's share.
@@ -154,7 +154,7 @@ def shard(model, dtype):
     fully_shard(model, mp_policy=policy)
 
 
-# ---- Data: the rows of the dataset, and the batches that are drawn from them -------------------------------
+# ---- Data: the rows of the dataset, and the batches that are drawn from them ----
 
 
 def load_rows(args, tokens=False):
@@ -205,7 +205,7 @@ def batch_of(step, n, batches, seed):
     return order[k * n // batches : (k + 1) * n // batches].tolist()
 
 
-# ---- The demo's language model: it has read the training texts and seen no slide ---------------------------
+# ---- The demo's language model: it has read the training texts and seen no slide ----
 
 
 def train_tokenizer(path, texts):
@@ -268,7 +268,7 @@ def stand_in(args):
     gather(None)  # the others wait
 
 
-# ---- Stage 1: slides and reports in one space; first of all, what the stages share -------------------------
+# ---- Stage 1: slides and reports in one space; first of all, what the stages share ----
 
 
 def autocast(args):
@@ -435,7 +435,7 @@ class Alignment(Task):
         wsi_llava.write_tensors(folder / "model.safetensors", weights)
 
 
-# ---- Stages 2 and 3: answers to questions about slides -----------------------------------------------------
+# ---- Stages 2 and 3: answers to questions about slides ----
 
 
 def model_to_train(args, recipe, meta, stage):
@@ -564,7 +564,7 @@ class Conversation(Task):
         wsi_llava.write_tensors(folder / "model.safetensors", weights)
 
 
-# ---- The loop ----------------------------------------------------------------------------------------------
+# ---- The loop ----
 
 
 def pick_recipe(stage, args, meta):
@@ -763,7 +763,7 @@ def run_stage(stage, args, folder, stop):
     say(f"Stage {stage} is done: {folder}/model.safetensors; losses in log.jsonl and loss.svg{cut}.")
 
 
-# ---- Out again, and the demo -------------------------------------------------------------------------------
+# ---- Out again, and the demo ----
 
 
 def export(args):
@@ -822,7 +822,7 @@ def demo(args, given):
     say(f"\nTook {sum(took.values()):.0f} s: {parts}.")
 
 
-# ---- Flags, and what they start ----------------------------------------------------------------------------
+# ---- Flags, and what they start ----
 
 
 def add_recipe_flags(parser):

@@ -68,7 +68,7 @@ def check(holds, message):
         raise UserError(message)
 
 
-# ---- Configs and presets -----------------------------------------------------------------------------------
+# ---- Configs and presets ----
 
 
 class Config:
@@ -199,7 +199,7 @@ PRESETS = {
 }
 
 
-# ---- Tile encoder: a 256-px tile -> one vector (DINOv2 ViT, names as in timm) ------------------------------
+# ---- Tile encoder: a 256-px tile -> one vector (DINOv2 ViT, names as in timm) ----
 
 
 def preprocess_tiles(tiles):
@@ -303,7 +303,7 @@ def untrained_tile_encoder(cfg=None, seed=0):
     return encoder
 
 
-# ---- Dilated attention (LongNet, arXiv 2307.02486) ---------------------------------------------------------
+# ---- Dilated attention (LongNet, arXiv 2307.02486) ----
 #
 # Branch (W, R) cuts the sequence into segments of W tokens. Inside a segment, head h keeps every R-th token,
 # starting at token h // ceil(H/R), so that the heads together see all of them. Queries and keys are both the
@@ -430,7 +430,7 @@ class _DilatedAttention(torch.autograd.Function):
         return *(g.to(q.dtype) for g in grads), None, None, None
 
 
-# ---- Dilated attention as Triton kernels -------------------------------------------------------------------
+# ---- Dilated attention as Triton kernels ----
 #
 # One launch a branch, each plain flash attention over rows that lie R apart. Query i carries m, Z and acc
 # through the keys j; what the branch before left as o_i and LSE_i is where this one starts (m = LSE_i, Z = 1,
@@ -674,7 +674,7 @@ def dilated_attention(q, k, v, segments, dilations, pad_keys=True, impl="auto"):
     return function.apply(q, k, v, tuple(segments), tuple(dilations), pad_keys)
 
 
-# ---- Slide encoder: all tiles of a slide -> tiles in context (LongNet, names as in Prov-GigaPath) ----------
+# ---- Slide encoder: all tiles of a slide -> tiles in context (LongNet, names as in Prov-GigaPath) ----
 
 
 def grid_cells(coords):
@@ -862,7 +862,7 @@ class SlideEncoder(nn.Module):
         proj.bias -= proj.weight @ mean
 
 
-# ---- Stage 1's model: slides and reports in one space ------------------------------------------------------
+# ---- Stage 1's model: slides and reports in one space ----
 
 
 class TextEncoder(nn.Module):
@@ -917,7 +917,7 @@ class WSITextAlignment(nn.Module):
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-# ---- Projector and Llama (names as in LLaVA and in Hugging Face, less their leading "model.") --------------
+# ---- Projector and Llama (names as in LLaVA and in Hugging Face, less their leading "model.") ----
 
 
 def make_projector(in_width, width):
@@ -1053,7 +1053,7 @@ class Llama(nn.Module):
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
 
-# ---- Tokenizer and prompt ----------------------------------------------------------------------------------
+# ---- Tokenizer and prompt ----
 
 IMAGE_TOKEN = -200  # stands in a sequence of ids where the visual tokens go; LLaVA's value
 IGNORE = -100  # label of a position that carries no loss; PyTorch's ignore_index
@@ -1188,7 +1188,7 @@ class Tokenizer:
         return before + answer, [IGNORE] * len(before) + answer
 
 
-# ---- The whole model ---------------------------------------------------------------------------------------
+# ---- The whole model ----
 
 
 class WSILLaVA(nn.Module):
@@ -1280,7 +1280,7 @@ class WSILLaVA(nn.Module):
             embeds = self.llama.embed_tokens(token)[:, None]  # [B,1,C]
 
 
-# ---- The rest: what is around the model, first of all this machine -----------------------------------------
+# ---- The rest: what is around the model, first of all this machine ----
 
 # Left to themselves, Intel's matrix routines split sums by what the cores are doing, and the last bits differ
 # from run to run. Read at their first use; it costs no measurable time.
@@ -1294,7 +1294,7 @@ if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
 
 
-# ---- Adapters (LoRA), and weights in int8 ------------------------------------------------------------------
+# ---- Adapters (LoRA), and weights in int8 ----
 
 
 @torch.no_grad()
@@ -1382,7 +1382,7 @@ def quantize_int8(llama):
     return replace_linears(merge_lora(llama), Int8Linear)
 
 
-# ---- Files: read strictly, written whole or not at all -----------------------------------------------------
+# ---- Files: read strictly, written whole or not at all ----
 
 COPY_AGAIN = "copy or download it again"
 
@@ -1512,7 +1512,7 @@ def fingerprint(module):
     return digest.hexdigest()[:16]
 
 
-# ---- Published weights, in and out: GigaPath's, language models', LLaVA's, LoRA adapters -------------------
+# ---- Published weights, in and out: GigaPath's, language models', LLaVA's, LoRA adapters ----
 
 
 def load_tile_encoder(path):
@@ -1721,7 +1721,7 @@ def save_llama(llama, folder, tokenizer=None, projector=None):
     write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
-# ---- The data on disk --------------------------------------------------------------------------------------
+# ---- The data on disk ----
 
 VERSION = 1  # of the files on disk; prepare.py writes it into data/meta.json
 IMPORTED_TOKENS = "imported: visual tokens"  # the tile encoder in meta.json, where only tokens were imported
@@ -1855,7 +1855,7 @@ def cache_visual_tokens(model, data, slides, progress=iter):
     return written, problems
 
 
-# ---- Where weights are looked for, and how the stages' results are put together ----------------------------
+# ---- Where weights are looked for, and how the stages' results are put together ----
 
 GIGAPATH = Path("weights/gigapath")
 LLMS = [Path("weights/vicuna-7b-v1.5"), Path("weights/llava-v1.5-7b")]
@@ -1990,7 +1990,7 @@ def load_alignment(args, meta):
     return cfg, model.to(args.device).eval(), *token_embeddings(args, meta)
 
 
-# ---- Flags, and how a script runs --------------------------------------------------------------------------
+# ---- Flags, and how a script runs ----
 
 
 def at_least(low, kind=int, high=2**63):
