@@ -1860,7 +1860,6 @@ APERIO = "Aperio Image Library v1\n512x512 |"
 # What is written into a TIFF -> (source, um/px), or what is said.
 WRITTEN = [
     ({"resolution": (4e4, 4e4), "resolutionunit": "CENTIMETER"}, "metadata", 0.25),
-    ({"resolution": (4e4, 3.8e4), "resolutionunit": "CENTIMETER"}, "not square, 0.25 x 0.263158 um/px", 0),
     ({"description": OME.format(0.25, "&#181;m")}, "OME-XML", 0.25),
     ({"description": OME.format(0.25, "um") + "<Image SizeZ='1'>" * 2}, "OME-XML", 0.25),
     ({"description": "ImageJ=1.53\nunit=micron\n", "resolution": (4, 4)}, "ImageJ", 0.25),
@@ -1911,7 +1910,7 @@ def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
     common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
     prepare.main([*common, "--mpp-csv", str(path)])
     printed = capsys.readouterr().out
-    assert "mpp.csv: 2 lines, about 1 of the slides here" in printed
+    assert "mpp.csv: 2 lines, about 1 of these slides" in printed
     assert "1 slide, um/px taken from --mpp-csv: wrong" in printed
     files = tmp_path / "data" / "features"
     for name, mpp in (("says", 0.5), ("wrong", 0.25), ("silent", 0.4)):
@@ -2082,7 +2081,7 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     prepare.main([*flags, "--data", str(tmp_path / "data")])
     printed = capsys.readouterr().out
     assert "1 slide, no tile reaches --min-tissue 0.1; 0.01 would give 1: crumb" in printed
-    assert "1 slide, ink left out, outlined in red in data/qc: pen" in printed
+    assert "1 slide, ink left out, red in data/qc: pen" in printed
     assert "2 slides, no tissue found (what has no colour needs --mask): glass, silver" in printed
     features, coords = wsi_llava.read_features(tmp_path / "data", "glass")
     assert features.shape == (0, 128) and coords.shape == (0, 2)
@@ -2315,7 +2314,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(large, tmp_path, capsys):
     (slides / "bad.svs").write_bytes(b"not a slide")
     with pytest.raises(UserError, match="2 slides could not be prepared"):
         prepare_all(slides, data)
-    assert "1 slide, under 1% of its tiles, not to be decoded, left out: one" in capsys.readouterr().out
+    assert "1 slide, under 1% of its tiles cannot be decoded: one" in capsys.readouterr().out
     features, coords = wsi_llava.read_features(data, "one")
     assert wsi_llava.feature_metadata(data / "features" / "one.safetensors")["dropped"] == 1
     assert len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
@@ -2364,7 +2363,7 @@ def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_all(tmp_path, tmp_path / "data", "--dry-run")
     printed = capsys.readouterr()
-    assert "\ngood: 0.5 um/px (metadata), 14 tiles\n" in printed.out
+    assert "\ngood: 0.5 um/px, 14 tiles\n" in printed.out
     assert "absurd.tif: says that its tiles are over 65536 px wide" in printed.err
     assert not (tmp_path / "data").exists()
 
@@ -2471,7 +2470,7 @@ def test_visual_tokens_of_the_authors(tmp_path):
 
 GOOD_FOREIGN = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [512, 0]])}
 REFUSED = [
-    ({"x": torch.zeros(1)}, r"holds \['x'\], neither of tile_embeds, feats, features"),
+    ({"x": torch.zeros(1)}, r"holds \['x'\], none of tile_embeds, feats, features"),
     (None, "read are .pt and .h5"),
     (torch.zeros(7, 8), r"features \[7, 8\] without coords: not visual tokens \[576,C\]"),
     (GOOD_FOREIGN | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\], and 3 coords"),
@@ -2522,7 +2521,7 @@ def test_a_folder_of_features_is_of_one_encoder(tmp_path):
     write_foreign(tmp_path / "conch" / "a.pt", GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 9)})
     flags = ["--mpp", "0.25", "--data", str(tmp_path / "data"), "--features"]
     prepare.main([*flags, str(tmp_path / "uni")])
-    with pytest.raises(UserError, match="no .pt or .h5 file there; name the folder that holds them"):
+    with pytest.raises(UserError, match="no .pt or .h5 file there; name their folder"):
         prepare.main([*flags, str(tmp_path)])
     with pytest.raises(UserError, match="uni/a.pt and .*conch/a.pt have the same name; name one folder"):
         prepare.main([*flags, str(tmp_path / "uni"), str(tmp_path / "conch")])
@@ -2642,7 +2641,7 @@ def test_texts_ids_and_names_as_people_have_them(tmp_path, capsys):
     assert (first["id"], first["slide"], first["task"]) == ("7", "c.OME", "q")
     assert first["conversations"] == ["<image>\na\u2028b\u0085c", "yes"]
     assert second["conversations"][1] == "5.5"
-    left_out = "left out 4 rows about several slides or with an empty text: line 3, line 4, line 5, ..."
+    left_out = "left out 4 rows of several slides or with an empty text: line 3, line 4, line 5, ..."
     assert left_out in capsys.readouterr().err
 
 
