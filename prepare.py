@@ -50,19 +50,19 @@ with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
 TARGET_MPP = 0.5  # um/px; Prov-GigaPath was trained at it
-NATIVE = 0.02  # pixels this close to the target's size, or a whole fraction, are not resampled
-MPP_RANGE = (0.05, 20)  # um/px; TIFFs that say 72 dpi mean nothing by it
-LONGEST = 256_000  # pixels: the slide encoder has positions for 1000 tiles
+NATIVE = 0.02  # this close to the target's size, or a whole fraction, pixels are not resampled
+MPP_RANGE = (0.05, 20)  # um/px; 72 dpi means nothing
+
 MASK = 32  # tiled pixels per pixel of the tissue mask
-PICTURE = 768  # pixels along the longer side of the picture to look at
+PICTURE = 768  # pixels of the picture to look at, longer side
 BATCH = 64  # tiles that pass the encoder together
 DROPPED = 0.01  # a slide fails where more of it cannot be decoded
 SUFFIXES = "svs tif tiff ndpi mrxs scn bif vms vmu svslide dcm png jpg jpeg".split()
 MICRONS = {"inch": 25400, "centimeter": 10000, "cm": 10000, "mm": 1000, "micron": 1, "um": 1, "nm": 0.001}
-Image.MAX_IMAGE_PIXELS = None  # slides are larger than what Pillow takes for an attack
+Image.MAX_IMAGE_PIXELS = None  # slides are larger
 
 
-# ---- A slide at the target resolution ----------------------------------------------------------------------
+# ---- A slide at the target resolution ----
 
 
 def number(text):
@@ -73,13 +73,13 @@ def number(text):
 
 
 def microns(unit):
-    """um in a unit of length, or 0. The sign for micro is written in several ways."""
+    """um in a unit of length, or 0: the sign for micro has several ways."""
     return MICRONS.get(re.sub(r"[^\x00-\x7f]+|&#\w+;|\\u00b5", "u", unit.strip().lower()), 0)
 
 
 class Slide:
-    """A slide as one image of width x height tiled pixels. mpp: um per level-0 pixel; given, it wins over
-    what the file says, and that over the fallback. Raises UserError."""
+    """A slide as one image of width x height tiled pixels. mpp: um per level-0 pixel; given, it wins over the
+    file's, and that over the fallback. Raises UserError."""
 
     def __init__(self, path, mpp=None, fallback=None):
         # The folder of an MRXS lies beside the file, not beside a link to it.
@@ -94,7 +94,7 @@ class Slide:
             self.notes.append(f"um/px taken from {self.source}")
         self.scale = TARGET_MPP / self.mpp  # level-0 pixels per tiled pixel
         self.width, self.height = (round(side / self.scale) for side in self.file.dimensions)
-        fits = max(self.width, self.height) <= LONGEST
+        fits = max(self.width, self.height) <= wsi_llava.GRID * TILE
         check(fits, f"{path}: too large, at {self.mpp:g} um/px; --mpp-csv gives others")
         self.downsamples = self.file.level_downsamples
         self.scales = [self.level_scale(level) for level in range(self.file.level_count)]
@@ -104,13 +104,13 @@ class Slide:
         self.average = whole if abs(self.zoom / whole - 1) <= NATIVE else None
 
     def open(self):
-        """Also anew: OpenSlide refuses everything after an error."""
+        """Also anew: OpenSlide refuses all after an error."""
         self.file = openslide.open_slide(self.path)
         self.get = self.file.properties.get
 
     @property
     def corner(self):
-        """Level-0 (x, y) from which QuPath counts: the scanned area's."""
+        """Level-0 (x, y) from which QuPath counts."""
         return [int(self.get(f"openslide.bounds-{axis}", 0)) for axis in "xy"]
 
     def hash(self):
@@ -119,7 +119,7 @@ class Slide:
             return self.get("openslide.quickhash-1") or hashlib.file_digest(file, "sha256").hexdigest()
 
     def own_mpp(self, path, fallback):
-        """What the file says, or the fallback -> (um/px, where they are from)."""
+        """-> (um/px of the file, or the fallback, where they are from)."""
         text, unit = self.get("tiff.ImageDescription", ""), self.get("tiff.ResolutionUnit", "")
         dots, power = self.get("tiff.XResolution"), number(self.get("openslide.objective-power"))
         if isinstance(self.file, openslide.ImageSlide):  # a plain picture, which Pillow reads
@@ -129,13 +129,10 @@ class Slide:
         ome = dict(re.findall(r'PhysicalSizeX(Unit)?="([^"]*)"', text)[:2])
         imagej = re.search(r"(?ms)^ImageJ=.*^unit=([^\n]+)", text)
         dots = number(dots) or math.inf
-        wide, high = (number(self.get(f"openslide.mpp-{side}")) for side in "xy")
-        square = abs(wide - high) <= NATIVE * wide or not high
-        check(square, f"{path}: not square, {wide:g} x {high:g} um/px; give --mpp-csv")
         said = {  # the most trusted first
             "OME-XML": number(ome.get("")) * microns(ome.get("Unit", "um")),
             "ImageJ": microns(imagej[1] if imagej else "") / dots,
-            "metadata": wide,
+            "metadata": number(self.get("openslide.mpp-x")),
             "resolution": microns(unit) / dots,
             "objective power": 10 / (power or math.inf),  # 40x is about 0.25 um/px
         }
@@ -152,7 +149,7 @@ class Slide:
 
     def level_scale(self, level):
         """Level-0 pixels per pixel of a level, or None where that cannot be told."""
-        # OpenSlide's, the mean of both sides' ratios, drifts on strips and where levels are padded to tiles.
+        # OpenSlide's is the mean of both ratios: wrong on strips, and where levels are padded to tiles.
         sides, size = np.array(self.file.dimensions), np.array(self.file.level_dimensions[level])
         tile = number(self.get(f"openslide.level[{level}].tile-width"))
         longer = float(sides.max() / size[sides.argmax()])
@@ -169,7 +166,7 @@ class Slide:
         return fine[-1] if fine else 0
 
     def region(self, level, x, y, width, height):
-        """Pixels of a level, from its pixel (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
+        """Pixels of a level, from its (x, y) on -> RGBA uint8 [height,width,4]; beyond: white."""
         own = self.downsamples[level]  # OpenSlide takes level-0 corners, by its own number
         region = self.file.read_region((round(x * own), round(y * own)), level, (width, height))
         pixels = np.asarray(region)
@@ -178,20 +175,22 @@ class Slide:
         return np.asarray(Image.alpha_composite(Image.new("RGBA", region.size, "white"), region))
 
     def tile(self, x, y):
-        """The tile at (x, y), in tiled pixels -> uint8 [256,256,4]: the mean of a whole number of level
-        pixels, or resampled. It lies where the exact scale puts it: no error adds up."""
+        """The tile at (x, y), in tiled pixels -> uint8 [256,256,4]. It lies where the exact scale puts it: no
+        error adds up."""
         margin = 0 if self.average else math.ceil(3 / min(1, self.zoom))  # tiled pixels; Lanczos-3
         left, top = (round((corner - margin) * self.zoom) for corner in (x, y))
         side = self.average * TILE if self.average else math.ceil((TILE + 2 * margin) * self.zoom)
         pixels = self.region(self.level, left, top, side, side)
-        if self.average:
-            return np.asarray(Image.fromarray(pixels).reduce(self.average))
+        if self.average == 1:
+            return pixels
+        if self.average:  # RGB takes half the time of RGBA
+            return np.asarray(Image.fromarray(pixels).convert("RGB").reduce(self.average).convert("RGBA"))
         pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]  # [1,4,side,side]
         pixels = F.interpolate(pixels, scale_factor=1 / self.zoom, mode="lanczos", antialias=True)[0]
         return pixels[:, margin : margin + TILE, margin : margin + TILE].permute(1, 2, 0).numpy()
 
     def thumbnail(self, pixel):
-        """The whole slide, `pixel` tiled pixels a pixel. What cannot be decoded stays white, up to 1%."""
+        """The whole slide, `pixel` tiled pixels a pixel; what cannot be decoded stays white."""
         width, height = (max(1, round(side / pixel)) for side in (self.width, self.height))
         picture, self.lost = Image.new("RGB", (width, height), "white"), 0  # share of the picture
         level = self.level_at(self.scale * pixel)
@@ -212,7 +211,7 @@ class Slide:
         return picture
 
 
-# ---- Finding slides, and what they are called --------------------------------------------------------------
+# ---- Finding slides, and what they are called ----
 
 FILE_ENDING = rf"(\.({'|'.join(SUFFIXES)}|pth?|h5|hdf5|csv|npy|safetensors))+$"
 
@@ -227,8 +226,8 @@ def dicom_series(path):
     head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         head = file.read(2**16)
-    # In order of tags, with sequences between: the first kind (0008,0016) is the file's own, and so is the
-    # last series (0020,000E) before what tells of pixels (0028,0002).
+    # In order of tags, sequences between: the first kind (0008,0016) is the file's, and the last series
+    # (0020,000E) before the pixels (0028,0002).
     kind = re.search(rb"(?s)\x08\0\x16\0UI..([0-9.]*)", head)
     series = re.findall(rb"(?s)\x20\0\x0e\0UI..([0-9.]*)", head.partition(b"\x28\0\x02\0US")[0])
     if kind and series and kind[1].endswith(b".77.1.6"):  # VL Whole Slide Microscopy Image Storage
@@ -249,8 +248,8 @@ def dicom_slides(folder, files):
 
 
 def find_slides(inputs):
-    """Files and folders -> {slide id: path}. The id is the file's stem, or the name of a folder of .dcm
-    files; names that meet get their folder's before them."""
+    """Files and folders -> {slide id: path}. The id is the file's stem, or the folder's name of .dcm files;
+    names that meet get their folder's before them."""
     found, seen = {}, set()
     for entry in map(Path, inputs):
         check(entry.exists(), f"{entry}: no such file or folder (--slides)")
@@ -290,19 +289,18 @@ def read_mpp_csv(path, slides):
     for i, line in enumerate(lines, 1):
         slide, _, mpp = line.replace('"', "").rpartition(",")
         slide, mpp = slide_id(slide), number(mpp)
-        if line.strip() and (i > 1 or mpp):  # the first line may name the columns
+        if line.strip() and (i > 1 or mpp):  # the first may name the columns
             fits = slide and MPP_RANGE[0] <= mpp <= MPP_RANGE[1] and table.setdefault(slide, mpp) == mpp
             check(fits, f"{path}, line {i}: {line[:60]!r}; {hint}")
     given = {name: table[slide_id(name)] for name in slides if slide_id(name) in table}
-    print(f"{path}: {count(len(table), 'line')}, about {len(given)} of the slides here")
+    print(f"{path}: {count(len(table), 'line')}, about {len(given)} of these slides")
     return given
 
 
-# ---- Tissue and tiles --------------------------------------------------------------------------------------
+# ---- Tissue and tiles ----
 #
 # Stain is measured against the slide's own glass, as optical density: tissue takes more of one colour than of
-# another; glass, dust and black borders take all alike. Ink has colours that tissue rarely has, and is smooth
-# (where it is most of what is stained, smoother than any tissue).
+# another; glass, dust and black borders take all alike. Ink has colours of its own, and is smooth.
 
 WHITE = np.array((244.0, 244, 244))
 
@@ -321,19 +319,19 @@ def roughness(x):
 
 
 def find_glass(rgb):
-    """RGB float32 [h,w,3] -> (the slide's own glass, or else WHITE; the least colour that is stain)."""
+    """RGB float32 [h,w,3] -> (the slide's glass, or WHITE; the least colour that is stain)."""
     grey = rgb.mean(-1)
     rough = roughness(grey)
     smooth, pink = (grey > 170) & (rough < 4), 14  # by how much glass may lack green; stroma lacks more
-    # White without any noise was painted, or never scanned: no glass, if there is enough of another. (If
-    # glass is that white, what else is bright is tissue, hardly as smooth.)
+    # White without any noise was painted, or never scanned: no glass, if there is enough of another. (On a
+    # white slide, that would be tissue, hardly as smooth.)
     fill = box_mean(rgb.min(-1), 2) == 255
     scanned = smooth & ~fill & (rough < 1.5)
     if fill.mean() > 0.005 and scanned.sum() > max(100, 0.15 * (~fill).sum()):
         smooth, pink = scanned, 3
     if smooth.mean() < 0.005:
         return WHITE, 0.03
-    # The histogram's rightmost hill, from the brightest grey that is not rare on.
+    # The histogram's rightmost hill.
     counts = np.convolve(np.bincount(grey[smooth].astype(int), minlength=256), np.ones(5), "same")
     bright = np.flatnonzero(counts >= counts.max() / 10).max()
     start = max(0, bright - 12)
@@ -349,7 +347,7 @@ def find_glass(rgb):
 
 
 def find_tissue(picture):
-    """RGB thumbnail -> (tissue bool [h,w]; ink bool [h,w])."""
+    """RGB thumbnail -> (tissue, ink), bool [h,w]."""
     pixels = np.asarray(picture.filter(ImageFilter.MedianFilter(3)))
     glass, least = find_glass(pixels.astype(np.float32))
     tables = [np.log10(side / np.arange(256).clip(1)).astype(np.float32) for side in glass]
@@ -365,7 +363,7 @@ def find_tissue(picture):
     rough = roughness(dark)
     smoother_than_tissue = ink.any() and np.median(rough[ink] / dark[ink]) < 0.025
     ink &= rough < 0.004 + 0.036 * dark
-    core = box_mean(ink, 3) > 0.99  # its edges, which are not smooth, come back
+    core = box_mean(ink, 3) > 0.99  # its edges, not smooth, come back
     ink = stained & (box_mean(core, 6) > 0)
     if ink.sum() > 0.4 * stained.sum() and not smoother_than_tissue:
         ink[:] = False
@@ -373,7 +371,7 @@ def find_tissue(picture):
 
 
 def given_mask(path, slide, size):
-    """A picture of the whole slide, or a QuPath GeoJSON -> bool [h,w] of that size (w, h)."""
+    """A picture of the slide, or a GeoJSON -> bool [h,w] of that size (w, h)."""
     with reading(path, "--mask takes pictures, black outside tissue, or QuPath's GeoJSON"):
         if path.suffix.lower() in (".geojson", ".json"):
             return drawn_mask(json.loads(path.read_text("utf-8-sig")), slide, size)
@@ -383,7 +381,7 @@ def given_mask(path, slide, size):
         check(fits, f"{path}: {picture.size} px are not of the slide's shape")
         if picture.mode in ("LA", "RGBA") and all(a == b for a, b in picture.getextrema()[:-1]):
             picture = picture.getchannel("A")
-        # A photograph, of colour or greys of all kinds, would exchange glass and tissue.
+        # A photograph would exchange glass and tissue.
         small = picture.resize(size, Image.NEAREST).convert("RGB")
         coloured = (np.ptp(np.asarray(small).astype(int), axis=-1) > 40).mean() > 0.001
         greys = np.array(small.convert("L").filter(ImageFilter.MedianFilter(5)).histogram())
@@ -407,7 +405,7 @@ def drawn_mask(found, slide, size):
         corners = shape.get("coordinates")
         for rings in {"Polygon": [corners], "MultiPolygon": corners}.get(shape.get("type"), []):
             part = Image.new("1", size)
-            for i, ring in enumerate(rings):  # the outer one, then holes
+            for i, ring in enumerate(rings):  # then holes
                 ring = (np.array(ring, float)[:, :2] + slide.corner) / (MASK * slide.scale) - 0.5
                 ImageDraw.Draw(part).polygon(ring.ravel().tolist(), i == 0)
             drawn[ignored] |= np.asarray(part)
@@ -415,8 +413,7 @@ def drawn_mask(found, slide, size):
 
 
 def tile_grid(mask, min_tissue, step=TILE):
-    """Tiles with at least that share of tissue -> their corners int32 [N,2] (x, y), in tiled pixels, in
-    raster order. The last ones may reach beyond the slide."""
+    """Tiles with that share of tissue -> corners int32 [N,2] (x, y), tiled pixels, in raster order."""
     n, apart = TILE // MASK, step // MASK
     # The last ones may reach beyond the slide.
     mask = np.pad(mask, [(0, max(n - side, (n - side) % apart)) for side in mask.shape])
@@ -425,7 +422,7 @@ def tile_grid(mask, min_tissue, step=TILE):
 
 
 def draw_qc(path, picture, pixel, mask, ink, coords):
-    """Tissue (green), ink (red) and tiles (blue) on a picture of `pixel` tiled pixels a pixel."""
+    """Tissue (green), ink (red), tiles (blue) on a picture of `pixel` tiled pixels a pixel."""
     draw, side = ImageDraw.Draw(picture, "RGBA"), TILE / pixel
     for x, y in coords / pixel:
         edge = (30, 80, 255, 140) if side > 6 else None
@@ -438,12 +435,12 @@ def draw_qc(path, picture, pixel, mask, ink, coords):
         picture.save(temporary, "JPEG", quality=90)
 
 
-PAGE = '<!DOCTYPE html><meta charset="utf-8"><style>img { width: 240px }</style>\n'
-CARD = '<p><a href="{href}"><img loading="lazy" src="{href}" alt=""></a> <b>{}</b> {}\n'
+PAGE = '<!DOCTYPE html><meta charset="utf-8">\n'
+CARD = '<p><a href="{href}"><img loading="lazy" src="{href}" width="240"></a> <b>{}</b> {}\n'
 
 
 def write_index(data):
-    """data/qc/index.html: every slide, what failed first."""
+    """data/qc/index.html: all slides, failures first."""
     texts, page = {name: f"FAILED: {message}" for name, message in read_failures(data).items()}, PAGE
     for path in sorted((data / "features").glob("*.safetensors")):
         texts.setdefault(path.stem, "")
@@ -452,12 +449,11 @@ def write_index(data):
     write_text(data / "qc" / "index.html", page)
 
 
-# ---- A folder of features, which several runs may work on --------------------------------------------------
+# ---- A folder of features, which several runs may work on ----
 
 
 def claim(claims, name):
-    """Whether this process alone may work on a slide, until it closes data/.claims or dies: a byte of it,
-    told by the name, is locked."""
+    """Whether this process alone may work on a slide, until it closes data/.claims or dies."""
     offset = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
     try:
         fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
@@ -475,7 +471,7 @@ def read_failures(data):
 
 
 def note_failure(data, name, message=None):
-    """Puts a slide on the record of failures, or takes it off."""
+    """Puts a slide on record, or takes it off."""
     file = data / "failures" / f"{name}.txt"
     file.unlink(missing_ok=True)
     if message:
@@ -484,20 +480,20 @@ def note_failure(data, name, message=None):
 
 
 def write_meta(data, preset, encoder):
-    """Makes the folder and its meta.json, or checks that it is of this encoder."""
+    """Makes the folder, or checks that it is of this encoder."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": TARGET_MPP}
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "mpp": TARGET_MPP}
     if not (data / "meta.json").exists():
         write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
-    old = wsi_llava.read_meta(data)  # perhaps another process's, which was faster
+    old = wsi_llava.read_meta(data)  # perhaps another process's
     same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
     made = f"another tile encoder ({old['encoder']['source']}) or um/px ({old['mpp']})"
     check(same, f"{data} is of {made}; name a new --data")
 
 
 def open_encoder(args):
-    """The tile encoder, by default the one that made what is there -> (it, its fingerprint)."""
+    """-> (the tile encoder, by default the one that made what is there, its fingerprint)."""
     if (args.data / "meta.json").exists():
         old = wsi_llava.read_meta(args.data)
         args.preset, source = args.preset or old["preset"], Path(old["encoder"]["source"])
@@ -512,13 +508,13 @@ def open_encoder(args):
     return encoder.to(args.device, args.dtype), info["fingerprint"]
 
 
-# ---- From slides to features -------------------------------------------------------------------------------
+# ---- From slides to features ----
 #
-# A damaged file may take the process that opens it with it, so others do: the surveyor sees what there is of
-# a slide while the one before is encoded; readers read this one's tiles, a batch each, into shared memory.
+# A damaged file may kill the process that opens it, so others do: the surveyor sees what there is of a slide
+# while the one before is encoded; readers read this one's tiles, a batch each, into shared memory.
 
 FORK = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-DIED = "the process that read it died (a damaged file, or no memory left)"
+DIED = "the process that read it died (damaged, or no memory left)"
 open_slide = functools.lru_cache(maxsize=1)(Slide)
 
 
@@ -527,7 +523,7 @@ def begin_reader(memory):
     shared = np.frombuffer(memory, np.uint8).reshape(-1, TILE, TILE, 4)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word,
-    parent = multiprocessing.parent_process()  # and so does the end of its parent, even by kill -9
+    parent = multiprocessing.parent_process()  # as does its parent's end, even by kill -9
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
@@ -536,7 +532,7 @@ def start_readers(n, memory=b""):
 
 
 def apart(path, function, *arguments):
-    """Calls a function that opens a slide in a process of its own; UserError where that dies."""
+    """Calls a function in a process of its own; UserError where that dies."""
     with start_readers(1) as readers:
         try:
             return readers.submit(function, *arguments).result()
@@ -545,7 +541,7 @@ def apart(path, function, *arguments):
 
 
 def slide_job(args, name, path, given, mask, encoder):
-    """A slide of a run -> dict: its files, the parameters that its features depend on."""
+    """-> dict: a slide's files, and the parameters that its features depend on."""
     params = {"encoder": encoder, "min_tissue": args.min_tissue, "step": args.step}
     params |= {"max_tiles": args.max_tiles, "seed": args.max_tiles and args.seed}
     params["mask"] = mask and hashlib.sha256(mask.read_bytes()).hexdigest()[:12]
@@ -556,17 +552,15 @@ def slide_job(args, name, path, given, mask, encoder):
 
 
 def is_done(args, job, digest=None):
-    """Whether a slide's files are there, by path and size, or, once it is open, by its hash. UserError where
-    they are of another slide or other parameters."""
+    """Whether a slide's files are there, by path and size, or by its hash. UserError if of another slide."""
     path, (_, given, fallback) = job["features"], job["slide"]
     if args.overwrite or not path.exists():
         return False
     made = wsi_llava.feature_metadata(path)
     mpp = given or (made.get("mpp_source") == "--mpp" and fallback) or made.get("mpp")
-    made_by, params = made["params"] | {"mpp": made.get("mpp")}, job["params"] | {"mpp": mpp}
-    for k in params | made_by:
-        other = f"{path} was made with {k} {made_by.get(k)}, not {params.get(k)}"
-        check(made_by.get(k) == params.get(k), f"{other}; --overwrite makes it again")
+    for k, now in (job["params"] | {"mpp": mpp}).items():
+        then = made["params"].get(k, made.get(k))
+        check(then == now, f"{path} was made with {k} {then}, not {now}; --overwrite makes it again")
     if digest:
         check(made["file"][2] == digest, f"{path} is of another slide; --overwrite makes it again")
         return True
@@ -575,14 +569,13 @@ def is_done(args, job, digest=None):
 
 
 def survey(args, job):
-    """What there is to read of a slide -> dict; draws its pictures. UserError, whatever is wrong with it;
-    OSError where a picture cannot be written."""
-    with reading(job["slide"][0], "damaged, or of a kind that is not read"):
+    """What there is to read of a slide -> dict; draws its pictures. UserError if it is damaged."""
+    with reading(job["slide"][0], "damaged, or not read here"):
         slide = open_slide(*job["slide"])
         facts = {"params": job["params"], "file": [*job["file"], slide.hash()], "scale": slide.scale}
         facts |= {"mpp": slide.mpp, "mpp_source": slide.source}
         done = is_done(args, job, facts["file"][2])
-        # One picture, for the mask and to look at: it may take minutes.
+
         picture = slide.thumbnail(MASK / max(1, round(MASK * PICTURE / max(slide.width, slide.height))))
         size = [max(1, round(side / MASK)) for side in (slide.width, slide.height)]
         mask, ink = find_tissue(picture.resize(size, Image.BOX))
@@ -590,12 +583,12 @@ def survey(args, job):
             mask, ink = given_mask(job["mask"], slide, size), np.zeros_like(ink)
         coords = tile_grid(mask, args.min_tissue, args.step)
         small = 0 if len(coords) else len(tile_grid(mask, 0.01, args.step))
-        if 0 < args.max_tiles < len(coords):  # the same ones for a slide and a seed, in raster order
+        if 0 < args.max_tiles < len(coords):  # the same ones for a slide and a seed
             rng = np.random.default_rng([args.seed, zlib.crc32(job["name"].encode())])
             coords = coords[np.sort(rng.choice(len(coords), args.max_tiles, replace=False))]
     told = dict.fromkeys(slide.notes, True) | {
-        "under 1% of it, not to be decoded, was not searched for tissue": slide.lost,
-        "ink left out, outlined in red in data/qc": ink.mean() > 0.001,
+        "under 1% of it cannot be decoded": slide.lost,
+        "ink left out, red in data/qc": ink.mean() > 0.001,
         "not in --mask: tissue by its colour": args.mask and not job["mask"],
         f"no tile reaches --min-tissue {args.min_tissue:g}; 0.01 would give {small}": small,
         "no tissue found (what has no colour needs --mask)": not len(coords) and not small,
@@ -611,7 +604,7 @@ def survey(args, job):
 
 
 def read_tiles(slide, coords, place):
-    """Tiles into memory, from `place` on -> (place, which could be read, the last error)."""
+    """Tiles into memory, from `place` on -> (place, which were read, the last error)."""
     read, failed = [], None
     for n, (x, y) in enumerate(coords.tolist()):
         try:
@@ -631,10 +624,10 @@ def encode(encoder, tiles, device):
 
 
 def prepare_slide(args, encoder, readers, memory, job, plan, bar):
-    """Encodes a surveyed slide's tiles and writes its features, in raster order -> how many."""
+    """Encodes a surveyed slide's tiles, writes its features in raster order -> how many."""
     coords, path, problem = plan["coords"], job["slide"][0], None
-    # All batches are full but the last: a feature's bits depend on the slide alone. 4 x 4 neighbours are read
-    # one after the other: OpenSlide keeps the JPEG tiles that they share.
+    # All batches are full but the last: a feature's bits depend on the slide alone. 4 x 4 neighbours follow
+    # one another: OpenSlide keeps the JPEG tiles that they share.
     order = np.lexsort((*coords.T, *(coords.T // (4 * TILE))))
     batches = np.split(order, range(BATCH, len(order), BATCH))
     tiles = torch.frombuffer(memory, dtype=torch.uint8).view(-1, TILE, TILE, 4)
@@ -651,10 +644,10 @@ def prepare_slide(args, encoder, readers, memory, job, plan, bar):
         problem = error or problem
         bar.set_postfix_str(f"{job['name'][:24]}, {read.sum()} of {len(coords)} tiles")
     lost, features = int(sum(~read)), features.cpu()[read]
-    enough = lost <= DROPPED * len(coords)
-    check(enough, f"{path}: {lost} of its {len(coords)} tiles cannot be decoded ({problem})")
+    many = f"{path}: {lost} of its {len(coords)} tiles cannot be decoded ({problem})"
+    check(lost <= DROPPED * len(coords), many)
     if lost:
-        plan["notes"].append("under 1% of its tiles, not to be decoded, left out")
+        plan["notes"].append("under 1% of its tiles cannot be decoded")
     check(features.isfinite().all(), f"{path}: its features are not finite; try --dtype float32")
     save_features(job["features"], features, coords[read], plan["facts"] | {"dropped": lost})
     return len(features)
@@ -675,7 +668,7 @@ def prepare_slides(args, slides):
     jobs = [slide_job(args, name, path, table.get(name), masks.get(name), made_by) for name, path in slides]
     todo = [job for job in jobs if not is_done(args, job)]
     print(f"Found {count(len(jobs), 'slide')}, {len(jobs) - len(todo)} done already; {len(todo)} to prepare.")
-    # One batch is at the encoder; each reader is at one, and one lies ready.
+    # A batch for the encoder, one a reader, and one that lies ready.
     memory = FORK.RawArray("B", (2 + args.workers) * BATCH * TILE * TILE * 4)
     surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {}
     failures, notes, written = [], collections.defaultdict(list), []
@@ -693,8 +686,7 @@ def prepare_slides(args, slides):
             plan = plans[n].result()
             if args.dry_run:
                 written.append(len(plan["coords"]))
-                microns = "{mpp:.6} um/px ({mpp_source})".format(**plan["facts"])
-                tqdm.write(f"{job['name']}: {microns}, {count(written[-1], 'tile')}")
+                tqdm.write(f"{job['name']}: {plan['facts']['mpp']:.6} um/px, {count(written[-1], 'tile')}")
             elif not plan["done"]:
                 written.append(prepare_slide(args, encoder, readers, memory, job, plan, bar))
             for note in plan["notes"]:
@@ -717,7 +709,7 @@ def prepare_slides(args, slides):
     return failures
 
 
-# ---- Features that were made elsewhere ---------------------------------------------------------------------
+# ---- Features that were made elsewhere ----
 
 MAKERS = {"tile_embeds": "GigaPath", "feats": "STAMP", "features": "TRIDENT or CLAM"}
 
@@ -730,20 +722,19 @@ def read_hdf5(path):
         found = dict(file.attrs)
         for name in file.keys() & {"features", "feats", "coords"}:
             inside = file[name].file == file and not (file[name].external or file[name].is_virtual)
-            check(inside, f"{path}: its {name} lie in another file; copy them into this one")
+            check(inside, f"{path}: its {name} lie in another file")
             # Torch knows no big-endian numbers.
             found |= {**file[name].attrs, name: torch.from_numpy(np.asarray(file[name], np.float64))}
     return found
 
 
 def read_foreign(path):
-    """-> (whose they are, features float16 [N,C], coords float64 [N,2], all that the file holds). Without
-    coords they are visual tokens [576,C]."""
+    """-> (whose they are, features float16 [N,C], coords float64 [N,2], all that the file holds)."""
     with reading(path, "read are .pt and .h5 of features [N,C] and coords [N,2], or visual tokens"):
         found = read_hdf5(path) if path.suffix == ".h5" else wsi_llava.read_tensors(path)
         found = {"features": found} if isinstance(found, torch.Tensor) else found
         name = next((name for name in MAKERS if name in found), None)
-        check(name, f"{path}: holds {list(found)[:5]}, neither of {', '.join(MAKERS)}")
+        check(name, f"{path}: holds {list(found)[:5]}, none of {', '.join(MAKERS)}")
         features, coords = found[name].half(), found.get("coords")
         check(features.isfinite().all(), f"{path}: features not finite in half precision")
         shape = f"{path}: features {list(features.shape)}"
@@ -759,8 +750,7 @@ def read_foreign(path):
 
 
 def tiled_coords(path, coords, about, mpp, step):
-    """A file's coords -> (their raster order [N], int32 [N,2] in that order, in tiled pixels). UserError
-    where their scale is not known, or tiles do not lie `step` apart."""
+    """A file's coords -> (their raster order [N], int32 [N,2] in that order, in tiled pixels)."""
     with reading(path, "its attributes are not those of TRIDENT or STAMP"):
         scale, apart = TARGET_MPP / (mpp or math.inf), 0  # from tile to tile, if the file says it
         if about.get("target_magnification"):  # TRIDENT's 20x is 0.5 um/px
@@ -769,7 +759,7 @@ def tiled_coords(path, coords, about, mpp, step):
             apart = float(about["patch_size_level0"]) - zoom * float(about.get("overlap", 0))
         elif "tile_size_um" in about:  # STAMP's, in um
             scale, apart = TARGET_MPP, float(about["tile_size_um"])
-        check(scale, f"{path}: does not say the um/px of its coords; give --mpp or --mpp-csv")
+        check(scale, f"{path}: does not say the um/px of its coords; give --mpp")
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
         coords = coords[order] / scale
         steps = coords.diff(dim=0)
@@ -777,7 +767,7 @@ def tiled_coords(path, coords, about, mpp, step):
         apart = apart / scale or (steps.mode().values.item() if len(steps) else step)
         fits = abs(apart / step - 1) <= NATIVE
         check(fits, f"{path}: tiles {apart:.0f} px apart at {TARGET_MPP} um/px; mend --mpp or --step")
-        # GigaPath pads a slide to whole tiles on all sides: the first may lie up to a tile outside.
+        # GigaPath pads a slide on all sides, by up to a tile.
         outside = -coords.amin(0).clamp(max=0) if len(coords) else torch.zeros(2)
         check(outside.max() <= step, f"{path}: coords more than a tile outside of the slide")
         coords = (coords + outside).round()
@@ -790,7 +780,7 @@ def import_file(args, name, path, mpp):
     kind, features, coords, about = read_foreign(path)
     old = wsi_llava.read_meta(args.data)["encoder"] if (args.data / "meta.json").exists() else {}
     width = features.shape[1] or old.get("width")
-    check(width, f"{path}: has no tiles, nor a width; import another slide first")
+    check(width, f"{path}: no tiles, nor a width; import another slide first")
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
     if kind == "visual tokens":
         write_meta(args.data, args.preset or "7b", info | {"n_visual_tokens": len(features)})
@@ -807,12 +797,12 @@ def import_file(args, name, path, mpp):
 
 
 def import_features(args):
-    """--features: files, or folders that hold them -> data/, and why some failed [message]."""
+    """--features: files, folders that hold them -> data/, and why some failed [message]."""
     files, failures, kinds = {}, [], collections.Counter()
     for entry in args.features:
         check(entry.exists(), f"{entry}: no such file or folder (--features)")
         found = [entry] if entry.is_file() else [*entry.glob("[!.]*.pt"), *entry.glob("[!.]*.h5")]
-        check(found, f"{entry}: no .pt or .h5 file there; name the folder that holds them")
+        check(found, f"{entry}: no .pt or .h5 file there; name their folder")
         for path in found:
             other = files.setdefault(path.stem, path)
             check(other == path, f"{other} and {path} have the same name; name one folder")
@@ -829,7 +819,7 @@ def import_features(args):
     return failures
 
 
-# ---- Questions ---------------------------------------------------------------------------------------------
+# ---- Questions ----
 
 # A kind's name; its fields, in lower case, for the slide, the question (None: a report) and the answer
 # ("conversations" are both). A row is of the first kind whose fields it has.
@@ -872,8 +862,7 @@ def read_options(entry):
 
 
 def read_turns(entry, question, answer):
-    """A row's fields -> its turns [{"from", "value"}]. With options, which stand in the question, the answer
-    begins with a letter."""
+    """A row's fields -> its turns [{"from", "value"}]; an answer to options begins with its letter."""
     if question == "conversations":
         turns = [{"from": turn["from"], "value": words(turn["value"], "text")} for turn in entry[question]]
         if not turns or [turn["from"] for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
@@ -895,7 +884,7 @@ def read_turns(entry, question, answer):
 
 
 def read_row(entry, stem, number):
-    """The number-th entry of a file -> a row, with "split" where the entry has one."""
+    """The number-th entry of a file -> a row, with "split" if it has one."""
     entry = {field.strip().lower(): value for field, value in entry.items()}
     fit = [kind for kind in QUESTION_KINDS if all(field in entry for field in kind[1:] if field)]
     if not fit:
@@ -906,7 +895,7 @@ def read_row(entry, stem, number):
     own_id = entry.get("question_id", None if slide == "id" else entry.get("id"))
     row = {"id": f"{stem}-{number}" if own_id is None else words(own_id, "id")}
     row["slide"] = names if kind == QUESTION_KINDS[0][0] else [slide_id(name) for name in names]
-    # Stages 1 and 2 learn from reports, and know them by their task.
+    # Stages 1 and 2 know reports by their task.
     report = not question or "caption" in stem.lower()
     row["task"] = "Report" if report else re.sub(r"^\d+_|_(test|train|val)$", "", stem)
     row["cancer"] = "".join(re.split(r"[/\\]", names[0])[-2:-1])
@@ -951,8 +940,7 @@ def read_entries(path):
 
 
 def read_qa(path):
-    """-> rows {"id","slide","task","cancer","conversations"}, with "split" where the file says it. UserError
-    names the line."""
+    """-> rows {"id","slide","task","cancer","conversations"}, with "split" if the file says it."""
     path, rows, left_out = Path(path), [], []
     check(path.is_file(), f"{path}: no such file; python prepare.py --qa FILE... reads questions")
     with reading(path, WHAT_IS_READ):
@@ -966,7 +954,7 @@ def read_qa(path):
         else:
             left_out.append(where)
     if left_out:
-        what = f"{count(len(left_out), 'row')} about several slides or with an empty text"
+        what = f"{count(len(left_out), 'row')} of several slides or with an empty text"
         print(f"{path}: left out {what}: {few(left_out)}", file=sys.stderr)
     check(rows, f"{path}: holds no questions; {WHAT_IS_READ}")
     return rows
@@ -978,8 +966,7 @@ def write_qa(path, rows):
 
 
 def match_slides(rows, have):
-    """Rows with the slide of `have` in the place of the beginning of its name: a slide's barcode, or a
-    patient's, which finds the first of hers."""
+    """Rows with the slide of `have` in the place of the beginning of its name, as a patient's."""
     found = {}
     for name in dict.fromkeys(row["slide"] for row in rows):
         whole = re.compile(rf"{re.escape(name)}(?![^\W_])", re.I)  # 117 is no beginning of 1170
@@ -991,7 +978,7 @@ def match_slides(rows, have):
 
 
 def patient_of(slide):
-    """The patient's barcode in TCGA; of any other slide, its name."""
+    """The patient's barcode in TCGA; else the slide's name."""
     barcode = re.match(r"TCGA-\w\w-\w{4}(?!\w)", slide, re.I)
     return barcode[0].upper() if barcode else slide
 
@@ -1028,18 +1015,17 @@ def import_qa(args):
         print(f"Wrote {wrote} to {split}.jsonl; {len(slides - have):,} have no features.")
 
 
-# ---- The toy cohort: slides whose reports and questions are true of what is drawn --------------------------
+# ---- The toy cohort: slides whose reports and questions are true of what is drawn ----
 
-SIDE = 1536  # pixels of a toy slide, at 0.5 um/px: 6 x 6 tiles
-# each type's colour; how many bumps its texture has across a slide
+SIDE = 1536  # pixels of a toy slide: 6 x 6 tiles
+# each type's colour, and the bumps of its texture across a slide
 TYPES = {
     "adenocarcinoma": ((176, 104, 168), 48),
     "squamous cell carcinoma": ((214, 112, 146), 96),
     "small cell carcinoma": ((122, 78, 150), 192),
     "mucinous carcinoma": ((186, 190, 226), 24),
 }
-# the tumour's share of the tissue
-GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}
+GRADES = {"grade 1": (0.15, 0.25), "grade 2": (0.42, 0.54), "grade 3": (0.76, 0.90)}  # of the tissue
 SHARES = {"grade 1": "about a fifth", "grade 2": "about half", "grade 3": "most"}
 QUADRANTS = {"upper left": (-1, -1), "upper right": (1, -1), "lower left": (-1, 1), "lower right": (1, 1)}
 
@@ -1051,8 +1037,7 @@ def noise(rng, cells, size=SIDE // 8):
 
 
 def draw_slide(case):
-    """A round piece of tissue, a tumour whose look is the type and whose share is the grade, a necrosis in
-    one quadrant, pigment or none -> (RGB image, corners of tiles with pigment)."""
+    """-> (RGB image of what the case says, corners of the tiles with pigment)."""
     rng = np.random.default_rng(case["seed"])
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # drawn at an eighth of its size
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
@@ -1071,7 +1056,7 @@ def draw_slide(case):
     colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # no two laboratories stain alike
     picture = Image.fromarray(colour.astype(np.uint8)).resize((SIDE, SIDE), Image.BILINEAR)
     draw, planted = ImageDraw.Draw(picture), []
-    if case["focus"] == "present":  # in the middle of one or two tiles that hold tissue all over
+    if case["focus"] == "present":  # in one or two tiles that hold tissue all over
         inside = np.argwhere(tissue.reshape(SIDE // TILE, 32, -1, 32).mean((1, 3)) > 0.95)
         for row, column in rng.permutation(inside)[: rng.integers(1, 3)]:
             planted.append([int(column) * TILE, int(row) * TILE])
@@ -1081,7 +1066,7 @@ def draw_slide(case):
 
 
 def draw_case(case, folder):
-    """A toy slide, a picture whose dpi say its um/px -> corners of its tiles with pigment."""
+    """A picture whose dpi say its um/px -> corners of its tiles with pigment."""
     picture, planted = draw_slide(case)
     with replacing(folder / f"{case['slide']}.jpg") as temporary:
         picture.save(temporary, "JPEG", quality=85, dpi=(25400 / TARGET_MPP,) * 2)
@@ -1089,7 +1074,7 @@ def draw_case(case, folder):
 
 
 def invent_cases(train, test, seed):
-    """What slides show: each value as often as the others, and no finding tells of another."""
+    """What slides show: each value equally often, independently."""
     rng, cases = np.random.default_rng(seed), []
     values = {"type": TYPES, "grade": GRADES, "position": QUADRANTS, "focus": ("present", "absent")}
     for split, n in (("train", train), ("test", test)):
@@ -1100,7 +1085,7 @@ def invent_cases(train, test, seed):
     return cases
 
 
-# task -> ways to ask, and the answer, filled in from what the slide shows
+# task -> ways to ask, and the answer, filled in
 ASKED = {
     "report": "Write a report of this slide.|What does this slide show?",
     "type": "What is the histological type of the tumor?|Which type of tumor is this?",
@@ -1114,7 +1099,7 @@ ANSWERS = {
     "position": "The necrosis is at the {position}.",
     "focus": "{yes_no}, brown pigment is {focus}.",
 }
-# Three pathologists.
+# Of three pathologists.
 REPORTS = (
     "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
     "the {position}. Brown pigment is {focus}.",
@@ -1126,7 +1111,7 @@ REPORTS = (
 
 
 def write_questions(case, rng):
-    """Rows about one slide: its report, one question of each kind, and a dialogue of three."""
+    """Rows about a slide: its report, a question of each kind, a dialogue of three."""
     words = case | {"a_type": f"{'an' if case['type'][0] in 'aeiou' else 'a'} {case['type']}"}
     words |= {"share": SHARES[case["grade"]], "yes_no": "Yes" if case["focus"] == "present" else "No"}
     talks, rows = {}, []
@@ -1143,7 +1128,7 @@ def write_questions(case, rng):
 
 
 def draw_cohort(args, cases, folder):
-    """Slides into the folder, questions into data/qa; notes in each case where its pigment is."""
+    """Slides into the folder, questions into data/qa; notes where pigment is."""
     folder.mkdir(parents=True, exist_ok=True)
     with start_readers(args.workers) as pool:
         drawn = pool.map(draw_case, cases, itertools.repeat(folder), chunksize=4)
@@ -1156,7 +1141,7 @@ def draw_cohort(args, cases, folder):
 
 
 def prepare_demo(args):
-    """--demo: draws the cohort, unless it is there, and prepares it as real slides are."""
+    """--demo: draws the cohort, unless it is there, and prepares it."""
     args.preset, folder, path = "demo", args.data / "slides", args.data / "cohort.json"
     recipe = {"train": args.demo, "test": args.demo // 5, "seed": args.seed}
     cases = invent_cases(**recipe)
@@ -1168,14 +1153,10 @@ def prepare_demo(args):
         check(not own, f"{args.data} holds data of your own; name another --data")
         draw_cohort(args, cases, folder)
         write_text(path, json.dumps({"recipe": recipe, "cases": cases}, indent=1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))  # this small encoder takes no more time than the readers
-    failures = prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
-    torch.set_num_threads(threads)
-    return failures
+    return prepare_slides(args, {case["slide"]: folder / f"{case['slide']}.jpg" for case in cases})
 
 
-# ---- Flags and main --------------------------------------------------------------------------------------
+# ---- Flags and main ----
 
 
 def share(text):
@@ -1191,32 +1172,32 @@ def parse(argv=None):
     yes, paths = {"action": "store_true"}, {"nargs": "+", "type": Path}
     add = parser.group("what to prepare")
     add("--slides", "slides, or folders of them", **paths)
-    add("--features", "features made elsewhere (.pt, .h5), or folders of them", **paths)
+    add("--features", "features made elsewhere, or folders of them", **paths)
     add("--qa", f"question files; {WHAT_IS_READ}", **paths)
-    demo = "N toy slides (default: 500), and a fifth more to test on"
-    add("--demo", demo, nargs="?", metavar="N", type=at_least(5), const=500)
+    demo = {"nargs": "?", "metavar": "N", "type": at_least(5), "const": 500}
+    add("--demo", "N toy slides (default: 500), and a fifth more to test on", **demo)
     add("--dry-run", "list the slides and their tiles; write nothing", **yes)
     add("--overwrite", "make features again that are there", **yes)
     add("--shard", "one of N shares of the slides, as 3/16", metavar="I/N", type=share, default=slice(None))
     add = parser.group("slides and their tiles")
     add("--mpp", "um/px at level 0, where metadata do not say it", type=at_least(0.05, float, 20))
-    add("--mpp-csv", "file of lines slide,mpp, which win over what slides say")
+    add("--mpp-csv", "file of lines slide,mpp, which win over the slides")
     add("--min-tissue", "least share of a tile (default: 0.1)", type=at_least(0, float, 1), default=0.1)
-    add("--mask", "folder of pictures or QuPath's GeoJSON of what is tissue", type=Path)
+    add("--mask", "folder of pictures or GeoJSON of what is tissue", type=Path)
     add("--step", "pixels from tile to tile (default: 256)", type=at_least(1), default=TILE)
-    add("--max-tiles", "at most so many of a slide's tiles, drawn at random", type=at_least(0), default=0)
+    add("--max-tiles", "at most so many of a slide, drawn at random", type=at_least(0), default=0)
     add("--geojson", "also write the tiles for QuPath", **yes)
     gigapath = f"Prov-GigaPath's (default: {wsi_llava.GIGAPATH}/pytorch_model.bin)"
     add("--tile-encoder", gigapath, type=Path)
     add = parser.group("questions")
     add("--split", "if names or rows of files do not tell it", choices=["train", "val", "test"])
-    add("--drop-leaks", "leave out of training what shares a slide or a patient with the test", **yes)
+    add("--drop-leaks", "leave out of training what shares a patient with the test", **yes)
     wsi_llava.add_shared_flags(parser)
     return parser.parse_args(argv)
 
 
 def with_defaults(args):
-    """Another script's flags, completed by the defaults of this one's."""
+    """Another script's flags, completed by this one's defaults."""
     return type(args)(**(vars(parse([])) | vars(args)))
 
 
@@ -1242,4 +1223,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    wsi_llava.run(main, on_interrupt="interrupted; the same command goes on where this one stopped")
+    wsi_llava.run(main, on_interrupt="interrupted; the same command goes on")

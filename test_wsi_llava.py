@@ -13,7 +13,6 @@ import copy
 import csv
 import dataclasses
 import email.utils
-import errno
 import functools
 import http.server
 import inspect
@@ -1784,18 +1783,6 @@ def test_an_exported_model_answers_the_same(demo, tmp_path, flags):
 # ---- prepare.py: slides ----
 
 
-def test_toy_slide_shows_what_its_case_says(toy_slide):
-    """Pigment is brown and lies in the planted tiles alone; necrosis is where the case says."""
-    path, image, planted = toy_slide
-    pixels = np.asarray(image).astype(int)
-    brown = (pixels[..., 0] < 150) & (pixels[..., 2] < 70) & (pixels[..., 0] > pixels[..., 2] + 40)
-    share = brown.reshape(6, 256, 6, 256).mean((1, 3))
-    assert sorted([x * 256, y * 256] for y, x in np.argwhere(share > 0.01)) == sorted(planted)
-    beige = (np.abs(pixels - [216, 190, 178]).max(-1) < 22)[::8, ::8]
-    y, x = np.argwhere(beige).mean(0)
-    assert 1 <= len(planted) <= 2 and x < 88 and y < 88  # of 192: upper left
-
-
 def test_a_tile_at_a_whole_zoom_is_the_mean_of_its_pixels_to_the_bit(tmp_path):
     """As scanned at 0.5 um/px, give or take 2%; at 0.25 and 0.125 the mean of 2 x 2 and 4 x 4."""
     scan = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1100, 1100, 3), dtype=np.uint8))
@@ -1809,10 +1796,8 @@ def test_a_tile_at_a_whole_zoom_is_the_mean_of_its_pixels_to_the_bit(tmp_path):
 
 
 def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
-    """With Pillow's Lanczos, to its rounding; an inner tile and one at the corner, beyond which all is
-    white."""
-    rng = np.random.default_rng(0)
-    scan = Image.fromarray(rng.integers(0, 256, (320, 320, 3), dtype=np.uint8))
+    """With Pillow's Lanczos, to its rounding; an inner tile and one at the corner, with white around."""
+    scan = Image.fromarray(np.random.default_rng(0).integers(0, 256, (320, 320, 3), dtype=np.uint8))
     scan = scan.resize((1280, 1280), Image.Resampling.BICUBIC)
     scan.save(tmp_path / "slide.png")
     white = Image.new("RGB", (1280 + 20, 1280 + 20), "white")
@@ -1828,8 +1813,7 @@ def test_a_tile_resampled_is_that_part_of_the_whole_slide_resampled(tmp_path):
 
 @pytest.mark.parametrize("mpp", [0.495, 0.252, 0.3])
 def test_tiles_far_to_the_right_lie_where_the_exact_scale_puts_them(tmp_path, mpp):
-    """A black column under the middle of the 25th tile, in a slide that is read as it is, averaged, or
-    resampled."""
+    """A black column under the middle of the 25th tile, of a slide read as it is, averaged, or resampled."""
     scale = 0.5 / mpp
     at = round((24 * 256 + 128) * scale)
     scan = Image.new("RGB", (round(6500 * scale), 300), (255, 255, 255))
@@ -1859,7 +1843,7 @@ def test_levels_are_of_the_places_that_they_show(monkeypatch, tmp_path, size, le
 
 
 def test_padded_levels_give_the_same_pixels(toy_slide, tmp_path):
-    """A level of which a quarter is padding, as in Philips' slides: tiles and thumbnail as without it."""
+    """A level of which a quarter is padding, as in Philips' slides."""
     image, small = toy_slide[1].resize((1600, 1600)), Image.new("RGB", (1024, 1024))
     small.paste(image.resize((800, 800), Image.Resampling.BOX))
     write_tiff(tmp_path / "plain.tif", image, 0.25, (1, 2))
@@ -1876,8 +1860,6 @@ APERIO = "Aperio Image Library v1\n512x512 |"
 # What is written into a TIFF -> (source, um/px), or what is said.
 WRITTEN = [
     ({"resolution": (4e4, 4e4), "resolutionunit": "CENTIMETER"}, "metadata", 0.25),
-    ({"resolution": (4e4, 3.8e4), "resolutionunit": "CENTIMETER"}, "not square, 0.25 x 0.263158 um/px", 0),
-    ({"description": OME.format(250, "nm")}, "OME-XML", 0.25),
     ({"description": OME.format(0.25, "&#181;m")}, "OME-XML", 0.25),
     ({"description": OME.format(0.25, "um") + "<Image SizeZ='1'>" * 2}, "OME-XML", 0.25),
     ({"description": "ImageJ=1.53\nunit=micron\n", "resolution": (4, 4)}, "ImageJ", 0.25),
@@ -1910,14 +1892,13 @@ def test_the_resolution_of_plain_pictures(tmp_path):
     slide = prepare.Slide(tmp_path / "tags.tif")
     assert (slide.source, round(slide.mpp, 4)) == ("resolution", 0.25)
     Image.new("RGB", (600, 10)).save(tmp_path / "screen.png", dpi=(72, 72))
-    with pytest.raises(UserError, match="screen.png: no um/px from 0.05 to 20 in it .*352.*; give --mpp"):
-        prepare.Slide(tmp_path / "screen.png")
-    with pytest.raises(UserError, match="screen.png: too large, at 500 um/px; --mpp-csv gives others"):
-        prepare.Slide(tmp_path / "screen.png", mpp=500)
+    for mpp, message in ((None, "no um/px from 0.05 to 20 in it .*352.*; give --mpp"), (500, "too large")):
+        with pytest.raises(UserError, match=f"screen.png: {message}"):
+            prepare.Slide(tmp_path / "screen.png", mpp=mpp)
 
 
 def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
-    """--mpp is for slides that say nothing; a line of --mpp-csv wins over everything."""
+    """--mpp is for slides that say nothing; --mpp-csv wins over everything."""
     for name, options in (
         ("says", {"dpi": (50800, 50800)}),
         ("wrong", {"dpi": (50800, 50800)}),
@@ -1929,7 +1910,7 @@ def test_the_resolution_can_be_given_slide_by_slide(tmp_path, capsys):
     common = ["--slides", str(tmp_path), "--data", str(tmp_path / "data"), "--mpp", "0.4"]
     prepare.main([*common, "--mpp-csv", str(path)])
     printed = capsys.readouterr().out
-    assert "mpp.csv: 2 lines, about 1 of the slides here" in printed
+    assert "mpp.csv: 2 lines, about 1 of these slides" in printed
     assert "1 slide, um/px taken from --mpp-csv: wrong" in printed
     files = tmp_path / "data" / "features"
     for name, mpp in (("says", 0.5), ("wrong", 0.25), ("silent", 0.4)):
@@ -1953,26 +1934,16 @@ def touched(folder, *names):
         path.touch()
 
 
-def test_slides_are_found_as_an_archive_holds_them(tmp_path, monkeypatch, capsys):
-    """Links, odd names, DICOM folders; hidden files and Hamamatsu's parts are no slides; folders that cannot
-    be read are said."""
+def test_slides_are_found_as_an_archive_holds_them(tmp_path):
+    """Links, odd names, DICOM folders; hidden files and Hamamatsu's parts are no slides."""
     touched(tmp_path / "all", "a/-x.svs", "a/b c.d.ndpi", "a/\xfc.SVS", "a/._b c.d.ndpi", ".old/e.svs")
-    touched(tmp_path / "all", "case 7/1.dcm", "case 7/2.dcm", "v/v.vms", "v/v(1,0).jpg", "locked/c.svs")
+    touched(tmp_path / "all", "case 7/1.dcm", "case 7/2.dcm", "v/v.vms", "v/v(1,0).jpg")
     (tmp_path / "all" / "loop").symlink_to(tmp_path / "all", target_is_directory=True)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "linked.svs").symlink_to(tmp_path / "all" / "a" / "-x.svs")
     (tmp_path / "all" / "links").symlink_to(tmp_path / "more", target_is_directory=True)
-    scandir = os.scandir
-
-    def guarded(path):
-        if str(path).endswith("locked"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
     found = prepare.find_slides([tmp_path / "all"])
     assert list(found) == ["-x", "b c.d", "case 7", "v", "\xfc"] and found["case 7"].name == "1.dcm"
-    assert "Permission denied" in capsys.readouterr().out
     with pytest.raises(UserError, match="c.svs: no such file or folder"):
         prepare.find_slides([tmp_path / "c.svs"])
 
@@ -1989,7 +1960,7 @@ def test_names_of_slides(tmp_path):
 
 
 def write_dicom(path, kind, series):
-    """The header of a DICOM file: its kind and series, the latter behind a sequence that holds another."""
+    """The header of a DICOM file: its kind and series, behind a sequence that holds another."""
     path.parent.mkdir(exist_ok=True)
 
     def element(group, number, kind, value):
@@ -2028,12 +1999,13 @@ def test_tissue_and_grid(toy_slide):
     assert (np.diff(raster) > 0).all()  # y, then x
     half = prepare.tile_grid(mask, 0.5, step=128)
     assert len(half) > 3 * len(coords) and (half % 128 == 0).all()
+    border = prepare.tile_grid(np.ones((15, 9), bool), 0.1)  # 288 x 480 px
+    assert border.tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
 
 
 def scene(glass, *things, grain=2):
-    """A painted thumbnail 256 x 256 -> (it, where its tissue is). things: (colour, where, how much it
-    varies); what varies by less than 2 is a pen's. Tissue varies from cell to cell, and every pixel by a
-    camera's noise."""
+    """A painted thumbnail 256 x 256 -> (it, where its tissue is). things: (colour, where, how much it varies);
+    what varies by less than 2 is a pen's."""
     rng, truth = np.random.default_rng(0), np.zeros((256, 256), bool)
     pixels = np.full((256, 256, 3), glass, np.float32)
     for colour, box, varies in things:
@@ -2052,7 +2024,6 @@ WEST, EAST, PALE = (20, 40, 130, 220), (150, 40, 240, 220), (236, 222, 230)
 TINTED, TEAL, RED_PEN = (235, 225, 195), (150, 210, 200), (215, 30, 45)
 SCENES = {
     "H&E": [GLASS, (PINK, WEST, 12)],
-    "grey glass": [(190, 190, 190), (PINK, WEST, 12)],
     "a black border": [(6, 5, 8), (PINK, WEST, 12), (GLASS, EAST, 0)],
     "very dark": [GLASS, ((64, 22, 84), WEST, 8)],
     "pale kidney, dark control": [GLASS, (PALE, WEST, 4), ((120, 70, 40), EAST, 14)],
@@ -2061,11 +2032,9 @@ SCENES = {
     "tinted glass, pale tissue": [TINTED, ((226, 204, 186), WEST, 5)],
     "aniline blue, red": [GLASS, ((70, 120, 190), WEST, 14), ((190, 60, 90), EAST, 14)],
     "fast green": [GLASS, ((60, 160, 140), WEST, 14)],
-    "blood, H&E": [GLASS, ((190, 40, 50), WEST, 8), (PINK, EAST, 12)],
     "DAB": [GLASS, ((200, 195, 205), WEST, 8), ((130, 80, 40), EAST, 14)],
     "red pen": [GLASS, (PINK, WEST, 12), (RED_PEN, EAST, 1)],
     "blue pen": [GLASS, (PINK, WEST, 12), ((40, 70, 170), EAST, 1)],
-    "black pen": [GLASS, (PINK, WEST, 12), ((25, 25, 40), EAST, 1)],
     "a teal pen alone": [GLASS, (TEAL, EAST, 1)],
     "glass alone": [GLASS],
 }
@@ -2073,8 +2042,7 @@ SCENES = {
 
 @pytest.mark.parametrize("name", SCENES)
 def test_tissue_is_measured_against_the_slides_own_glass(name):
-    """Weak stain beside strong, tinted glass, blue and green stains; and pens of all colours, which are
-    none."""
+    """Weak stain beside strong, tinted glass, blue and green stains; and pens, which are none."""
     picture, truth = scene(*SCENES[name])
     mask = tissue_mask(picture)
     assert (truth & ~mask).sum() <= 0.1 * truth.sum(), "tissue was missed"
@@ -2084,8 +2052,7 @@ def test_tissue_is_measured_against_the_slides_own_glass(name):
 @pytest.mark.parametrize("glass", [GLASS, (244, 240, 233), (235, 240, 243)])
 @pytest.mark.parametrize("tissue", [PINK, PALE, (215, 220, 235)])
 def test_white_around_the_scanned_area_is_no_glass(glass, tissue):
-    """MRXS, or painted white: where its glass is tinted, glass is not tissue. On all other slides such white is
-    the glass, and pale tissue is tissue."""
+    """MRXS, or painted white: tinted glass is not tissue. On other slides such white is the glass."""
     picture, truth = scene(glass, (tissue, WEST, 6))
     around = Image.new("RGB", (640, 512), "white")
     around.paste(picture, (100, 100))
@@ -2114,39 +2081,28 @@ def test_why_there_is_no_tissue_is_said(tmp_path, capsys):
     prepare.main([*flags, "--data", str(tmp_path / "data")])
     printed = capsys.readouterr().out
     assert "1 slide, no tile reaches --min-tissue 0.1; 0.01 would give 1: crumb" in printed
-    assert "1 slide, ink left out, outlined in red in data/qc: pen" in printed
+    assert "1 slide, ink left out, red in data/qc: pen" in printed
     assert "2 slides, no tissue found (what has no colour needs --mask): glass, silver" in printed
     features, coords = wsi_llava.read_features(tmp_path / "data", "glass")
     assert features.shape == (0, 128) and coords.shape == (0, 2)
 
 
-def test_tiles_at_the_right_and_lower_border_are_kept_and_filled_with_white(tmp_path):
-    Image.new("RGB", (500, 500), PINK).save(tmp_path / "field.png")
-    slide = prepare.Slide(tmp_path / "field.png", mpp=0.5)
-    coords = prepare.tile_grid(tissue_mask(slide.thumbnail(32)), 0.25)
-    assert coords.tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
-    tile = slide.tile(256, 256)
-    assert (tile[:244, :244, :3] == PINK).all() and (tile[244:] == 255).all() and (tile[:, 244:] == 255).all()
-
-
 def test_other_masks_are_other_features(archive, tmp_path, capsys):
-    slides, masks, data = archive[0], tmp_path / "masks", tmp_path / "data"
+    masks, data = tmp_path / "masks", tmp_path / "data"
     masks.mkdir()
     picture = Image.new("L", (128, 128))
     picture.paste(1, (0, 0, 64, 64))  # a label, a quarter of the slide
     picture.save(masks / "s0.png")
     (masks / "s3.json").write_text('{"features": [{"geometry": 3}]}')
-    common = ["--slides", str(slides), "--data", str(data), "--mask", str(masks), "--max-tiles", "40"]
     with pytest.raises(UserError, match="1 slide could not be prepared"):
-        prepare.main(common)
+        prepare_all(archive[0], data, "--mask", masks)
     want = [[x, y] for y in range(0, 768, 256) for x in range(0, 768, 256)]
     assert wsi_llava.read_features(data, "s0")[1].tolist() == want
-    message = prepare.read_failures(data)["s3"]
-    assert "s3.json: " in message and "--mask takes pictures" in message
+    assert re.search("s3.json: .*--mask takes pictures", prepare.read_failures(data)["s3"])
     assert "not in --mask: tissue by its colour: s1, s2, s4" in capsys.readouterr().out
     picture.save(masks / "s1.png")
     with pytest.raises(UserError, match="s1.safetensors was made with mask .*; --overwrite makes it again"):
-        prepare.main(common)
+        prepare_all(archive[0], data, "--mask", masks)
 
 
 def masked(tmp_path, mask, name="s.png", **options):
@@ -2160,7 +2116,7 @@ def masked(tmp_path, mask, name="s.png", **options):
 
 
 def test_pictures_as_masks(toy_slide, tmp_path):
-    """Black and white, labels, an alpha channel alone, also as JPEG; photographs and other shapes are refused."""
+    """Black and white, labels, alpha alone, JPEG; photographs and other shapes are refused."""
     left = Image.new("L", (256, 256))
     ImageDraw.Draw(left).ellipse((-100, 20, 127, 230), 255)
     want = np.asarray(left.resize((64, 64), Image.Resampling.BOX)) > 127
@@ -2277,8 +2233,7 @@ def test_a_killed_run_leaves_no_half_file_and_is_completed_to_the_same_bytes(arc
 def test_two_runs_on_one_folder_share_the_slides(archive, tmp_path):
     slides, whole = archive
     command = [sys.executable, HERE / "prepare.py", "--slides", slides, "--data", tmp_path, *FEW]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sum(int(re.search(r"tiles? of (\d) slides? in", text)[1]) for text in printed) == 5, printed
@@ -2318,26 +2273,6 @@ def test_another_slide_of_the_same_name_is_not_done_already(archive, tmp_path, c
     assert contents(tmp_path / "data") != before and not prepare.read_failures(tmp_path / "data")
 
 
-def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
-    """--geojson on finished slides, a picture that was deleted; features are not touched."""
-    slide, path = archive[0] / "s4.tif", tmp_path / "features" / "s4.safetensors"
-    prepare_all(slide, tmp_path, "--max-tiles", 2)
-    before, made = contents(tmp_path), path.stat().st_mtime_ns
-    (tmp_path / "qc" / "s4.jpg").unlink()
-    prepare_all(slide, tmp_path, "--max-tiles", 2, "--geojson")
-    assert (tmp_path / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
-    assert contents(tmp_path).items() > before.items()
-
-
-def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch):
-    def refused(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(prepare.fcntl, "lockf", refused)
-    prepare_all(archive[0], tmp_path, *FEW)
-    assert contents(tmp_path) == contents(archive[1])
-
-
 def damage(path, tiles):
     """Overwrites JPEG tiles of the finest level of a TIFF by write_tiff."""
     body = bytearray(path.read_bytes())
@@ -2370,7 +2305,7 @@ def test_what_cannot_be_decoded_of_a_thumbnail_stays_white(large, tmp_path):
 
 @slow
 def test_damaged_tiles_are_dropped_or_fail_their_slide(large, tmp_path, capsys):
-    """One tile of two hundred is left out and counted; three are too many. A mended slide leaves the record."""
+    """One tile of two hundred is left out; three are too many. A mended slide leaves the record."""
     slides, data = tmp_path / "slides", tmp_path / "data"
     slides.mkdir()
     for name, tiles in (("one", [16 * 4 + 4]), ("three", [16 * 4 + 4, 16 * 4 + 3, 16 * 3 + 3])):
@@ -2379,7 +2314,7 @@ def test_damaged_tiles_are_dropped_or_fail_their_slide(large, tmp_path, capsys):
     (slides / "bad.svs").write_bytes(b"not a slide")
     with pytest.raises(UserError, match="2 slides could not be prepared"):
         prepare_all(slides, data)
-    assert "1 slide, under 1% of its tiles, not to be decoded, left out: one" in capsys.readouterr().out
+    assert "1 slide, under 1% of its tiles cannot be decoded: one" in capsys.readouterr().out
     features, coords = wsi_llava.read_features(data, "one")
     assert wsi_llava.feature_metadata(data / "features" / "one.safetensors")["dropped"] == 1
     assert len(features) == len(coords) > 150 and [1024, 1024] not in coords.tolist()
@@ -2420,16 +2355,15 @@ def die():
 
 def test_a_dry_run_lists_and_writes_nothing(archive, tmp_path, capsys):
     """Also beside a file of absurd size."""
-    shutil.copy(archive[0] / "s4.tif", tmp_path / "good.tif")
-    absurd = (tmp_path / "good.tif").read_bytes()
+    absurd = (archive[0] / "s4.tif").read_bytes()
+    (tmp_path / "good.tif").write_bytes(absurd)
     for side in (322, 323):
-        tags = (struct.pack("<HHII", side, 4, 1, n) for n in (256, 2**31))
-        absurd = absurd.replace(*tags)
+        absurd = absurd.replace(*(struct.pack("<HHII", side, 4, 1, n) for n in (256, 2**31)))
     (tmp_path / "absurd.tif").write_bytes(absurd)
     with pytest.raises(UserError, match="1 slide could not be prepared"):
         prepare_all(tmp_path, tmp_path / "data", "--dry-run")
     printed = capsys.readouterr()
-    assert "\ngood: 0.5 um/px (metadata), 14 tiles\n" in printed.out
+    assert "\ngood: 0.5 um/px, 14 tiles\n" in printed.out
     assert "absurd.tif: says that its tiles are over 65536 px wide" in printed.err
     assert not (tmp_path / "data").exists()
 
@@ -2468,12 +2402,8 @@ def test_pictures_and_geojson_of_a_slide(tmp_path):
     prepare_all(tmp_path / "wide.png", tmp_path, "--mpp", 0.25, "--geojson")
     assert Image.open(tmp_path / "qc" / "wide.jpg").size == (768, 8)
     found = json.loads((tmp_path / "qc" / "wide.geojson").read_text())["features"]
-    coords = (wsi_llava.read_features(tmp_path, "wide")[1] * 2).tolist()
-    for (x, y), feature in zip(coords, found, strict=True):
-        square = [[x, y], [x + 512, y], [x + 512, y + 512], [x, y + 512], [x, y]]
-        assert feature["geometry"] == {"type": "Polygon", "coordinates": [square]}
-        assert feature["properties"]["objectType"] == "tile"
-    assert len(found) == 100
+    square = [[512, 0], [1024, 0], [1024, 512], [512, 512], [512, 0]]
+    assert found[1]["geometry"] == {"type": "Polygon", "coordinates": [square]} and len(found) == 100
 
 
 # ---- prepare.py: features that were made elsewhere ----
@@ -2540,7 +2470,7 @@ def test_visual_tokens_of_the_authors(tmp_path):
 
 GOOD_FOREIGN = {"tile_embeds": torch.zeros(2, 8), "coords": torch.tensor([[0, 0], [512, 0]])}
 REFUSED = [
-    ({"x": torch.zeros(1)}, r"holds \['x'\], neither of tile_embeds, feats, features"),
+    ({"x": torch.zeros(1)}, r"holds \['x'\], none of tile_embeds, feats, features"),
     (None, "read are .pt and .h5"),
     (torch.zeros(7, 8), r"features \[7, 8\] without coords: not visual tokens \[576,C\]"),
     (GOOD_FOREIGN | {"coords": torch.zeros(3, 2)}, r"features \[2, 8\], and 3 coords"),
@@ -2591,7 +2521,7 @@ def test_a_folder_of_features_is_of_one_encoder(tmp_path):
     write_foreign(tmp_path / "conch" / "a.pt", GOOD_FOREIGN | {"tile_embeds": torch.zeros(2, 9)})
     flags = ["--mpp", "0.25", "--data", str(tmp_path / "data"), "--features"]
     prepare.main([*flags, str(tmp_path / "uni")])
-    with pytest.raises(UserError, match="no .pt or .h5 file there; name the folder that holds them"):
+    with pytest.raises(UserError, match="no .pt or .h5 file there; name their folder"):
         prepare.main([*flags, str(tmp_path)])
     with pytest.raises(UserError, match="uni/a.pt and .*conch/a.pt have the same name; name one folder"):
         prepare.main([*flags, str(tmp_path / "uni"), str(tmp_path / "conch")])
@@ -2614,10 +2544,10 @@ def read_texts(tmp_path, name, text):
 def test_qa_in_both_shapes(tmp_path):
     talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A tumor."}]
     row = {"id": "T-1", "image": "TCGA-LUSC/T.1.pt", "conversations": talk}
-    (tmp_path / "1_Report_test.json").write_text(json.dumps([row], indent=1))
-    line = {"question_id": "Grade_T-1", "image": "TCGA-LUSC/T.1.pt", "metadata": "Grade"}
+    line = {"question_id": "Grade_T-1", "image": row["image"], "metadata": "Grade"}
     line |= {"question": "What is it?", "T-answer": "A tumor."}
-    (tmp_path / "sample.jsonl").write_text(json.dumps(line) + "\n")
+    for name, content in (("1_Report_test.json", [row]), ("sample.jsonl", line)):
+        (tmp_path / name).write_text(json.dumps(content))
     (first,) = prepare.read_qa(tmp_path / "1_Report_test.json")
     (second,) = prepare.read_qa(tmp_path / "sample.jsonl")
     want = {"id": "T-1", "slide": "T.1", "task": "Report", "cancer": "TCGA-LUSC", "conversations": talk}
@@ -2636,12 +2566,10 @@ MALFORMED = [
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": null}', "line 2: its t-answer is no text: null"),
     (GOOD + '{"image": "x.pt", "question": "q", "T-answer": "\\ud800"}', "line 2: .*surrogates not allowed"),
     ("slide,report\na.svs\n", "line 2: not as many columns"),
-    ('slide,report\na.svs,"open\n', "unexpected end of data; read are"),
     (b"slide,report\na,Pr\xe4parat\n", "can't decode byte"),
     ("Id,Question,Answer,split\n1,q,a,dev\n", "line 2: its split is 'dev', not train, val or test"),
     ('{"train": [], "info": 7}', "of no kind"),
     ('[{"id": 1, "image": "x", "conversations": [{"from": "gpt", "value": "a"}]}]', "item 1: its conv"),
-    ("[]", "holds no questions"),
     ("slide,question,answer,A,B\nx,Which?,C,a,b\n", "line 2: its answer is 'C', and it has no such option"),
     ("slide,question,answer,options\nx,Which?,B,a;b\n", "line 2: its options are neither a list"),
 ]
@@ -2661,7 +2589,6 @@ CLOSED = [
     ({"options": [0, 1, 2], "answer": 0}, "A) 0\nB) 1\nC) 2", "A) 0"),
     ({"options": ["None", "NA", None], "answer": "NA"}, "A) None\nB) NA", "B) NA"),
     ({"A": "Positive", "B": "Negative", "C": "", "answer": "A"}, "A) Positive\nB) Negative", "A) Positive"),
-    ({**dict(zip("ABCDEFGHIJ", "klmnopqrst")), "answer": "J"}, "\nJ) t", "J) t"),
     ({"options": list("klmnopqrst"), "answer": "t"}, "\nJ) t", "J) t"),
     ({"question": "Which? A. low B. high", "answer": "B"}, "A. low B. high", "B"),
     ({"answer": "2+"}, "Which?", "2+"),
@@ -2677,30 +2604,29 @@ def test_options_of_closed_questions(tmp_path, entry, asked, told):
 
 def test_question_files_of_the_field(tmp_path):
     """Each in the layout in which it is published."""
-    wsi_vqa = [{"Id": "TCGA-A1-A0SF", "Question": "what is the grade?", "Answer": "high"}]
+    wsi_vqa = [{"Id": "TCGA-A1", "Question": "what is the grade?", "Answer": "high"}]
     (row,) = read_texts(tmp_path, "WsiVQA_test.json", json.dumps(wsi_vqa))
-    assert (row["id"], row["slide"], row["task"]) == ("WsiVQA_test-1", "TCGA-A1-A0SF", "WsiVQA")
+    assert (row["id"], row["slide"], row["task"]) == ("WsiVQA_test-1", "TCGA-A1", "WsiVQA")
 
     header = "Slide,Tumor,Broad Category,Narrow Category,Question,A,B,C,D,Answer\r\n"
-    line = 'TCGA-A1-A0SF-01Z-00-DX1,BRCA,Microscopy,Grading,"Which, of ""these""?",I,II,III,IV,C\r\n'
+    line = 'TCGA-A1,BRCA,Microscopy,Grading,"Which, of ""these""?",I,II,III,IV,C\r\n'
     (row,) = read_texts(tmp_path, "SlideBench-VQA-TCGA.csv", "\ufeff" + header + line)
-    assert row["slide"] == "TCGA-A1-A0SF-01Z-00-DX1" and (row["task"], row["cancer"]) == ("Grading", "BRCA")
+    assert (row["slide"], row["task"], row["cancer"]) == ("TCGA-A1", "Grading", "BRCA")
     assert row["conversations"] == ['<image>\nWhich, of "these"?\nA) I\nB) II\nC) III\nD) IV', "C) III"]
 
     talk = [{"from": "human", "value": "Why?\n<image>"}, {"from": "gpt", "value": "So."}]
-    instruct = {"image": ["TCGA-A1-A0SF-01Z-00-DX1.csv"], "conversations": talk}
+    instruct = {"image": ["TCGA-A1.csv"], "conversations": talk}
     for name, text in (("caption.json", [instruct | {"id": "train::0"}]), ("caption_lines.json", instruct)):
         (row,) = read_texts(tmp_path, name, json.dumps(text))
-        assert (row["slide"], row["task"]) == ("TCGA-A1-A0SF-01Z-00-DX1", "Report")
+        assert (row["slide"], row["task"]) == ("TCGA-A1", "Report")
         assert row["conversations"] == ["<image>\nWhy?", "So."]
 
-    report = {"id": "TCGA-A1-A0SF", "report": "A tumor.", "image_path": ["TCGA-A1-A0SF.pt"], "split": "train"}
-    reports = {"train": [report], "val": [], "test": [report | {"id": "TCGA-A1-A0SG", "split": "test"}]}
-    for layout in (json.dumps(reports), json.dumps(reports, indent=1)):
-        first, second = read_texts(tmp_path, "histgen.json", layout)
-        assert (first["slide"], first["split"]) == ("TCGA-A1-A0SF", "train")
-        assert (second["slide"], second["split"]) == ("TCGA-A1-A0SG", "test")
-        assert first["conversations"] == ["<image>\nWrite a report of this slide.", "A tumor."]
+    report = {"id": "TCGA-A1", "report": "A tumor.", "image_path": ["TCGA-A1.pt"], "split": "train"}
+    reports = {"train": [report], "val": [], "test": [report | {"id": "TCGA-A2", "split": "test"}]}
+    first, second = read_texts(tmp_path, "histgen.json", json.dumps(reports, indent=1))
+    assert (first["slide"], first["split"]) == ("TCGA-A1", "train")
+    assert (second["slide"], second["split"]) == ("TCGA-A2", "test")
+    assert first["conversations"] == ["<image>\nWrite a report of this slide.", "A tumor."]
     (row,) = read_texts(tmp_path, "mine.csv", 'slide,report,age\ncase/7.NDPI,"Two\nlines.",51\n')
     assert row["slide"] == "7" and row["conversations"][1] == "Two\nlines." and wsi_llava.is_report(row)
 
@@ -2715,7 +2641,7 @@ def test_texts_ids_and_names_as_people_have_them(tmp_path, capsys):
     assert (first["id"], first["slide"], first["task"]) == ("7", "c.OME", "q")
     assert first["conversations"] == ["<image>\na\u2028b\u0085c", "yes"]
     assert second["conversations"][1] == "5.5"
-    left_out = "left out 4 rows about several slides or with an empty text: line 3, line 4, line 5, ..."
+    left_out = "left out 4 rows of several slides or with an empty text: line 3, line 4, line 5, ..."
     assert left_out in capsys.readouterr().err
 
 
@@ -2766,16 +2692,16 @@ def test_what_is_on_both_sides_of_training_and_test_is_said_and_left_out(tmp_pat
     write_reports(tmp_path / "train.csv", **train)
     write_reports(tmp_path / "test.csv", **{"TCGA-A1-A0SF-01Z-00-DX2": "f", "x1": "g", "y2": "h"})
     common = ["--data", str(tmp_path), "--qa", str(tmp_path / "test.csv")]
-    prepare.main([*common, str(tmp_path / "train.csv")])
-    said = "2 questions of training about patients of the test (--drop-leaks leaves them out)"
-    assert said in capsys.readouterr().out
-    prepare.main([*common, "--drop-leaks"])
-    assert "2 questions of training about patients of the test (left out)" in capsys.readouterr().out
+    for flags, said in (
+        ([str(tmp_path / "train.csv")], "2 questions of training about patients of the test (--drop-leaks"),
+        (["--drop-leaks"], "2 questions of training about patients of the test (left out)"),
+        ([], "0 questions of training"),
+    ):
+        prepare.main([*common, *flags])
+        assert said in capsys.readouterr().out
     rows = prepare.read_qa(tmp_path / "qa" / "train.jsonl")
     assert [row["slide"] for row in rows] == ["TCGA-A1-A0SG-01Z-00-DX1", "y3"]
     assert len(prepare.read_qa(tmp_path / "qa" / "test.jsonl")) == 3
-    prepare.main(common)
-    assert "0 questions of training" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not (SHARED / "field").exists(), reason="needs the question files in ../shared/field")
@@ -2783,9 +2709,7 @@ def test_real_files_of_the_field_are_read():
     files = [path for path in (SHARED / "field").iterdir() if path.suffix in (".json", ".csv")]
     files.append(SHARED / "wsi_bench" / "test_sample.jsonl")
     counts = {path.name: len(prepare.read_qa(path)) for path in files}
-    assert counts == {"wsi_vqa_sample.json": 60, "slideinstruct_example.json": 3, "histgen_sample.json": 2} | {
-        "slidebench_sample.csv": 2, "slidebench_bcnb_sample.csv": 2, "test_sample.jsonl": 237,
-    }  # fmt: skip
+    assert sorted(counts.values()) == [2, 2, 2, 3, 60, 237]
     rows = prepare.read_qa(SHARED / "field" / "wsi_vqa_sample.json")
     closed = [row["conversations"] for row in rows if "\nA) " in row["conversations"][0]["value"]]
     assert len(closed) == 32
@@ -2800,25 +2724,10 @@ def test_demo_cohort_is_balanced_and_disjoint():
     for key, n in (("type", 6), ("grade", 8), ("position", 6), ("focus", 12)):
         assert set(collections.Counter(case[key] for case in test).values()) == {n}
     rows = prepare.write_questions(test[0], np.random.default_rng(0))
-    assert [row["task"] for row in rows] == [*prepare.ASKED, "dialogue"]
     answers = {row["task"]: row["conversations"][1]["value"] for row in rows}
+    assert list(answers) == [*prepare.ASKED, "dialogue"]
     for key in ("type", "grade", "position"):
         assert test[0][key] in answers[key] and test[0][key] in answers["report"]
-
-
-@slow
-def test_the_demo_goes_on_with_its_own_cohort_alone(demo, tmp_path, capsys):
-    folder, _ = demo
-    before = {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    common = ["--data", str(folder / "data"), "--demo"]
-    prepare.main([*common, "15"])
-    assert "18 done already; 0 to prepare" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in (folder / "data" / "features").iterdir()}
-    with pytest.raises(UserError, match="holds another cohort, .*'train': 15.*; name another --data"):
-        prepare.main([*common, "16"])
-    (tmp_path / "meta.json").write_text("{}")
-    with pytest.raises(UserError, match="holds data of your own; name another --data"):
-        prepare.main(["--demo", "--data", str(tmp_path)])
 
 
 # ---- sample.py: conversations ----
