@@ -486,7 +486,7 @@ def write_meta(data, preset, encoder):
     meta = {"version": wsi_llava.VERSION, "preset": preset, "mpp": TARGET_MPP}
     if not (data / "meta.json").exists():
         write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
-    old = wsi_llava.read_meta(data)  # perhaps another process's
+    old = wsi_llava.read_meta(data)
     same = old["encoder"]["fingerprint"] == encoder["fingerprint"] and old["mpp"] == TARGET_MPP
     made = f"another tile encoder ({old['encoder']['source']}) or um/px ({old['mpp']})"
     check(same, f"{data} is of {made}; name a new --data")
@@ -523,7 +523,7 @@ def begin_reader(memory):
     shared = np.frombuffer(memory, np.uint8).reshape(-1, TILE, TILE, 4)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word,
-    parent = multiprocessing.parent_process()  # as does its parent's end, even by kill -9
+    parent = multiprocessing.parent_process()  # as does its parent's end
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
@@ -686,7 +686,8 @@ def prepare_slides(args, slides):
             plan = plans[n].result()
             if args.dry_run:
                 written.append(len(plan["coords"]))
-                tqdm.write(f"{job['name']}: {plan['facts']['mpp']:.6} um/px, {count(written[-1], 'tile')}")
+                facts, tiles = plan["facts"], count(written[-1], "tile")
+                tqdm.write(f"{job['name']}: {facts['mpp']:.6} um/px ({facts['mpp_source']}), {tiles}")
             elif not plan["done"]:
                 written.append(prepare_slide(args, encoder, readers, memory, job, plan, bar))
             for note in plan["notes"]:
@@ -1099,7 +1100,7 @@ ANSWERS = {
     "position": "The necrosis is at the {position}.",
     "focus": "{yes_no}, brown pigment is {focus}.",
 }
-# Of three pathologists.
+
 REPORTS = (
     "The tumor is {a_type}. It takes up {share} of the tissue, which makes it {grade}. Necrosis is seen at "
     "the {position}. Brown pigment is {focus}.",
