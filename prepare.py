@@ -129,10 +129,13 @@ class Slide:
         ome = dict(re.findall(r'PhysicalSizeX(Unit)?="([^"]*)"', text)[:2])
         imagej = re.search(r"(?ms)^ImageJ=.*^unit=([^\n]+)", text)
         dots = number(dots) or math.inf
+        wide, high = (number(self.get(f"openslide.mpp-{side}")) for side in "xy")
+        if high and abs(wide - high) > NATIVE * wide:
+            self.notes.append("its pixels are not square")
         said = {  # the most trusted first
             "OME-XML": number(ome.get("")) * microns(ome.get("Unit", "um")),
             "ImageJ": microns(imagej[1] if imagej else "") / dots,
-            "metadata": number(self.get("openslide.mpp-x")),
+            "metadata": wide,
             "resolution": microns(unit) / dots,
             "objective power": 10 / (power or math.inf),  # 40x is about 0.25 um/px
         }
@@ -195,7 +198,7 @@ class Slide:
         picture, self.lost = Image.new("RGB", (width, height), "white"), 0  # share of the picture
         level = self.level_at(self.scale * pixel)
         zoom = self.scale * pixel / self.scales[level]  # level pixels per pixel
-        step = max(1, int(TILE / zoom))  # in squares, for the memory
+        step = max(1, int(TILE / zoom))  # spares memory
         for y, x in itertools.product(range(0, height, step), range(0, width, step)):
             right, bottom = min(width, x + step), min(height, y + step)
             left, top = math.floor(x * zoom), math.floor(y * zoom)
@@ -239,7 +242,7 @@ def dicom_slides(folder, files):
     """A folder's .dcm files -> [(name, path)]. A slide is a series, a file for each level."""
     series_of = {path: dicom_series(path) for path in reversed(files)}
     slides = {series: path for path, series in series_of.items() if series}
-    if not slides:  # perhaps damaged: its reader will say so
+    if not slides:  # perhaps damaged
         slides = {series: path for path, series in series_of.items() if series is None}
     name = Path(folder).resolve().name
     if len(slides) == 1:
@@ -255,6 +258,7 @@ def find_slides(inputs):
         check(entry.exists(), f"{entry}: no such file or folder (--slides)")
         if entry.is_file():
             found[os.path.realpath(entry)] = entry.stem, entry
+            continue
         for folder, folders, files in os.walk(entry, followlinks=True, onerror=print):
             folders[:] = sorted(name for name in folders if name[0] != ".")
             if os.path.realpath(folder) in seen or "meta.json" in files:  # data, with pictures of slides
@@ -270,7 +274,7 @@ def find_slides(inputs):
             slides += [(path.stem, path) for path in itertools.chain(*kinds.values())]
             for name, path in slides:
                 found.setdefault(os.path.realpath(path), (name, path))
-    check(found, f"no slides below {few(inputs)}: no {', '.join(SUFFIXES)}")
+    check(found, f"no slides below {few(inputs)}")
     times, named = collections.Counter(name.casefold() for name, _ in found.values()), {}
     for name, path in found.values():
         if times[name.casefold()] > 1:
@@ -278,6 +282,7 @@ def find_slides(inputs):
         name = re.sub(r"[/\\\x00-\x1f\ud800-\udfff]", "_", name)  # also what is not UTF-8
         other = named.setdefault(name.casefold(), (name, path))[1]
         check(other is path, f"{other} and {path} have the same name, {name}; rename one")
+        check(len(name.encode()) <= 200, f"{path}: its name is too long")
     return dict(sorted(named.values()))
 
 
@@ -405,7 +410,7 @@ def drawn_mask(found, slide, size):
         corners = shape.get("coordinates")
         for rings in {"Polygon": [corners], "MultiPolygon": corners}.get(shape.get("type"), []):
             part = Image.new("1", size)
-            for i, ring in enumerate(rings):  # then holes
+            for i, ring in enumerate(rings):
                 ring = (np.array(ring, float)[:, :2] + slide.corner) / (MASK * slide.scale) - 0.5
                 ImageDraw.Draw(part).polygon(ring.ravel().tolist(), i == 0)
             drawn[ignored] |= np.asarray(part)
@@ -483,7 +488,7 @@ def write_meta(data, preset, encoder):
     """Makes the folder, or checks that it is of this encoder."""
     for folder in ("features", "qc", "qa"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    meta = {"version": wsi_llava.VERSION, "preset": preset, "mpp": TARGET_MPP}
+    meta = {"version": wsi_llava.VERSION, "preset": preset, "tile_size": TILE, "mpp": TARGET_MPP}
     if not (data / "meta.json").exists():
         write_text(data / "meta.json", json.dumps(meta | {"encoder": encoder}, indent=2))
     old = wsi_llava.read_meta(data)
@@ -573,9 +578,8 @@ def survey(args, job):
     with reading(job["slide"][0], "damaged, or not read here"):
         slide = open_slide(*job["slide"])
         facts = {"params": job["params"], "file": [*job["file"], slide.hash()], "scale": slide.scale}
-        facts |= {"mpp": slide.mpp, "mpp_source": slide.source}
+        facts |= {"mpp": slide.mpp, "mpp_source": slide.source, "size": slide.file.dimensions}
         done = is_done(args, job, facts["file"][2])
-
         picture = slide.thumbnail(MASK / max(1, round(MASK * PICTURE / max(slide.width, slide.height))))
         size = [max(1, round(side / MASK)) for side in (slide.width, slide.height)]
         mask, ink = find_tissue(picture.resize(size, Image.BOX))
@@ -583,7 +587,7 @@ def survey(args, job):
             mask, ink = given_mask(job["mask"], slide, size), np.zeros_like(ink)
         coords = tile_grid(mask, args.min_tissue, args.step)
         small = 0 if len(coords) else len(tile_grid(mask, 0.01, args.step))
-        if 0 < args.max_tiles < len(coords):  # the same ones for a slide and a seed
+        if 0 < args.max_tiles < len(coords):  # the same for a seed
             rng = np.random.default_rng([args.seed, zlib.crc32(job["name"].encode())])
             coords = coords[np.sort(rng.choice(len(coords), args.max_tiles, replace=False))]
     told = dict.fromkeys(slide.notes, True) | {
@@ -624,7 +628,7 @@ def encode(encoder, tiles, device):
 
 
 def prepare_slide(args, encoder, readers, memory, job, plan, bar):
-    """Encodes a surveyed slide's tiles, writes its features in raster order -> how many."""
+    """Encodes a surveyed slide's tiles, writes its features -> how many."""
     coords, path, problem = plan["coords"], job["slide"][0], None
     # All batches are full but the last: a feature's bits depend on the slide alone. 4 x 4 neighbours follow
     # one another: OpenSlide keeps the JPEG tiles that they share.
@@ -672,7 +676,7 @@ def prepare_slides(args, slides):
     memory = FORK.RawArray("B", (2 + args.workers) * BATCH * TILE * TILE * 4)
     surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {}
     failures, notes, written = [], collections.defaultdict(list), []
-    claims = None if args.dry_run else open(args.data / ".claims", "ab")  # noqa: SIM115 (open to the end)
+    claims = None if args.dry_run else open(args.data / ".claims", "ab")  # noqa: SIM115
     bar = tqdm(todo, unit="slide", disable=not todo)
     for n, job in enumerate(bar):
         failure = None
@@ -683,7 +687,7 @@ def prepare_slides(args, slides):
             if n not in plans:
                 notes["left to another run"].append(job["name"])
                 continue
-            plan = plans[n].result()
+            plan = plans.pop(n).result()
             if args.dry_run:
                 written.append(len(plan["coords"]))
                 facts, tiles = plan["facts"], count(written[-1], "tile")
@@ -697,8 +701,8 @@ def prepare_slides(args, slides):
         except BrokenProcessPool:
             failure = f"{job['slide'][0]}: {DIED}"
             surveyor.shutdown()
-            readers.shutdown()  # those that live write to the memory no more
-            surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {n: None}
+            readers.shutdown()  # they write no more
+            surveyor, readers, plans = start_readers(1), start_readers(args.workers, memory), {}
         failures += [failure] if failure else []
         if not args.dry_run:
             note_failure(args.data, job["name"], failure)
@@ -764,7 +768,7 @@ def tiled_coords(path, coords, about, mpp, step):
         order = torch.from_numpy(np.lexsort(coords.numpy().T))  # y, then x
         coords = coords[order] / scale
         steps = coords.diff(dim=0)
-        steps = steps[steps[:, 1] == 0, 0].round()  # between neighbours of a row: the most frequent
+        steps = steps[steps[:, 1] == 0, 0].round()  # the most frequent in rows
         apart = apart / scale or (steps.mode().values.item() if len(steps) else step)
         fits = abs(apart / step - 1) <= NATIVE
         check(fits, f"{path}: tiles {apart:.0f} px apart at {TARGET_MPP} um/px; mend --mpp or --step")
@@ -855,7 +859,7 @@ def read_options(entry):
     if isinstance(options, list):
         options = dict(itertools.zip_longest(LETTERS[: len(options)], options))
     if not isinstance(options, dict) or not set(options) <= set(LETTERS):
-        raise ValueError("its options are neither a list of 26 at most nor named by letters")
+        raise ValueError("its options are neither a list of 26 nor named by letters")
     options = {letter: words(x, "option").strip() for letter, x in options.items() if x is not None}
     if all(re.match(rf"\(?{letter}[).:] ", text) for letter, text in options.items()):  # said already
         options = {letter: text.partition(" ")[2].strip() for letter, text in options.items()}
@@ -921,7 +925,7 @@ def read_entries(path):
         table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
         for entry in table:
             whole = None not in entry and None not in entry.values()
-            check(whole, f"{path}, line {table.line_num}: not as many columns as the first line has")
+            check(whole, f"{path}, line {table.line_num}: not as many columns as in line 1")
             entries.append((f"line {table.line_num}", entry))
         return entries
     try:
@@ -985,7 +989,7 @@ def patient_of(slide):
 
 
 def import_qa(args):
-    """--qa: files -> data/qa/<split>.jsonl, in the place of what is there."""
+    """--qa: files -> data/qa/<split>.jsonl, added or (--overwrite) in the place of what is there."""
     rows = {"train": [], "val": [], "test": []}
     for file in args.qa:
         found, name = read_qa(file), re.split("[^a-z]+", file.stem.lower())
@@ -998,9 +1002,9 @@ def import_qa(args):
     have = {path.stem for path in args.data.glob("*/*.safetensors")}
     for split in rows:
         path = args.data / "qa" / f"{split}.jsonl"
-        if split not in changed and path.exists() and path.stat().st_size:
-            rows[split] = read_qa(path)
-        rows[split] = match_slides(rows[split], have)
+        keep = path.exists() and path.stat().st_size and not (args.overwrite and split in changed)
+        found = match_slides([*(read_qa(path) if keep else []), *rows[split]], have)
+        rows[split] = list({str([row["slide"], row["conversations"]]): row for row in found}.values())
     others = {patient_of(row["slide"]) for row in rows["test"] + rows["val"]}
     clean = [row for row in rows["train"] if patient_of(row["slide"]) not in others]
     leaks = len(rows["train"]) - len(clean)
@@ -1040,7 +1044,7 @@ def noise(rng, cells, size=SIDE // 8):
 def draw_slide(case):
     """-> (RGB image of what the case says, corners of the tiles with pigment)."""
     rng = np.random.default_rng(case["seed"])
-    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # drawn at an eighth of its size
+    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # an eighth of it
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
     dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
     necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.32 + 0.03 * noise(rng, 8))
@@ -1054,7 +1058,7 @@ def draw_slide(case):
         (necrosis, (216, 190, 178), 12),
     ):
         colour[where] = (rgb + 9 * noise(rng, cells)[..., None])[where]
-    colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # no two laboratories stain alike
+    colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # stains vary
     picture = Image.fromarray(colour.astype(np.uint8)).resize((SIDE, SIDE), Image.BILINEAR)
     draw, planted = ImageDraw.Draw(picture), []
     if case["focus"] == "present":  # in one or two tiles that hold tissue all over
@@ -1177,8 +1181,8 @@ def parse(argv=None):
     add("--qa", f"question files; {WHAT_IS_READ}", **paths)
     demo = {"nargs": "?", "metavar": "N", "type": at_least(5), "const": 500}
     add("--demo", "N toy slides (default: 500), and a fifth more to test on", **demo)
-    add("--dry-run", "list the slides and their tiles; write nothing", **yes)
-    add("--overwrite", "make features again that are there", **yes)
+    add("--dry-run", "list slides and tiles; write nothing", **yes)
+    add("--overwrite", "make features, splits of questions, again", **yes)
     add("--shard", "one of N shares of the slides, as 3/16", metavar="I/N", type=share, default=slice(None))
     add = parser.group("slides and their tiles")
     add("--mpp", "um/px at level 0, where metadata do not say it", type=at_least(0.05, float, 20))

@@ -3319,7 +3319,7 @@ def test_predictions_are_read_in_any_shape(tmp_path, name, text):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as the first line has"),
+    ("id,prediction\nq0,a\nq1,b,c\n", "a.csv, line 3: not as many columns as in line 1"),
     ("id,said\nq0,a\n", "a.csv: no answers among id, said"),
     ("id,answer\nx0,a\nx1,b\n", "a.csv: took id for the id, .*; 2 rows match no question, or .*; the first: x0"),
     ('[{"id": "q0", "answer": ["a", "b"]}]', "a.csv: its answer is no text"),
