@@ -1044,7 +1044,7 @@ def noise(rng, cells, size=SIDE // 8):
 def draw_slide(case):
     """-> (RGB image of what the case says, corners of the tiles with pigment)."""
     rng = np.random.default_rng(case["seed"])
-    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # an eighth of it
+    y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # at an eighth
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
     dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
     necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.32 + 0.03 * noise(rng, 8))
@@ -1058,7 +1058,7 @@ def draw_slide(case):
         (necrosis, (216, 190, 178), 12),
     ):
         colour[where] = (rgb + 9 * noise(rng, cells)[..., None])[where]
-    colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # stains vary
+    colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # stain
     picture = Image.fromarray(colour.astype(np.uint8)).resize((SIDE, SIDE), Image.BILINEAR)
     draw, planted = ImageDraw.Draw(picture), []
     if case["focus"] == "present":  # in one or two tiles that hold tissue all over

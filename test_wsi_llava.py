@@ -13,6 +13,7 @@ import copy
 import csv
 import dataclasses
 import email.utils
+import errno
 import functools
 import http.server
 import inspect
@@ -1986,6 +1987,24 @@ def test_folders_of_dicom_hold_slides_by_series(tmp_path):
     assert found == {"one": "1.dcm", "two_2.1": "0.dcm", "two_2.2": "1.dcm"}
 
 
+def test_the_same_picture_at_any_resolution_gives_the_same_features(toy_slide, tmp_path):
+    """0.5 um/px as it is, 0.25 averaged, 0.46 resampled: the same grid and, to a small tolerance, the same
+    features."""
+    image, found = toy_slide[1], {}
+    for mpp in (0.5, 0.25, 0.46):
+        side = round(1536 * 0.5 / mpp)
+        scan = image.resize((side, side), Image.Resampling.BICUBIC)
+        write_tiff(tmp_path / f"{mpp}.tif", scan, mpp, (1, 4))
+    prepare.main(["--slides", str(tmp_path), "--data", str(tmp_path / "data")])
+    for mpp in (0.5, 0.25, 0.46):
+        found[mpp] = wsi_llava.read_features(tmp_path / "data", str(mpp))
+        about = wsi_llava.feature_metadata(tmp_path / "data" / "features" / f"{mpp}.safetensors")
+        assert about["scale"] == pytest.approx(0.5 / mpp, rel=1e-3) and about["tiles"] > 20
+        assert torch.equal(found[mpp][1], found[0.5][1])
+        similar = F.cosine_similarity(found[mpp][0].float(), found[0.5][0].float())
+        assert similar.min() > 0.99, mpp
+
+
 # ---- prepare.py: tissue and tiles ----
 
 
@@ -2405,6 +2424,58 @@ def test_pictures_and_geojson_of_a_slide(tmp_path):
     assert found[1]["geometry"] == {"type": "Polygon", "coordinates": [square]} and len(found) == 100
 
 
+def test_each_output_is_made_if_it_is_missing(archive, tmp_path):
+    """--geojson on finished slides, a picture that was deleted; features are not touched."""
+    slide, path = archive[0] / "s4.tif", tmp_path / "features" / "s4.safetensors"
+    prepare_all(slide, tmp_path, "--max-tiles", 2)
+    before, made = contents(tmp_path), path.stat().st_mtime_ns
+    (tmp_path / "qc" / "s4.jpg").unlink()
+    prepare_all(slide, tmp_path, "--max-tiles", 2, "--geojson")
+    assert (tmp_path / "qc" / "s4.geojson").exists() and path.stat().st_mtime_ns == made
+    path.write_bytes(before["features/s4.safetensors"][:-9])
+    with pytest.raises(UserError, match="s4.safetensors: .*; not a file of features; delete it"):
+        prepare_all(slide, tmp_path, "--max-tiles", 2)
+
+
+def test_a_file_system_without_locks_is_worked_on_without(archive, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepare.fcntl, "lockf", refused)
+    prepare_all(archive[0], tmp_path, *FEW)
+    assert contents(tmp_path) == contents(archive[1])
+
+
+def test_what_is_there_is_gone_on_with_by_the_encoder_that_made_it(archive, tmp_path):
+    other, slide = wsi_llava.untrained_tile_encoder(seed=1), archive[0] / "s4.tif"
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    prepare_all(slide, tmp_path / "data", "--max-tiles", 2, "--tile-encoder", tmp_path / "other.safetensors")
+    before = contents(tmp_path / "data")
+    prepare_all(slide, tmp_path / "data", "--max-tiles", 2, "--overwrite")
+    assert contents(tmp_path / "data") == before
+    assert wsi_llava.read_meta(tmp_path / "data")["encoder"]["fingerprint"] == wsi_llava.fingerprint(other)
+
+
+def test_features_that_are_not_finite_fail_their_slide(archive, tmp_path):
+    encoder = wsi_llava.untrained_tile_encoder()
+    torch.nn.init.constant_(encoder.norm.bias, math.nan)
+    save_file(encoder.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="1 slide could not be prepared"):
+        prepare_all(archive[0] / "s4.tif", tmp_path, "--tile-encoder", tmp_path / "other.safetensors")
+    message = prepare.read_failures(tmp_path)["s4"]
+    assert "its features are not finite; try --dtype float32" in message
+
+
+def test_the_page_of_all_slides_is_safe_to_open(archive, tmp_path):
+    data = shutil.copytree(archive[1], tmp_path / "data")
+    prepare.note_failure(data, "l<o>st", "no & nothing")
+    prepare.write_index(data)
+    page = (data / "qc" / "index.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<p><a href="(.*?)">.*?<b>(.*?)</b> (.*)', page)
+    assert cards[0] == ("l%3Co%3Est.jpg", "l&lt;o&gt;st", "FAILED: no &amp; nothing")
+    assert cards[1:] == [(f"s{i}.jpg", f"s{i}", "") for i in range(5)]
+
+
 # ---- prepare.py: features that were made elsewhere ----
 
 CELLS = np.array([[2, 0], [0, 0], [1, 0], [1, 3], [0, 3], [2, 3]])
@@ -2654,7 +2725,7 @@ def write_reports(path, **reports):
     path.write_text("slide,report\n" + "".join(f"{slide},{text}\n" for slide, text in reports.items()))
 
 
-def test_question_files_are_their_split(tmp_path, capsys):
+def test_question_files_are_added_to_their_split(tmp_path, capsys):
     """Told by their names, --split, or their rows; other splits stay."""
     write_reports(tmp_path / "a.csv", s1="One.", s2="Two.")
     write_reports(tmp_path / "my-TEST.v2.csv", s2="Two.", s3="Three.")
@@ -2675,7 +2746,8 @@ def test_question_files_are_their_split(tmp_path, capsys):
         put("a.csv")
     assert put("a.csv", "--split", "test") == [[], [], ["s1", "s2"]]
     assert "Wrote 2 questions about 2 slides to test.jsonl; 1 have no features." in capsys.readouterr().out
-    assert put("my-TEST.v2.csv") == [[], [], ["s2", "s3"]]
+    assert put("my-TEST.v2.csv") == [[], [], ["s1", "s2", "s3"]]  # added, s2 once
+    assert put("my-TEST.v2.csv", "--overwrite") == [[], [], ["s2", "s3"]]
     assert put("latest.json") == [["s7"], ["s8"], ["s2", "s3"]]
     with pytest.raises(UserError, match="train_test.csv: holds no questions"):  # before anything is written
         put("train_test.csv")
@@ -2959,6 +3031,20 @@ def test_text_metrics_at_their_ends():
     assert tokens == ["Tumor", "cells", ",", "grade", "3+4=7", ";", "Barrett", "'s", "3.5", "cm", "."]
     assert sample.bleu(tokens, ["none"]) == [0] * 4
     assert sample.rouge_l(tokens, ["none"]) == sample.rouge_l(tokens, []) == 0
+
+
+@slow
+@pytest.mark.skipif(not (SHARED / "wsi_bench").exists(), reason="needs the reports in ../shared/wsi_bench")
+def test_text_metrics_equal_the_packages_on_real_reports():
+    reports = [
+        row["truth"] for row in sample.read_questions([SHARED / "wsi_bench" / "1_Report_test.json"], SHARED)
+    ]
+    check_metrics(reports, reports[1:] + [" ".join(reports[0].split()[:7])])
+    treebank = pytest.importorskip("nltk.tokenize").NLTKWordTokenizer()
+    same = [
+        treebank.tokenize(s) == sample.tokenize(s) for r in reports for s in re.split(r"(?<=[.?!])\s+", r)
+    ]
+    assert np.mean(same) > 0.99
 
 
 # ---- sample.py: the judge ----
