@@ -1047,7 +1047,7 @@ def draw_slide(case):
     y, x = np.mgrid[: SIDE // 8, : SIDE // 8] / (SIDE // 8) * 2 - 1  # at an eighth
     tissue = np.hypot(x, y) < 0.86 + 0.05 * noise(rng, 5)
     dx, dy = QUADRANTS[case["position"]] * rng.uniform(0.36, 0.46, 2)
-    necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.32 + 0.03 * noise(rng, 8))
+    necrosis = tissue & (np.hypot(x - dx, y - dy) < 0.36 + 0.03 * noise(rng, 8))
     field = noise(rng, 5) + 0.25 * noise(rng, 16)
     least = np.quantile(field[tissue & ~necrosis], 1 - rng.uniform(*GRADES[case["grade"]]))
     colour = np.full((*tissue.shape, 3), 244, np.float32)  # glass
@@ -1055,7 +1055,7 @@ def draw_slide(case):
     for where, rgb, cells in (
         (tissue, (235, 184, 204), 64),
         (tissue & (field > least), ground, bumps),
-        (necrosis, (216, 190, 178), 12),
+        (necrosis, (206, 198, 128), 12),
     ):
         colour[where] = (rgb + 9 * noise(rng, cells)[..., None])[where]
     colour = 255 * (colour.clip(0, 255) / 255) ** rng.uniform(0.85, 1.15)  # stain
@@ -1179,8 +1179,8 @@ def parse(argv=None):
     add("--slides", "slides, or folders of them", **paths)
     add("--features", "features made elsewhere, or folders of them", **paths)
     add("--qa", f"question files; {WHAT_IS_READ}", **paths)
-    demo = {"nargs": "?", "metavar": "N", "type": at_least(5), "const": 500}
-    add("--demo", "N toy slides (default: 500), and a fifth more to test on", **demo)
+    demo = {"nargs": "?", "metavar": "N", "type": at_least(5), "const": 400}
+    add("--demo", "N toy slides (default: 400), and a fifth more to test on", **demo)
     add("--dry-run", "list slides and tiles; write nothing", **yes)
     add("--overwrite", "make features, splits of questions, again", **yes)
     add("--shard", "one of N shares of the slides, as 3/16", metavar="I/N", type=share, default=slice(None))

@@ -3651,7 +3651,7 @@ def test_the_readmes_commands_run(demo, toy_slide, tmp_path, monkeypatch):
     for block in readme_blocks():
         for line in block if "done" not in block else ():  # a loop of the shell
             if line.startswith("python ") and not re.search("--demo|--judge|--lora|test_wsi", line):
-                _, script, *flags = shlex.split(line.replace("demo_0500", "demo_0015"), comments=True)
+                _, script, *flags = shlex.split(line.replace("demo_0400", "demo_0015"), comments=True)
                 SCRIPTS[script].main(flags)
                 ran += 1
     assert ran >= 12 and (tmp_path / "map.png").exists() and (tmp_path / "mine" / "out" / "stage3").exists()

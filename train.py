@@ -84,7 +84,7 @@ RECIPES = {  # Recipe(lr, batch_size, epochs, ...): the values of LLaVA-1.5 and 
         3: Recipe(2e-4, 128, 3, projector_lr=2e-5, lora_rank=128, lora_alpha=256, lora_dropout=0.05),
     },
     "demo": {
-        1: Recipe(1e-3, 60, 45, warmup=0.05, weight_decay=0.05, **DEMO),
+        1: Recipe(1e-3, 60, 40, warmup=0.05, weight_decay=0.05, **DEMO),
         2: Recipe(2e-3, 32, 4, micro_batch=32, **DEMO),
         3: Recipe(3e-3, 48, 2, projector_lr=1e-3, lora_rank=16, lora_alpha=32, micro_batch=12, **DEMO),
     },
@@ -847,7 +847,7 @@ def parse(argv=None):
     count, yes = at_least(1), {"action": "store_true"}
     add = parser.group("what to do")
     add("--stage", "the stage to train", type=int, choices=[1, 2, 3])
-    add("--demo", "all of it on N toy slides (500)", metavar="N", nargs="?", const=500, type=at_least(5))
+    add("--demo", "all of it on N toy slides (400)", metavar="N", nargs="?", const=400, type=at_least(5))
     add("--export", "write out/stage3 for transformers", metavar="DIR", type=Path)
     add("--resume", "go on where an interrupted run saved last", **yes)
     add = parser.group("what is trained, and on what")
