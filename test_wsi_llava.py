@@ -1408,7 +1408,7 @@ def test_rows_that_cannot_be_trained_on_are_named(demo, tmp_path, capsys):
     assert not train.load_rows(train_args(*flags, "--skip-missing"))
     write_train(data, [("demo_0000", "report", " "), ("demo_0001", "grade", "Grade 2.")])
     assert [row["slide"] for row in train.load_rows(train_args(*flags))] == ["demo_0001"]
-    assert "left out 1 row with an empty text, the first: line 1" in capsys.readouterr().err
+    assert "left out 1 row of several slides or with an empty text: line 1" in capsys.readouterr().err
     with pytest.raises(UserError, match="train.jsonl: holds no reports"):
         train.main(list(map(str, ["--stage", "2", *flags])))
 
