@@ -789,7 +789,7 @@ def import_file(args, name, path, mpp):
     info = {"source": f"imported: {kind}", "fingerprint": f"imported:{kind}:{width}", "width": width}
     if kind == "visual tokens":
         write_meta(args.data, args.preset or "7b", info | {"n_visual_tokens": len(features)})
-        file = args.data / "visual_tokens" / f"{name}.safetensors"
+        file = wsi_llava.slide_file(args.data / "visual_tokens", name)
         file.parent.mkdir(exist_ok=True)
         wsi_llava.write_tensors(file, {"visual_tokens": features}, {"made_by": info["source"]})
         return kind

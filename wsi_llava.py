@@ -1815,9 +1815,9 @@ def read_visual_tokens(data, slide, cfg):
         return tokens
 
 
-def keep_visual_tokens(model, data, slide):
+def keep_visual_tokens(model, data, slide, code):
     """Writes a slide's visual tokens, unless imported or as they would be made now -> whether it did. Beside
-    them stands what made them: the slide encoder, the text of its classes' files, the slide's features."""
+    them stands what made them: the slide encoder, its code, the slide's features."""
     cfg, made_by, source = model.cfg, None, features_file(data, slide)
     path = visual_tokens_file(data, slide, cfg)
     with contextlib.suppress(UserError):  # missing or damaged: they are made anew
@@ -1827,10 +1827,7 @@ def keep_visual_tokens(model, data, slide):
         return False
     with reading(source, PREPARE_AGAIN), open(source, "rb") as file:
         # Metadata, coords, some features: all of them would be slow to read.
-        digest = hashlib.sha256(f"{source.stat().st_size}".encode() + file.read(1 << 18))
-    for name in sorted({type(part).__module__ for part in (model.slide_encoder or model).modules()}):
-        if not name.startswith("torch."):
-            digest.update(inspect.getsource(sys.modules[name]).encode())
+        digest = hashlib.sha256(f"{source.stat().st_size}".encode() + file.read(1 << 18) + code)
     now = f"{cfg.fingerprints.get('slide_encoder')} {cfg.n_visual_tokens} {digest.hexdigest()[:16]}"
     if made_by == now:
         return False
@@ -1846,10 +1843,14 @@ def keep_visual_tokens(model, data, slide):
 
 def cache_visual_tokens(model, data, slides, progress=iter):
     """Writes the visual tokens that slides lack -> how many it wrote, {slide: why it has none}."""
+    # The text of the files that hold the slide encoder's classes, read once for all slides.
+    files = {type(part).__module__ for part in (model.slide_encoder or model).modules()}
+    own = [name for name in sorted(files) if not name.startswith("torch.")]
+    code = "".join(inspect.getsource(sys.modules[name]) for name in own).encode()
     written, problems = 0, {}
     for slide in progress(slides):
         try:
-            written += keep_visual_tokens(model, data, slide)
+            written += keep_visual_tokens(model, data, slide, code)
         except UserError as error:
             problems[slide] = str(error)
     return written, problems
